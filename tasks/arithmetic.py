@@ -1,45 +1,21 @@
-"""Two-operand arithmetic (Stolfo et al. 2023): pairs of prompts that differ in their operands and results."""
+"""Two-operand arithmetic (Stolfo et al. 2023): pairs that differ in operands, result or operator."""
 
 import random
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError
-from deltapatch.tasks.numbers import NumberRange, number_range, token_spans
-from deltapatch.tasks.templates import OPERATORS, facts
+from deltapatch.tasks.answers import check_answers
+from deltapatch.tasks.draws import Asked, Drawn, Draws, Fact, check_differ
+from deltapatch.tasks.dropped import TWICE, Dropped
+from deltapatch.tasks.number_words import check_writing
+from deltapatch.tasks.numbers import NumberRange, number_range
+from deltapatch.tasks.pairing import Pairing, collect
+from deltapatch.tasks.questions import Question, fill
+from deltapatch.tasks.templates import ALL_OPERATORS, facts
 
-Fact = tuple[int, int, int]  # x, y and the result
-
-SAME_QUESTION = "both prompts would ask the same question"
-SAME_RESULT = "both prompts have the same result"
-TWICE = "the same two questions were drawn before"
-UNEVEN = "the operands of the two prompts have different numbers of tokens"
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """Draws that became no pair, and what else the user should know of how the pairs were made.
-
-    Attributes:
-        reasons: why -> how many draws.
-        notes: sentences, for example on the range of numbers that the tokenizer leaves.
-    """
-
-    reasons: Counter[str] = field(default_factory=Counter)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def total(self) -> int:
-        """How many draws were dropped."""
-        return sum(self.reasons.values())
-
-    def lines(self) -> list[str]:
-        """What to tell the user, one sentence a line."""
-        dropped = [f"{n} draws were dropped because {why}." for why, n in sorted(self.reasons.items())]
-        return [*self.notes, *dropped]
+_SYMBOLIC = 5  # the template in symbols, which number words do not have
 
 
 def arithmetic_pairs(
@@ -50,8 +26,11 @@ def arithmetic_pairs(
     max_number: int = 300,
     seed: int = 0,
     templates: Sequence[int] | None = None,
+    differ: str = "operands",
+    numbers: str = "numerals",
+    answers: str = "one",
 ) -> tuple[list[PromptPair], Dropped]:
-    """Pairs of the main protocol: same operator, template and exemplars; other operands, another result.
+    """Pairs of two-operand questions, of one template and with exemplars of the same operation.
 
     Operands and results go from 1 to the largest number up to `max_number` that is one token; divisions
     leave no remainder. Exemplars are questions of the same operator and template, the same in both prompts,
@@ -71,44 +50,65 @@ def arithmetic_pairs(
         tokenizer: a fast Hugging Face tokenizer.
         per_template: how many pairs for each operator and template.
         shots: how many exemplars come before the question.
-        operators: any of + - * /.
+        operators: any of + - * / and % ^ max min > <.
         max_number: the largest operand and result.
-        templates: which of the six templates, 0 to 5; all by default.
+        templates: which of the six templates, 0 to 5; all by default, but for number words those without
+            symbols.
+        differ: "operands" (and the results), "same_result" (other operands, one result) or "operator" (the
+            same operands under two of the operators; exemplars follow the prompt's operator).
+        numbers: "numerals" or "words".
+        answers: "one" token, or of any length as "text" or as "ids".
 
     Returns:
-        the pairs, with labels op1, operator, op2 and last (a number's or word's last token) and meta task,
-        operator, template, shots, clean_fact and corrupted_fact; and what was dropped.
+        the pairs, with labels op1, operator, op2 and last (of several tokens the last; op1_first is the
+        first) and meta task, differ, numbers, operator, template, shots, clean_fact and corrupted_fact, and
+        where operators differ corrupted_operator; and what was dropped.
 
     Raises:
         DeltapatchError: an option out of range; no tokenizer or a slow one; no usable numbers or pairs.
     """
-    indices = _checked_options(per_template, shots, operators, max_number, templates)
-    numbers = number_range(tokenizer, max_number)
-    dropped = Dropped(notes=numbers.notes(max_number))
+    check_differ(differ)
+    check_writing(numbers)
+    check_answers(answers)
+    indices = _checked_options(per_template, shots, operators, max_number, templates, differ, numbers)
+    known = number_range(tokenizer, max_number, numbers, answers)
+    dropped = Dropped(notes=known.notes(max_number))
+    tables = {symbol: _table(symbol, known, dropped) for symbol in operators}
     pairs = []
     for symbol in operators:
-        every = facts(symbol, numbers.operands, numbers.results)
-        table = [fact for fact in every if not _trivial(symbol, fact)]
-        if len(table) < len(every):
-            dropped.notes.append(
-                f"{len(every) - len(table)} of {len(every)} facts with {symbol} are left out, because they "
-                "multiply or divide by 1 or divide a number by itself, which needs no arithmetic."
-            )
+        others = {o: table for o, table in tables.items() if o != symbol}
         for index in indices:
-            rng = random.Random(f"{seed} {symbol} {index}")
-            found = _draw(tokenizer, rng, symbol, index, table, per_template, shots, numbers, dropped)
+            # The kind of pair is part of the seed; the paper's main kind goes without saying.
+            kind = "" if differ == "operands" else f" {differ}"
+            rng = random.Random(f"{seed} {symbol} {index}{kind}")
+            draws = Draws(rng, differ, symbol, tables[symbol], others)
+            found = _draw(tokenizer, draws, index, per_template, shots, known, answers, numbers, dropped)
             if len(found) < per_template:
                 dropped.notes.append(
                     f"Only {len(found)} of {per_template} pairs exist for {symbol}, template {index}, "
-                    f"with results up to {numbers.results}."
+                    f"with results up to {known.write(known.results)}."
                 )
             pairs += found
     if not pairs:
         raise DeltapatchError(
-            f"No arithmetic pairs are possible with operands up to {numbers.operands} and results up to "
-            f"{numbers.results}; raise the largest number or choose other operators."
+            f"No arithmetic pairs are possible with operands up to {known.operands} and results up to "
+            f"{known.results}; raise the largest number or choose other operators."
         )
     return pairs, dropped
+
+
+def ask(symbol: str, index: int, fact: Fact, numbers: NumberRange) -> Question:
+    """A fact as a question in one of its operator's wordings, with spans op1, operator and op2."""
+    x, y, result = fact
+    operator = ALL_OPERATORS[symbol]
+    template, word = operator.templates[index], operator.words[index]
+    # Between the operands if it stands there, else before them: so it is never found inside another word.
+    at = template.index(word, template.index("{x}") if word in template[template.index("{x}") :] else 0)
+    marked = template[:at] + "{operator}" + template[at + len(word) :]
+    pieces = {"op1": numbers.write(x), "operator": word, "op2": numbers.write(y)}
+    text, spans = fill(marked.replace("{x}", "{op1}").replace("{y}", "{op2}"), pieces)
+    answer = result if isinstance(result, str) else numbers.write(result)
+    return Question(text, answer, {name: spans[name] for name in pieces})
 
 
 def _checked_options(
@@ -117,6 +117,8 @@ def _checked_options(
     operators: str | Sequence[str],
     max_number: int,
     templates: Sequence[int] | None,
+    differ: str,
+    numbers: str,
 ) -> list[int]:
     """The template indices, once every option is seen to be in range."""
     if per_template < 1:
@@ -125,126 +127,82 @@ def _checked_options(
         raise DeltapatchError(f"The number of exemplars (shots) cannot be negative: {shots}.")
     if max_number < 2:
         raise DeltapatchError(f"The largest number must be at least 2, not {max_number}.")
-    unknown = [o for o in operators if o not in OPERATORS]
+    unknown = [o for o in operators if o not in ALL_OPERATORS]
     if unknown or not operators or len(set(operators)) < len(operators):
         raise DeltapatchError(
-            f"Operators must be some of {' '.join(OPERATORS)}, each once, not {operators!r}."
+            f"Operators must be some of {' '.join(ALL_OPERATORS)}, each once, not {operators!r}."
         )
-    indices = list(range(6)) if templates is None else list(templates)
+    if differ == "operator" and len(operators) < 2:
+        raise DeltapatchError("Pairs that differ by the operator need at least two operators.")
+    every = [i for i in range(6) if numbers != "words" or i != _SYMBOLIC]
+    indices = every if templates is None else list(templates)
     if not indices or any(i not in range(6) for i in indices):
         raise DeltapatchError(f"Templates are numbered 0 to 5, not {indices}.")
+    if any(i not in every for i in indices):
+        raise DeltapatchError("Template 5 is in symbols and takes no number words; choose among 0 to 4.")
     return indices
+
+
+def _table(symbol: str, known: NumberRange, dropped: Dropped) -> list[Fact]:
+    """The facts of an operator that need some arithmetic; how many do not is noted."""
+    operator = ALL_OPERATORS[symbol]
+    every = facts(symbol, known.operands, known.results, known.possible)
+    table = [fact for fact in every if not operator.trivial(fact[0], fact[1])]
+    if len(table) < len(every):
+        dropped.notes.append(
+            f"{len(every) - len(table)} of {len(every)} facts with {symbol} are left out, because they "
+            f"{operator.why}."
+        )
+    return table
 
 
 def _draw(
     tokenizer: Any,
-    rng: random.Random,
-    symbol: str,
+    draws: Draws,
     index: int,
-    table: list[Fact],
     wanted: int,
     shots: int,
-    numbers: NumberRange,
+    known: NumberRange,
+    answers: str,
+    numbers: str,
     dropped: Dropped,
 ) -> list[PromptPair]:
     """Up to `wanted` pairs of one operator and template; fewer where the draws run dry."""
-    found: list[PromptPair] = []
-    taken: set[tuple[Fact, Fact]] = set()
-    # Dry is when a thousand draws in a row gave nothing new.
-    for _ in range(1000 + 1000 * wanted):
-        if len(found) == wanted or len(table) < shots + 2:
-            break
-        clean, corrupted = rng.choice(table), rng.choice(table)
-        reason, pair = _degenerate(clean, corrupted, taken), None
-        if reason is None:
-            exemplars = _exemplars(rng, table, shots, (clean, corrupted))
-            pair = _pair(tokenizer, symbol, index, clean, corrupted, exemplars, numbers)
-        if pair is None:
-            dropped.reasons[reason or UNEVEN] += 1
-            continue
-        taken.add((clean, corrupted))
-        found.append(pair)
-    return found
+    if not draws.enough(shots):
+        return []
+    # A word follows without a space of its own, whatever numbers do.
+    in_words = ALL_OPERATORS[draws.symbol].in_words
+    pairing = Pairing(tokenizer, "" if in_words else known.ending, answers)
 
+    def question(asked: Asked) -> Question:
+        return ask(asked[0], index, asked[1], known)
 
-def _degenerate(clean: Fact, corrupted: Fact, taken: set[tuple[Fact, Fact]]) -> str | None:
-    """Why two questions make no pair, or None."""
-    if clean == corrupted:
-        return SAME_QUESTION
-    if clean[2] == corrupted[2]:
-        return SAME_RESULT
-    return TWICE if (clean, corrupted) in taken else None
+    taken: set[Drawn] = set()
 
-
-def _trivial(symbol: str, fact: Fact) -> bool:
-    """Whether the answer needs no arithmetic: a factor or divisor of 1, or a ratio of equal numbers."""
-    x, y, result = fact
-    return (symbol == "*" and 1 in (x, y)) or (symbol == "/" and 1 in (y, result))
-
-
-def _exemplars(rng: random.Random, table: list[Fact], shots: int, asked: tuple[Fact, Fact]) -> list[Fact]:
-    """Different facts, none of them asked."""
-    chosen: list[Fact] = []
-    while len(chosen) < shots:
-        fact = rng.choice(table)
-        if fact not in chosen and fact not in asked:
-            chosen.append(fact)
-    return chosen
-
-
-def _pair(
-    tokenizer: Any,
-    symbol: str,
-    index: int,
-    clean: Fact,
-    corrupted: Fact,
-    exemplars: list[Fact],
-    numbers: NumberRange,
-) -> PromptPair | None:
-    """The pair, or None where the operands have different numbers of tokens."""
-    template = OPERATORS[symbol].templates[index]
-    shown = "".join(template.format(x=x, y=y) + f" {result}\n" for x, y, result in exemplars)
-    prompts, places = [], []
-    for x, y, _ in (clean, corrupted):
-        spans = [(len(shown) + a, len(shown) + b) for a, b in _spans(symbol, index, x, y)]
-        prompts.append(shown + template.format(x=x, y=y) + numbers.ending)
-        ids, found = token_spans(tokenizer, prompts[-1], spans)
-        places.append((len(ids), found))
-    # The same tokens at the same places, but for what the operands say.
-    if places[0] != places[1] or any(len(tokens) == 0 for tokens in places[0][1]):
-        return None
-    length, (op1, operator, op2) = places[0]
-    before = "" if numbers.ending else " "
-    return PromptPair(
-        clean=prompts[0],
-        corrupted=prompts[1],
-        clean_answer=f"{before}{clean[2]}",
-        corrupted_answer=f"{before}{corrupted[2]}",
-        labels={"op1": op1[-1], "operator": operator[-1], "op2": op2[-1], "last": length - 1},
-        meta={
+    def attempt() -> PromptPair | str:
+        drawn = draws.draw()
+        if isinstance(drawn, str):
+            return drawn
+        if drawn in taken:  # whatever exemplars there were
+            return TWICE
+        (symbol, clean), (other, corrupted) = drawn
+        exemplars = draws.exemplars(shots, drawn)
+        meta = {
             "task": "arithmetic",
+            "differ": draws.differ,
+            "numbers": numbers,
             "operator": symbol,
             "template": index,
-            "shots": len(exemplars),
+            "shots": shots,
             "clean_fact": list(clean),
             "corrupted_fact": list(corrupted),
-        },
-    )
+        }
+        if draws.differ == "operator":
+            meta["corrupted_operator"] = other
+        shown = ["".join(question(shot[i]).solved for shot in exemplars) for i in (0, 1)]
+        made = pairing.pair(question(drawn[0]), question(drawn[1]), meta, (shown[0], shown[1]))
+        if isinstance(made, PromptPair):
+            taken.add(drawn)
+        return made
 
-
-def _spans(symbol: str, index: int, x: int, y: int) -> list[tuple[int, int]]:
-    """Where first operand, operator's word and second operand stand: [start, end) in characters."""
-    operator = OPERATORS[symbol]
-    template, word = operator.templates[index], operator.words[index]
-    # Cut the template at its two numbers, so that no digit is ever searched for.
-    head, rest = template.split("{x}")
-    middle, _ = rest.split("{y}")
-    x_start = len(head)
-    y_start = x_start + len(str(x)) + len(middle)
-    in_middle = word in middle
-    word_start = x_start + len(str(x)) + middle.index(word) if in_middle else head.index(word)
-    return [
-        (x_start, x_start + len(str(x))),
-        (word_start, word_start + len(word)),
-        (y_start, y_start + len(str(y))),
-    ]
+    return collect(wanted, attempt, dropped)

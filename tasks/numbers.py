@@ -6,6 +6,8 @@ from functools import partial
 from typing import Any
 
 from deltapatch.errors import DeltapatchError
+from deltapatch.tasks.answers import answer_ids, need_fast_tokenizer
+from deltapatch.tasks.number_words import WRITINGS
 
 # One sentence in which numbers follow a space, and one that begins with a number.
 _CONTEXTS = ("Q: How much is {n} plus {n}? A:", "{n} + {n} =")
@@ -19,19 +21,34 @@ class NumberRange:
         operands, results: the largest of each; both begin at 1.
         ending: what a prompt ends in so that the answer is one more token: nothing, or a space.
         split: operands of more than one token occur.
+        write: a number as the prompts and answers have it.
+        possible: the results that can be, where these are not all of 1..results.
     """
 
     operands: int
     results: int
     ending: str
     split: bool
+    write: Callable[[int], str] = str
+    possible: frozenset[int] | None = None
+
+    def allows(self, result: int) -> bool:
+        """Whether a number can be an answer."""
+        return 1 <= result <= self.results and (self.possible is None or result in self.possible)
 
     def notes(self, max_number: int) -> list[str]:
         """What the user should know, in sentences."""
         found = []
-        if self.split:
+        if self.possible is not None:
             found.append(
-                f"This tokenizer splits numbers: results are limited to 1..{self.results}, operands go up to "
+                f"Results are the {len(self.possible)} number words up to {self.write(self.results)} that "
+                f"are one token; operands go up to {self.write(self.operands)} and have as many tokens in "
+                "both prompts of a pair."
+            )
+        elif self.split:
+            limited = f"results are limited to 1..{self.results}, " if self.results < max_number else ""
+            found.append(
+                f"This tokenizer splits numbers: {limited}operands go up to "
                 f"{self.operands} and have as many tokens in both prompts of a pair."
             )
         elif min(self.operands, self.results) < max_number:
@@ -43,36 +60,53 @@ class NumberRange:
         return found
 
 
-def number_range(tokenizer: Any, max_number: int) -> NumberRange:
+def number_range(
+    tokenizer: Any, max_number: int, writing: str = "numerals", answers: str = "one"
+) -> NumberRange:
     """The largest range 1..n, up to `max_number`, whose numbers are single tokens where templates use them.
 
-    Where fewer than ten numbers are (LLaMA's tokenizer: one token a digit), operands may be split.
+    Where fewer than ten numbers are (LLaMA's tokenizer: one token a digit), operands may be split. Numbers in
+    words may always be: most have several tokens, and the results are those that have one.
+
+    Args:
+        writing: a key of `number_words.WRITINGS`.
+        answers: one of `answers.ANSWERS`; all but "one" let results, and so operands, have several tokens.
 
     Raises:
-        DeltapatchError: no tokenizer, a slow one, or one in which not even 1 and 2 are possible answers.
+        DeltapatchError: no tokenizer, a slow one, or one in which not even two results are possible.
     """
-    if tokenizer is None:
-        raise DeltapatchError("Arithmetic pairs need a tokenizer, and this model has none.")
-    if not getattr(tokenizer, "is_fast", False):
-        raise DeltapatchError(
-            "Arithmetic pairs need a fast tokenizer (one with a tokenizer.json), "
-            f"not {type(tokenizer).__name__}, which cannot say where a token lies in the text."
-        )
+    need_fast_tokenizer(tokenizer, "Arithmetic pairs")
+    write = WRITINGS[writing]
+    endings = {ending: partial(_is_answer, tokenizer, ending, write) for ending in ("", " ")}
+    if writing == "words":
+        found = {
+            e: frozenset(filter(is_answer, range(1, max_number + 1))) for e, is_answer in endings.items()
+        }
+        ending = max(found, key=lambda e: len(found[e]))  # of two that are equal, the first
+        if answers != "one":
+            return NumberRange(max_number, max_number, ending, True, write)
+        if len(found[ending]) < 2:
+            raise _no_answers()
+        return NumberRange(max_number, max(found[ending]), ending, True, write, found[ending])
+    largest = {ending: _largest(is_answer, max_number) for ending, is_answer in endings.items()}
+    ending = max(largest, key=lambda e: largest[e])
+    results = largest[ending]
     whole = _largest(partial(_is_whole, tokenizer), max_number)
-    results, ending = 0, ""
-    for candidate in ("", " "):
-        largest = _largest(partial(_is_answer, tokenizer, candidate), max_number)
-        if largest > results:
-            results, ending = largest, candidate
+    if answers != "one":
+        return NumberRange(max_number, max_number, ending, split=whole < max_number)
     if results < 2:
-        raise DeltapatchError(
-            "This tokenizer has no numbers that are one token after a prompt, so answers cannot be read from "
-            "one position; write your own pairs file with one-token answers instead."
-        )
+        raise _no_answers()
     if whole < min(10, max_number):
         return NumberRange(max_number, results, ending, split=True)
     both = min(whole, results)
     return NumberRange(both, both, ending, split=False)
+
+
+def _no_answers() -> DeltapatchError:
+    return DeltapatchError(
+        "This tokenizer has no numbers that are one token after a prompt, so answers cannot be read from "
+        "one position; write your own pairs file with one-token answers instead."
+    )
 
 
 def token_spans(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[range]]:
@@ -90,6 +124,9 @@ def token_spans(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> 
     found = []
     for start, end in spans:
         inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        # A space that the tokenizer puts before the whole text is no part of a piece that begins it.
+        while len(inside) > 1 and not tokenizer.decode([encoded["input_ids"][inside[0]]]).strip(" ▁"):
+            inside.pop(0)
         own = all(a >= start or text[a:start].isspace() for a, _ in (offsets[i] for i in inside))
         own = own and all(offsets[i][1] <= end for i in inside)
         found.append(range(inside[0], inside[-1] + 1) if inside and own else range(0))
@@ -116,12 +153,11 @@ def _is_whole(tokenizer: Any, n: int) -> bool:
     return True
 
 
-def _is_answer(tokenizer: Any, ending: str, n: int) -> bool:
+def _is_answer(tokenizer: Any, ending: str, write: Callable[[int], str], n: int) -> bool:
     """Whether n adds exactly one token to prompts with this ending."""
-    for context in _CONTEXTS:
-        prompt = context.format(n=1) + ending
-        before = list(tokenizer(prompt)["input_ids"])
-        after = list(tokenizer(prompt + ("" if ending else " ") + str(n))["input_ids"])
-        if after[:-1] != before or after[-1] == tokenizer.unk_token_id:
+    for context in _CONTEXTS if write is str else _CONTEXTS[:1]:
+        prompt = context.format(n=write(1)) + ending
+        added = answer_ids(tokenizer, prompt, ("" if ending else " ") + write(n))
+        if added is None or len(added) != 1:
             return False
     return True

@@ -4,9 +4,23 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from deltapatch.tasks.templates import OPERATORS
+from deltapatch.tasks.closed_facts import CLOSED_FACTS, CLOSED_RELATIONS
+from deltapatch.tasks.expressions import SHAPES
+from deltapatch.tasks.number_words import spell
+from deltapatch.tasks.retrieval import ENTITIES, TEMPLATES
+from deltapatch.tasks.templates import ALL_OPERATORS
 
-WORDS = sorted({w for o in OPERATORS.values() for t in o.templates for w in t.replace("{x}", "").split(" ")})
+_TEXTS = [
+    *(t for o in ALL_OPERATORS.values() for t in o.templates),
+    *(s.phrase for s in SHAPES),
+    *TEMPLATES,
+    *CLOSED_RELATIONS.values(),
+    *(f"{subject} {answer}" for subject, _, answer in CLOSED_FACTS),
+    *(spell(n).replace("-", " ") for n in range(200)),
+    " ".join(ENTITIES),
+    "yes no",
+]
+WORDS = sorted({w.strip("?:,.()") for t in _TEXTS for w in t.split() if "{" not in w and "[" not in w} - {""})
 
 
 def byte_level(pieces: str, extra: list[str], bos: bool = False) -> PreTrainedTokenizerFast:
@@ -44,13 +58,23 @@ def llama3_like() -> PreTrainedTokenizerFast:
 def llama_like() -> PreTrainedTokenizerFast:
     """As LLaMA: a space is put before the text, every digit is a token; a BOS."""
     vocab = {"<unk>": 0, "<s>": 1, "▁": 2, "\n": 3}
-    for piece in [*"0123456789?:+-*/=", *(f"▁{w.strip('?:')}" for w in WORDS), "A", "Q", "The"]:
+    for piece in [
+        *"0123456789?:+-*/=",
+        *(f"▁{w}" for w in WORDS),
+        *",.()^%<>",
+        "A",
+        "Q",
+        "The",
+        "I",
+        "max",
+        "min",
+    ]:
         vocab.setdefault(piece, len(vocab))
     tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(prepend_scheme="first"),
-            pre_tokenizers.Split(Regex(r"[0-9?:+*/=\n-]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[0-9?:+*/=\n,.()^%<>-]"), "isolated"),
         ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
