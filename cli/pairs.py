@@ -1,42 +1,83 @@
 """`deltapatch pairs`: prompt pairs of a task, for one model's tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from deltapatch.cli.options import as_json, model, print_json, quiet, say
+from deltapatch.cli.options import as_json, model, print_json, quiet, read_names, say
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
+Tasks:
+  arithmetic      two operands; --operators, --differ, --numbers, --max-number, --templates
+  three-operands  29 expressions; --shapes, --differ, --numbers, --max-number, --templates
+  retrieval       how many pens, of apples and pens; --numbers, --max-number, --templates
+  factual         a relation's object; --data LAMA or FACTS.jsonl, --relations
+  word-problems   from your own file; --data PROBLEMS.jsonl, --wording, --max-number
+\b
 Examples:
   deltapatch pairs --task arithmetic --model builtin:gpt-neox-arithmetic --shots 0 --out pairs.jsonl
   deltapatch pairs --task arithmetic --model EleutherAI/gpt-j-6b --per-template 50 --seed 1 --out pairs.jsonl
+  deltapatch pairs --task arithmetic --differ same_result --operators +,-,max --model MODEL --out pairs.jsonl
+  deltapatch pairs --task factual --data LAMA/data --relations P36,P103 --model MODEL --out pairs.jsonl
 """
 
 
 @click.command(short_help="Make prompt pairs of a task.", epilog=EXAMPLES)
 @click.option("--task", default="arithmetic", show_default=True, help="What the pairs are about.")
 @model
-@click.option("--shots", default=2, show_default=True, help="Solved examples before each question.")
-@click.option("--per-template", default=50, show_default=True, help="Pairs of each operator and template.")
+@click.option("--shots", type=int, help="Solved examples before each question; as in the paper unless given.")
+@click.option("--per-template", type=int, help="Pairs of each operator (or shape, relation) and template.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same pairs.")
+@click.option("--operators", help="Of + - * / % ^ max min > <, with commas between.  [default: + - * /]")
+@click.option("--shapes", help='Expressions such as "(x + y) * z", with commas between.  [default: all]')
+@click.option(
+    "--differ", help="What differs: operands, same_result (operands alone) or operator.  [default: operands]"
+)
+@click.option("--numbers", help="numerals or words.  [default: numerals]")
+@click.option("--max-number", type=int, help="The largest operand and result.  [default: 300]")
+@click.option("--templates", help="Numbers of templates, with commas between.")
+@click.option("--data", type=click.Path(), help="A LAMA folder, or a JSONL file of facts or word problems.")
+@click.option("--relations", help="Relations, with commas between.")
+@click.option("--wording", help='What a word problem is put in.  [default: "Q: {question} A:"]')
+@click.option(
+    "--answers",
+    help="one token, or of any length as text or as ids; sweeps read one token.  [default: one]",
+)
+@click.option(
+    "--only-correct", is_flag=True, help="Keep the pairs whose two prompts the model answers right."
+)
+@click.option(
+    "--among",
+    type=click.Choice(["vocabulary", "answers"]),
+    default="vocabulary",
+    show_default=True,
+    help="With --only-correct: the most likely token of all, or of these pairs' answers as in the paper.",
+)
+@click.option("--device", default="auto", show_default=True, help="With --only-correct: auto, cpu or cuda.")
 @click.option("--out", required=True, type=click.Path(), help="The pairs file to make; it must not exist.")
 @as_json
 @quiet
 def pairs(
     task: str,
     model: str,
-    shots: int,
-    per_template: int,
+    shots: int | None,
+    per_template: int | None,
     seed: int,
+    only_correct: bool,
+    among: str,
+    device: str,
     out: str,
     as_json: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Make prompt pairs and write them to a file, one JSON object a line.
 
     Degenerate pairs are left out, and how many and why is said on stderr.
     """
+    from deltapatch.tasks.answered import keep_answered
     from deltapatch.tasks.jsonl import write_pairs
     from deltapatch.tasks.registry import TASKS, make_pairs
 
@@ -44,12 +85,18 @@ def pairs(
         raise DeltapatchError(f"output path {out} is taken: choose another or remove it")
     if task not in TASKS:  # before a model is loaded for it
         raise DeltapatchError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
+    options = _options({name: value for name, value in given.items() if value is not None})
+    for name in options:
+        if name not in TASKS[task].options:
+            raise DeltapatchError(f"the task {task} has no option --{name.replace('_', '-')}")
 
     from deltapatch.models.model import load_model
 
-    # Streamed, because only the model's tokenizer is wanted.
-    tokenizer = load_model(model, device="cpu", stream=True).tokenizer
-    made, dropped = make_pairs(task, tokenizer, per_template=per_template, shots=shots, seed=seed)
+    # Streamed, where only the model's tokenizer is wanted.
+    loaded = load_model(model, device=device if only_correct else "cpu", stream=not only_correct)
+    made, dropped = make_pairs(task, loaded.tokenizer, per_template, shots, seed, **options)
+    if only_correct:
+        made = keep_answered(loaded, made, dropped, among)
     write_pairs(out, made)
     for line in dropped.lines():
         say(line, quiet)
@@ -58,3 +105,18 @@ def pairs(
         print_json(facts | {"notes": dropped.notes})
     else:
         click.echo(out)
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """Options as the tasks take them: lists where there are several."""
+    for name in ("operators", "shapes", "relations"):
+        if name in given:
+            given[name] = read_names(given[name])
+    if len(given.get("operators", ())) == 1 and set(given["operators"][0]) <= set("+-*/%^<>"):
+        given["operators"] = list(given["operators"][0])  # +-*/ without commas
+    if "templates" in given:
+        items = read_names(given["templates"])
+        if not items or not all(item.isdecimal() for item in items):
+            raise DeltapatchError(f"--templates {given['templates']!r} is not numbers such as 0,2,5")
+        given["templates"] = [int(item) for item in items]
+    return given

@@ -1,0 +1,96 @@
+"""The correctness filter: which pairs a model answers right."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deltapatch.engine.pairs import PromptPair
+from deltapatch.errors import DeltapatchError
+from deltapatch.tasks.answers import answer_ids
+from deltapatch.tasks.dropped import Dropped
+
+if TYPE_CHECKING:
+    from deltapatch.models.model import Model
+
+WRONG = "the model does not answer both of its prompts right"
+AMONG = ("vocabulary", "answers")
+
+
+def answered(model: "Model", pairs: Sequence[PromptPair], among: str = "vocabulary") -> np.ndarray:
+    """Whether a model answers each prompt right: bool, [pair, (clean, corrupted)].
+
+    An answer of several tokens is right if each of its tokens is the most likely one after those before it.
+
+    Args:
+        among: "vocabulary" asks for the most likely token of all, "answers" for the most likely of the
+            tokens that any of these pairs has in an answer, as the paper does with its numbers.
+
+    Raises:
+        DeltapatchError: a prompt or answer that cannot be put in tokens.
+    """
+    if among not in AMONG:
+        raise DeltapatchError(
+            f"The right answer is looked for among the {' or the '.join(AMONG)}: {among!r}."
+        )
+    encoded = [
+        (_ids(model, prompt), _answer(model, prompt, answer))
+        for pair in pairs
+        for prompt, answer in ((pair.clean, pair.clean_answer), (pair.corrupted, pair.corrupted_answer))
+    ]
+    some = np.array(sorted({token for _, answer in encoded for token in answer}))
+    known: dict[tuple[int, ...], bool] = {}
+    for prompt, answer in encoded:
+        key = (*prompt, -1, *answer)
+        if key not in known:
+            logits = model.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :].cpu().numpy()  # [token, vocab]
+            best = logits.argmax(-1) if among == "vocabulary" else some[logits[:, some].argmax(-1)]
+            known[key] = best.tolist() == answer
+    found = [known[(*prompt, -1, *answer)] for prompt, answer in encoded]
+    return np.array(found, dtype=bool).reshape(-1, 2)
+
+
+def keep_answered(
+    model: "Model", pairs: Sequence[PromptPair], dropped: Dropped, among: str = "vocabulary"
+) -> list[PromptPair]:
+    """The pairs whose two prompts the model answers right; the others are counted in `dropped`.
+
+    Raises:
+        DeltapatchError: the model answers no pair right.
+    """
+    right = answered(model, pairs, among)
+    kept = [pair for pair, (clean, corrupted) in zip(pairs, right, strict=True) if clean and corrupted]
+    dropped.notes.append(
+        f"The model answers {right.mean():.1%} of {right.size} prompts right, and both of {len(kept)} of "
+        f"{len(pairs)} pairs."
+    )
+    if len(kept) < len(pairs):
+        dropped.reasons[WRONG] += len(pairs) - len(kept)
+    if not kept:
+        raise DeltapatchError(
+            "The model answers both prompts of no pair right; make pairs that it can answer, or keep all."
+        )
+    return kept
+
+
+def _ids(model: "Model", prompt: str | list[int]) -> list[int]:
+    if not isinstance(prompt, str):
+        return list(prompt)
+    if model.tokenizer is None:
+        raise DeltapatchError("This model has no tokenizer, so prompts must be token ids.")
+    return list(model.tokenizer(prompt)["input_ids"])
+
+
+def _answer(model: "Model", prompt: str | list[int], answer: Any) -> list[int]:
+    if isinstance(answer, list):
+        return list(answer)
+    if not isinstance(answer, str):
+        return [int(answer)]
+    if not isinstance(prompt, str):
+        raise DeltapatchError("Answers to prompts of token ids must be token ids too.")
+    tries = [answer] if prompt.endswith(" ") or answer.startswith(" ") else [answer, f" {answer}"]
+    # As the engine reads it: as given if that is one token, else with a space.
+    found = [ids for text in tries if (ids := answer_ids(model.tokenizer, prompt, text)) is not None]
+    if not found:
+        raise DeltapatchError(f"The answer {answer!r} changes how its prompt {prompt!r} is tokenised.")
+    return min(found, key=len)
