@@ -1,6 +1,10 @@
 """Statistics over pairs: means with standard errors, and bootstrap confidence intervals."""
 
+from collections.abc import Iterator
+
 import numpy as np
+
+_CHUNK_BYTES = 64_000_000  # of what is held at a time for [draw, cell]
 
 
 def mean_over_pairs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -21,22 +25,46 @@ def mean_over(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
 def bootstrap(
     values: np.ndarray, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[pair, cell] -> low and high end of the mean's percentile interval, [cell]; pairs are drawn anew.
+    """[pair, ...] -> low and high end of the mean's percentile interval, [...]; pairs are drawn anew.
 
-    NaN everywhere for a single pair, which says nothing about the spread.
+    NaN everywhere for a single pair, which says nothing about the spread. Cells are gone through in parts, so
+    that hundreds of thousands of them need little memory; all see the same draws.
     """
-    n = len(values)
-    if n < 2:
-        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
-    # How often each draw takes each pair, so that a draw's mean is a product and not a copy.
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+    cells = values.reshape(len(values), -1)
+    ends = np.full((2, cells.shape[1]), np.nan)
+    if len(values) > 1:
+        counts = pair_counts(len(values), draws, seed)
+        tail = (1 - level) / 2
+        for part in parts(cells.shape[1], draws):
+            means = resampled_means(cells[:, part], counts)
+            some = ~np.isnan(means).all(axis=0)
+            ends[:, part][:, some] = _ends(means[:, some], tail)
+    return ends[0].reshape(values.shape[1:]), ends[1].reshape(values.shape[1:])
+
+
+def pair_counts(n: int, draws: int, seed: int) -> np.ndarray:
+    """[draw, pair], how often each draw takes each of n pairs: a draw's mean is a product and not a copy."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+
+
+def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[pair, cell], [draw, pair] -> [draw, cell], the mean of each draw over what is not NaN."""
     present = ~np.isnan(values)
-    means = divide(counts @ np.where(present, values, 0), counts @ present)  # [draw, cell]
-    tail = (1 - level) / 2
-    ends = np.full((2, *values.shape[1:]), np.nan)
-    some = present.any(axis=0)
-    ends[:, some] = np.nanquantile(means[:, some], [tail, 1 - tail], axis=0)
-    return ends[0], ends[1]
+    if present.all():
+        return counts @ values / len(values)
+    return divide(counts @ np.where(present, values, 0), counts @ present)
+
+
+def parts(cells: int, draws: int) -> Iterator[slice]:
+    """Slices of the cells, so many at a time that [draw, cell] stays small."""
+    size = max(1, _CHUNK_BYTES // (8 * draws))
+    return (slice(start, start + size) for start in range(0, cells, size))
+
+
+def _ends(means: np.ndarray, tail: float) -> np.ndarray:
+    """The quantiles of each cell; a draw may have none of the pairs that a cell has."""
+    quantile = np.nanquantile if np.isnan(means).any() else np.quantile
+    return quantile(means, [tail, 1 - tail], axis=0)
 
 
 def divide(total: np.ndarray, n: np.ndarray) -> np.ndarray:

@@ -55,14 +55,20 @@ def averages(effects: Effects, metric: str, by: Iterable[str], sites: Sequence[s
     Raises:
         DeltapatchError: `by` names something else, or `index` of a site without one.
     """
+    by = check_groups(by)
+    parts = [_site_averages(effects, metric, by, site) for site in sites or effects.sites]
+    return Table({name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, metric)
+
+
+def check_groups(by: Iterable[str]) -> tuple[str, ...]:
+    """`by` as a tuple; DeltapatchError where it names what is not in BY, or both position and class."""
     by = tuple(by)
     for name in by:
         if name not in BY:
             raise DeltapatchError(f"cannot group by {name!r}: choose from {', '.join(BY)}")
     if {"position", "class"} <= set(by):
         raise DeltapatchError("group by position or by class, not by both")
-    parts = [_site_averages(effects, metric, by, site) for site in sites or effects.sites]
-    return Table({name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, metric)
+    return by
 
 
 def component(site: str, layer: int, index: int) -> str:
@@ -71,7 +77,14 @@ def component(site: str, layer: int, index: int) -> str:
     return f"L{layer}.{letter}{index}" if letter else f"L{layer}"
 
 
-def _site_averages(effects: Effects, metric: str, by: tuple[str, ...], site: str) -> dict[str, np.ndarray]:
+def grouped(
+    effects: Effects, metric: str, by: tuple[str, ...], site: str
+) -> tuple[np.ndarray, list[str], dict[str, np.ndarray]]:
+    """The values [pair, group axes...] of a site, averaged within each pair over what is not in `by`.
+
+    Returns:
+        the values, the names of their axes after the first, and the coordinates on each of these and of pair.
+    """
     values = effects.values(metric, site)
     swept = effects.site(site)
     positions: list[int | str] = list(swept.positions)
@@ -91,15 +104,30 @@ def _site_averages(effects: Effects, metric: str, by: tuple[str, ...], site: str
         "position": np.array(positions, dtype=object if labelled else np.int64),
         "index": np.arange(values.shape[-1]),
     }
+    return values, [axis for axis in AXES[1:] if axis in kept], coordinates
+
+
+def as_columns(
+    numbers: dict[str, np.ndarray],
+    axes: list[str],
+    coordinates: dict[str, np.ndarray],
+    by: Sequence[str],
+    site: str,
+) -> dict[str, np.ndarray]:
+    """Columns site, the names in `by` and the numbers, a row for each cell in which the first number is."""
+    where = np.nonzero(np.atleast_1d(~np.isnan(next(iter(numbers.values())))))
+    found = {axis: coordinates[axis][where[i]] for i, axis in enumerate(axes)}
+    columns = {"site": np.full(len(where[0]), site, dtype=object)}
+    for name in by:
+        columns[name] = found["position" if name == "class" else name]
+    return columns | {name: np.atleast_1d(array)[where] for name, array in numbers.items()}
+
+
+def _site_averages(effects: Effects, metric: str, by: tuple[str, ...], site: str) -> dict[str, np.ndarray]:
+    values, axes, coordinates = grouped(effects, metric, by, site)
     if "pair" in by:
-        numbers = {metric: values}
+        numbers, axes = {metric: values}, ["pair", *axes]
     else:
         mean, stderr, n = mean_over_pairs(values)
         numbers = {metric: mean, "stderr": stderr, "pairs": n}
-    where = np.nonzero(np.atleast_1d(~np.isnan(numbers[metric])))
-    axes = [axis for axis in AXES if axis in kept]
-    found = {axis: coordinates[axis][where[i]] for i, axis in enumerate(axes)}
-    columns = {"site": np.full(len(where[0]), swept.site, dtype=object)}
-    for name, axis in zip(by, kept, strict=True):
-        columns[name] = found[axis]
-    return columns | {name: np.atleast_1d(array)[where] for name, array in numbers.items()}
+    return as_columns(numbers, axes, coordinates, by, effects.site(site).site)

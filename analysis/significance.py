@@ -1,0 +1,91 @@
+"""Which effects are no accident of the pairs: sign-flip permutation tests and a false-discovery cut."""
+
+import numpy as np
+
+from deltapatch.analysis.statistics import divide, parts
+from deltapatch.errors import DeltapatchError
+
+_EXACT = 12  # up to that many pairs, all patterns of signs are gone through
+_BINS = 1 << 16  # of the pooled null
+
+
+def sign_flip_test(
+    values: np.ndarray, draws: int = 10_000, seed: int = 0, pooled: bool = False
+) -> np.ndarray:
+    """Two-sided p-values that the mean over pairs is zero, [pair, ...] -> [...].
+
+    If patching does nothing on average, an effect is as likely as its negative: the signs of the pairs are
+    flipped, and p is the share of sign patterns whose mean is at least as large. NaN is left out; a cell
+    without values has no p; where all effects are exactly zero p is 1.
+
+    Up to 12 pairs, all patterns are gone through and p is exact. Beyond, `draws` random ones are, the
+    observed one counted among them, so that p is at least 1 / (draws + 1). Over very many cells that is too
+    coarse for a false-discovery cut that keeps few of them: then `pooled` compares each cell with the sign
+    patterns of all cells, each in units of its own root of summed squares, which a flip does not change.
+    That takes the cells' null distributions to be alike, as they are for a dozen pairs and more unless a few
+    pairs hold most of an effect. The pooled p is rounded up, by at most 1 / 65,536 of the scale.
+    """
+    if draws < 1:
+        raise DeltapatchError(f"a permutation test needs at least one draw, not {draws}")
+    n = len(values)
+    cells = np.where(np.isnan(values), 0.0, values).reshape(n, -1)
+    observed = _statistic(cells)
+    exact = n <= _EXACT
+    signs = _all_signs(n) if exact else np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, n))
+    if pooled:
+        p = _pooled(cells, observed, signs, n)
+    else:
+        p = np.empty(cells.shape[1])
+        for part in parts(cells.shape[1], len(signs)):
+            null = np.abs(signs @ cells[:, part])
+            # Sums in another order differ in their last bits; what is equal has to count.
+            least = np.abs(cells[:, part].sum(axis=0)) * (1 - 1e-12)
+            count = (null >= least).sum(axis=0)
+            p[part] = count / len(signs) if exact else (count + 1) / (len(signs) + 1)
+    p[(cells == 0).all(axis=0)] = 1.0
+    p[np.isnan(values.reshape(n, -1)).all(axis=0)] = np.nan
+    return p.reshape(values.shape[1:])
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """p-values -> adjusted ones (q), of the same shape: q <= r are the discoveries of which a share r may be
+    false. NaN stays and does not count.
+    """
+    flat = p.ravel()
+    q = np.full(flat.shape, np.nan)
+    known = np.flatnonzero(~np.isnan(flat))
+    order = known[np.argsort(flat[known], kind="stable")]
+    ranked = flat[order] * len(order) / np.arange(1, len(order) + 1)
+    # The least of what follows, so that q never falls as p rises.
+    q[order] = np.minimum(np.minimum.accumulate(ranked[::-1])[::-1], 1.0)
+    return q.reshape(p.shape)
+
+
+def _statistic(cells: np.ndarray) -> np.ndarray:
+    """|sum| in units of the root of the sum of squares, [cell]: from 0 to the root of the number of pairs."""
+    return divide(np.abs(cells.sum(axis=0)), np.sqrt((cells**2).sum(axis=0)))
+
+
+def _all_signs(n: int) -> np.ndarray:
+    """Every pattern of n signs, but for the sign of all: the first is fixed, since tests are two-sided."""
+    bits = (np.arange(1 << max(0, n - 1))[:, None] >> np.arange(n)) & 1  # the last column is all zeros
+    return 1.0 - 2.0 * bits
+
+
+def _pooled(cells: np.ndarray, observed: np.ndarray, signs: np.ndarray, n: int) -> np.ndarray:
+    """Each cell's p against the sign patterns of all cells."""
+    scale = np.sqrt((cells**2).sum(axis=0))
+    counts = np.zeros(_BINS, dtype=np.int64)
+    for part in parts(cells.shape[1], len(signs)):
+        some = scale[part] > 0
+        null = np.abs(signs @ (cells[:, part][:, some] / scale[part][some]))
+        counts += np.bincount(_bin(null, n).ravel(), minlength=_BINS)
+    above = np.cumsum(counts[::-1])[::-1]  # [bin], how many lie in it or beyond
+    found = np.ones(cells.shape[1])
+    some = scale > 0
+    found[some] = (above[_bin(observed[some], n)] + 1) / (counts.sum() + 1)
+    return found
+
+
+def _bin(statistic: np.ndarray, n: int) -> np.ndarray:
+    return np.minimum(statistic * (_BINS / np.sqrt(n)), _BINS - 1).astype(np.int64)
