@@ -1,12 +1,14 @@
 """Position classes: what the positions of different prompts have in common.
 
 A pair with labels divides its prompt as in Stolfo et al. 2023: `early` before the first operand, the labelled
-positions themselves, `middle` between operands, `late` after the last operand, `last`. Without labels a
-position is only its number.
+positions themselves, `middle` between operands, `late` after the last operand, `last`. A piece of several
+tokens, from name_first to name, is one class, but for entities and subjects: of those the first token and
+what is in the middle are classes of their own. Without labels a position is only its number.
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,18 +18,23 @@ from deltapatch.engine.pairs import EncodedPair
 # The order on an axis; other labels come where they stand in the prompts.
 _ORDER = ("early", "op1", "middle", "operator", "op2", "between", "op3", "late", "last")
 _OPERAND = re.compile(r"op\d+")
+_DIVIDED = re.compile(r"entity|subject")  # pieces of which the paper tells first, middle and last apart
+_PAPER = re.compile(r"(op\d+|entity|subject)(_first)?")
 
 
 def position_class(pair: EncodedPair, place: int) -> str:
     """The class of one position (from 0) of a pair."""
     last = len(pair.clean) - 1
-    named = {where: name for name, where in pair.labels.items() if name != "last"}
-    if place in named:
-        return named[place]
+    pieces = _pieces(pair)
+    for name, (first, end) in pieces.items():
+        if first <= place <= end:
+            if not _DIVIDED.fullmatch(name) or place == end:
+                return name
+            return f"{name}_first" if place == first else f"{name}_middle"
     if place == last:
         return "last"
-    operands = sorted(where for name, where in pair.labels.items() if _OPERAND.fullmatch(name))
-    anchors = operands or sorted(named)
+    operands = sorted(end for name, (_, end) in pieces.items() if _OPERAND.fullmatch(name))
+    anchors = operands or sorted(end for _, end in pieces.values())
     if not anchors or place < anchors[0]:
         return "early"
     if place > anchors[-1]:
@@ -35,19 +42,38 @@ def position_class(pair: EncodedPair, place: int) -> str:
     return "between" if len(operands) > 2 and place > anchors[1] else "middle"
 
 
+def paper_labels(pair: EncodedPair) -> EncodedPair:
+    """The pair with the labels that the paper's classes are made of, operands, entity or subject, if any."""
+    kept = {name: where for name, where in pair.labels.items() if _PAPER.fullmatch(name)}
+    return replace(pair, labels=kept) if kept else pair
+
+
+def _pieces(pair: EncodedPair) -> dict[str, tuple[int, int]]:
+    """Name -> first and last position of each labelled piece; smaller ones come first."""
+    found = {}
+    for name, where in pair.labels.items():
+        base = name.removesuffix("_first")
+        if name != "last" and (base == name or base not in pair.labels):
+            found[name] = (pair.labels.get(f"{name}_first", where), where)
+    return dict(sorted(found.items(), key=lambda item: item[1][1] - item[1][0]))
+
+
 def has_classes(effects: Effects) -> bool:
     """Whether every pair says with labels what its positions are."""
     return all(set(pair.labels) - {"last"} for pair in effects.pairs)
 
 
-def class_table(effects: Effects, site: str | None = None) -> tuple[list[str], list[list[str | None]]]:
+def class_table(
+    effects: Effects, site: str | None = None, paper: bool = False
+) -> tuple[list[str], list[list[str | None]]]:
     """The classes in order, and the class of each position of each pair, [pair][position].
 
-    None where a pair has no such position.
+    None where a pair has no such position. With `paper` only the classes of the paper are told apart.
     """
     positions = effects.positions(site)
     table: list[list[str | None]] = []
-    for pair in effects.pairs:
+    for given in effects.pairs:
+        pair = paper_labels(given) if paper else given
         places = [pair.resolve(position) for position in positions]
         table.append([None if place is None else position_class(pair, place) for place in places])
     return _in_order(effects, table, positions), table
