@@ -1,0 +1,147 @@
+"""From a ranking to a mechanism: joint patches of its top k for growing k, and of random sets beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltapatch.analysis.statistics import bootstrap, mean_over, mean_over_pairs
+from deltapatch.analysis.tables import Table
+from deltapatch.engine.effects import Effects
+from deltapatch.engine.interventions import Intervention, Patch
+from deltapatch.engine.sites import SITES
+from deltapatch.errors import DeltapatchError
+
+_RANKING = -1  # the set number of the ranking's own sets; random ones count from 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Joint interventions for `deltapatch.run`, in either direction, and what each of them is.
+
+    Attributes:
+        interventions: to be run.
+        pair, size, group: [intervention], its pair, how many patches it joins, and -1 for the ranking's top
+            or the number of the random order that it is the beginning of.
+        sizes: the sizes, ascending.
+    """
+
+    interventions: list[Intervention]
+    pair: np.ndarray
+    size: np.ndarray
+    group: np.ndarray
+    sizes: list[int]
+
+    def by_pair(self, values: np.ndarray, group: int = _RANKING) -> np.ndarray:
+        """What `run` found, [intervention], as [pair, size] of the ranking or of one random order."""
+        order = np.flatnonzero(self.group == group)
+        order = order[np.lexsort((self.size[order], self.pair[order]))]
+        return np.asarray(values)[order].reshape(-1, len(self.sizes))
+
+    def curve(self, values: np.ndarray, metric: str, level: float = 0.95, seed: int = 0) -> Table:
+        """Means over pairs by size, of the ranking and of the random sets, with bootstrap intervals.
+
+        Returns:
+            columns size, the metric, low, high, random, random_low, random_high (of the pairs' means over
+            the random sets) and pairs; the random columns are NaN without random sets.
+        """
+        own = self.by_pair(values)
+        random = np.full((1, *own.shape), np.nan)
+        if self.group.max() >= 0:
+            random = np.stack([self.by_pair(values, g) for g in range(int(self.group.max()) + 1)])
+        columns: dict[str, np.ndarray] = {"size": np.array(self.sizes)}
+        for name, found in ((metric, own), ("random", mean_over(random, (0,)))):
+            before = "" if name == metric else "random_"
+            mean, _, n = mean_over_pairs(found)
+            low, high = bootstrap(found, level, seed=seed)
+            columns |= {name: mean, f"{before}low": low, f"{before}high": high}
+            if name == metric:
+                pairs = n
+        return Table(columns | {"pairs": pairs}, metric)
+
+
+def ranking(
+    effects: Effects, metric: str, site: str, position: int | str = "last", magnitude: bool = False
+) -> list[Patch]:
+    """The patches of a site at one position, by mean effect over pairs, the largest first.
+
+    Args:
+        position: as it was swept; the last one by default.
+        magnitude: rank by magnitude, so that harmful ones come early too.
+
+    Raises:
+        DeltapatchError: the position was not swept.
+    """
+    swept = effects.positions(site)
+    places = [i for i, p in enumerate(swept) if p == position or {p, position} == {-1, "last"}]
+    if not places:
+        raise DeltapatchError(
+            f"position {position!r} of {site} was not swept: there are {', '.join(map(str, swept))}"
+        )
+    mean = mean_over_pairs(effects.values(metric, site)[:, :, places[0]])[0]  # [layer] or [layer, index]
+    layers, name = effects.layers_of(site), effects.site(site).site
+    keys = np.abs(mean) if magnitude else mean
+    order = np.argsort(-np.where(np.isnan(keys), -np.inf, keys).ravel(), kind="stable")
+    order = order[~np.isnan(mean.ravel()[order])]
+    where = np.unravel_index(order, mean.shape)
+    indices = where[1].tolist() if SITES[name].index != "none" else [None] * len(order)
+    return [
+        Patch(name, int(layers[row]), position, index)
+        for row, index in zip(where[0].tolist(), indices, strict=True)
+    ]
+
+
+def sizes_up_to(n: int) -> list[int]:
+    """1, 2, 4, ... and n itself."""
+    return sorted({1 << i for i in range(n.bit_length()) if 1 << i <= n} | {n})
+
+
+def plan(
+    ranked: Sequence[Patch],
+    n_pairs: int,
+    sizes: Sequence[int] | None = None,
+    random_sets: int = 3,
+    pool: Sequence[Patch] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """The joint interventions of a faithfulness curve.
+
+    Run with direction "denoise" they say how much of the clean answer the top k bring back alone, with
+    "noise" how much of it is lost without them.
+
+    Args:
+        ranked: patches, the most important first.
+        sizes: how many of them are joined; 1, 2, 4, ... and all by default.
+        random_sets: how many random orders there are; each is cut at the same sizes.
+        pool: what random sets are drawn from, `ranked` by default.
+
+    Raises:
+        DeltapatchError: nothing ranked, no pairs, or sizes that cannot be had.
+    """
+    pool = list(ranked if pool is None else pool)
+    if not ranked or n_pairs < 1:
+        raise DeltapatchError("a faithfulness curve needs ranked patches and at least one pair")
+    chosen = sorted(set(sizes_up_to(len(ranked)) if sizes is None else sizes))
+    most = min(len(ranked), len(pool) if random_sets else len(ranked))
+    if not chosen or chosen[0] < 1 or chosen[-1] > most:
+        raise DeltapatchError(f"sizes go from 1 to {most}, the number of patches, not {list(sizes or ())}")
+    rng = np.random.default_rng(seed)
+    orders = {_RANKING: list(ranked)}
+    for group in range(random_sets):
+        orders[group] = [pool[i] for i in rng.permutation(len(pool))[: chosen[-1]].tolist()]
+    rows = [
+        (pair, size, group, order[:size])
+        for group, order in orders.items()
+        for size in chosen
+        for pair in range(n_pairs)
+    ]
+    about = np.array([row[:3] for row in rows])
+    interventions = [Intervention(pair, patches) for pair, _, _, patches in rows]
+    return Plan(interventions, about[:, 0], about[:, 1], about[:, 2], chosen)
+
+
+def needed(curve: Table, share: float = 0.8) -> int | None:
+    """The smallest size whose mean is at least a share of that of the largest; None where none has it."""
+    values = curve.columns[curve.metric]
+    reached = np.flatnonzero(values / values[-1] >= share) if values[-1] else np.array([], dtype=int)
+    return int(curve.columns["size"][reached[0]]) if len(reached) else None
