@@ -95,11 +95,7 @@ def _retrieval(task: str, known: NumberRange, samples: int, seed: int) -> Iterat
 def _three_operands(known: NumberRange, samples: int, seed: int) -> Iterator[Kind]:
     for shape in SHAPES:
         rng = random.Random(f"{seed} {shape.name}")
-        asked = {}
-        for _ in range(samples):
-            drawn = three_operands.draw_expression(rng, shape, known)
-            if drawn is not None:
-                asked[drawn[1]] = drawn
+        asked = {drawn[1]: drawn for drawn in three_operands.expressions(rng, shape, known, samples)}
         for template in (0, 1):
             seen, held = [], []
             for x, y, z in asked:

@@ -17,8 +17,6 @@ from deltapatch.tasks.questions import Question, fill
 
 WORDINGS = ("Q: What is {}? A:", "{} =")  # in words, in symbols
 OUT_OF_RANGE = "the expression has no whole result in range for the numbers drawn"
-NO_PARTNER = "no expression with the same result had been drawn yet"
-_TRIES = 2000  # operands that are drawn until an expression has a usable value
 
 Asked = tuple[Shape, tuple[int, int, int], int]  # the operands, and the result
 
@@ -99,22 +97,26 @@ def ask(asked: Asked, template: int, known: NumberRange) -> Question:
     return Question(text, known.write(result), dict(sorted(spans.items(), key=lambda item: item[1])))
 
 
-def draw_expression(rng: random.Random, shape: Shape, known: NumberRange) -> Asked | None:
-    """Operands with a usable result, each size of number about as often as the shape allows; or None."""
-    for _ in range(_TRIES):
+def expressions(rng: random.Random, shape: Shape, known: NumberRange, most: int = 500) -> list[Asked]:
+    """Different expressions of a shape with usable results; fewer than `most` where they are hard to find."""
+    found: dict[tuple[int, int, int], Asked] = {}
+    for _ in range(10 * most):
         # Small numbers are drawn more often, because products of large ones are out of range.
-        x, y, z = (rng.randint(1, max(1, round(known.operands ** rng.uniform(0.3, 1.0)))) for _ in range(3))
+        x, y, z = (rng.randint(1, max(1, round(known.operands ** rng.uniform(0.1, 1.0)))) for _ in range(3))
         value = usable(shape, (x, y, z), known)
         if value is not None:
-            return shape, (x, y, z), value
-    return None
+            found[x, y, z] = shape, (x, y, z), value
+            if len(found) == most:
+                break
+    return list(found.values())
 
 
 def usable(shape: Shape, operands: tuple[int, int, int], known: NumberRange) -> int | None:
     """The result, where it can be an answer and no operand is one that changes nothing."""
     x, y, z = operands
-    beside = [n for n, o in ((x, shape.first), (y, shape.first), (y, shape.second), (z, shape.second))
-              if o in "*/"]  # fmt: skip
+    inner, outer = ((y, z), x) if shape.right else ((x, y), z)
+    outer_symbol = shape.first if shape.right else shape.second
+    beside = (inner if shape.inner in "*/" else ()) + ((outer,) if outer_symbol in "*/" else ())
     value = shape.value(x, y, z)
     if value is None or 1 in beside or not known.allows(value):
         return None
@@ -137,13 +139,16 @@ class _Drawing:
     ) -> None:
         self.rng, self.shape, self.template, self.shots, self.differ = rng, shape, template, shots, differ
         self.known, self.pairing, self.numbers = known, pairing, numbers
+        self.table = expressions(rng, shape, known)
         self.by_result: dict[int, list[Asked]] = {}
+        for asked in self.table:
+            self.by_result.setdefault(asked[2], []).append(asked)
         alike = [s for s in SHAPES if s.right == shape.right and s != shape]
         self.near = [s for s in alike if s.first == shape.first or s.second == shape.second]
 
     def attempt(self) -> PromptPair | str:
         """One pair, or why not."""
-        drawn = self._drawn()
+        drawn = self._drawn() if len(self.table) > self.shots + 1 else OUT_OF_RANGE
         if isinstance(drawn, str):
             return drawn
         clean, corrupted = drawn
@@ -166,29 +171,18 @@ class _Drawing:
         return self.pairing.pair(questions[0], questions[1], meta, shown)
 
     def _drawn(self) -> tuple[Asked, Asked] | str:
-        clean = draw_expression(self.rng, self.shape, self.known)
-        if clean is None:
-            return OUT_OF_RANGE
+        clean = self.rng.choice(self.table)
         if self.differ == "operator":
             other = self.rng.choice(self.near)
             value = usable(other, clean[1], self.known)
             if value is None:
                 return OUT_OF_RANGE
             return SAME_RESULT if value == clean[2] else (clean, (other, clean[1], value))
-        if self.differ == "same_result":
-            # What was drawn is kept, until two expressions have one value.
-            earlier = self.by_result.setdefault(clean[2], [])
-            corrupted = self.rng.choice(earlier) if earlier else None
-            earlier.append(clean)
-            if corrupted is None:
-                return NO_PARTNER
-        else:
-            corrupted = draw_expression(self.rng, self.shape, self.known)
-            if corrupted is None:
-                return OUT_OF_RANGE
-        if corrupted[1] == clean[1]:
+        same = self.differ == "same_result"
+        corrupted = self.rng.choice(self.by_result[clean[2]] if same else self.table)
+        if corrupted == clean:
             return SAME_QUESTION
-        if self.differ != "same_result" and corrupted[2] == clean[2]:
+        if not same and corrupted[2] == clean[2]:
             return SAME_RESULT
         return clean, corrupted
 
@@ -196,20 +190,16 @@ class _Drawing:
         """Solved expressions of each prompt's shape, on the same operands; None where none are found."""
         shown, other = ["", ""], drawn[1][0]
         seen = {asked[1] for asked in drawn}
-        for _ in range(self.shots):
-            for _ in range(_TRIES):
-                first = draw_expression(self.rng, self.shape, self.known)
-                if first is None:
-                    return None
-                value = usable(other, first[1], self.known)
-                if first[1] not in seen and value is not None:
-                    break
-            else:
-                return None
-            seen.add(first[1])
-            for i, asked in enumerate((first, (other, first[1], value))):
-                shown[i] += ask(asked, self.template, self.known).solved
-        return shown[0], shown[1]
+        wanted = len(seen) + self.shots
+        for first in self.rng.sample(self.table, min(len(self.table), 50 + self.shots)):
+            if len(seen) == wanted:
+                break
+            value = usable(other, first[1], self.known)
+            if first[1] not in seen and value is not None:
+                seen.add(first[1])
+                for i, asked in enumerate((first, (other, first[1], value))):
+                    shown[i] += ask(asked, self.template, self.known).solved
+        return (shown[0], shown[1]) if len(seen) == wanted else None
 
 
 def _shapes(names: Sequence[str] | None) -> list[Shape]:

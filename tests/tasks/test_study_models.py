@@ -60,11 +60,11 @@ def test_prompts_are_the_questions(script: ModuleType, kinds: list[Any], tokeniz
     for kind in kinds:
         questions = kind.seen[:7]
         pool = script.Pool(tokenizer, questions)
-        ids, wanted = pool.prompt(np.array([3, 0]), bos)
-        text = questions[3].solved + questions[0].solved
+        ids, wanted = pool.prompt(np.array([len(questions) - 1, 0]), bos)
+        text = questions[-1].solved + questions[0].solved
         assert ids.tolist() == tokenizer(text)["input_ids"]
         answers = tokenizer.decode(ids[wanted].tolist())
-        assert answers == f" {questions[3].answer}\n {questions[0].answer}\n"
+        assert answers == f" {questions[-1].answer}\n {questions[0].answer}\n"
     # No word falls back to its bytes.
     assert max(len(ids) / len(q.text.split()) for kind in kinds for q in kind.seen[:20]
                for ids in [tokenizer(q.text)["input_ids"]]) < 4  # fmt: skip
