@@ -16,6 +16,12 @@ Tasks:
   factual         a relation's object; --data LAMA or FACTS.jsonl, --relations
   word-problems   from your own file; --data PROBLEMS.jsonl, --wording, --max-number
 \b
+Lines of PROBLEMS.jsonl, each of one of these kinds:
+  {"template": "Tom has {a} pens and buys {b} more. How many?", "answer": "a + b", "numbers": {"a": [2, 20]}}
+  {"question": "Tom has 3 pens and buys 4 more. How many?", "answer": 7, "equation": "3 + 4"}
+  {"question": "Tom has three pens and buys four more. How many?", "answer": 7}
+  {"clean": "...", "corrupted": "...", "clean_answer": "7", "corrupted_answer": "9"}
+\b
 Examples:
   deltapatch pairs --task arithmetic --model builtin:gpt-neox-arithmetic --shots 0 --out pairs.jsonl
   deltapatch pairs --task arithmetic --model EleutherAI/gpt-j-6b --per-template 50 --seed 1 --out pairs.jsonl
