@@ -51,7 +51,20 @@ def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
         for name, weight in model.named_parameters():
             weight.copy_(_draw(name, weight.shape, shape, generator))
     model.save_pretrained(folder)
+    _tokenizer(shape.vocab).save_pretrained(folder)
     return folder
+
+
+def _tokenizer(vocab: int) -> Any:
+    """Tokens are numbers between spaces: peers that insist on a tokenizer find one."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({str(i): i for i in range(vocab)}, unk_token="0"))
+    words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
 
 
 def _build(shape: Shape) -> Any:
