@@ -42,9 +42,7 @@ class Cells:
         return len(self.pair)
 
     def __getitem__(self, which: np.ndarray | slice) -> "Cells":
-        return Cells(
-            self.site, self.pair[which], self.layer[which], self.position[which], self.index[which]
-        )
+        return Cells(self.site, self.pair[which], self.layer[which], self.position[which], self.index[which])
 
     @property
     def patches(self) -> int:
@@ -100,8 +98,8 @@ class Cells:
             grid = None
             if "layers" in file:
                 grid = Grid(tuple(file["layers"].tolist()), tuple(file["positions"].tolist()))
-            arrays = (file[name] for name in ("pair", "layer", "position", "index"))
-            return Cells(str(file["site"]), *arrays, grid=grid)
+            pair, layer, position, index = (file[name] for name in ("pair", "layer", "position", "index"))
+            return Cells(str(file["site"]), pair, layer, position, index, grid)
 
 
 def grid_cells(

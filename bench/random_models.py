@@ -63,7 +63,7 @@ def _tokenizer(vocab: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({str(i): i for i in range(vocab)}, unk_token="0"))
-    words.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
 
 
@@ -126,7 +126,9 @@ def _draw(name: str, size: Any, shape: Shape, generator: Any) -> Any:
     return noise / math.sqrt(size[1]) * (math.sqrt(2 / shape.layers) if writes else 1)
 
 
-def make_pairs(model: Model, n: int, length: int, seed: int = 0) -> list[tuple[list[int], list[int], int, int]]:
+def make_pairs(
+    model: Model, n: int, length: int, seed: int = 0
+) -> list[tuple[list[int], list[int], int, int]]:
     """Prompt pairs of random tokens that differ in every third, with the answers that the model gives.
 
     Raises:

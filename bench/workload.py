@@ -44,7 +44,7 @@ class Workload:
     def pairs(self) -> list[PromptPair]:
         """The pairs as `deltapatch.sweep` takes them."""
         return [
-            PromptPair(a, b, *answers)
+            PromptPair(a, b, answers[0], answers[1])
             for a, b, answers in zip(self.clean, self.corrupted, self.answers, strict=True)
         ]
 

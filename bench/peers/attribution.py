@@ -1,4 +1,4 @@
-"""Attribution patching: gradient times difference, an approximation of every effect from one backward pass."""
+"""Attribution patching: gradient times difference, which estimates every effect from one backward pass."""
 
 from typing import Any
 

@@ -67,7 +67,7 @@ class Hooks(Peer):
         return change.float().cpu().numpy().astype(np.float64)
 
     def columns(self, h: Tensor, answers: Tensor) -> Tensor:
-        """What the metric needs, [row, column]: log-probabilities of both answers, or two logits' difference."""
+        """What the metric needs, [row, column]: both answers' log-probabilities, or their logits' difference."""
         if self.work.metric == "logit_diff":
             two = (h[:, None] * self.head.weight[answers]).sum(-1)  # [row, 2]
             if self.head.bias is not None:
@@ -76,7 +76,7 @@ class Hooks(Peer):
         return self.head(h).float().log_softmax(-1).gather(1, answers)
 
     def swap(self, cells: Cells, first: int = 0) -> Callable[[int, Tensor], None]:
-        """Writes the clean run's values into the rows patched in a layer, whose positions start at `first`."""
+        """Writes the clean run's values into the rows patched in a layer; positions start at `first`."""
 
         def write(layer: int, x: Tensor) -> None:
             row, patch = np.nonzero(cells.layer == layer)

@@ -1,4 +1,4 @@
-"""The best that hooks can do: in batches, from the patched layer and position on, over cached keys and values."""
+"""The best that hooks can do: batches from the patched layer and position on, over cached keys and values."""
 
 from typing import Any
 
@@ -19,7 +19,9 @@ class Prefix(DynamicCache):
         super().__init__()
         self.kept, self.length = kept, length
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **more: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **more: Any
+    ) -> Any:
         """Keys and values of all positions, the last ones as given."""
         k, v = self.kept[layer_idx]
         return torch.cat([k, key_states], dim=2), torch.cat([v, value_states], dim=2)
@@ -35,7 +37,7 @@ class HooksPrefix(HooksLayer):
     name = "hooks-prefix"
     what = "hooks, in batches, from the patched layer and position on"
 
-    keys: list[tuple[Tensor, Tensor]]  # [layer], keys and values [pair, head, T, d_head] of the corrupted runs
+    keys: list[tuple[Tensor, Tensor]]  # [layer], [pair, head, T, d_head] of the corrupted runs
 
     @torch.no_grad()
     def start(self, site: str) -> None:

@@ -1,6 +1,6 @@
 """nnsight: many interventions in one trace, an invoke for each."""
 
-import nnsight  # type: ignore[import-not-found]
+import nnsight
 import numpy as np
 import torch
 

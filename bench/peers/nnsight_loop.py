@@ -41,7 +41,7 @@ class NNsightLoop(Hooks):
         return self.of_logits(logits, pair)
 
     def patch(self, cells: Cells, row: int) -> None:
-        """Within a trace or an invoke of one prompt: write a cell's values, layer by layer as nnsight asks."""
+        """Within a trace or an invoke of one prompt: write a cell's values, in the order of layers."""
         pair = int(cells.pair[row])
         for patch in np.argsort(cells.layer[row], kind="stable"):
             layer, position, index = (int(a[row, patch]) for a in (cells.layer, cells.position, cells.index))

@@ -20,8 +20,8 @@ class Paper(Hooks):
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """Whole vectors one by one."""
         order = np.lexsort((cells.index[:, 0], cells.position[:, 0], cells.pair, cells.layer[:, 0]))
-        keys = np.cumsum(np.r_[False, (np.diff(cells.layer[order, 0]) != 0) | (np.diff(cells.pair[order]) != 0)])
-        return chunks(order, keys, 200 if cells.site == "mlp_post" else 1)
+        groups = cells.layer[order, 0] * (cells.pair.max() + 1) + cells.pair[order]
+        return chunks(order, groups, 200 if cells.site == "mlp_post" else 1)
 
     @torch.no_grad()
     def measure(self, cells: Cells) -> np.ndarray:

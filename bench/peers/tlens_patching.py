@@ -36,9 +36,7 @@ class TLensPatching(Peer):
         from transformer_lens.model_bridge import TransformerBridge
 
         self.work, self.spec = work, spec
-        self.model = TransformerBridge.boot_transformers(
-            work.folder, device=work.device, dtype=torch.float32
-        )
+        self.model = TransformerBridge.boot_transformers(work.folder, device=work.device, dtype=torch.float32)
         self.clean, self.corrupted, self.answers = (
             torch.tensor(ids, device=work.device) for ids in (work.clean, work.corrupted, work.answers)
         )

@@ -25,7 +25,12 @@ NAMES = {
     "llama": Names("model", "layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj"),
 }
 # site -> the module (a field of Names) and whether the site is what goes into it
-PLACES = {"mlp_out": ("down", False), "attn_out": ("out", False), "z": ("out", True), "mlp_post": ("down", True)}
+PLACES = {
+    "mlp_out": ("down", False),
+    "attn_out": ("out", False),
+    "z": ("out", True),
+    "mlp_post": ("down", True),
+}
 
 
 def load(folder: str, device: str, dtype: torch.dtype = torch.float32) -> Any:
