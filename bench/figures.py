@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from deltapatch.analysis.style import COLOURS, METRIC_LABELS, QUIET, figure_style, save
 from deltapatch.bench.cells import SWEEPS
@@ -56,11 +57,15 @@ def rates(result: dict[str, Any]) -> Figure | None:
         middle = np.array([shown[n]["rate"] for n in names])
         ends = np.array([shown[n]["spread"] for n in names]).T
         colours = [COLOURS[0] if n.startswith(PREFIX) else QUIET for n in names]
-        axes.barh(names, middle, color=colours, height=0.7)
-        axes.errorbar(
-            middle, names, xerr=[middle - ends[0], ends[1] - middle], fmt="none", ecolor="black", lw=0.7
-        )
+        axes.hlines(range(len(names)), *ends, color=colours, lw=1.2)
+        axes.scatter(middle, range(len(names)), color=colours, s=22, zorder=2)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.grid(axis="x", color="0.9", lw=0.6)
+        axes.set_axisbelow(True)
         axes.set_xscale("log")
+        axes.set_xlim(*_decades(ends.min(), ends.max()))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(SWEEPS.get(sweep["name"], sweep["name"]))
         axes.set_xlabel("interventions per second")
     return figure
@@ -86,6 +91,12 @@ def growth(result: dict[str, Any]) -> Figure | None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel(AXES[axis])
+        seconds = [s for p in points for c in p["columns"].values() for s in c.get("seconds", ())]
+        if seconds:
+            axes.set_ylim(*_decades(min(seconds), max(seconds)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
     grid[0][0].set_ylabel("seconds for the sweep")
     handles, labels = grid[0][0].get_legend_handles_labels()
     if handles:
@@ -112,10 +123,34 @@ def precision(result: dict[str, Any]) -> Figure | None:
         line = [exact.min(), exact.max()]
         axes.plot(line, line, color=QUIET, lw=0.7, zorder=0)
         axes.scatter(exact, got, s=3, color=COLOURS[0], alpha=0.4, lw=0, rasterized=True)
-        for scale in (axes.set_xscale, axes.set_yscale):
-            scale("asinh", linear_width=width)
-        axes.tick_params(labelsize=6)
+        ticks = _powers(width, max(abs(exact.min()), abs(exact.max())))
+        ticks = [t for t in ticks if 2 * exact.min() <= t <= 2 * exact.max()]
+        names = [f"$10^{{{np.log10(t):.0f}}}$" if t > 0 else _negative(t) for t in ticks]
+        axes.set_xscale("asinh", linear_width=width)
+        axes.set_yscale("asinh", linear_width=width)
+        axes.set_xticks(ticks, names)
+        axes.set_yticks(ticks, names)
+        axes.minorticks_off()
         axes.set_title(f"{name}\nranks {found['rank_correlation']:.4f}")
     figure.supxlabel(f"exact {METRIC_LABELS[result['metric']]}")
     figure.supylabel("as measured")
     return figure
+
+
+def _decades(low: float, high: float) -> tuple[float, float]:
+    """Limits of a log axis that hold both ends with room, and a whole decade at least to have a tick."""
+    low, high = low / 1.4, high * 1.4
+    if np.floor(np.log10(high)) < np.ceil(np.log10(low)):
+        low = 10 ** np.floor(np.log10(low))
+    return float(low), float(high)
+
+
+def _powers(width: float, largest: float) -> list[float]:
+    """Zero and a few powers of ten either way, none so small that it would crowd the zero."""
+    first, last = int(np.ceil(np.log10(width))) + 1, int(np.floor(np.log10(largest)))
+    powers = [10.0**k for k in range(last, first - 1, -max(1, -(-(last - first + 1) // 3)))]
+    return sorted([0.0, *powers, *(-p for p in powers)])
+
+
+def _negative(tick: float) -> str:
+    return f"$-10^{{{np.log10(-tick):.0f}}}$" if tick else "0"

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from deltapatch.bench.agreement import compare as agreement
-from deltapatch.bench.agreement import top_overlap
 from deltapatch.bench.cells import Cells, grid_cells
 from deltapatch.bench.peers.attribution import Attribution
 from deltapatch.bench.peers.base import Peer
@@ -71,14 +70,15 @@ def precision(
         except (DeltapatchError, RuntimeError) as error:  # not on this machine
             found[name] = {"reason": " ".join(str(error).split())[:200]}
             continue
-        overlaps = [
-            top_overlap(work.effect(got[own]), work.effect(exact[own]), 50)
-            for own in np.split(np.arange(len(cells)), len(work.clean))
+        each = [
+            agreement(work, got[own], exact[own]) for own in np.split(np.arange(len(cells)), len(work.clean))
         ]
         found[name] = {
-            **agreement(work, got, exact),
-            "top_mean": float(np.mean(overlaps)),
-            "top_worst": float(np.min(overlaps)),
+            "error": float(np.mean([a["effect_error"] for a in each])),
+            "rank_correlation": float(np.mean([a["rank_correlation"] for a in each])),
+            "top_mean": float(np.mean([a["top_overlap"] for a in each])),
+            "top_worst": float(np.min([a["top_overlap"] for a in each])),
+            "difference": max(a["difference"] for a in each),
             "seconds": seconds,
             "effects": work.effect(got)[shown].tolist(),
         }

@@ -34,6 +34,7 @@ def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
         DeltapatchError: a shape that no model can have.
     """
     import torch
+    from transformers.utils import logging
 
     if shape.architecture not in ARCHITECTURES:
         raise DeltapatchError(
@@ -50,6 +51,7 @@ def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(_draw(name, weight.shape, shape, generator))
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     _tokenizer(shape.vocab).save_pretrained(folder)
     return folder

@@ -24,10 +24,10 @@ def comparison(result: dict[str, Any]) -> str:
 
 _LEFT = ("what it is", "versions", "note")
 NOTES = (
-    "spread: slowest and fastest repeat. x: times the fastest of the others that is exact. first: seconds to\n"
-    "the first result, plain runs included. GB: peak of the process. log P: largest difference from the\n"
-    "float64 oracle. error: of all effects, relative to their norm. ranks: Spearman's. top: share of the 50\n"
-    "strongest found. limit: necessary FLOPs over the measured product rate. ~: measured on a sample, scaled.\n"
+    "spread: slowest and fastest repeat. x: times the fastest of the others that is exact. first: seconds\n"
+    "to the first result, plain runs included. GB: peak of the process. log P: largest difference from the\n"
+    "float64 oracle. error: of all effects, relative to their norm. ranks: Spearman's. top: share of the\n"
+    "50 strongest found. limit: necessary FLOPs over the measured product rate. ~: on a sample, scaled.\n"
 )
 
 
@@ -95,7 +95,7 @@ def precision(result: dict[str, Any]) -> str:
     rows = [
         {
             "method": name,
-            "error": _number(found["effect_error"], ".0e"),
+            "error": _number(found["error"], ".0e"),
             "ranks": _number(found["rank_correlation"], ".5f"),
             "top 50, mean": _number(found["top_mean"], ".2f"),
             "top 50, worst": _number(found["top_worst"], ".2f"),

@@ -67,7 +67,7 @@ class Hooks(Peer):
         return change.float().cpu().numpy().astype(np.float64)
 
     def columns(self, h: Tensor, answers: Tensor) -> Tensor:
-        """What the metric needs, [row, column]: both answers' log-probabilities, or their logits' difference."""
+        """What the metric needs, [row, column]: log-probabilities of the answers, or their logits apart."""
         if self.work.metric == "logit_diff":
             two = (h[:, None] * self.head.weight[answers]).sum(-1)  # [row, 2]
             if self.head.bias is not None:
