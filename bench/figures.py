@@ -45,7 +45,7 @@ def rates(result: dict[str, Any]) -> Figure | None:
     n_columns = min(3, len(sweeps))
     n_rows = -(-len(sweeps) // n_columns)
     most = max(len(s["columns"]) for s in sweeps)
-    size = (3.4 * n_columns, n_rows * (0.6 + 0.17 * most))
+    size = (3.4 * n_columns, n_rows * (0.9 + 0.17 * most))
     figure, grid = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False)
     for axes in grid.flat[len(sweeps) :]:
         axes.set_visible(False)
@@ -66,7 +66,7 @@ def rates(result: dict[str, Any]) -> Figure | None:
         axes.set_xscale("log")
         axes.set_xlim(*_decades(ends.min(), ends.max()))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(SWEEPS.get(sweep["name"], sweep["name"]))
+        axes.set_title(SWEEPS.get(sweep["name"], sweep["name"]).replace(", ", ",\n"))
         axes.set_xlabel("interventions per second")
     return figure
 
@@ -118,7 +118,7 @@ def precision(result: dict[str, Any]) -> Figure | None:
     width = max(float(np.quantile(np.abs(exact), 0.5)), 1e-12)
     for axes in grid.flat[len(methods) :]:
         axes.set_visible(False)
-    for axes, (name, found) in zip(grid.flat, methods.items(), strict=False):
+    for number, (axes, (name, found)) in enumerate(zip(grid.flat, methods.items(), strict=False)):
         got = np.array(found["effects"], dtype=float)
         line = [exact.min(), exact.max()]
         axes.plot(line, line, color=QUIET, lw=0.7, zorder=0)
@@ -131,9 +131,10 @@ def precision(result: dict[str, Any]) -> Figure | None:
         axes.set_xticks(ticks, names)
         axes.set_yticks(ticks, names)
         axes.minorticks_off()
+        axes.tick_params(labelbottom=number + n_columns >= len(methods))
         axes.set_title(f"{name}\nranks {found['rank_correlation']:.4f}")
-    figure.supxlabel(f"exact {METRIC_LABELS[result['metric']]}")
-    figure.supylabel("as measured")
+    figure.supxlabel(f"exact {METRIC_LABELS[result['metric']]}", fontsize=9)
+    figure.supylabel("as measured", fontsize=9)
     return figure
 
 

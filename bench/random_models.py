@@ -80,23 +80,24 @@ def _build(shape: Shape) -> Any:
     )
 
     no_tokens = {"bos_token_id": None, "eos_token_id": None}  # the defaults may be outside the vocabulary
+    width = shape.d_model // shape.heads
+    turning = max(2, width // 8 * 2)  # a quarter of each head, as in GPT-NeoX and GPT-J
     if shape.architecture == "gptj":
-        width = shape.d_model // shape.heads
         return GPTJForCausalLM(
             GPTJConfig(
                 vocab_size=shape.vocab,
                 n_embd=shape.d_model,
                 n_layer=shape.layers,
                 n_head=shape.heads,
-                rotary_dim=max(2, width // 4 * 2),
+                rotary_dim=turning,
                 n_inner=shape.d_mlp,
                 n_positions=shape.context,
                 **no_tokens,
             )
         )
-    config, kind = {
-        "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
+    config, kind, rope = {
+        "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"partial_rotary_factor": turning / width}),
+        "llama": (LlamaConfig, LlamaForCausalLM, {}),
     }[shape.architecture]
     return kind(
         config(
@@ -106,6 +107,7 @@ def _build(shape: Shape) -> Any:
             num_attention_heads=shape.heads,
             intermediate_size=shape.d_mlp,
             max_position_embeddings=shape.context,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, **rope},
             **no_tokens,
         )
     )

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-from deltapatch.bench.side import Side
+from deltapatch.bench.side import Side, in_words
 
 # Nothing is downloaded while it is measured, and nobody draws bars.
 _QUIET = {
@@ -101,7 +101,7 @@ class Local:
         try:
             return _checked(getattr(self.side, do)(**request))
         except Exception as error:
-            raise SideError(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]) from error
+            raise SideError(in_words(error)) from error
 
     def stop(self) -> None:
         """Nothing to end."""

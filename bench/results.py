@@ -13,6 +13,7 @@ A side that disagrees with the oracle has no times and no rates in the file eith
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,17 @@ KINDS = ("compare", "growth", "precision")
 
 def stamp(kind: str, result: dict[str, Any]) -> dict[str, Any]:
     """A result as it is written."""
-    return {"format": FORMAT, "format_version": 1, "kind": kind, **result}
+    found: dict[str, Any] = _plain({"format": FORMAT, "format_version": 1, "kind": kind, **result})
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _plain(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_free(path: Path | None) -> None:

@@ -9,7 +9,7 @@ from deltapatch.bench.isolate import default_cache, isolated_python
 from deltapatch.bench.peers.registry import PEERS, ours
 from deltapatch.bench.random_models import Shape, make_model, make_pairs
 from deltapatch.bench.remote import Absent, Held, Remote
-from deltapatch.bench.workload import Workload, one_length
+from deltapatch.bench.workload import Workload, check_metric, one_length
 from deltapatch.engine.pairs import PromptPair, encode_pairs
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.builtin_models import BUILTIN
@@ -58,6 +58,7 @@ def make_workload(
     Raises:
         DeltapatchError: something about the model, the shape or the pairs is wrong.
     """
+    check_metric(metric)
     if n_pairs < 1 or batch < 1 or threads < 0:
         raise DeltapatchError(f"{n_pairs} pairs in batches of {batch}: both must be at least 1")
     path = make_model(shape, folder, seed) if model == RANDOM else find_folder(model)

@@ -12,6 +12,7 @@ from deltapatch.bench.cells import Cells
 from deltapatch.bench.memory import device_peak_bytes, peak_bytes, reset_peaks
 from deltapatch.bench.peers.base import Peer
 from deltapatch.bench.workload import Workload
+from deltapatch.errors import DeltapatchError
 
 _TRIAL_SECONDS = 0.5  # spent on finding out how long a sweep would take
 
@@ -159,6 +160,12 @@ class Side:
         if self.work.device.startswith("cuda") and torch is not None:
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def in_words(error: Exception) -> str:
+    """An error in a line, with its kind unless it is meant for users as it is."""
+    kind = "" if isinstance(error, DeltapatchError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())}"[:300]
 
 
 def _spread(items: list[np.ndarray], n: int) -> list[np.ndarray]:

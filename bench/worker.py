@@ -20,7 +20,7 @@ def serve(name: str) -> None:
     """Answer requests until stdin ends."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    from deltapatch.bench.side import Side
+    from deltapatch.bench.side import Side, in_words
 
     side = Side(name, BEGAN)
     for line in sys.stdin:
@@ -29,8 +29,7 @@ def serve(name: str) -> None:
             reply = getattr(side, request.pop("do"))(**request)
         except Exception as error:
             traceback.print_exc()
-            reason = " ".join(str(error).split())
-            reply = {"error": f"{type(error).__name__}: {reason}"[:300]}
+            reply = {"error": in_words(error)}
         print(json.dumps(reply), file=replies, flush=True)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deltapatch.engine.metrics import check_metric
+from deltapatch.engine.metrics import METRICS as ENGINE_METRICS
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError
 
@@ -32,8 +32,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         """Check what sides rely on."""
-        if self.metric not in METRICS:
-            raise DeltapatchError(f"unknown metric {self.metric!r}: bench measures {', '.join(METRICS)}")
+        check_metric(self.metric)
 
     @property
     def length(self) -> int:
@@ -50,8 +49,8 @@ class Workload:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is measured of each intervention: `check_metric` says what the metric follows from."""
-        return check_metric(self.metric).needs
+        """What is measured of each intervention: the metric follows from it."""
+        return ENGINE_METRICS[self.metric].needs
 
     def effect(self, values: np.ndarray) -> np.ndarray:
         """The metric, [n], from its columns, [n, column]."""
@@ -68,6 +67,12 @@ class Workload:
     def load(path: Path) -> "Workload":
         """Read what `save` wrote."""
         return Workload(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def check_metric(name: str) -> None:
+    """Raise DeltapatchError for a metric that a comparison cannot be about."""
+    if name not in METRICS:
+        raise DeltapatchError(f"unknown metric {name!r}: bench measures {', '.join(METRICS)}")
 
 
 def one_length(pairs: Sequence[tuple[list[int], list[int], int, int]]) -> tuple[list, list, list]:
