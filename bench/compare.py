@@ -85,6 +85,8 @@ def compare(
             stack.callback(sides[name].stop)
         about = run.greet(sides)
         measured = [run.sweep(name, cells, sides, about) for name, cells in sweeps]
+        for sweep in measured:  # now that the limits were measured in every round
+            run.tell_shares(sweep, about)
     return {
         **environment(),
         "model": {"name": model.name, **asdict(model.spec)},
@@ -193,15 +195,14 @@ class _Run:
                 except SideError as error:
                     columns[side] = {"status": "failed", "reason": str(error)}
                     running.remove(side)
-        flops = cells.necessary_flops(self.judge.model.spec, self.work.length)
         for side in running:
-            columns[side] = self._end(sides[side], about[side], columns[side], len(cells), flops)
+            columns[side] = self._end(sides[side], about[side], columns[side], len(cells))
         return {
             "name": name,
             "site": cells.site,
             "interventions": len(cells),
             "patches": cells.patches,
-            "necessary_flops": flops,
+            "necessary_flops": cells.necessary_flops(self.judge.model.spec, self.work.length),
             "oracle": oracle,
             "columns": columns,
         }
@@ -223,9 +224,7 @@ class _Run:
             return {"status": "failed", "reason": str(error)}
         return {"status": "measured", **column, "seconds": [], "measured_seconds": []}
 
-    def _end(
-        self, side: Held, about: dict[str, Any], column: dict[str, Any], n: int, flops: int
-    ) -> dict[str, Any]:
+    def _end(self, side: Held, about: dict[str, Any], column: dict[str, Any], n: int) -> dict[str, Any]:
         """Judge the effects, and only then say how fast they came."""
         out = self.folder / f"{side.name}-values.npy"
         try:
@@ -235,17 +234,25 @@ class _Run:
         found = self.judge.judge(np.load(self.folder / f"{side.name}-checked.npy"), np.load(out))
         column["agreement"] = found
         wrong = disagreement(found, about["precision"], about["difference_form"]) if about["exact"] else None
+        if column.pop("not_finite"):
+            wrong = "results are not finite"
         if wrong:
             kept = ("cells", "batches", "sampled", "agreement", "peak_bytes", "device_peak_bytes")
             return {"status": "disagrees", "reason": wrong, **{k: column[k] for k in kept}}
         rates = [n / s for s in column["seconds"]]
-        # an approximation does not do what is necessary, so it has no share of the limit
-        product = self.limits["products"].get(about["precision"]) if about["exact"] else None
         column["rates"] = rates
         column["rate"] = float(np.median(rates))
         column["spread"] = [min(rates), max(rates)]
-        column["of_product_rate"] = column["rate"] / n * flops / product if product else None
         return column
+
+    def tell_shares(self, sweep: dict[str, Any], about: dict[str, Any]) -> None:
+        """What share of the product rate each side reached; not of approximations, which do less."""
+        for name, column in sweep["columns"].items():
+            if column["status"] == "measured":
+                product = self.limits["products"].get(about[name]["precision"])
+                done = column["rate"] / sweep["interventions"] * sweep["necessary_flops"]
+                known = product and about[name]["exact"]
+                column["of_product_rate"] = done / product if known else None
 
 
 def fastest_peer(sweep: dict[str, Any]) -> str | None:

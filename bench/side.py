@@ -129,7 +129,12 @@ class Side:
     def close(self, out: str) -> dict[str, Any]:
         """End the sweep: its effects into a file, and the memory that it took."""
         np.save(out, self.values)
-        return {"peak_bytes": peak_bytes(), "device_peak_bytes": device_peak_bytes()}
+        measured = self.values[np.concatenate(self.batches)]
+        return {
+            "not_finite": int((~np.isfinite(measured)).any(axis=1).sum()),
+            "peak_bytes": peak_bytes(),
+            "device_peak_bytes": device_peak_bytes(),
+        }
 
     def _affordable(self, every: list[np.ndarray], starting: float, limit: float, sample: float) -> int:
         """How many of the batches to measure: all where that takes no longer than the limit."""

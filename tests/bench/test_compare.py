@@ -33,16 +33,17 @@ class Wrong(HooksBatched):
 
 
 class WrongWhenTimed(HooksBatched):
-    """Right on the cells that are checked, wrong on the whole sweep."""
+    """Right when it is checked, after two starts, and wrong before and after."""
 
     name = "wrong-when-timed"
+    starts = 0
 
-    def batches(self, cells):
-        self.whole = len(cells) > 20
-        return super().batches(cells)
+    def start(self, site):
+        self.starts += 1
+        super().start(site)
 
     def measure(self, cells):
-        return super().measure(cells) * (1.5 if self.whole else 1)
+        return super().measure(cells) * (1 if self.starts == 3 else 1.5)
 
 
 class Silent(HooksBatched):
@@ -52,6 +53,18 @@ class Silent(HooksBatched):
 
     def measure(self, cells):
         return np.zeros((len(cells), len(self.work.columns)))
+
+
+class NotFinite(WrongWhenTimed):
+    """The same, and what is wrong is no number at all."""
+
+    name = "not-finite"
+
+    def measure(self, cells):
+        values = HooksBatched.measure(self, cells)
+        if self.starts != 3:
+            values[0] = np.nan
+        return values
 
 
 class Broken(Peer):
@@ -81,7 +94,17 @@ class Slow(HooksBatched):
         return [np.array([i]) for i in range(len(cells))]
 
 
-PEERS = [Wrong(), WrongWhenTimed(), Silent(), Broken(), Lacking(), Slow(), HooksBatched(), Ours("fp32")]
+PEERS = [
+    Wrong(),
+    WrongWhenTimed(),
+    Silent(),
+    NotFinite(),
+    Broken(),
+    Lacking(),
+    Slow(),
+    HooksBatched(),
+    Ours("fp32"),
+]
 NAMES = [*(peer.name for peer in PEERS), "absent"]
 
 
@@ -128,14 +151,16 @@ def test_what_agrees_is_measured(result):
     assert fastest_peer(sweep) in ("hooks-batched", "slow")
 
 
-@pytest.mark.parametrize("name", ["wrong", "wrong-when-timed", "silent"])
+@pytest.mark.parametrize("name", ["wrong", "wrong-when-timed", "silent", "not-finite"])
 def test_a_wrong_peer_gets_no_speed(result, name):
     column = result["sweeps"][0]["columns"][name]
     assert column["status"] == "disagrees"
-    assert "off by" in column["reason"]
+    assert ("not finite" if name == "not-finite" else "off by") in column["reason"]
     assert not {"rate", "rates", "seconds", "spread", "of_product_rate", "first_seconds"} & set(column)
     (line,) = (
-        line for line in comparison(result).splitlines() if line.startswith(f"{name} ") and "off by" in line
+        line
+        for line in comparison(result).splitlines()
+        if line.startswith(f"{name} ") and "disagrees: " in line
     )
     assert " - " not in line  # no spread
     assert "disagrees" in line
