@@ -37,10 +37,7 @@ class Side:
         if self.given is None:
             from deltapatch.bench.peers.registry import make_peer
 
-            try:
-                self.peer = make_peer(self.name)
-            except ModuleNotFoundError as error:  # its file imports what it needs
-                return {"missing": f"{error.name} is not installed"}
+            self.peer = make_peer(self.name)
         else:
             self.peer = self.given
         missing = self.peer.missing()

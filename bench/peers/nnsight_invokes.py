@@ -1,6 +1,5 @@
 """nnsight: many interventions in one trace, an invoke for each."""
 
-import nnsight
 import numpy as np
 import torch
 
@@ -23,6 +22,8 @@ class NNsightInvokes(NNsightLoop):
     @torch.no_grad()
     def measure(self, cells: Cells) -> np.ndarray:
         """One trace of all these cells."""
+        import nnsight
+
         pair = torch.from_numpy(cells.pair)
         with self.traced.trace(use_cache=False, logits_to_keep=1) as tracer:
             found = nnsight.save([])

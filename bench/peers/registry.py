@@ -1,4 +1,4 @@
-"""All peers by name. Their modules load when they are asked for."""
+"""All peers by name. Their modules load when they are asked for, and what they run on when they start."""
 
 from importlib import import_module
 

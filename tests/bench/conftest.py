@@ -69,10 +69,7 @@ def peer_of():
     """A peer that can run here; the test is skipped where it cannot."""
 
     def peer(name):
-        try:
-            found = make_peer(name)
-        except ModuleNotFoundError as error:
-            pytest.skip(f"{error.name} is not installed")
+        found = make_peer(name)
         if missing := found.missing():
             pytest.skip(missing)
         return found
