@@ -4,6 +4,7 @@ import click
 
 from deltapatch import __version__
 from deltapatch.cli.app import App
+from deltapatch.cli.bench import bench
 from deltapatch.cli.convert import convert
 from deltapatch.cli.demo import demo
 from deltapatch.cli.effects import effects
@@ -28,7 +29,7 @@ def cli() -> None:
     """Exact activation patching of language models: thousands of interventions in one pass."""
 
 
-for command in (demo, pairs, sweep, effects, plot, info, convert):
+for command in (demo, pairs, sweep, effects, plot, info, convert, bench):
     cli.add_command(command)
 
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "tasks": {"tasks", "engine", "models", "kernels"},
     "analysis": {"analysis", "engine", "models", "kernels"},
     "bench": {"bench", "tasks", "analysis", "engine", "models", "kernels"},
-    "cli": {"cli", "tasks", "analysis", "engine", "models", "kernels"},
+    "cli": {"cli", "bench", "tasks", "analysis", "engine", "models", "kernels"},
 }
 
 

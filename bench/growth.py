@@ -1,0 +1,98 @@
+"""How cost grows: the same sides with one size after the other made larger."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltapatch.bench.cells import Cells, make_cells
+from deltapatch.bench.compare import Options, compare
+from deltapatch.bench.random_models import Shape
+from deltapatch.bench.remote import Held
+from deltapatch.bench.setup import RANDOM, make_workload
+from deltapatch.bench.workload import Workload
+from deltapatch.errors import DeltapatchError
+from deltapatch.models.model import load_model
+
+# axis -> what a reader calls it
+AXES = {
+    "rows": "interventions in a sweep",
+    "layers": "layers",
+    "length": "tokens of the prompt",
+    "vocab": "vocabulary",
+    "pairs": "prompt pairs",
+}
+VALUES = {
+    "rows": (16, 64, 256, 1024, 4096),
+    "layers": (2, 4, 8, 16),
+    "length": (8, 16, 32, 64, 128),
+    "vocab": (1024, 4096, 16384, 65536),
+    "pairs": (1, 2, 4, 8),
+}
+
+
+def growth(
+    axes: Sequence[str],
+    shape: Shape,
+    length: int,
+    sweep: str,
+    names: Sequence[str],
+    make_side: Callable[[str, Path], Held],
+    options: Options,
+    values: Sequence[int] | None = None,
+    work: dict[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure along each axis, everything else as `shape` and `length` say.
+
+    Args:
+        axes: keys of AXES.
+        shape: of the random models.
+        length: tokens of the prompts.
+        sweep: what is swept; a key of SWEEPS.
+        names, make_side, options, say: as for `compare`.
+        values: of the axes, in place of VALUES.
+        work: further options of `make_workload`.
+
+    Raises:
+        DeltapatchError: an unknown axis.
+    """
+    for axis in axes:
+        if axis not in AXES:
+            raise DeltapatchError(f"unknown axis {axis!r}: choose from {', '.join(AXES)}")
+    found: dict[str, list[dict[str, Any]]] = {}
+    result: dict[str, Any] = {}
+    for axis in axes:
+        found[axis] = []
+        for value in values or VALUES[axis]:
+            say(f"{axis} {value}")
+            with tempfile.TemporaryDirectory(prefix="deltapatch-bench-") as folder:
+                workload, cells = _point(axis, value, shape, length, sweep, Path(folder), work or {})
+                result = compare(workload, [(sweep, cells)], names, make_side, options, say)
+            (measured,) = result.pop("sweeps")
+            found[axis].append({"value": value, **measured})
+    return {**result, "sweep": sweep, "axes": found}
+
+
+def _point(
+    axis: str, value: int, shape: Shape, length: int, sweep: str, folder: Path, more: dict[str, Any]
+) -> tuple[Workload, Cells]:
+    if axis == "layers":
+        shape = replace(shape, layers=value)
+    elif axis == "vocab":
+        shape = replace(shape, vocab=value)
+    length = value if axis == "length" else length
+    n_pairs = value if axis == "pairs" else 1
+    work = make_workload(RANDOM, shape, None, n_pairs, length, folder, **more)
+    spec = load_model(work.folder, device=work.device).spec
+    cells = make_cells(sweep, spec, n_pairs, length)
+    if axis == "rows":
+        if value > len(cells):
+            raise DeltapatchError(
+                f"{value} rows of {sweep}: a model of this shape has only {len(cells)}; make it larger"
+            )
+        cells = cells[np.sort(np.random.default_rng(0).choice(len(cells), value, replace=False))]
+    return work, cells

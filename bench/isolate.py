@@ -1,0 +1,75 @@
+"""Environments of their own for peers whose versions do not go together, made once and kept."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from deltapatch.errors import DeltapatchError
+
+
+def default_cache() -> Path:
+    """Where environments are kept unless the user says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltapatch" / "bench"
+
+
+def isolated_python(extra: str, cache: Path, say: Callable[[str], None]) -> str:
+    """The interpreter of an environment with this deltapatch, the same torch, and what the extra names.
+
+    The environment is made on the first call; later ones find it.
+
+    Raises:
+        DeltapatchError: it cannot be made.
+    """
+    wanted = [f"torch=={version('torch').split('+')[0]}", *requirements(extra)]
+    home = Path(__file__).resolve().parent.parent  # this package: the environment uses it as it is
+    key = hashlib.sha256("\n".join([sys.version, str(home), *wanted]).encode()).hexdigest()[:8]
+    folder = cache.expanduser().resolve() / f"{extra}-{key}"
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    done = folder / "installed"
+    if not done.exists():
+        say(f"making an environment for {extra} in {folder}; this takes a while the first time")
+        _run([sys.executable, "-m", "venv", "--clear", str(folder)], extra)
+        _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted], extra)
+        _link(python, home, extra)
+        done.touch()
+    return str(python)
+
+
+def requirements(extra: str) -> list[str]:
+    """What deltapatch and its extra ask for; for an extra that is not known, the package of that name."""
+    try:
+        lines = requires("deltapatch") or []
+    except PackageNotFoundError:
+        lines = []
+    plain, own = [], []
+    for line in lines:
+        what, _, marker = (part.strip() for part in line.partition(";"))
+        named = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker)
+        if named is None:
+            plain.append(line)
+        elif named[1] == extra:
+            own.append(what)
+    return [*plain, *(own or [extra])]
+
+
+def _link(python: Path, home: Path, extra: str) -> None:
+    """Make `import deltapatch` in that environment find this very package, wherever it is installed."""
+    script = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(_run([str(python), "-c", script], extra).strip())
+    link = site / "deltapatch"
+    if not link.exists():
+        link.symlink_to(home, target_is_directory=True)
+
+
+def _run(command: list[str], extra: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        why = " ".join(lines[-1].split())[:300] if lines else f"exit code {done.returncode}"
+        raise DeltapatchError(f"the environment for {extra} cannot be made: {why}")
+    return done.stdout

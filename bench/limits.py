@@ -1,0 +1,94 @@
+"""What this machine can do at best: matrix products in each precision, and copying."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from deltapatch.kernels.product import PRECISIONS
+
+_ROWS = 1024
+_SECONDS = 0.4  # for each measurement
+
+
+def product_rate(precision: str, width: int, device: str = "cpu") -> float | None:
+    """FLOP/s of the products of a layer of that width in a precision of deltapatch's; the best of many tries.
+
+    None where the machine has no such product by itself.
+    """
+    multiply = _product(precision, width, device)
+    if multiply is None:
+        return None
+    return 2 * _ROWS * 4 * width * width / _best(multiply, device)
+
+
+def copy_rate(device: str = "cpu") -> float:
+    """Bytes read and written each second by copying a large array; the best of many tries."""
+    x = torch.empty(1 << 26, dtype=torch.float32, device=device)  # 256 MiB: more than caches hold
+    y = torch.empty_like(x)
+    x.zero_()
+    return 2 * x.numel() * x.element_size() / _best(lambda: y.copy_(x), device)
+
+
+def limits(width: int, device: str = "cpu") -> dict[str, Any]:
+    """All rates: {"products": {precision: FLOP/s or None}, "copy": bytes/s}."""
+    products = {name: product_rate(name, width, device) for name in PRECISIONS}
+    return {"products": products, "copy": copy_rate(device), "threads": torch.get_num_threads()}
+
+
+def best_of(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """The better of two measurements, number by number: a limit is what was reached at any time."""
+    products = {
+        name: max((r for r in (a["products"][name], b["products"][name]) if r), default=None)
+        for name in a["products"]
+    }
+    return {**a, "products": products, "copy": max(a["copy"], b["copy"])}
+
+
+def _product(precision: str, width: int, device: str) -> Callable[[], Any] | None:
+    x, w = torch.randn(_ROWS, width, device=device), torch.randn(4 * width, width, device=device)
+    dtype = getattr(PRECISIONS[precision], "operand", PRECISIONS[precision])
+    if precision == "tf32":
+        return _in_tf32(x, w) if device.startswith("cuda") else None
+    if not isinstance(dtype, torch.dtype) or dtype.itemsize == 1:
+        return _in_fp8(x, w) if precision == "fp8" else None
+    a, b = x.to(dtype), w.to(dtype)
+    return lambda: torch.mm(a, b.t())
+
+
+def _in_tf32(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
+    def multiply() -> None:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.mm(x, w.t())
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+    return multiply
+
+
+def _in_fp8(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any] | None:
+    one = torch.ones((), device=x.device)
+    a, b = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+
+    def multiply() -> None:
+        torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
+
+    try:
+        multiply()
+    except RuntimeError:  # no such units here, or no such shapes
+        return None
+    return multiply
+
+
+def _best(work: Callable[[], Any], device: str) -> float:
+    """Seconds of the fastest try."""
+    work()
+    best, until = float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best

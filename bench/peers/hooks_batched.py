@@ -1,0 +1,19 @@
+"""Hooks on transformers, many interventions a forward: as a skilled user would."""
+
+import numpy as np
+
+from deltapatch.bench.cells import Cells
+from deltapatch.bench.peers.base import chunks
+from deltapatch.bench.peers.hooks import Hooks
+
+
+class HooksBatched(Hooks):
+    """Each row of a batch is one intervention; a hook in each layer writes into its rows."""
+
+    name = "hooks-batched"
+    what = "hooks, in batches"
+
+    def batches(self, cells: Cells) -> list[np.ndarray]:
+        """In the order of layers, so that few hooks act in a batch."""
+        order = np.lexsort((cells.pair, cells.first_position, cells.first_layer))
+        return chunks(order, np.zeros(len(cells)), self.work.batch)

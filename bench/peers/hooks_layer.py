@@ -1,0 +1,67 @@
+"""Hooks in batches that start at the patched layer: the layers before it are the base run's."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deltapatch.bench.cells import Cells
+from deltapatch.bench.peers import wiring
+from deltapatch.bench.peers.base import chunks
+from deltapatch.bench.peers.hooks import Hooks
+
+
+class HooksLayer(Hooks):
+    """The base run's hidden states are kept, and a batch goes through the layers that remain."""
+
+    name = "hooks-layer"
+    what = "hooks, in batches, from the patched layer on"
+
+    hidden: list[Tensor]  # [layer][pair, T, d_model], what goes into each layer of the corrupted runs
+
+    @torch.no_grad()
+    def start(self, site: str) -> None:
+        """Also keep what goes into each layer of the corrupted runs."""
+        super().start(site)
+        self.hidden = []
+        handles = [
+            block.register_forward_pre_hook(
+                lambda m, args, kwargs: self.hidden.append((args or tuple(kwargs.values()))[0].clone()),
+                with_kwargs=True,
+            )
+            for block in self.blocks
+        ]
+        self.last(self.corrupted)
+        for handle in handles:
+            handle.remove()
+
+    def batches(self, cells: Cells) -> list[np.ndarray]:
+        """One layer at a time."""
+        order = np.lexsort((cells.pair, cells.first_position, cells.first_layer))
+        return chunks(order, cells.first_layer[order], self.work.batch)
+
+    @torch.no_grad()
+    def measure(self, cells: Cells) -> np.ndarray:
+        """These cells in one batch, from the first layer that any of them patches."""
+        pair = torch.from_numpy(cells.pair).to(self.work.device)
+        first = int(cells.first_layer.min())
+        with (
+            self.hooked(cells.site, np.unique(cells.layer).tolist(), self.swap(cells)),
+            self.only_from(first),
+        ):
+            out = self.backbone(inputs_embeds=self.hidden[first][pair], use_cache=False)
+        return self.changes(out.last_hidden_state[:, -1], pair)
+
+    @contextmanager
+    def only_from(self, first: int) -> Iterator[None]:
+        """Within it the backbone has only the layers from `first` on."""
+        name = wiring.NAMES[self.spec.architecture].layers
+        every: Any = getattr(self.backbone, name)
+        setattr(self.backbone, name, nn.ModuleList(self.blocks[first:]))
+        try:
+            yield
+        finally:
+            setattr(self.backbone, name, every)

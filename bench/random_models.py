@@ -1,0 +1,153 @@
+"""Models of a chosen shape with random weights of a realistic scale, and prompt pairs for them."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltapatch.errors import DeltapatchError
+from deltapatch.models.model import Model
+
+ARCHITECTURES = ("gpt_neox", "gptj", "llama")
+_LOGIT_SCALE = 2.5  # standard deviation of the logits, about that of trained models
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a random model looks like."""
+
+    architecture: str = "gpt_neox"
+    layers: int = 6
+    d_model: int = 512
+    d_mlp: int = 2048
+    heads: int = 8
+    vocab: int = 50304
+    context: int = 2048
+
+
+def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
+    """Write a random model in Hugging Face's format, float32.
+
+    Raises:
+        DeltapatchError: a shape that no model can have.
+    """
+    import torch
+    from transformers.utils import logging
+
+    if shape.architecture not in ARCHITECTURES:
+        raise DeltapatchError(
+            f"unknown architecture {shape.architecture!r}: choose from {', '.join(ARCHITECTURES)}"
+        )
+    if min(shape.layers, shape.d_model, shape.d_mlp, shape.heads, shape.vocab) < 1:
+        raise DeltapatchError(f"a model of {shape} cannot be: every size must be at least 1")
+    if shape.d_model % (2 * shape.heads):
+        raise DeltapatchError(
+            f"d_model {shape.d_model} does not divide into {shape.heads} heads of an even width"
+        )
+    model = _build(shape)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(_draw(name, weight.shape, shape, generator))
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    _tokenizer(shape.vocab).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(vocab: int) -> Any:
+    """Tokens are numbers between spaces: peers that insist on a tokenizer find one."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({str(i): i for i in range(vocab)}, unk_token="0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
+
+
+def _build(shape: Shape) -> Any:
+    from transformers import (
+        GPTJConfig,
+        GPTJForCausalLM,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    no_tokens = {"bos_token_id": None, "eos_token_id": None}  # the defaults may be outside the vocabulary
+    width = shape.d_model // shape.heads
+    turning = max(2, width // 8 * 2)  # a quarter of each head, as in GPT-NeoX and GPT-J
+    if shape.architecture == "gptj":
+        return GPTJForCausalLM(
+            GPTJConfig(
+                vocab_size=shape.vocab,
+                n_embd=shape.d_model,
+                n_layer=shape.layers,
+                n_head=shape.heads,
+                rotary_dim=turning,
+                n_inner=shape.d_mlp,
+                n_positions=shape.context,
+                **no_tokens,
+            )
+        )
+    config, kind, rope = {
+        "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"partial_rotary_factor": turning / width}),
+        "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    }[shape.architecture]
+    return kind(
+        config(
+            vocab_size=shape.vocab,
+            hidden_size=shape.d_model,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            intermediate_size=shape.d_mlp,
+            max_position_embeddings=shape.context,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, **rope},
+            **no_tokens,
+        )
+    )
+
+
+def _draw(name: str, size: Any, shape: Shape, generator: Any) -> Any:
+    """Weights that keep activations of order one, layers that add to the stream in equal parts."""
+    import torch
+
+    noise = torch.randn(size, generator=generator)
+    if len(size) == 1:
+        return noise * 0.1 + (1 if name.endswith("weight") else 0)  # a norm's scale; a bias
+    if any(part in name for part in ("embed_in", "wte", "embed_tokens")):
+        return noise
+    if any(part in name for part in ("embed_out", "lm_head")):
+        return noise * _LOGIT_SCALE / math.sqrt(shape.d_model)
+    writes = any(
+        part in name for part in ("dense_4h_to_h", "attention.dense", "out_proj", "o_proj", "fc_out", "down")
+    )
+    return noise / math.sqrt(size[1]) * (math.sqrt(2 / shape.layers) if writes else 1)
+
+
+def make_pairs(
+    model: Model, n: int, length: int, seed: int = 0
+) -> list[tuple[list[int], list[int], int, int]]:
+    """Prompt pairs of random tokens that differ in every third, with the answers that the model gives.
+
+    Raises:
+        DeltapatchError: no pairs, or prompts too short to differ before their end.
+    """
+    if n < 1 or length < 2:
+        raise DeltapatchError(f"{n} pairs of {length} tokens: give at least 1 pair and 2 tokens")
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(n):
+        clean = rng.integers(0, model.spec.d_vocab, length)
+        corrupted = clean.copy()
+        differs = np.arange(length) % 3 == 1
+        corrupted[differs] = rng.integers(0, model.spec.d_vocab, int(differs.sum()))
+        ids = clean.tolist(), corrupted.tolist()
+        change = model.logits(ids[0])[-1] - model.logits(ids[1])[-1]
+        pairs.append((*ids, int(change.argmax()), int(change.argmin())))
+    return pairs

@@ -1,0 +1,113 @@
+"""From what a user chooses to a workload: a model folder, pairs of one length, sides in processes."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from deltapatch.bench.isolate import default_cache, isolated_python
+from deltapatch.bench.peers.registry import PEERS, ours
+from deltapatch.bench.random_models import Shape, make_model, make_pairs
+from deltapatch.bench.remote import Absent, Held, Remote
+from deltapatch.bench.workload import Workload, check_metric, one_length
+from deltapatch.engine.pairs import PromptPair, encode_pairs
+from deltapatch.errors import DeltapatchError
+from deltapatch.models.builtin_models import BUILTIN
+from deltapatch.models.checkpoint import find_folder
+from deltapatch.models.model import Model, load_model
+from deltapatch.tasks.arithmetic import arithmetic_pairs
+from deltapatch.tasks.jsonl import read_pairs
+
+RANDOM = "random"
+# peer -> the extra that installs it, for those that --isolate gives an environment of their own
+EXTRAS = {
+    "tlens-patching": "transformer-lens",
+    "tlens-hooks": "transformer-lens",
+    "nnsight": "nnsight",
+    "nnsight-invokes": "nnsight",
+    "pyvene": "pyvene",
+    "pyvene-batched": "pyvene",
+}
+
+
+def make_workload(
+    model: str,
+    shape: Shape,
+    pairs_file: str | None,
+    n_pairs: int,
+    length: int,
+    folder: Path,
+    metric: str = "ie",
+    device: str = "cpu",
+    batch: int = 64,
+    threads: int = 0,
+    seed: int = 0,
+) -> Workload:
+    """The workload of a command.
+
+    Args:
+        model: `random`, or what `load_model` takes.
+        shape: of a random model.
+        pairs_file: prompt pairs, all of one length; without it built-in models get arithmetic, others
+            random tokens.
+        n_pairs, length: of pairs that are made.
+        folder: where a random model is written.
+        metric, device, batch, threads: of the workload.
+        seed: of a random model and of pairs that are made.
+
+    Raises:
+        DeltapatchError: something about the model, the shape or the pairs is wrong.
+    """
+    check_metric(metric)
+    if n_pairs < 1 or batch < 1 or threads < 0:
+        raise DeltapatchError(f"{n_pairs} pairs in batches of {batch}: both must be at least 1")
+    path = make_model(shape, folder, seed) if model == RANDOM else find_folder(model)
+    loaded = load_model(path, device=device)
+    pairs: Sequence[PromptPair]
+    if pairs_file is not None:
+        pairs = read_pairs(pairs_file)
+    elif model.startswith(BUILTIN):
+        drawn = arithmetic_pairs(loaded.tokenizer, per_template=max(2, n_pairs), shots=0, seed=seed)[0]
+        pairs = _of_most_common_length(drawn, loaded)[:n_pairs]
+    else:
+        pairs = [PromptPair(*pair) for pair in make_pairs(loaded, n_pairs, length, seed)]
+    encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab)
+    ids = one_length([(p.clean, p.corrupted, p.clean_answer, p.corrupted_answer) for p in encoded])
+    return Workload(str(path), *ids, metric=metric, device=device, batch=batch, threads=threads)
+
+
+def _of_most_common_length(pairs: Sequence[PromptPair], model: Model) -> list[PromptPair]:
+    encoded = encode_pairs(pairs, model.tokenizer, model.spec.d_vocab)
+    wanted = Counter(len(p.clean) for p in encoded).most_common(1)[0][0]
+    return [pair for pair, e in zip(pairs, encoded, strict=True) if len(e.clean) == wanted]
+
+
+def all_names() -> list[str]:
+    """Every peer, then deltapatch in each precision."""
+    return [*PEERS, *ours()]
+
+
+def check_names(names: Sequence[str]) -> list[str]:
+    """The names of peers, each once; nothing is imported beside deltapatch."""
+    known = all_names()
+    for name in names:
+        if name not in known:
+            raise DeltapatchError(f"unknown peer {name!r}: choose from {', '.join(known)}")
+    if not names:
+        raise DeltapatchError(f"no peers were given: choose from {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def side_maker(isolate: bool, cache: Path | None, say: Callable[[str], None]) -> Callable[[str, Path], Held]:
+    """Makes sides in processes; with `isolate`, peers with an extra get an environment of their own."""
+
+    def make(name: str, folder: Path) -> Held:
+        python = sys.executable
+        if isolate and name in EXTRAS:
+            try:
+                python = isolated_python(EXTRAS[name], cache or default_cache(), say)
+            except DeltapatchError as error:  # the others can still be measured
+                return Absent(name, str(error))
+        return Remote(name, folder / f"{name}.log", python)
+
+    return make

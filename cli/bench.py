@@ -1,0 +1,267 @@
+"""`deltapatch bench`: against the tools of others on the same sweeps, each judged by a float64 oracle."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from deltapatch.cli.options import as_json, print_json, quiet, read_names, say
+from deltapatch.errors import DeltapatchError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EXAMPLES = """\b
+Examples:
+  deltapatch bench compare --peers hooks-batched,deltapatch-fp32 --sweeps mlp_out --layers 2 --d-model 64
+  deltapatch bench compare --isolate --out result.json
+  deltapatch bench compare --model builtin:llama-arithmetic --metric logit_diff
+  deltapatch bench precision --out precision.json
+  deltapatch bench growth --axes rows,length --out growth.json
+  deltapatch bench figures result.json precision.json --out figures
+"""
+
+_file = click.Path(path_type=Path)
+
+
+def _options(*options: Any) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_model = _options(
+    click.option("--model", default="random", show_default=True, help="random, or a model as for sweep."),
+    click.option("--pairs", "pairs_file", help="Prompt pairs of one length; made up unless given."),
+    click.option("--n-pairs", default=1, show_default=True, help="Pairs that are made up."),
+)
+_shape = _options(
+    click.option("--architecture", default="gpt_neox", show_default=True, help="gpt_neox, gptj or llama."),
+    click.option("--layers", default=6, show_default=True),
+    click.option("--d-model", default=512, show_default=True),
+    click.option("--d-mlp", default=2048, show_default=True),
+    click.option("--heads", default=8, show_default=True),
+    click.option("--vocab", default=50304, show_default=True),
+    click.option("--length", default=16, show_default=True, help="Tokens of prompts that are made up."),
+)
+_work = _options(
+    click.option("--metric", default="ie", show_default=True, help="ie (log-probabilities) or logit_diff."),
+    click.option("--batch", default=64, show_default=True, help="Rows of a batch, where a peer takes them."),
+    click.option("--threads", default=0, help="Of PyTorch; its own choice unless given."),
+    click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
+    click.option("--seed", default=0, show_default=True),
+)
+_measure = _options(
+    click.option("--peers", default="all", show_default=True, help="Names, with commas; see bench peers."),
+    click.option("--rounds", default=5, show_default=True, help="Repeats of every peer, in turn."),
+    click.option(
+        "--limit", default=60.0, show_default=True, help="Seconds; what takes longer is measured on a sample."
+    ),
+    click.option("--sample", default=10.0, show_default=True, help="Seconds that such a sample takes."),
+    click.option("--check", default=64, show_default=True, help="Cells that all are judged by."),
+    click.option("--isolate", is_flag=True, help="Give peers that are not installed an environment."),
+    click.option("--cache", type=_file, help="Where environments are kept; ~/.cache/deltapatch/bench."),
+)
+_out = click.option("--out", type=_file, help="Write the result, a JSON file; one of that name is replaced.")
+
+
+@click.group(short_help="Measure against the tools of others.", epilog=EXAMPLES)
+def bench() -> None:
+    """Measure deltapatch and other tools on the same sweeps, and check that all compute the same thing.
+
+    No speed is told of anything whose effects disagree with a float64 oracle within its precision.
+    """
+
+
+@bench.command()
+@_model
+@_shape
+@click.option("--sweeps", default="all", show_default=True, help="Of bench peers' second list, with commas.")
+@_work
+@_measure
+@_out
+@as_json
+@quiet
+def compare(sweeps: str, out: Path | None, as_json: bool, quiet: bool, **chosen: Any) -> None:
+    """Compare speed, memory and agreement on sweeps of one model.
+
+    The model is a random one of the given shape unless --model names another. Every peer runs in a process
+    of its own; their repeats take turns.
+    """
+    from deltapatch.bench.cells import SWEEPS, make_cells
+    from deltapatch.bench.compare import compare as run_comparison
+    from deltapatch.bench.report import comparison
+    from deltapatch.bench.results import check_free
+    from deltapatch.models.model import load_model
+
+    check_free(out)
+    wanted = list(SWEEPS) if sweeps == "all" else read_names(sweeps)
+    if unknown := [name for name in wanted if name not in SWEEPS]:
+        raise DeltapatchError(f"unknown sweep {unknown[0]!r}: choose from {', '.join(SWEEPS)}")
+    names, options, make_side = _measurement(chosen, quiet)
+    with tempfile.TemporaryDirectory(prefix="deltapatch-bench-") as folder:
+        work = _workload(chosen, Path(folder))
+        spec = load_model(work.folder, device="cpu").spec
+        cells = [(name, make_cells(name, spec, len(work.clean), work.length)) for name in wanted]
+        result = run_comparison(work, cells, names, make_side, options, lambda text: say(text, quiet))
+    if chosen["model"] != "random":
+        result["model"]["name"] = chosen["model"]
+    else:
+        result["model"]["name"] = "random weights"
+    _deliver("compare", result, out, as_json, comparison)
+
+
+@bench.command()
+@_shape
+@click.option("--axes", default="all", show_default=True, help="rows, layers, length, vocab, pairs.")
+@click.option("--values", help="Sizes along the axes, with commas; usual ones unless given.")
+@click.option("--sweep", default="neurons", show_default=True, help="What is swept.")
+@_work
+@_measure
+@_out
+@as_json
+@quiet
+def growth(
+    axes: str, values: str | None, sweep: str, out: Path | None, as_json: bool, quiet: bool, **chosen: Any
+) -> None:
+    """Measure how cost grows with rows, layers, prompt length, vocabulary and pairs, on random models."""
+    from deltapatch.bench.growth import AXES
+    from deltapatch.bench.growth import growth as run_growth
+    from deltapatch.bench.report import growth as table
+    from deltapatch.bench.results import check_free
+
+    check_free(out)
+    names, options, make_side = _measurement(chosen, quiet)
+    sizes = None
+    if values is not None:
+        if not all(v.isdigit() and int(v) for v in read_names(values)) or not read_names(values):
+            raise DeltapatchError(f"--values {values!r} is not a list of sizes such as 8,16,32")
+        sizes = [int(v) for v in read_names(values)]
+    result = run_growth(
+        list(AXES) if axes == "all" else read_names(axes),
+        _shape_of(chosen),
+        chosen["length"],
+        sweep,
+        names,
+        make_side,
+        options,
+        sizes,
+        {name: chosen[name] for name in ("metric", "device", "batch", "threads", "seed")},
+        lambda text: say(text, quiet),
+    )
+    _deliver("growth", result, out, as_json, table)
+
+
+@bench.command()
+@click.option("--model", default="builtin:gpt-neox-arithmetic", show_default=True, help="As for compare.")
+@click.option("--pairs", "pairs_file", help="Prompt pairs of one length; made up unless given.")
+@click.option("--n-pairs", default=8, show_default=True, help="Pairs that are made up.")
+@_shape
+@click.option("--layer", type=int, help="Whose neurons are patched; the middle one unless given.")
+@_work
+@_out
+@as_json
+@quiet
+def precision(layer: int | None, out: Path | None, as_json: bool, quiet: bool, **chosen: Any) -> None:
+    """Compare effects in every precision, by hooks and by deltapatch, with those in float64.
+
+    --layers, --d-model and so on are the shape of --model random.
+    """
+    from deltapatch.bench.precision import precision as run_precision
+    from deltapatch.bench.report import precision as table
+    from deltapatch.bench.results import check_free
+
+    check_free(out)
+    with tempfile.TemporaryDirectory(prefix="deltapatch-bench-") as folder:
+        result = run_precision(_workload(chosen, Path(folder)), layer, lambda text: say(text, quiet))
+    result["model"]["name"] = chosen["model"]
+    _deliver("precision", result, out, as_json, table)
+
+
+@bench.command()
+@click.argument("results", nargs=-1, required=True, type=_file)
+@click.option("--out", type=_file, default=Path("docs/figures"), show_default=True, help="A folder.")
+@as_json
+def figures(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Draw RESULTS, files or folders of them, as PNG and PDF, and print the files' paths."""
+    from deltapatch.bench.figures import draw_all
+
+    paths = [str(path) for path in draw_all(results, out)]
+    if as_json:
+        print_json({"results": [str(path) for path in results], "figures": paths})
+    else:
+        click.echo("\n".join(paths))
+
+
+@bench.command()
+@as_json
+def peers(as_json: bool) -> None:
+    """List the peers, whether each can run here, and the sweeps."""
+    from deltapatch.bench.cells import SWEEPS
+    from deltapatch.bench.setup import all_names
+    from deltapatch.bench.side import Side
+
+    found = {name: Side(name).hello() for name in all_names()}
+    if as_json:
+        print_json({"peers": found, "sweeps": SWEEPS})
+        return
+    for name, about in found.items():
+        click.echo(f"{name:<18} {about['missing'] or about['what']}")
+    click.echo()
+    for name, what in SWEEPS.items():
+        click.echo(f"{name:<18} {what}")
+
+
+def _measurement(chosen: dict[str, Any], quiet: bool) -> tuple[Any, Any, Any]:
+    """The names of peers, the options of a comparison, and what makes sides."""
+    from deltapatch.bench.compare import Options
+    from deltapatch.bench.setup import all_names, check_names, side_maker
+
+    options = Options(
+        rounds=chosen["rounds"],
+        limit=chosen["limit"],
+        sample=chosen["sample"],
+        check=chosen["check"],
+        seed=chosen["seed"],
+    )
+    names = all_names() if chosen["peers"] == "all" else check_names(read_names(chosen["peers"]))
+    return names, options, side_maker(chosen["isolate"], chosen["cache"], lambda text: say(text, quiet))
+
+
+def _shape_of(chosen: dict[str, Any]) -> Any:
+    from deltapatch.bench.random_models import Shape
+
+    fields = ("architecture", "layers", "d_model", "d_mlp", "heads", "vocab")
+    return Shape(**{name: chosen[name] for name in fields})
+
+
+def _workload(chosen: dict[str, Any], folder: Path) -> Any:
+    from deltapatch.bench.setup import make_workload
+
+    return make_workload(
+        chosen["model"],
+        _shape_of(chosen),
+        chosen["pairs_file"],
+        chosen["n_pairs"],
+        chosen["length"],
+        folder,
+        *(chosen[name] for name in ("metric", "device", "batch", "threads", "seed")),
+    )
+
+
+def _deliver(
+    kind: str, result: dict[str, Any], out: Path | None, as_json: bool, table: Callable[[Any], str]
+) -> None:
+    """Write the file; print the table, or the object on the last line."""
+    from deltapatch.bench.results import stamp, write
+
+    result = stamp(kind, result)
+    if out is not None:
+        write(out, result)
+    click.echo(table(result), err=as_json, nl=False)
+    if as_json:
+        print_json(result)

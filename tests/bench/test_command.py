@@ -1,0 +1,142 @@
+"""`deltapatch bench`: what users type, their mistakes, workers and environments."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from deltapatch.bench import isolate
+from deltapatch.bench.remote import Remote, SideError
+from deltapatch.bench.setup import side_maker
+from deltapatch.errors import DeltapatchError
+
+TINY = ("--layers", 2, "--d-model", 8, "--d-mlp", 12, "--heads", 2, "--vocab", 30, "--length", 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "piece"),
+    [
+        (("--peers", "magic"), "unknown peer 'magic'"),
+        (("--peers", ","), "no peers were given"),
+        (("--sweeps", "everything"), "unknown sweep 'everything'"),
+        (("--rounds", 0), "rounds, check, limit and sample"),
+        (("--metric", "kl"), "unknown metric 'kl'"),
+        (("--architecture", "mamba"), "unknown architecture 'mamba'"),
+        (("--heads", 3), "does not divide into 3 heads"),
+        (("--layers", 0), "every size must be at least 1"),
+        (("--length", 1), "at least 1 pair and 2 tokens"),
+        (("--n-pairs", 0), "both must be at least 1"),
+        (("--model", "no/such/folder/here"), "no/such/folder/here"),
+        (("--pairs", "no-such-file"), "There is no pairs file no-such-file"),
+        (("--out", "no/folder/r.json"), "the folder of no/folder/r.json does not exist"),
+        (("--out", "."), "is a folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence(command, tmp_path, monkeypatch, options, piece):
+    monkeypatch.chdir(tmp_path)
+    done = command("bench", "compare", *TINY, "--quiet", "--peers", "hooks", *options)
+    assert done.code == 2
+    assert done.out == ""
+    assert piece in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_pairs_of_several_lengths_are_refused(command, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pair = {"clean_answer": 3, "corrupted_answer": 4}
+    rows = [
+        {"clean": [1, 2], "corrupted": [1, 3], **pair},
+        {"clean": [1, 2, 5], "corrupted": [1, 3, 5], **pair},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    done = command("bench", "compare", *TINY, "--quiet", "--pairs", path)
+    assert done.code == 2
+    assert "2, 3 tokens" in done.err
+
+
+@pytest.mark.parametrize("values", ["a", "8,", "0"])
+def test_growth_wants_sizes(command, values):
+    done = command("bench", "growth", *TINY, "--quiet", "--values", values if values != "8," else "8,x")
+    assert done.code == 2
+    assert "is not a list of sizes" in done.err
+
+
+def test_help_shows_examples(command):
+    for name in ((), ("compare",), ("growth",), ("precision",), ("figures",), ("peers",)):
+        done = command("bench", *name, "--help")
+        assert done.code == 0
+        assert "Usage" in done.out
+    assert "deltapatch bench compare" in command("bench", "--help").out
+
+
+def test_a_worker_that_ends_is_reported(tmp_path):
+    side = Remote("hooks", tmp_path / "log", python="/bin/false")
+    with pytest.raises(SideError, match="its process ended"):
+        side.ask("hello")
+    side.stop()
+
+
+def test_an_environment_that_cannot_be_made_costs_one_peer(tmp_path, monkeypatch):
+    failed = SimpleNamespace(returncode=1, stderr="ERROR: No matching distribution\n", stdout="")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **more: failed)
+    with pytest.raises(DeltapatchError, match="environment for nnsight cannot be made: ERROR: No matching"):
+        isolate.isolated_python("nnsight", tmp_path, print)
+    side = side_maker(True, tmp_path, print)("nnsight", tmp_path)
+    assert "cannot be made" in side.ask("hello")["missing"]
+
+
+def test_an_environment_is_made_once(tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, **more):
+        calls.append(command)
+        if "venv" in command:
+            site = tmp_path / "site"
+            site.mkdir(exist_ok=True)
+            (tmp_path / "made").mkdir(exist_ok=True)
+            isolate.Path(command[-1]).mkdir(parents=True)
+        return SimpleNamespace(returncode=0, stderr="", stdout=str(tmp_path / "site"))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    first = isolate.isolated_python("pyvene", tmp_path, print)
+    made = len(calls)
+    assert isolate.isolated_python("pyvene", tmp_path, print) == first
+    assert len(calls) == made
+    (install,) = (c for c in calls if "install" in c)
+    assert any(part.startswith("torch==") and "+" not in part for part in install)
+    assert any("pyvene" in part for part in install)
+    assert (tmp_path / "site" / "deltapatch" / "bench").is_dir()
+
+
+def test_requirements_fall_back_to_the_package():
+    assert isolate.requirements("no-such-extra")[-1] == "no-such-extra"
+
+
+@pytest.mark.slow
+def test_a_comparison_in_processes(command, tmp_path):
+    out = tmp_path / "r.json"
+    done = command(
+        "bench", "compare", *TINY, "--sweeps", "mlp_out,joint",
+        "--peers", "hooks-batched,paper,deltapatch-fp32",
+        "--rounds", 1, "--check", 8, "--threads", 1, "--quiet", "--json", "--out", out,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    result = json.loads(done.out.splitlines()[-1])
+    assert result == json.loads(out.read_text())
+    mlp, joint = result["sweeps"]
+    assert mlp["columns"]["deltapatch-fp32"]["status"] == "measured"
+    assert mlp["columns"]["paper"]["status"] == "measured"
+    assert joint["columns"]["paper"] == {"status": "lacks", "reason": "no joint patches"}
+    assert result["sides"]["hooks-batched"]["import_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_peers_are_listed():
+    done = subprocess.run(
+        [sys.executable, "-m", "deltapatch", "bench", "peers"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "hooks-prefix" in done.stdout
+    assert "nnsight" in done.stdout
