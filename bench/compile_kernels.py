@@ -1,6 +1,6 @@
 """What the Triton kernels compile to at the shapes of real models; no GPU is needed.
 
-    python -m deltapatch.bench.compile_kernels --model gptj-6b --arch 90
+    python -m deltapatch.bench.compile_kernels --model gptj-6b --arch 90 --precision fp16
 
 The backend's own host code runs on CPU tensors of the true widths, and each launch is compiled with the
 specialisation that it would have on that GPU. Exit code 1 where a kernel spills registers, asks for more
@@ -15,17 +15,33 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import click
 import torch
+from torch import Tensor
 
+from deltapatch.kernels import readout_triton
+from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import TRITON
+from deltapatch.kernels.norm import Part
+from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.segments import Segment, last_segments
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
+PRECISIONS_OF = {80: ("fp32", "fp16"), 90: ("fp32", "fp16", "fp8")}  # unless asked for others
+SHOWN = {  # compile-time arguments that tell launches of one kernel apart
+    "BY_ROWS": "rows",
+    "NORMS": "norms",
+    "HAS_TO": "to",
+    "ACT": "act",
+    "HAS_GATE": "gate",
+    "HAS_SWAPS": "swaps",
+    "BLOCK_P": "patches",
+}
 WITH_PRODUCTS = ("_attention_kernel",)
 
 
@@ -42,13 +58,15 @@ class Widths(NamedTuple):
     activation: str
     gated: bool
     fused_qkv: bool
+    rope_dim: int
+    interleaved: bool
 
 
 MODELS = {
-    "gptj-6b": Widths(4096, 16, 16, 256, 16384, 50400, True, "gelu_tanh", False, False),
-    "pythia-2.8b": Widths(2560, 32, 32, 80, 10240, 50304, True, "gelu", False, True),
-    "llama-7b": Widths(4096, 32, 32, 128, 11008, 32000, False, "silu", True, False),
-    "llama-3-8b": Widths(4096, 32, 8, 128, 14336, 128256, False, "silu", True, False),
+    "gptj-6b": Widths(4096, 16, 16, 256, 16384, 50400, True, "gelu_tanh", False, False, 64, True),
+    "pythia-2.8b": Widths(2560, 32, 32, 80, 10240, 50304, True, "gelu", False, True, 20, False),
+    "llama-7b": Widths(4096, 32, 32, 128, 11008, 32000, False, "silu", True, False, 128, False),
+    "llama-3-8b": Widths(4096, 32, 8, 128, 14336, 128256, False, "silu", True, False, 128, False),
 }
 
 
@@ -57,8 +75,9 @@ class Compiled(NamedTuple):
 
     model: str
     arch: int
+    precision: str
     kernel: str
-    variant: str  # compile-time arguments that tell launches of one kernel apart
+    variant: str  # as in SHOWN
     registers: int
     spilled: int  # bytes of stack: nothing else in these kernels uses one
     shared: int  # bytes
@@ -80,16 +99,19 @@ class Compiled(NamedTuple):
         return out
 
 
-def compile_all(models: Iterable[str] = tuple(MODELS), archs: Iterable[int] = (80, 90)) -> list[Compiled]:
-    """Every kernel launch of these models, compiled for these architectures."""
+def compile_all(
+    models: Iterable[str] = tuple(MODELS), archs: Iterable[int] = (80, 90), precisions: Iterable[str] = ()
+) -> list[Compiled]:
+    """Every kernel launch of these models, compiled for these architectures; each binary once a model."""
     out = []
     for arch in archs:
         for model in models:
-            seen: dict[str, tuple[str, str, Any]] = {}
-            with _compiling_for(arch) as launches:
-                _launch_everything(MODELS[model])
-            for kernel, variant, binary in launches:
-                seen.setdefault(binary.hash, (kernel, variant, binary))
+            seen: dict[str, tuple[str, str, str, Any]] = {}
+            for precision in precisions or PRECISIONS_OF[arch]:
+                with _compiling_for(arch) as launches:
+                    _launch_everything(MODELS[model], PRECISIONS[precision])
+                for kernel, variant, binary in launches:
+                    seen.setdefault(binary.hash, (precision, kernel, variant, binary))
             out += [_inspect(model, arch, *launch) for launch in seen.values()]
     return out
 
@@ -118,8 +140,7 @@ def _compiling_for(arch: int) -> Iterator[list[tuple[str, str, Any]]]:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         binary = run(self, *args, grid=grid, warmup=True, **options)
-        shown = ("BY_ROWS", "HAS_AT", "HAS_GATE", "ACT", "BLOCK_P")
-        variant = " ".join(f"{name}={options[name]}" for name in shown if name in options)
+        variant = " ".join(f"{short}={options[name]}" for name, short in SHOWN.items() if name in options)
         launches.append((self.fn.__name__, variant, binary))
         return binary
 
@@ -133,35 +154,87 @@ def _compiling_for(arch: int) -> Iterator[list[tuple[str, str, Any]]]:
         triton.runtime.driver._active = before
 
 
-def _launch_everything(w: Widths) -> None:
+def _launch_everything(w: Widths, precision: Precision) -> None:
     """Each operation of the backend once for each way in which the engine calls it."""
     pairs, length, rows = 2, 32, 16
     one = [Segment(0, pairs, 1, rows, 0, length)]
     many = [Segment(0, pairs, length, rows, 0, length)]
-    n_base = pairs * length
-
-    def tokens(segments: list[Segment]) -> int:
-        return sum(s.n_tokens for s in segments)
-
     for segments in (one, many):
-        n = tokens(segments)
-        dx, x = torch.empty(n, w.d_model), torch.empty(n_base, w.d_model)
-        TRITON.norm_difference(dx, x, torch.empty(w.d_model), 1e-5, w.centred, segments)
-        wide = torch.empty(n, w.d_mlp), torch.empty(n_base, w.d_mlp)
-        gate = (torch.empty_like(wide[0]), torch.empty_like(wide[1])) if w.gated else (None, None)
-        TRITON.activation_difference(forward.activation(w.activation), *wide, segments, *gate)
-        q = torch.empty(n, w.n_heads, w.d_head), torch.empty(n_base, w.n_heads, w.d_head)
-        k = torch.empty(n, w.n_kv_heads, w.d_head), torch.empty(n_base, w.n_kv_heads, w.d_head)
-        dv = torch.empty(n, w.n_heads, 3, w.d_head).unbind(2)[2] if w.fused_qkv else k[0]
-        for last_only in (False, True):
-            TRITON.attention_difference(q[0], k[0], dv, q[1], k[1], k[1], 0.1, segments, last_only)
+        for swapped in (False, True):
+            _launch_norms(w, precision, segments, swapped)
+            _launch_activations(w, precision, segments, swapped)
+            for last_only in (False, True):
+                _launch_attention(w, precision, segments, swapped, last_only)
+        _launch_columns(w, segments)
+    TRITON.narrow(torch.empty(8, w.n_heads * w.d_head), precision)
+    _launch_readout(w, precision, pairs, rows, last_segments(one))
 
-    at = torch.zeros(256, dtype=torch.long)
-    for d, index in ((dx, None), (wide[0], at), (q[0], at)):
-        TRITON.apply_swaps(d, [Swap(at, at, index, torch.empty(n_base, *d.shape[1:]))])
-    down = torch.empty(w.d_model, w.d_mlp)
-    TRITON.gather_columns(dx, Swap(at, at, at, torch.empty(n_base, w.d_mlp)), down)
 
+def _difference(precision: Precision, segments: list[Segment], *shape: int) -> Scaled:
+    """What a product gives for these rows."""
+    n_tokens = sum(s.n_tokens for s in segments)
+    return Scaled(torch.empty(n_tokens, *shape), torch.ones(n_tokens) if precision.scaled else None)
+
+
+def _base(segments: list[Segment], *shape: int) -> Tensor:
+    return torch.empty(sum(s.pairs * s.length for s in segments), *shape)
+
+
+def _swaps(swapped: bool, single: bool, *shape: int) -> list[Swap]:
+    at = torch.arange(8)
+    return [Swap(at, at, at % shape[0] if single else None, torch.empty(8, *shape))] if swapped else []
+
+
+def _launch_norms(w: Widths, precision: Precision, segments: list[Segment], swapped: bool) -> None:
+    dx, d = (
+        Scaled(_difference(precision, segments, w.d_model).values),
+        _difference(precision, segments, w.d_model),
+    )
+    whole, weight = _swaps(swapped, False, w.d_model), torch.empty(w.d_model)
+    x, out, to = _base(segments, w.d_model), torch.empty_like(dx.values), torch.arange(len(dx.values))
+    shared = (x, [weight], 1e-5, w.centred, segments, precision)
+    two = (x, [weight, weight], 1e-5, w.centred, segments, precision)
+    none: tuple[Any, ...] = (None, [], 1e-5, w.centred, segments, precision)
+    TRITON.add_norm([Part(dx, [])], whole, *shared)
+    TRITON.add_norm([Part(dx, []), Part(d, whole)], whole, *shared, out)
+    TRITON.add_norm([Part(dx, []), Part(d, whole), Part(d, whole)], whole, *two, out, to)
+    TRITON.add_norm([Part(dx, []), Part(d, whole), Part(d, whole)], whole, *none, out, to)
+    if swapped:
+        TRITON.add_norm([Part(None, whole)], [], *none, out, to)
+
+
+def _launch_activations(w: Widths, precision: Precision, segments: list[Segment], swapped: bool) -> None:
+    up = _difference(precision, segments, w.d_mlp)
+    gate = _difference(precision, segments, w.d_mlp) if w.gated else None
+    u, act = _base(segments, w.d_mlp), forward.activation(w.activation)
+    g = torch.empty_like(u) if w.gated else None
+    TRITON.activation_difference(act, up, u, segments, gate, g, _swaps(swapped, True, w.d_mlp), precision)
+
+
+def _launch_attention(
+    w: Widths, precision: Precision, segments: list[Segment], swapped: bool, last_only: bool
+) -> None:
+    dq, scale = _difference(precision, segments, w.n_heads, w.d_head)
+    dk = _difference(precision, segments, w.n_kv_heads, w.d_head).values
+    dv = dk
+    if w.fused_qkv:
+        dq, dk, dv = _difference(precision, segments, w.n_heads, 3, w.d_head).values.unbind(2)
+    q, k = _base(segments, w.n_heads, w.d_head), _base(segments, w.n_kv_heads, w.d_head)
+    rotary = Rotary(_base(segments, w.rope_dim // 2), _base(segments, w.rope_dim // 2), w.interleaved)
+    heads = {"q": w.n_heads, "k": w.n_kv_heads, "v": w.n_kv_heads, "z": w.n_heads}
+    swaps = {place: _swaps(swapped, True, n, w.d_head) for place, n in heads.items()}
+    TRITON.attention_difference(
+        dq, dk, dv, scale, q, k, k, rotary, 0.1, segments, last_only, swaps, precision
+    )
+
+
+def _launch_columns(w: Widths, segments: list[Segment]) -> None:
+    weight, swaps = torch.empty(w.d_model, w.d_mlp), _swaps(True, True, w.d_mlp)
+    for n_tokens in (1, 8):  # many patches a token, and few
+        TRITON.gather_columns(swaps, weight, n_tokens)
+
+
+def _launch_readout(w: Widths, precision: Precision, pairs: int, rows: int, segments: list[Segment]) -> None:
     base = BaseReadout(
         torch.empty(pairs, w.d_vocab),
         torch.empty(pairs, w.d_vocab, dtype=torch.float64),
@@ -169,19 +242,17 @@ def _launch_everything(w: Widths) -> None:
         torch.zeros(pairs, 2, dtype=torch.long),
     )
     unembedding = torch.empty(w.d_vocab, w.d_model)
-    TRITON.readout(
-        torch.empty(pairs * rows, w.d_model),
-        unembedding,
-        unembedding,
-        lambda d, weight: d.new_empty(len(d), len(weight)),
-        base,
-        [0],
-        last_segments(one),
-        ("kl",),
-    )
+    weight = Operand(unembedding.new_empty(unembedding.shape, dtype=precision.operand), None, precision)
+
+    def product(x: Scaled, weight: Operand) -> Scaled:
+        return Scaled(torch.empty(len(x.values), len(weight.values)), x.scale)
+
+    with mock.patch.object(readout_triton, "product", product):  # no kernel of ours
+        dn = torch.empty(pairs * rows, w.d_model)
+        TRITON.readout(dn, unembedding, weight, precision, base, [0], segments, ("kl",))
 
 
-def _inspect(model: str, arch: int, kernel: str, variant: str, binary: Any) -> Compiled:
+def _inspect(model: str, arch: int, precision: str, kernel: str, variant: str, binary: Any) -> Compiled:
     """Look into the binary that would run; the assembler's warnings come from assembling it once more."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
@@ -204,6 +275,7 @@ def _inspect(model: str, arch: int, kernel: str, variant: str, binary: Any) -> C
     return Compiled(
         model,
         arch,
+        precision,
         kernel,
         variant,
         registers,
@@ -223,16 +295,25 @@ def _output(*command: str) -> str:
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), help="Default: all.")
 @click.option("--arch", "archs", multiple=True, type=click.Choice(["80", "90"]), help="Default: both.")
-def main(models: tuple[str, ...], archs: tuple[str, ...]) -> None:
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice([name for name in PRECISIONS if name != "fp64"]),
+    help="Default: fp32 and fp16, and fp8 on sm_90.",
+)
+def main(models: tuple[str, ...], archs: tuple[str, ...], precisions: tuple[str, ...]) -> None:
     """Compile every kernel and print a table of what it takes."""
-    compiled = compile_all(models or tuple(MODELS), [int(a) for a in archs] or (80, 90))
-    row = "{:<12} {:>4} {:<20} {:<28} {:>5} {:>6} {:>7} {:>6} {:>6}"
-    click.echo(row.format("model", "sm", "kernel", "variant", "regs", "spill", "shared", "instr", "tensor"))
+    compiled = compile_all(models or tuple(MODELS), [int(a) for a in archs] or (80, 90), precisions)
+    row = "{:<12} {:>4} {:<5} {:<20} {:<44} {:>5} {:>6} {:>7} {:>6} {:>6}"
+    names = ("model", "sm", "prec", "kernel", "variant", "regs", "spill", "shared", "instr", "tensor")
+    click.echo(row.format(*names))
     for c in compiled:
-        click.echo(row.format(*c[:9]))
+        click.echo(row.format(*c[:10]))
     bad = [(c, problem) for c in compiled for problem in c.problems()]
     for c, problem in bad:
-        click.echo(f"{c.kernel} {c.variant} for {c.model} on sm_{c.arch} {problem}", err=True)
+        name = f"{c.kernel} {c.variant} in {c.precision}"
+        click.echo(f"{name} for {c.model} on sm_{c.arch} {problem}", err=True)
     sys.exit(1 if bad else 0)
 
 

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from deltapatch.kernels.product import PRECISIONS
+from deltapatch.kernels.product import PRECISIONS, narrow, narrow_weight, product
 
 _ROWS = 1024
 _SECONDS = 0.4  # for each measurement
@@ -47,38 +48,15 @@ def best_of(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def _product(precision: str, width: int, device: str) -> Callable[[], Any] | None:
-    x, w = torch.randn(_ROWS, width, device=device), torch.randn(4 * width, width, device=device)
-    dtype = getattr(PRECISIONS[precision], "operand", PRECISIONS[precision])
-    if precision == "tf32":
-        return _in_tf32(x, w) if device.startswith("cuda") else None
-    if not isinstance(dtype, torch.dtype) or dtype.itemsize == 1:
-        return _in_fp8(x, w) if precision == "fp8" else None
-    a, b = x.to(dtype), w.to(dtype)
-    return lambda: torch.mm(a, b.t())
-
-
-def _in_tf32(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any]:
-    def multiply() -> None:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.mm(x, w.t())
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-    return multiply
-
-
-def _in_fp8(x: torch.Tensor, w: torch.Tensor) -> Callable[[], Any] | None:
-    one = torch.ones((), device=x.device)
-    a, b = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
-
-    def multiply() -> None:
-        torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
-
-    try:
-        multiply()
-    except RuntimeError:  # no such units here, or no such shapes
-        return None
-    return multiply
+    mode = PRECISIONS[precision]
+    if device == "cpu" and precision not in ("fp64", "fp32", "bf16"):
+        return None  # rounded alike, but multiplied in float32
+    x = torch.randn(_ROWS, width, device=device, dtype=mode.base)
+    w = torch.randn(4 * width, width, device=device, dtype=mode.base)
+    if device == "cpu":
+        a, b = x.to(mode.operand), w.to(mode.operand)
+        return lambda: torch.mm(a, b.t())
+    return partial(product, narrow(x, mode), narrow_weight(w, mode))
 
 
 def _best(work: Callable[[], Any], device: str) -> float:

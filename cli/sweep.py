@@ -51,7 +51,13 @@ Examples:
     show_default=True,
     help="Where activations come from: counterpart, zero, mean, resample or noise.",
 )
-@click.option("--precision", default="auto", show_default=True, help="fp32, bf16 or fp64.")
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    help="Of the products of differences: fp64, fp32, tf32, bf16, fp16, fp8 (approximate, for screening), or "
+    "auto: the cheapest that keeps a sample of the effects within 1e-2 of float64.",
+)
 @click.option("--backend", default="auto", show_default=True, help="auto, triton or reference.")
 @click.option(
     "--metrics", default="all", show_default=True, help="Metrics to be asked for later, with commas."
@@ -97,6 +103,7 @@ def sweep(
     named = read_named_pairs(pairs_file)
     names, pairs = [name for name, _ in named], [pair for _, pair in named]
 
+    from deltapatch.engine.audit import in_words
     from deltapatch.engine.costs import sweep_cost
     from deltapatch.engine.grid import make_grid
     from deltapatch.engine.pairs import encode_pairs
@@ -143,6 +150,7 @@ def sweep(
         metrics=measured,
         seed=seed,
     )
+    say(in_words(effects.meta), quiet)
     seconds = effects.meta["seconds"]
     say(
         f"{rows:,} interventions in {seconds:.1f} s; accuracy of the unpatched runs {effects.accuracy():.1%}",

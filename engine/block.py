@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.patches import ATTENTION, MIDDLE, WHOLE
+from deltapatch.engine.products import ProductWeights
+from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import Backend
+from deltapatch.kernels.norm import Part
+from deltapatch.kernels.product import Precision, Scaled, product
 from deltapatch.kernels.segments import Segment, keep_last, last_segments
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
@@ -14,7 +18,6 @@ from deltapatch.models.spec import ModelSpec
 from deltapatch.models.weights import LayerWeights, Norm
 
 Swaps = dict[str, list[Swap]]  # place -> the patches there
-Tables = dict[int, tuple[Tensor, Tensor]]  # prompt length -> rotary cos and sin, [position, rope.dim // 2]
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,21 @@ class Layer:
 
     Attributes:
         spec, ops: the model and the operations.
-        weights: products of differences are taken with these, in the sweep's precision.
+        precision: of the products of differences.
+        weights: the matrices of these products, in that precision.
         exact: norms and entries with these, in the dtype of the base runs.
         base: activations of the base runs, [base token, ...].
-        tables: rotary.
+        rotary: for every base token.
         last: after this layer's attention only the read-out position goes on.
     """
 
     spec: ModelSpec
     ops: Backend
-    weights: LayerWeights
+    precision: Precision
+    weights: ProductWeights
     exact: LayerWeights
     base: forward.Activations
-    tables: Tables
+    rotary: Rotary
     last: bool
 
 
@@ -48,7 +53,7 @@ class BlockStep:
         layer: what it meets.
         segments: where its rows lie.
         swaps: its patches in this layer. In the last layer, those after the attention count read-out rows.
-        capture: receives the difference at every place, where given.
+        capture: receives the difference at every place, where given; there are no swaps then.
     """
 
     def __init__(
@@ -60,125 +65,147 @@ class BlockStep:
     ) -> None:
         self.layer, self.segments, self.swaps, self.capture = layer, segments, swaps, capture
 
-    def run(self, dx: Tensor | None, stage: int) -> Tensor:
-        """The rows' difference after the layer, [token, d_model]; in the last layer [row, d_model].
+    def run(self, dx: Tensor | None, stage: int, out: Tensor, to: Tensor | None) -> None:
+        """Write the rows' difference after the layer, [token, d_model]; in the last layer [row, d_model].
 
         Args:
             dx: [token, d_model], the difference before the layer; None for rows that enter in it.
             stage: where they enter; WHOLE for rows that are in flight.
+            out: [any, d_model], receives the difference at
+            to: [token] int64, these lines; None: the first ones, in order.
         """
-        layer, base = self.layer, self.layer.base
-        d_attn: Tensor | None = None
-        normed: Tensor | None = None
-        if dx is not None:
-            normed = self._norm(dx, base.resid_pre, layer.exact.norm1)
+        layer, exact = self.layer, self.layer.exact
+        stream = [] if dx is None else [Part(Scaled(dx, None), [])]  # what adds up to the residual stream
+        normed: Scaled | None = None  # what attention reads
+        mlp_input: Scaled | None = None
+        if stage == WHOLE:
+            second = exact.norm2 if layer.spec.parallel else None
+            normed, *other = self._add_norm(stream, "", layer.base.resid_pre, [exact.norm1, second])
+            mlp_input = other[0] if other else normed
         if stage <= ATTENTION:
             z = self._attention(normed)
             if layer.last:
-                dx, normed = (d if d is None else keep_last(d, self.segments) for d in (dx, normed))
+                stream = [Part(self._keep_last(part.d), []) for part in stream]
+                mlp_input = self._keep_last(mlp_input)
                 self.segments = last_segments(self.segments)
-            self._at("z", z)
-            d_attn = layer.ops.product(z.flatten(1), layer.weights.out.weight)
-        d_attn = self._at("attn_out", d_attn)
-
-        if layer.spec.parallel:
-            reached = stage == WHOLE
-            if reached and layer.exact.norm2 is not None:
-                normed = self._norm(dx, base.resid_pre, layer.exact.norm2)
+            stream.append(self._part("attn_out", product(z, layer.weights.out)))
         else:
-            dx, d_attn = self._at("resid_mid", _add(dx, d_attn)), None
-            reached = stage <= MIDDLE
-            if reached:
-                normed = self._norm(dx, base.resid_mid, layer.exact.norm2)
-        d_mlp = self._at("mlp_out", self._mlp(normed) if reached else self._neurons())
-        done = self._at("resid_post", _add(_add(dx, d_attn), d_mlp))
-        assert done is not None, "a row entered a layer in which nothing patches it"
-        return done
+            stream.append(self._part("attn_out", None))
 
-    def _attention(self, normed: Tensor | None) -> Tensor:
-        """Difference of z, [token, head, d_head], from that of the attention's input, if there is one."""
-        layer, ops, base = self.layer, self.layer.ops, self.layer.base
+        through_mlp = stage == WHOLE
+        if not layer.spec.parallel:
+            through_mlp = stage <= MIDDLE
+            if through_mlp:
+                mid = torch.empty(self._n_tokens, layer.spec.d_model, dtype=out.dtype, device=out.device)
+                (mlp_input,) = self._add_norm(stream, "resid_mid", layer.base.resid_mid, [exact.norm2], mid)
+                self._note("resid_mid", mid)
+                stream = [Part(Scaled(mid, None), [])]
+        stream.append(self._part("mlp_out", self._mlp(mlp_input) if through_mlp else self._neurons()))
+        self._add_norm(stream, "resid_post", None, [], out, to)
+
+    @property
+    def _n_tokens(self) -> int:
+        return sum(s.n_tokens for s in self.segments)
+
+    def _attention(self, normed: Scaled | None) -> Scaled:
+        """Difference of z, [token, n_heads * d_head], from that of the attention's input, if there is one."""
+        layer, base, spec = self.layer, self.layer.base, self.layer.spec
+        scale = None
         if normed is not None:
-            q, k, v = forward.split_qkv(
-                [ops.product(normed, part.weight) for part in layer.weights.qkv], layer.spec
-            )
+            parts = [product(normed, weight) for weight in layer.weights.qkv]
+            q, k, v = forward.split_qkv([part.values for part in parts], spec)
+            scale = parts[0].scale
         else:
             q, k, v = (self._zeros(b) for b in (base.q, base.k, base.v))
         for place, d in (("q", q), ("k", k), ("v", v)):
-            self._at(place, d)
-        return ops.attention_difference(
-            self._rotate(q),
-            self._rotate(k),
+            self._note(place, d)
+        z = layer.ops.attention_difference(
+            q,
+            k,
             v,
+            scale,
             base.q_rotated,
             base.k_rotated,
             base.v,
-            layer.spec.d_head**-0.5,
+            layer.rotary,
+            spec.d_head**-0.5,
             self.segments,
             layer.last,
+            {place: self.swaps[place] for place in ("q", "k", "v", "z") if place in self.swaps},
+            layer.precision,
         )
+        self._note("z", z.values.unflatten(-1, (spec.n_heads, spec.d_head)))
+        return z
 
-    def _mlp(self, normed: Tensor | None) -> Tensor:
+    def _mlp(self, normed: Scaled | None) -> Scaled:
         """Difference of mlp_out, [token, d_model], from that of the MLP's input."""
-        layer, ops, base = self.layer, self.layer.ops, self.layer.base
+        assert normed is not None
+        layer, base = self.layer, self.layer.base
         gate = layer.weights.gate
-        post = ops.activation_difference(
+        post = layer.ops.activation_difference(
             forward.activation(layer.spec.activation),
-            ops.product(normed, layer.weights.up.weight),
+            product(normed, layer.weights.up),
             base.up,
             self.segments,
-            None if gate is None else ops.product(normed, gate.weight),
+            None if gate is None else product(normed, gate),
             base.gate,
+            self.swaps.get("mlp_post", []),
+            layer.precision,
         )
-        self._at("mlp_post", post)
-        return ops.product(post, layer.weights.down.weight)
+        self._note("mlp_post", post.values)
+        return product(post, layer.weights.down)
 
-    def _neurons(self) -> Tensor | None:
+    def _neurons(self) -> Scaled | None:
         """The same for rows whose MLP input is unchanged and whose neurons are patched: no matrix product."""
         if "mlp_post" not in self.swaps:
             return None
-        out = self._zeros(self.layer.base.mlp_out)
-        for swap in self.swaps["mlp_post"]:
-            self.layer.ops.gather_columns(out, swap, self.layer.exact.down.weight)
-        return out
+        down = self.layer.exact.down.weight
+        return Scaled(self.layer.ops.gather_columns(self.swaps["mlp_post"], down, self._n_tokens), None)
 
-    def _at(self, place: str, d: Tensor | None) -> Tensor | None:
-        """Apply the swaps of a place to its difference, in place; zeros are made only where one is needed."""
-        swaps = self.swaps.get(place, [])
-        if d is None and swaps:
-            d = self._zeros(getattr(self.layer.base, place))
+    def _part(self, place: str, d: Scaled | None) -> Part:
+        """What a place adds to the residual stream."""
         if d is not None:
-            self.layer.ops.apply_swaps(d, swaps)
-            if self.capture is not None:
-                self.capture[place] = d
-        return d
+            self._note(place, d.values)
+        return Part(d, self.swaps.get(place, []))
 
-    def _zeros(self, like: Tensor) -> Tensor:
-        """A zero difference of a place: [token, ...] with the trailing shape of its base activations."""
-        n_tokens = sum(s.n_tokens for s in self.segments)
-        return torch.zeros(n_tokens, *like.shape[1:], dtype=like.dtype, device=like.device)
-
-    def _norm(self, dx: Tensor | None, x: Tensor | None, norm: Norm | None) -> Tensor:
-        assert dx is not None
-        assert x is not None
-        assert norm is not None
-        spec = self.layer.spec
-        return self.layer.ops.norm_difference(
-            dx, x, norm.weight, spec.norm_eps, spec.norm == "layer", self.segments
+    def _add_norm(
+        self,
+        stream: list[Part],
+        place: str,
+        x: Tensor | None,
+        norms: list[Norm | None],
+        out: Tensor | None = None,
+        to: Tensor | None = None,
+    ) -> list[Scaled]:
+        """Add up the residual stream, swap at its place, and normalise it."""
+        layer = self.layer
+        weights = [norm.weight for norm in norms if norm is not None]
+        swaps = self.swaps.get(place, [])
+        return layer.ops.add_norm(
+            stream,
+            swaps,
+            x,
+            weights,
+            layer.spec.norm_eps,
+            layer.spec.norm == "layer",
+            self.segments,
+            layer.precision,
+            out,
+            to,
         )
 
-    def _rotate(self, d: Tensor) -> Tensor:
-        """Rotary turns a difference as it turns a vector: [token, head, d_head]."""
-        out = torch.empty(d.shape, dtype=d.dtype, device=d.device)
-        for s in self.segments:
-            cos, sin = (t[s.length - s.positions :] for t in self.layer.tables[s.length])
-            part = s.tokens(d).flatten(2, 3)  # [pair, position, row and head, d_head]
-            turned = forward.rotate(part, cos, sin, self.layer.spec.rope)
-            s.tokens(out).copy_(turned.unflatten(2, (s.rows, -1)))
-        return out
+    def _note(self, place: str, d: Tensor) -> None:
+        # Differences are kept for their places in source runs only, which are carried without scales.
+        if self.capture is not None:
+            self.capture[place] = d
 
+    def _keep_last(self, d: Scaled | None) -> Scaled | None:
+        if d is None:
+            return None
+        scale = None if d.scale is None else keep_last(d.scale, self.segments)
+        return Scaled(keep_last(d.values, self.segments), scale)
 
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+    def _zeros(self, like: Tensor) -> Tensor:
+        """A zero difference, [token, ...] with the trailing shape of base activations: one line, repeated."""
+        zero = torch.zeros(1, *like.shape[1:], dtype=like.dtype, device=like.device)
+        return zero.expand(self._n_tokens, *like.shape[1:])

@@ -151,6 +151,7 @@ class Effects:
 
     def __repr__(self) -> str:
         what = ", ".join(str(self.meta[k]) for k in ("model", "precision", "backend") if k in self.meta)
+        what += ", approximate" if self.meta.get("precision") == "fp8" else ""
         lines = [f"Effects of {len(self.pairs)} pair(s), {self.direction}" + (f", {what}" if what else "")]
         for name, swept in self.sites.items():
             shape = ", ".join(f"{axis} {n}" for axis, n in zip(swept.axes, swept.shape, strict=True))

@@ -39,8 +39,8 @@ class Intervention:
 
 def tables_of(
     interventions: Sequence[Intervention], pairs: Sequence[EncodedPair], spec: ModelSpec
-) -> list[tuple[int, PatchTable, np.ndarray]]:
-    """The interventions of each pair: (pair, its table, which interventions they are).
+) -> dict[int, tuple[PatchTable, np.ndarray]]:
+    """The interventions of each pair that has any: (table, which interventions they are).
 
     Raises:
         DeltapatchError: no interventions, one without patches, one that patches an activation twice, or
@@ -57,7 +57,7 @@ def tables_of(
         if not intervention.patches:
             raise DeltapatchError(f"intervention {i} has no patches: give at least one")
         by_pair.setdefault(intervention.pair, []).append(i)
-    out = []
+    out = {}
     for pair in by_pair:
         patches: list[tuple[int, int, int, int, int]] = []
         for row, i in enumerate(by_pair[pair]):
@@ -71,7 +71,7 @@ def tables_of(
         columns = np.array(patches, dtype=np.int64).T
         n = len(by_pair[pair])
         table = PatchTable(n, np.zeros(n, dtype=np.int64), *columns)
-        out.append((pair, table, np.array(by_pair[pair])))
+        out[pair] = (table, np.array(by_pair[pair]))
     return out
 
 

@@ -1,7 +1,7 @@
 """A job: checked options and encoded pairs, carried out pass by pass."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from deltapatch.engine.audit import Audit
 from deltapatch.engine.metrics import MEASURED, Direction, Reference, measured_for
 from deltapatch.engine.pairs import EncodedPair, PromptPair, encode_pairs
 from deltapatch.engine.patches import PatchTable
@@ -17,11 +18,30 @@ from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.runfolder import environment
 from deltapatch.engine.sources import Prompts, Source, check_source
 from deltapatch.engine.wavefront import PassResult, Wavefront
-from deltapatch.engine.workers import workers
+from deltapatch.engine.workers import Map, full_float32, workers
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.backend import Backend, choose_backend
-from deltapatch.kernels.product import PRECISIONS
+from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job carries out.
+
+    Attributes:
+        order: pairs, by length.
+        table_of: the interventions of a pair, and where their effects go.
+        n_effects: of all pairs.
+        row_layers: row tokens times the layers that they pass.
+        describe: an effect in words.
+    """
+
+    order: list[int]
+    table_of: Callable[[int], tuple[PatchTable, np.ndarray]]
+    n_effects: int
+    row_layers: int
+    describe: Callable[[int], str]
 
 
 @dataclass
@@ -33,14 +53,16 @@ class Job:
     length: np.ndarray  # [pair], tokens up to the read-out position
     direction: Direction
     source: Source
-    precision: str
+    precision: Precision | None  # None: to be chosen when the work is known
     backend: Backend
     budget: int
     measured: tuple[str, ...]
     readout: int | str
     seed: int
     noise_scale: float
+    noise_sample: int
     partner: np.ndarray | None  # [pair], whose source run "resample" takes
+    noise_floor: dict[str, Any] | None = None
     passes: int = 0
     rows: int = 0
     seconds: float = 0.0
@@ -59,6 +81,7 @@ class Job:
         readout: int | str,
         seed: int,
         noise_scale: float,
+        noise_sample: int,
     ) -> "Job":
         """Check the options of a sweep or run, and encode its pairs.
 
@@ -67,12 +90,14 @@ class Job:
         """
         if direction not in ("denoise", "noise"):
             raise DeltapatchError(f"unknown direction {direction!r}: choose denoise or noise")
-        if precision == "auto":
-            precision = "fp64" if model.dtype == torch.float64 else "fp32"
-        if precision not in PRECISIONS:
+        if precision != "auto" and precision not in PRECISIONS:
             raise DeltapatchError(
                 f"unknown precision {precision!r}: choose from auto, {', '.join(PRECISIONS)}"
             )
+        if precision == "fp8" and not _has_float8(model.device):
+            raise DeltapatchError(f"precision fp8 needs a newer GPU than {model.device}: use fp16 or bf16")
+        if noise_sample < 0:
+            raise DeltapatchError(f"the noise sample must be 0 or more effects, not {noise_sample}")
         if memory_budget is not None and memory_budget <= 0:
             raise DeltapatchError(f"the memory budget must be positive, not {memory_budget}")
         kind = check_source(source)
@@ -87,42 +112,32 @@ class Job:
             length,
             direction,
             kind,
-            precision,
+            PRECISIONS.get(precision),
             choose_backend(backend, model.device),
             memory_budget or default_budget(model.device),
             measured,
             readout,
             seed,
             noise_scale,
+            noise_sample,
             _partners(length, seed) if kind == "resample" else None,
         )
 
-    def carry_out(
-        self,
-        tables: Iterable[tuple[int, PatchTable, np.ndarray]],
-        n_effects: int,
-        row_layers: int,
-        progress: bool,
-        describe: Callable[[int], str],
-    ) -> tuple[dict[str, np.ndarray], Reference]:
+    def carry_out(self, work: Work, progress: bool) -> tuple[dict[str, np.ndarray], Reference]:
         """Run all passes: the measured numbers, [effect], NaN where there is none, and the unpatched runs."""
         began = time.perf_counter()
-        dtype = np.float64 if self.precision == "fp64" else np.float32
         n = len(self.pairs)
-        measured = {name: np.full(n_effects, np.nan, dtype=dtype) for name in self.measured}
         reference = Reference(np.full((n, 2, 2), np.nan), np.full((n, 2, 2), np.nan), np.full((n, 2), -1))
-        n_sources = 1 if self.partner is None else 2
-        costs = Costs.of(
-            self.model, self.precision, self.backend.block_tokens, n_sources, int(self.length.max())
-        )
-        bar = progress_bar("patching", row_layers, progress)
-        with bar as tick, workers(self.model.device) as each:
-            for part in cut(tables, self.length, costs, self.budget, self.source == "mean"):
-                prompts = self._prompts(part.pairs)
-                result = Wavefront(
-                    self.model, prompts, part.table, self.measured, self.precision, self.backend, each, tick
-                ).run()
-                self._check_finite(part, result, describe)
+        bar = progress_bar("patching", work.row_layers, progress)
+        with bar as tick, full_float32(), workers(self.model.device) as each:
+            audit = Audit(self, work, each)
+            if self.precision is None:
+                self.precision = audit.cheapest()
+            dtype = np.float64 if self.precision.name == "fp64" else np.float32
+            measured = {name: np.full(work.n_effects, np.nan, dtype=dtype) for name in self.measured}
+            tables = ((pair, *work.table_of(pair)) for pair in work.order)
+            for part, result in self.passes_of(tables, self.precision, each, tick):
+                self._check_finite(part, result, work.describe)
                 for name, values in result.measured.items():
                     measured[name][part.out] = values
                 # The wavefront knows base and source; a reader of the results knows clean and corrupted.
@@ -132,8 +147,34 @@ class Job:
                 reference.prediction[part.pairs] = result.prediction[:, runs]
                 self.passes += 1
                 self.rows += len(part.out)
+            self.noise_floor = audit.noise_floor(self.precision, measured)
         self.seconds = time.perf_counter() - began
         return measured, reference
+
+    def passes_of(
+        self,
+        tables: Iterable[tuple[int, PatchTable, np.ndarray]],
+        precision: Precision,
+        each: Map,
+        tick: Callable[[int], None] = lambda n: None,
+    ) -> Iterator[tuple[Pass, PassResult]]:
+        """Carry interventions out, pass by pass.
+
+        Args:
+            tables: (pair, its interventions, where their effects go), ordered by the pairs' lengths.
+            precision: of the products.
+            each: does blocks.
+            tick: is told the row-layers done.
+        """
+        n_sources = 1 if self.partner is None else 2
+        longest = int(self.length.max())
+        costs = Costs.of(self.model, precision, self.backend.block_tokens, n_sources, longest)
+        for part in cut(tables, self.length, costs, self.budget, self.source == "mean"):
+            prompts = self._prompts(part.pairs)
+            wavefront = Wavefront(
+                self.model, prompts, part.table, self.measured, precision, self.backend, each, tick
+            )
+            yield part, wavefront.run()
 
     def _prompts(self, numbers: list[int]) -> Prompts:
         """The prompts of some pairs, cut at the read-out position."""
@@ -193,8 +234,13 @@ class Job:
             if bad.any():
                 raise DeltapatchError(
                     f"{name} is not finite for {int(bad.sum())} intervention(s), the first: "
-                    f"{describe(int(part.out[np.argmax(bad)]))}; try precision='fp64'"
+                    f"{describe(int(part.out[np.argmax(bad)]))}; try precision={self._wider()!r}"
                 )
+
+    def _wider(self) -> str:
+        """What to try where numbers overflow."""
+        assert self.precision is not None
+        return "fp64" if self.precision.name == "fp32" else "fp32"
 
     def meta(self) -> dict[str, Any]:
         """What was run, for the record."""
@@ -205,7 +251,8 @@ class Job:
             "source": self.source,
             "direction": self.direction,
             "readout": self.readout,
-            "precision": self.precision,
+            "precision": None if self.precision is None else self.precision.name,
+            "noise_floor": self.noise_floor,
             "backend": self.backend.name,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -217,6 +264,10 @@ class Job:
             "seconds": round(self.seconds, 3),
             **environment(),
         }
+
+
+def _has_float8(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _read_at(readout: int | str, number: int, pair: EncodedPair) -> int:

@@ -65,96 +65,78 @@ class Layout:
 
 
 def lay_out(
-    rows: np.ndarray, pair: np.ndarray, start: np.ndarray, shapes: PairShapes, block_tokens: int
+    rows: np.ndarray, pair: np.ndarray, start: np.ndarray, shapes: PairShapes, n_blocks: int
 ) -> Layout:
-    """Pack rows.
+    """Pack rows into blocks of about equal size.
 
     Args:
         rows: [n] row ids, ordered by (length, start, pair).
         pair, start: [row id], the pair of a row and its first position.
         shapes: the pairs.
-        block_tokens: the most tokens in a block (a longer single row makes a block of its own).
+        n_blocks: how many; fewer where there are not enough rows. A block exceeds its share by less than a
+            row's tokens.
     """
     token = np.full(len(pair), -1, dtype=np.int64)
     stride = np.full(len(pair), -1, dtype=np.int64)
-    segments: list[Segment] = []
-    first_pairs: list[int] = []
-    done = 0  # rows packed
-    n_tokens = 0
-    for first, n_pairs, count in _runs(rows, pair, start, shapes, block_tokens):
+    blocks: list[Block] = []
+    left = int((shapes.length[pair[rows]] - start[rows]).sum())  # tokens of this block and the next ones
+    done = n_tokens = 0  # rows and tokens packed
+    draft = _Draft()
+    for first, count in _runs(rows, pair, start):
         length = int(shapes.length[first])
-        n = length - int(start[rows[done]])
-        segment = Segment(n_tokens, n_pairs, n, count, int(shapes.base[first]), length)
-        ids = rows[done : done + n_pairs * count].reshape(n_pairs, count)
-        token[ids] = n_tokens + np.arange(n_pairs)[:, None] * (n * count) + np.arange(count)
-        stride[ids] = count
-        segments.append(segment)
-        first_pairs.append(first)
-        done += n_pairs * count
-        n_tokens += segment.n_tokens
-    return Layout(rows, token, stride, n_tokens, _blocks(segments, first_pairs, block_tokens))
+        width = length - int(start[rows[done]])
+        while count:
+            share = -(-left // max(1, n_blocks - len(blocks)))
+            some = min(count, -(-(share - draft.n_tokens) // width))
+            ids = rows[done : done + some]
+            token[ids] = n_tokens + np.arange(some)
+            stride[ids] = some
+            draft.add(Segment(0, 1, width, some, int(shapes.base[first]), length), first)
+            done, count, n_tokens = done + some, count - some, n_tokens + some * width
+            if draft.n_tokens >= share:
+                blocks.append(draft.block(done, n_tokens))
+                left, draft = left - draft.n_tokens, _Draft()
+    return Layout(rows, token, stride, n_tokens, blocks)
 
 
-def _runs(
-    rows: np.ndarray, pair: np.ndarray, start: np.ndarray, shapes: PairShapes, block_tokens: int
-) -> list[tuple[int, int, int]]:
-    """The segments as (first pair, pairs, rows a pair): big runs are cut, small equal ones are joined."""
+class _Draft:
+    """A block that is being filled."""
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+        self.first_pairs: list[int] = []
+        self.n_tokens = self.n_rows = 0
+
+    def add(self, s: Segment, pair: int) -> None:
+        """Add rows of one pair; they join those of the pair before, where these are alike."""
+        before = self.segments[-1] if self.segments else None
+        if (
+            before is not None
+            and (before.positions, before.rows, before.length) == (s.positions, s.rows, s.length)
+            and self.first_pairs[-1] + before.pairs == pair
+        ):
+            self.segments[-1] = replace(before, pairs=before.pairs + 1)
+        else:
+            self.segments.append(replace(s, token=self.n_tokens))
+            self.first_pairs.append(pair)
+        self.n_tokens += s.n_tokens
+        self.n_rows += s.rows
+
+    def block(self, row: int, token: int) -> Block:
+        """The block, whose last row and token come before these."""
+        return Block(
+            slice(row - self.n_rows, row),
+            slice(token - self.n_tokens, token),
+            self.segments,
+            self.first_pairs,
+        )
+
+
+def _runs(rows: np.ndarray, pair: np.ndarray, start: np.ndarray) -> list[tuple[int, int]]:
+    """Rows that start at one position of one pair, as (pair, how many)."""
     if not len(rows):
         return []
     p, s = pair[rows], start[rows]
-    edges = np.flatnonzero((np.diff(p) != 0) | (np.diff(s) != 0)) + 1
-    firsts = np.concatenate([[0], edges])
+    firsts = np.concatenate([[0], np.flatnonzero((np.diff(p) != 0) | (np.diff(s) != 0)) + 1])
     counts = np.diff(np.concatenate([firsts, [len(rows)]]))
-    n = shapes.length[p[firsts]] - s[firsts]
-    out: list[tuple[int, int, int]] = []
-    joined = (-1, -1, -1)  # (length, start, count) of the segment that may still grow
-    for i, first in enumerate(firsts):
-        count, width, q = int(counts[i]), int(n[i]), int(p[first])
-        most = max(1, block_tokens // width)
-        if count > most:
-            pieces = -(-count // most)
-            sizes = [count // pieces + (k < count % pieces) for k in range(pieces)]
-            out += [(q, 1, size) for size in sizes]
-            joined = (-1, -1, -1)
-            continue
-        kind = (int(shapes.length[q]), int(s[first]), count)
-        if kind == joined:
-            head, n_pairs, _ = out[-1]
-            if head + n_pairs == q and (n_pairs + 1) * count <= most:
-                out[-1] = (head, n_pairs + 1, count)
-                continue
-        out.append((q, 1, count))
-        joined = kind
-    return out
-
-
-def _blocks(segments: list[Segment], first_pairs: list[int], block_tokens: int) -> list[Block]:
-    blocks: list[Block] = []
-    held: list[int] = []
-    tokens = row = 0
-
-    def close() -> None:
-        nonlocal held, row
-        if not held:
-            return
-        parts = [segments[i] for i in held]
-        begin, n_rows = parts[0].token, sum(s.pairs * s.rows for s in parts)
-        blocks.append(
-            Block(
-                slice(row, row + n_rows),
-                slice(begin, parts[-1].token + parts[-1].n_tokens),
-                [replace(s, token=s.token - begin) for s in parts],
-                [first_pairs[i] for i in held],
-            )
-        )
-        row += n_rows
-        held = []
-
-    for i, segment in enumerate(segments):
-        if held and tokens + segment.n_tokens > block_tokens:
-            close()
-            tokens = 0
-        held.append(i)
-        tokens += segment.n_tokens
-    close()
-    return blocks
+    return list(zip(p[firsts].tolist(), counts.tolist(), strict=True))

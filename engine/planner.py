@@ -11,6 +11,7 @@ from deltapatch.engine.costs import layer_parameters
 from deltapatch.engine.patches import PatchTable
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels import attention, readout, readout_triton
+from deltapatch.kernels.product import Precision
 from deltapatch.models.model import Model
 
 
@@ -36,7 +37,7 @@ class Costs:
     Attributes:
         fixed: one layer's converted weights, the ends, and the workspace of a block.
         pair: a pair's output distribution.
-        base_token: a token of a pair's prompts: the activations of one layer, of base and source runs.
+        base_token: a token of a pair's prompts: the activations of two layers, of base and source runs.
         row_token: a token of a row in flight, in this layer's packing and the next's.
         row: the bookkeeping of a row.
     """
@@ -48,29 +49,32 @@ class Costs:
     row: int
 
     @classmethod
-    def of(cls, model: Model, precision: str, block_tokens: int, n_sources: int, length: int) -> "Costs":
+    def of(
+        cls, model: Model, precision: Precision, block_tokens: int, n_sources: int, length: int
+    ) -> "Costs":
         """The costs of a sweep of this model, with prompts of at most `length` tokens."""
         spec = model.spec
-        size = 8 if precision == "fp64" else 4
+        size = precision.base.itemsize
         layer, ends = layer_parameters(spec), 2 * spec.d_vocab * spec.d_model
         fixed = 0
         if model.dtype.itemsize != size:
-            fixed += (layer + ends) * size
-        if precision == "bf16":
-            fixed += (layer + ends // 2) * 2
+            fixed += (2 * layer + ends) * size  # the next layer is prepared while the rows pass through one
+        on_gpu = model.device.type == "cuda"
+        if precision.name not in ("fp64", "fp32"):
+            # Elsewhere than on a GPU what is rounded may be kept in float32.
+            fixed += (2 * layer + ends // 2) * (precision.operand.itemsize if on_gpu else size)
         # Activations of one token in one layer, and a few copies of the widest.
         widths = 8 * spec.d_model + (3 + spec.gated) * spec.d_mlp + 6 * spec.n_heads * spec.d_head
         # Each thread has a block of its own, a GPU one after the other, with copies of the widest activations
         # and of attention's logits; the read-out holds logit changes, in float64 too, and expm1 of them.
-        on_gpu = model.device.type == "cuda"
         blocks, held = (1, readout_triton.CELLS) if on_gpu else (torch.get_num_threads(), readout.CELLS)
-        tokens = max(block_tokens, length)
+        tokens = block_tokens * 3 // 2 + length
         cells = min(tokens * spec.n_heads * length, max(attention.CELLS, tokens * length))
         step = (tokens * widths + 6 * cells) * size
         # Half as much again stays with each thread's allocator.
         fixed += blocks * max(step, 3 * held * (size + 8)) * 3 // 2
         fixed += 3 * spec.d_model * spec.d_mlp * size  # entries of neurons: columns, transposed and gathered
-        return cls(fixed, spec.d_vocab * (2 * size + 40), (1 + n_sources) * widths * size,
+        return cls(fixed, spec.d_vocab * (3 * size + 40), 2 * (1 + n_sources) * widths * size,
                    2 * spec.d_model * size, 400)  # fmt: skip
 
     def total(self, pairs: int, base_tokens: int, row_tokens: int, rows: int) -> int:
@@ -155,7 +159,8 @@ def cut(
             used = after
             continue
         for piece in pieces:
-            yield _join([(pair, _take(table, piece), out[piece])], length, share_lengths)
+            rows = np.arange(piece.start, piece.stop)
+            yield _join([(pair, take(table, rows), out[piece])], length, share_lengths)
     if held:
         yield _join(held, length, share_lengths)
 
@@ -197,18 +202,14 @@ def _pieces(each: np.ndarray, room: int) -> list[slice]:
         n += 1
 
 
-def _take(table: PatchTable, rows: slice) -> PatchTable:
-    """The interventions of a run of rows."""
-    a, b = np.searchsorted(table.row, [rows.start, rows.stop])
-    return PatchTable(
-        rows.stop - rows.start,
-        table.pair[rows],
-        table.row[a:b] - rows.start,
-        table.layer[a:b],
-        table.place[a:b],
-        table.position[a:b],
-        table.index[a:b],
-    )
+def take(table: PatchTable, rows: np.ndarray) -> PatchTable:
+    """Some interventions; `rows` ascends."""
+    number = np.full(table.n_rows, -1)
+    number[rows] = np.arange(len(rows))
+    new = number[table.row]
+    kept = new >= 0
+    columns = (getattr(table, f)[kept] for f in ("layer", "place", "position", "index"))
+    return PatchTable(len(rows), table.pair[rows], new[kept], *columns)
 
 
 def _join(parts: list[tuple[int, PatchTable, np.ndarray]], length: np.ndarray, share_lengths: bool) -> Pass:

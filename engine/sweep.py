@@ -10,7 +10,7 @@ import numpy as np
 from deltapatch.engine.effects import Effects, SiteEffects
 from deltapatch.engine.grid import Grid, Layers, Positions, make_grid
 from deltapatch.engine.interventions import Intervention, tables_of
-from deltapatch.engine.job import Job
+from deltapatch.engine.job import Job, Work
 from deltapatch.engine.metrics import Direction, Reference, compute
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.engine.patches import PatchTable, place_of
@@ -53,6 +53,7 @@ def sweep(
     readout: int | str = "last",
     seed: int = 0,
     noise_scale: float = 3.0,
+    noise_sample: int = 32,
 ) -> Effects:
     """Patch every chosen site, layer, position and index of every pair, each alone, exactly.
 
@@ -66,8 +67,10 @@ def sweep(
         source: "counterpart" (the pair's other prompt), "zero", "mean" (over both prompts of all pairs of the
             same length), "resample" (another pair's source run) or "noise" (the corrupted run is the clean
             prompt with Gaussian noise on the embeddings where the prompts differ, as in ROME).
-        precision: "fp32", "bf16" (products of differences in bfloat16), "fp64", or "auto": fp32, and fp64 for
-            a model loaded in float64.
+        precision: of the products of differences: "fp64", "fp32", "tf32", "bf16", "fp16" (each row scaled by
+            a power of two), "fp8" (for screening: effects are approximate), or "auto": the cheapest whose
+            effects, in a sample of this sweep, are within 1e-2 of float64 (fp64 for a model loaded in
+            float64). Unpatched runs are float32 in all of them, or float64.
         backend: "triton" (on a CUDA device), "reference", or "auto": the best one for the model's device.
         memory_budget: bytes that the sweep may use beside the model and its results; a quarter of what is
             free, at most 4 GiB, by default; on a GPU half of what is free there.
@@ -77,6 +80,8 @@ def sweep(
         readout: where the effect is read, a position or label; patches after it have no effect.
         seed: of "resample" and "noise".
         noise_scale: of "noise", in standard deviations of the embeddings.
+        noise_sample: how many of the effects are computed again in float64, drawn by `seed`; their relative
+            errors are `meta["noise_floor"]`. 0 for none.
 
     Returns:
         Effects: arrays [pair, layer, position] or [pair, layer, position, index] for every site and metric.
@@ -98,13 +103,17 @@ def sweep(
         readout,
         seed,
         noise_scale,
+        noise_sample,
     )
     grid = make_grid(sites, positions, layers, job.pairs, model.spec)
-    order = np.argsort(job.length, kind="stable").tolist()
-    tables = ((p, *grid.table(p, job.pairs[p])) for p in order)
-    measured, reference = job.carry_out(
-        tables, grid.n_effects, _row_layers(grid, job), progress, lambda i: grid.describe(i, len(job.pairs))
+    work = Work(
+        np.argsort(job.length, kind="stable").tolist(),
+        lambda pair: grid.table(pair, job.pairs[pair]),
+        grid.n_effects,
+        _row_layers(grid, job),
+        lambda i: grid.describe(i, len(job.pairs)),
     )
+    measured, reference = job.carry_out(work, progress)
     site_effects = {}
     for g in grid.sites:
         shape = g.shape(len(job.pairs))
@@ -131,6 +140,7 @@ def run(
     readout: int | str = "last",
     seed: int = 0,
     noise_scale: float = 3.0,
+    noise_sample: int = 32,
 ) -> Outcome:
     """Carry out given interventions, each with any number of patches. Arguments are those of `sweep`.
 
@@ -149,13 +159,17 @@ def run(
         readout,
         seed,
         noise_scale,
+        noise_sample,
     )
     tables = tables_of(interventions, job.pairs, model.spec)
-    tables.sort(key=lambda t: int(job.length[t[0]]))
-    row_layers = sum(_table_row_layers(t, job.length[p], model.spec.n_layers) for p, t, _ in tables)
-    measured, reference = job.carry_out(
-        tables, len(interventions), row_layers, progress, lambda i: f"intervention {i}"
+    work = Work(
+        sorted(tables, key=lambda pair: int(job.length[pair])),
+        lambda pair: tables[pair],
+        len(interventions),
+        sum(_table_row_layers(t, job.length[p], model.spec.n_layers) for p, (t, _) in tables.items()),
+        lambda i: f"intervention {i}",
     )
+    measured, reference = job.carry_out(work, progress)
     pair = np.array([i.pair for i in interventions])
     return Outcome(measured, pair, reference, direction, job.meta())
 

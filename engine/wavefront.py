@@ -6,29 +6,35 @@ At each layer it (1) advances the base run and, as a difference of its own, the 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.block import BlockStep, Layer, Swaps, Tables
+from deltapatch.engine.block import BlockStep, Layer, Swaps
 from deltapatch.engine.layout import Block, Layout, PairShapes, lay_out
 from deltapatch.engine.patches import ATTENTION, END, MIDDLE, PLACE, WHOLE, PatchTable, Rows, make_rows
+from deltapatch.engine.products import narrow_layer, taken_in
+from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.sites import PLACES
 from deltapatch.engine.sources import Prompts, source_differences
 from deltapatch.engine.workers import Map
+from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import Backend
-from deltapatch.kernels.product import PRECISIONS
-from deltapatch.kernels.readout import BaseReadout
-from deltapatch.kernels.segments import Segment, keep_last, last_segments
+from deltapatch.kernels.device import upload
+from deltapatch.kernels.norm import Part
+from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 from deltapatch.models.model import Model
-from deltapatch.models.weights import EndWeights, LayerWeights
+from deltapatch.models.weights import LayerWeights, cast
 
-_LEAST = 64  # tokens in a block: fewer would not keep a core's products busy
+_LEAST = 64  # tokens in a block: with fewer, a product mostly reads its weights
 _ENTRY_STAGES = (ATTENTION, MIDDLE, END)
+
+Tables = dict[int, tuple[Tensor, Tensor]]  # prompt length -> rotary cos and sin, [position, rope.dim // 2]
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,22 @@ class PassResult:
     prediction: np.ndarray  # [pair, (base, source)]
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A layer, ready for its rows.
+
+    Attributes:
+        here: what they meet.
+        deltas: place -> (source - base), [source token, ...].
+        x, dx: [base token, d_model] and [source token, d_model], the unpatched runs after the layer.
+    """
+
+    here: Layer
+    deltas: dict[str, Tensor]
+    x: Tensor
+    dx: Tensor
+
+
 class Wavefront:
     """One pass over the layers for a set of prompts and interventions.
 
@@ -49,7 +71,7 @@ class Wavefront:
         prompts: base and source prompts of the pairs in the pass, ordered by length.
         table: the interventions, with pairs counted within the pass.
         measured: which of `metrics.MEASURED` to return.
-        precision: "fp64", "fp32" or "bf16".
+        precision: of the products of differences; base and source runs are carried in its base dtype.
         backend: the operations to use.
         each: does blocks, perhaps side by side (see `workers`).
         tick: called with the row-layers done, block by block.
@@ -61,7 +83,7 @@ class Wavefront:
         prompts: Prompts,
         table: PatchTable,
         measured: tuple[str, ...],
-        precision: str,
+        precision: Precision,
         backend: Backend,
         each: Map,
         tick: Callable[[int], None] = lambda n: None,
@@ -71,8 +93,8 @@ class Wavefront:
         self.n_interventions = table.n_rows
         self.shapes = PairShapes(prompts.length, prompts.base)
         self.rows: Rows = make_rows(table, prompts.length, model.spec)
-        self.dtype = torch.float64 if precision == "fp64" else torch.float32
-        self.product_dtype = PRECISIONS[precision]
+        self.precision, self.dtype = precision, precision.base
+        self.exact = PRECISIONS["fp64" if self.dtype == torch.float64 else "fp32"]
 
     @torch.no_grad()
     def run(self) -> PassResult:
@@ -86,24 +108,52 @@ class Wavefront:
             for n in sorted({int(n) for n in prompts.length})
         }
         rows, layout = self._enter_embedding(x, dx)  # [row token, d_model], the differences in flight
+        prepare = partial(self._prepare, tables=tables, rotary=self._rotary(tables))
+        ahead = self.each.ahead(partial(prepare, 0, x, dx))
         for l in range(spec.n_layers):
-            exact = self.model.layer(l, self.dtype)
-            products = _cast_products(exact, self.product_dtype)
-            base = self._advance_base(x, exact, tables)
-            last = l == spec.n_layers - 1
-            dx, capture = self._advance_sources(dx, exact, base, tables)
-            deltas = source_differences(prompts, base, capture, self.shapes)
-            here = Layer(spec, self.ops, products, exact, base, tables, last)
-            out_layout = self._layout(self.rows.before(l + 1), last=last)
+            ready = ahead()
+            x, dx = ready.x, ready.dx
+            if l + 1 < spec.n_layers:
+                ahead = self.each.ahead(partial(prepare, l + 1, x, dx))
+            out_layout = self._layout(self.rows.before(l + 1), last=ready.here.last)
             out = x.new_empty(out_layout.n_tokens, spec.d_model)
-            self._advance(here, l, layout, WHOLE, rows, deltas, out_layout, out)
-            for stage in _ENTRY_STAGES:
-                entering = self._layout(self.rows.entering(l, stage))
-                self._advance(here, l, entering, stage, None, deltas, out_layout, out)
-            rows, layout, x = out, out_layout, base.resid_post
-        return self._read_out(ends, x, dx, rows, layout)
+            parts = [(WHOLE, layout)]
+            parts += [(stage, self._layout(self.rows.entering(l, stage))) for stage in _ENTRY_STAGES]
+            self._advance(ready, l, parts, rows, out_layout, out)
+            rows, layout = out, out_layout
+        reader = ReadOut(self.model, prompts, self.shapes, self.measured, self.precision, self.ops, self.each)
+        by_row, unpatched = reader.read(ends, x, dx, rows, layout, self.rows.pair)
+        # Interventions that cannot reach the read-out have no row: their effect is exactly zero.
+        live = self.rows.id_of >= 0
+        measured = np.zeros((len(self.measured), self.n_interventions), by_row.dtype)
+        measured[:, live] = by_row[:, np.argsort(layout.rows)[self.rows.id_of[live]]]
+        return PassResult(
+            dict(zip(self.measured, measured, strict=True)),
+            unpatched[..., 0:2],
+            unpatched[..., 2:4],
+            unpatched[..., 4].astype(np.int64),
+        )
 
     # The layers ------------------------------------------------------------------------------------------
+
+    def _prepare(self, l: int, x: Tensor, dx: Tensor, tables: Tables, rotary: Rotary) -> "Ready":
+        """Everything that rows meet in a layer: its weights, and the unpatched runs, x and dx before it."""
+        stored = self.model.layer(l, None)
+        exact = cast(stored, self.model.device, self.dtype)
+        base = self._advance_base(x, exact, tables)
+        products = narrow_layer(exact, self.exact)
+        here = Layer(self.spec, self.ops, self.exact, products, exact, base, rotary, last=False)
+        dx, capture = self._advance_sources(dx, here)
+        deltas = source_differences(self.prompts, base, capture, self.shapes)
+        precision = PRECISIONS[taken_in(self.precision, self._n_tokens(l), self.model.device)]
+        if precision is not self.exact:
+            here = replace(here, precision=precision, weights=narrow_layer(stored, precision))
+        return Ready(replace(here, last=l == self.spec.n_layers - 1), deltas, base.resid_post, dx)
+
+    def _n_tokens(self, l: int) -> int:
+        """How many row tokens pass through a layer, or enter in it."""
+        rows = np.flatnonzero(self.rows.layer <= l)
+        return int((self.prompts.length[self.rows.pair[rows]] - self.rows.start[rows]).sum())
 
     def _advance_base(self, x: Tensor, layer: LayerWeights, tables: Tables) -> forward.Activations:
         """The plain forward of one block for all pairs: activations [base token, ...]."""
@@ -118,46 +168,51 @@ class Wavefront:
         self.each(advance, range(len(segments)))
         return forward.Activations(**_join(parts))
 
-    def _advance_sources(
-        self, dx: Tensor, layer: LayerWeights, base: forward.Activations, tables: Tables
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _advance_sources(self, dx: Tensor, here: Layer) -> tuple[Tensor, dict[str, Tensor]]:
         """The source runs, carried as differences like any row: after the layer, and at every place in it."""
-        here = Layer(self.spec, self.ops, layer, layer, base, tables, last=False)
         segments = self.shapes.segments(self.prompts.n_sources, self.ops.block_tokens)
         parts: list[dict[str, Tensor]] = [{} for _ in segments]
+        after = torch.empty_like(dx)
 
         def advance(i: int) -> None:
             s = segments[i]
-            mine = dx[s.token : s.token + s.n_tokens]
-            BlockStep(here, [replace(s, token=0)], {}, capture=parts[i]).run(mine, WHOLE)
+            mine = slice(s.token, s.token + s.n_tokens)
+            BlockStep(here, [replace(s, token=0)], {}, parts[i]).run(dx[mine], WHOLE, after[mine], None)
 
         self.each(advance, range(len(segments)))
-        captured = _join(parts)
-        return captured["resid_post"], captured
+        return after, _join(parts) | {"resid_post": after}
 
     def _advance(
         self,
-        here: Layer,
+        ready: "Ready",
         l: int,
-        layout: Layout,
-        stage: int,
-        rows: Tensor | None,
-        deltas: dict[str, Tensor],
+        parts: list[tuple[int, Layout]],
+        rows: Tensor,
         out_layout: Layout,
         out: Tensor,
     ) -> None:
-        """Advance the rows of a layout through a layer, block by block, into their places in `out`."""
+        """Advance rows through a layer, block by block, into their places in `out`.
 
-        def advance(block: Block) -> None:
+        Args:
+            parts: stages, and the rows that enter there; those at WHOLE are in flight, in `rows`.
+        """
+
+        def advance(work: tuple[int, Layout, Block]) -> None:
+            stage, layout, block = work
+            here = ready.here
             ids = layout.rows[block.rows]
-            dx = None if rows is None else rows[block.tokens]
-            swaps = self._swaps(l, layout, block, ids, deltas, here.last)
-            done = BlockStep(here, block.segments, swaps).run(dx, stage)
-            _move(done, block, ids, out_layout, out, here.last)
-            if rows is not None:
+            swaps = self._swaps(l, layout, block, ids, ready.deltas, here.last)
+            place = _destination(block, ids, out_layout, here.last)
+            step = BlockStep(here, block.segments, swaps)
+            dx = rows[block.tokens] if stage == WHOLE else None
+            if isinstance(place, slice):
+                step.run(dx, stage, out[place], None)
+            else:
+                step.run(dx, stage, out, upload(place, out.device))
+            if stage == WHOLE:
                 self.tick(block.tokens.stop - block.tokens.start)
 
-        self.each(advance, layout.blocks)
+        self.each(advance, [(stage, layout, block) for stage, layout in parts for block in layout.blocks])
 
     # Rows and swaps --------------------------------------------------------------------------------------
 
@@ -168,8 +223,14 @@ class Wavefront:
             start = self.prompts.length[self.rows.pair] - 1
             rows = rows[np.argsort(self.rows.pair[rows], kind="stable")]
         tokens = int((self.prompts.length[self.rows.pair[rows]] - start[rows]).sum())
-        share = max(_LEAST, -(-tokens // self.ops.spread))
-        return lay_out(rows, self.rows.pair, start, self.shapes, min(self.ops.block_tokens, share))
+        n_blocks = max(round(tokens / self.ops.block_tokens), min(self.each.count, tokens // _LEAST), 1)
+        return lay_out(rows, self.rows.pair, start, self.shapes, n_blocks)
+
+    def _rotary(self, tables: Tables) -> Rotary:
+        """A line of cosines and sines for every base token."""
+        parts = [tables[n] for n in self.prompts.length.tolist()]
+        cos, sin = (torch.cat([part[i] for part in parts]) for i in range(2))
+        return Rotary(cos, sin, self.spec.rope.interleaved)
 
     def _enter_embedding(self, x: Tensor, dx: Tensor) -> tuple[Tensor, Layout]:
         """Rows patched at the embedding enter before the first layer."""
@@ -178,7 +239,9 @@ class Wavefront:
         deltas = {"resid_post": self.prompts.delta(x, dx, self.shapes)}
         for block in layout.blocks:
             swaps = self._swaps(-1, layout, block, layout.rows[block.rows], deltas, last=False)
-            self.ops.apply_swaps(out[block.tokens], swaps.get("resid_post", []))
+            entry = [Part(None, swaps.get("resid_post", []))]
+            here = out[block.tokens]
+            self.ops.add_norm(entry, [], None, [], 0.0, False, block.segments, self.exact, here, None)
         return out, layout
 
     def _swaps(
@@ -216,51 +279,7 @@ class Wavefront:
         return out
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(self.model.device)
-
-    # The read-out ----------------------------------------------------------------------------------------
-
-    def _read_out(self, ends: EndWeights, x: Tensor, dx: Tensor, rows: Tensor, layout: Layout) -> PassResult:
-        spec, prompts = self.spec, self.prompts
-        exact = ends.unembedding.weight
-        weight = exact.to(self.product_dtype)
-
-        def normed(d: Tensor, segments: list[Segment]) -> Tensor:
-            centred = spec.norm == "layer"
-            return self.ops.norm_difference(d, x, ends.norm.weight, spec.norm_eps, centred, segments)
-
-        logits = forward.readout(x[self._tensor(prompts.base + prompts.length - 1)], ends, spec)
-        p = logits.double().softmax(-1)  # [pair, d_vocab]
-        base = BaseReadout(logits, p, p.to(exact.dtype) @ exact, self._tensor(prompts.answers))
-
-        by_row = {name: x.new_empty(len(self.rows.pair)) for name in self.measured}
-
-        def read(block: Block) -> None:
-            dn = normed(rows[block.tokens], block.segments)
-            found = self.ops.readout(
-                dn, exact, weight, self.ops.product, base, block.first_pairs, block.segments, self.measured
-            )
-            for name, values in found.items():
-                by_row[name][self._tensor(layout.rows[block.rows])] = values
-
-        self.each(read, layout.blocks)
-        # Interventions that cannot reach the read-out have no row: their effect is exactly zero.
-        live = self.rows.id_of >= 0
-        measured = {}
-        for name, values in by_row.items():
-            measured[name] = np.zeros(self.n_interventions, dtype=values.cpu().numpy().dtype)
-            measured[name][live] = values.cpu().numpy()[self.rows.id_of[live]]
-
-        # The source run is a row of its own.
-        segments = self.shapes.segments(prompts.n_sources)
-        dn = normed(keep_last(dx, segments), last_segments(segments))[:: prompts.n_sources]
-        result = PassResult(measured, *(np.empty((len(logits), *s)) for s in ((2, 2), (2, 2), (2,))))
-        for i, answers in enumerate(base.answers):
-            runs = torch.stack([logits[i], logits[i] + exact @ dn[i]]).double()  # [run, d_vocab]
-            result.logit[i] = runs[:, answers].cpu().numpy()
-            result.logp[i] = runs.log_softmax(-1)[:, answers].cpu().numpy()
-            result.prediction[i] = runs.argmax(-1).cpu().numpy()
-        return result
+        return upload(np.ascontiguousarray(array, dtype=np.int64), self.model.device)
 
 
 def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -268,21 +287,8 @@ def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {n: None if t is None else torch.cat([p[n] for p in parts]) for n, t in parts[0].items()}
 
 
-def _cast_products(layer: LayerWeights, dtype: torch.dtype) -> LayerWeights:
-    """The layer with the matrices of its products in another dtype; norms stay as they are."""
-    if layer.up.weight.dtype == dtype:
-        return layer
-    return layer._replace(
-        qkv=tuple(m._replace(weight=m.weight.to(dtype)) for m in layer.qkv),
-        out=layer.out._replace(weight=layer.out.weight.to(dtype)),
-        gate=None if layer.gate is None else layer.gate._replace(weight=layer.gate.weight.to(dtype)),
-        up=layer.up._replace(weight=layer.up.weight.to(dtype)),
-        down=layer.down._replace(weight=layer.down.weight.to(dtype)),
-    )
-
-
-def _move(done: Tensor, block: Block, ids: np.ndarray, out_layout: Layout, out: Tensor, last: bool) -> None:
-    """Write a block's differences to their places in the next layer's packing."""
+def _destination(block: Block, ids: np.ndarray, out_layout: Layout, last: bool) -> slice | np.ndarray:
+    """Where a block's differences go in the next layer's packing: [token], or a slice where they adjoin."""
     token, stride = out_layout.token[ids], out_layout.stride[ids]
     if last:
         to = token
@@ -296,6 +302,5 @@ def _move(done: Tensor, block: Block, ids: np.ndarray, out_layout: Layout, out: 
             row = mine.stop
         to = np.concatenate(parts)
     if to[-1] - to[0] == len(to) - 1 and (np.diff(to) == 1).all():
-        out[to[0] : to[-1] + 1] = done
-    else:
-        out[torch.from_numpy(to).to(out.device)] = done
+        return slice(int(to[0]), int(to[-1]) + 1)
+    return to

@@ -7,46 +7,69 @@ the slowest one dozens of times a block; giving each core a block of its own mak
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 
+Result = TypeVar("Result")
 
-class Map(Protocol):
-    """Does `work` for every item."""
+
+class Map:
+    """Does `work` for every item: on a GPU one by one, on a CPU side by side.
+
+    Args:
+        pool: threads, or None to do everything in this one.
+        count: how many.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor | None = None, count: int = 1) -> None:
+        self.pool, self.count = pool, count
 
     def __call__(self, work: Callable[[Any], None], items: Iterable[Any]) -> None:
         """Return when all are done; raise what one of them raised."""
+        if self.pool is None:
+            for item in items:
+                work(item)
+            return
+
+        def alone(item: Any) -> None:
+            with torch.no_grad():  # a setting of each thread
+                work(item)
+
+        for _ in self.pool.map(alone, items):
+            pass
+
+    def ahead(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """Begin work whose result is needed later; call what is returned for it. Without threads it waits."""
+        if self.pool is None:
+            return work
+        return self.pool.submit(torch.no_grad()(work)).result
 
 
 @contextmanager
 def workers(device: torch.device) -> Iterator[Map]:
-    """Yield a Map: side by side on a CPU, as many as torch has threads; one by one on a GPU.
-
-    On a CPU torch itself has one thread until the end.
-    """
+    """Yield a Map with as many threads as torch has, on a CPU; there torch itself has one until the end."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
-
-        def one_by_one(work: Callable[[Any], None], items: Iterable[Any]) -> None:
-            for item in items:
-                work(item)
-
-        yield one_by_one
+        yield Map()
         return
-
     with ThreadPoolExecutor(threads) as pool:
-
-        def side_by_side(work: Callable[[Any], None], items: Iterable[Any]) -> None:
-            def alone(item: Any) -> None:
-                with torch.no_grad():  # a setting of each thread
-                    work(item)
-
-            for _ in pool.map(alone, items):
-                pass
-
         torch.set_num_threads(1)
         try:
-            yield side_by_side
+            yield Map(pool, threads)
         finally:
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 products keep all their bits (no TF32) until the end, whatever the program has asked for."""
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value

@@ -6,64 +6,130 @@ whose mean Σ p_i D_i is taken out, since a softmax does not see it, the weights
     w_i = p_i (expm1(D_i) - A) / (1 + A),   A = Σ p_i expm1(D_i)
 and the difference is Σ w_i v_i + Σ (p_i + w_i) dv_i. A is never negative, since expm1(D) >= D, so nothing
 cancels. Where D is huge expm1 would overflow: there the patched softmax is taken directly.
+
+Changes of q and k come as the products give them, before rotary; it is linear, so it turns them like vectors.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.swap import Swap, apply_swaps
 
-_HUGE = 60.0  # exp(60) is safe in float32, and p_i that float32 rounds to 0 cannot matter below it
+HUGE = 60.0  # exp(60) is safe in float32, and p_i that float32 rounds to 0 cannot matter below it
 CELLS = 1 << 19  # logit changes held at a time, where one head has no more: few enough for the cache
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding: pairs of coordinates are turned by angles that grow with the position.
+
+    Attributes:
+        cos, sin: [base token, pair of coordinates], of the angles.
+        interleaved: coordinates 2i and 2i + 1 are a pair; else i and i + the number of pairs. Those that are
+            in no pair stay.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+    def turn(self, d: Tensor, segment: Segment) -> Tensor:
+        """Changes of queries or keys, [pair, position, row, head, d_head], at a segment's last positions."""
+        cos, sin = (
+            segment.own(t)[:, -d.shape[1] :].unsqueeze(3) for t in (self.cos, self.sin)
+        )  # [pair, position, 1, 1, pair of coordinates]
+        n = cos.shape[-1]
+        if self.interleaved:
+            first, second = slice(0, 2 * n, 2), slice(1, 2 * n, 2)
+        else:
+            first, second = slice(0, n), slice(n, 2 * n)
+        a, b = d[..., first], d[..., second]
+        out = torch.empty(d.shape, dtype=d.dtype, device=d.device)
+        torch.mul(a, cos, out=out[..., first]).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=out[..., second]).addcmul_(a, sin)
+        out[..., 2 * n :] = d[..., 2 * n :]
+        return out
 
 
 def attention_difference(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    scale_of_rows: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
+    rotary: Rotary,
+    logit_scale: float,
     segments: list[Segment],
     last_only: bool,
-) -> Tensor:
-    """Difference of the attention's output before the output projection; queries and keys are rotated.
+    swaps: dict[str, list[Swap]],
+    precision: Precision,
+) -> Scaled:
+    """Difference of the attention's output before the output projection.
 
     Args:
-        dq, dk, dv: [token, head, d_head], [token, kv head, d_head] twice: the rows' differences.
-        q, k, v: the same of the base run, [base token, head or kv head, d_head].
-        scale: of the logits, 1/sqrt(d_head).
+        dq, dk, dv: [token, head, d_head], [token, kv head, d_head] twice: the rows' differences up to their
+            scale, before rotary. They are only read, and may be one line that stands for all tokens.
+        scale_of_rows: [token], times which dq, dk and dv are the differences; None: all ones.
+        q, k, v: the same of the base run, [base token, head or kv head, d_head]; q and k are rotated.
+        rotary: for every base token.
+        logit_scale: 1/sqrt(d_head).
         segments: where the rows lie and what their base is.
         last_only: only the last position is wanted (the last layer).
+        swaps: of heads, at "q", "k" and "v" (before rotary) and "z", whose tokens count lines of the result.
+        precision: of the products; what reads the result.
 
     Returns:
-        [token, head, d_head]; with last_only [row, head, d_head], rows in the order of the segments.
+        [token, head * d_head]; with last_only [row, head * d_head], rows in the order of the segments.
     """
     n_heads, d_head = dq.shape[1:]
-    if dk.shape[1] != n_heads:  # grouped queries: every head gets its own view of the shared keys and values
-        dk, dv, k, v = (t.repeat_interleave(n_heads // t.shape[1], dim=1) for t in (dk, dv, k, v))
+    dq, dk, dv = (
+        _swapped(d, scale_of_rows, swaps.get(place, [])) for d, place in ((dq, "q"), (dk, "k"), (dv, "v"))
+    )
+    group = n_heads // k.shape[1]  # query heads that share keys and values
+    if group > 1:
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     sizes = [s.pairs * s.rows if last_only else s.n_tokens for s in segments]
     out = dq.new_empty(sum(sizes), n_heads, d_head)
     token = 0
     for segment, size in zip(segments, sizes, strict=True):
         heads = max(1, CELLS // (size * segment.length))
-        queries = segment.last(token) if last_only else segment
+        queries, rows_q, rows_k, rows_v = segment, *(segment.tokens(d) for d in (dq, dk, dv))
+        if last_only:
+            queries, rows_q = segment.last(token), rows_q[:, -1:]
+        rows_q, rows_k = (rotary.turn(d, segment) for d in (rows_q, rows_k))
+        if group > 1:
+            rows_k, rows_v = (d.repeat_interleave(group, dim=3) for d in (rows_k, rows_v))
         for h in range(0, n_heads, heads):
             head = slice(h, h + heads)
             rows, prompt = (slice(None),) * 3 + (head,), (slice(None),) * 2 + (head,)
             queries.tokens(out)[rows] = _heads(
-                segment.tokens(dq)[rows],
-                segment.tokens(dk)[rows],
-                segment.tokens(dv)[rows],
+                rows_q[rows],
+                rows_k[rows],
+                rows_v[rows],
                 segment.prompt(q)[prompt],
                 segment.prompt(k)[prompt],
                 segment.prompt(v)[prompt],
-                scale,
-                last_only,
+                logit_scale,
             )
         token += size
-    return out
+    apply_swaps(out, swaps.get("z", []))
+    return narrow(out.flatten(1), precision)
+
+
+def _swapped(d: Tensor, scale: Tensor | None, swaps: list[Swap]) -> Tensor:
+    """A difference with its scale and its swaps; itself where there are none."""
+    if scale is not None:
+        d = d * scale.view(-1, 1, 1)
+    elif swaps:
+        d = d.clone(memory_format=torch.contiguous_format)
+    apply_swaps(d, swaps)
+    return d
 
 
 def _heads(
@@ -74,22 +140,18 @@ def _heads(
     k: Tensor,
     v: Tensor,
     scale: float,
-    last_only: bool,
 ) -> Tensor:
     """One segment, some heads: dq, dk, dv are [pair, position, row, head, d_head], the base without `row`."""
-    n = dq.shape[1]
-    if last_only:
-        dq = dq[:, -1:]
-    m, length = dq.shape[1], q.shape[1]  # queries, prompt
+    m, n, length = dq.shape[1], dk.shape[1], q.shape[1]  # queries, own positions, prompt
     own = slice(length - n, length)
     q = q[:, length - m :]  # [pair, query, head, d_head]
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [pair, head, key, d_head]
 
     # Base weights. A query sees no later key.
+    later = torch.ones(m, length, dtype=torch.bool, device=q.device).triu_(length - m + 1)  # [query, key]
     logp = torch.matmul(q.transpose(1, 2), k.transpose(2, 3)).mul_(scale)  # [pair, head, query, key]
     if m > 1:
-        seen = torch.ones(m, length, dtype=torch.bool, device=q.device).tril_(length - m)
-        logp.masked_fill_(~seen, -torch.inf)
+        logp.masked_fill_(later, -torch.inf)
     logp = logp.log_softmax(-1).unsqueeze(3)  # [pair, head, query, 1, key]
     p = logp.exp()
 
@@ -98,13 +160,15 @@ def _heads(
     change = torch.matmul(flat.flatten(2, 3), k.transpose(2, 3)).unflatten(2, shape[2:4])  # [..., row, key]
     change[..., own] += _own_logits(q.unsqueeze(2) + dq, dk)
     change.mul_(scale)
+    if m > 1:
+        change.masked_fill_(later.unsqueeze(1), 0)
 
     change -= (p * change).sum(-1, keepdim=True)
-    direct = change.amax(-1, keepdim=True) > _HUGE  # [pair, head, query, row, 1]
+    direct = change.amax(-1, keepdim=True) > HUGE  # [pair, head, query, row, 1]
     w = torch.expm1(change)
     a = (p * w).sum(-1, keepdim=True)
     w.sub_(a).mul_(p).div_(1 + a)
-    if bool(direct.any()):
+    if direct.device.type != "cpu" or bool(direct.any()):  # for a GPU the host does not wait to find out
         w = torch.where(direct, (logp + change).softmax(-1) - p, w)
     out = _weigh(w, v)
     out += _own_values(w[..., own] + p[..., own], dv)

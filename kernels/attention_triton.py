@@ -2,76 +2,155 @@
 
 A program has one head and a tile of queries that meet the same keys of the base run, so that these are loaded
 once for all of them: several rows at one position (rows with few own positions, and the last layer), or
-several positions of one row. It goes over the keys twice: for the softmaxes of base and patched run, whose
-sums are kept relative to a running maximum, and for the values.
+several positions of one row. Where a block of keys holds the whole prompt, its scores are computed once; else
+the program goes over the keys twice, for the softmaxes of base and patched run and for the values.
+
+Only the distance of query and key matters to rotary. So rows at one position are left as they are, and what
+they meet is turned back by that position instead: the base's query and keys, once for all rows, and the rows'
+own keys at earlier positions. Those at the position itself need no turning.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.attention import attention_difference
+from deltapatch.kernels.attention import HUGE, Rotary, attention_difference
 from deltapatch.kernels.lang import expm1, jit, next_power_of_two, on_device, tl
+from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.swap import Swap
 from deltapatch.kernels.tiles import query_tiles
 
-# The least that a matrix product on tensor cores takes. Larger tiles spill: see bench/compile_kernels.py.
-_QUERIES = 16
-_HUGE = 60.0  # as in attention.py: beyond it the patched softmax is taken directly
+_LONGEST_BLOCK = 64  # keys; prompts up to it go through one block
 
 
 def attention_difference_triton(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    scale_of_rows: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
+    rotary: Rotary,
+    logit_scale: float,
     segments: list[Segment],
     last_only: bool,
-) -> Tensor:
-    """The same as `attention_difference`, with queries that share keys and values reading them in place."""
+    swaps: dict[str, list[Swap]],
+    precision: Precision,
+) -> Scaled:
+    """The same as `attention_difference`: one launch for each of the two kinds of tiles.
+
+    Where the result needs a scale, it is written in float32 and narrowed afterwards.
+    """
     if dq.dtype == torch.float64:
-        return attention_difference(dq, dk, dv, q, k, v, scale, segments, last_only)
+        return attention_difference(
+            dq, dk, dv, scale_of_rows, q, k, v, rotary, logit_scale, segments, last_only, swaps, precision
+        )
     n_heads, d_head = dq.shape[1:]
+    n_kv = dk.shape[1]
     n_out = sum(s.pairs * s.rows if last_only else s.n_tokens for s in segments)
-    out = dq.new_empty(n_out, n_heads, d_head)
-    block_c = max(16, next_power_of_two(d_head))
-    for tiles, by_rows in zip(
-        query_tiles(segments, last_only, _QUERIES, dq.device), (True, False), strict=True
-    ):
+    dtype = torch.float32 if precision.scaled else precision.operand
+    out = torch.empty(n_out, n_heads * d_head, dtype=dtype, device=dq.device)
+    patches = {
+        place: _patched(swaps.get(place, []), lines, heads)
+        for place, lines, heads in (
+            ("q", len(dq), n_heads),
+            ("k", len(dk), n_kv),
+            ("v", len(dv), n_kv),
+            ("z", n_out, n_heads),
+        )
+    }
+    longest = max((s.length for s in segments), default=0)
+    earlier = any(s.positions > 1 for s in segments)
+    sizes = [_sizes(by_rows, longest, d_head) for by_rows in (True, False)]
+    tables = query_tiles(segments, last_only, sizes[0]["BLOCK_Q"], sizes[1]["BLOCK_Q"], dq.device)
+    for tiles, by_rows, size in zip(tables, (True, False), sizes, strict=True):
         if not len(tiles):
             continue
         with on_device(dq):
-            _attention_kernel[(len(tiles), n_heads)](
+            _attention_kernel[(len(tiles) * n_heads,)](
                 out,
                 dq,
                 dk,
                 dv,
+                scale_of_rows,
+                *(part for place in "qkvz" for part in patches[place]),
                 q,
                 k,
                 v,
+                rotary.cos.contiguous(),
+                rotary.sin.contiguous(),
                 tiles,
-                *out.stride()[:2],
                 *dq.stride()[:2],
                 *dk.stride()[:2],
                 *dv.stride()[:2],
                 *q.stride()[:2],
                 *k.stride()[:2],
                 *v.stride()[:2],
-                scale,
+                logit_scale,
                 BY_ROWS=by_rows,
-                GROUP=n_heads // dk.shape[1],
+                HAS_EARLIER=earlier,
+                HAS_SCALE=scale_of_rows is not None,
+                **{f"HAS_{place.upper()}": patches[place][0] is not None for place in patches},
+                N_HEADS=n_heads,
+                N_KV=n_kv,
                 D_HEAD=d_head,
-                HUGE=_HUGE,
-                BLOCK_Q=_QUERIES,
-                BLOCK_K=32,
-                BLOCK_C=block_c,
-                BLOCK_S=min(block_c, 32),
-                num_warps=4 if block_c <= 128 else 8,
-                num_stages=1,
+                PAIRS=rotary.cos.shape[1],
+                INTERLEAVED=rotary.interleaved,
+                HUGE=HUGE,
+                **size,
             )
-    return out
+    return narrow(out, precision) if precision.scaled else Scaled(out)
+
+
+def _sizes(by_rows: bool, longest: int, d_head: int) -> dict[str, Any]:
+    """Blocks of queries, keys and coordinates, as large as registers allow: see bench/compile_kernels.py.
+
+    Args:
+        by_rows: of tiles of rows, else of queries.
+        longest: prompt.
+        d_head: any.
+    """
+    block_c = max(16, next_power_of_two(d_head))
+    keys = max(16, next_power_of_two(longest))
+    whole = keys <= _LONGEST_BLOCK
+    if whole:
+        warps = 4 if by_rows else 2
+    else:
+        warps = 4 if block_c <= 64 else 8
+    return {
+        "WHOLE": whole,
+        "BLOCK_Q": 64 if by_rows and keys <= 32 else 16,
+        "BLOCK_K": keys if whole else 32,
+        "BLOCK_C": block_c,
+        "BLOCK_S": 16,
+        "num_warps": warps,
+        "num_stages": 1,
+    }
+
+
+def _patched(swaps: list[Swap], lines: int, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """Where a kernel finds what takes the place of heads: no host waits for it.
+
+    Returns:
+        [line, head] int64, where a head's replacement begins, -1 for a head that is not patched; and the
+        array that it lies in. None, None where there are no patches.
+    """
+    if not swaps:
+        return None, None
+    if len(swaps) == 1:
+        delta, first = swaps[0].delta, [0]
+    else:
+        delta = torch.cat([s.delta for s in swaps])
+        first = [sum(len(s.delta) for s in swaps[:i]) for i in range(len(swaps))]
+    begins = torch.full((lines, heads), -1, dtype=torch.int64, device=delta.device)
+    for swap, line in zip(swaps, first, strict=True):
+        assert swap.at is not None
+        at = (swap.source + line) * delta.stride(0) + swap.at * delta.stride(1)
+        begins.index_put_((swap.token, swap.at), at)
+    return begins, delta
 
 
 @jit
@@ -80,12 +159,21 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     p_dq,
     p_dk,
     p_dv,
+    p_scale,
+    p_from_q,
+    p_new_q,
+    p_from_k,
+    p_new_k,
+    p_from_v,
+    p_new_v,
+    p_from_z,
+    p_new_z,
     p_q,
     p_k,
     p_v,
+    p_cos,
+    p_sin,
     p_tiles,
-    s_out_token,
-    s_out_head,
     s_dq_token,
     s_dq_head,
     s_dk_token,
@@ -98,18 +186,31 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     s_k_head,
     s_v_token,
     s_v_head,
-    scale,
+    logit_scale,
     BY_ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
+    HAS_EARLIER: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    HAS_K: tl.constexpr,
+    HAS_V: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    N_HEADS: tl.constexpr,
+    N_KV: tl.constexpr,
     D_HEAD: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HUGE: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """One tile of queries, one head. Where BY_ROWS, the queries have one position and so one base query."""
-    p_tile = p_tiles + tl.program_id(0) * 8
+    # Heads come first, so that neighbouring programs read the same rows, and groups of heads the same keys.
+    i_head = tl.program_id(0) % N_HEADS
+    i_kv = i_head // (N_HEADS // N_KV)
+    p_tile = p_tiles + (tl.program_id(0) // N_HEADS) * 8
     query = tl.load(p_tile).to(tl.int64)
     to = tl.load(p_tile + 1).to(tl.int64)
     own = tl.load(p_tile + 2).to(tl.int64)
@@ -118,8 +219,6 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     base = tl.load(p_tile + 5).to(tl.int64)
     start = tl.load(p_tile + 6)
     position = tl.load(p_tile + 7)
-    i_head = tl.program_id(1)
-    i_kv = i_head // GROUP
 
     o_q = tl.arange(0, BLOCK_Q)
     m_q = o_q < count
@@ -131,130 +230,344 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         o_row = o_q * stride
         o_at = position + o_q  # [query]
         end = position + count
-    p_dq += i_head * s_dq_head + (query + o_row)[:, None] * s_dq_token
-    p_q += i_head * s_q_head + (base + o_at)[:, None] * s_q_token
-    p_k += base * s_k_token + i_kv * s_k_head
+    tile = (query + o_row, o_q, count, own, stride, o_at, start, position, end)
+    rows_q = (p_dq + i_head * s_dq_head, s_dq_token, p_scale, p_from_q, p_new_q, i_head)
+    rows_k = (p_dk + i_kv * s_dk_head, s_dk_token, p_scale, p_from_k, p_new_k, i_kv)
+    rows_v = (p_dv + i_kv * s_dv_head, s_dv_token, p_scale, p_from_v, p_new_v, i_kv)
+    base_q = (p_q + base * s_q_token + i_head * s_q_head, s_q_token)
+    base_k = (p_k + base * s_k_token + i_kv * s_k_head, s_k_token)
+    angles = (p_cos + base * PAIRS, p_sin + base * PAIRS)
     p_v += base * s_v_token + i_kv * s_v_head
-    p_dk += own * s_dk_token + i_kv * s_dk_head
-    p_dv += own * s_dv_token + i_kv * s_dv_head
+    to += o_row
 
-    # Base and patched softmax, and the mean of the logit changes under the base's.
-    high = tl.full([BLOCK_Q], -1e30, tl.float32)  # of the changes
-    top = tl.full([1 if BY_ROWS else BLOCK_Q], -1e30, tl.float32)
-    total = tl.zeros_like(top)
-    mean = tl.zeros([BLOCK_Q], tl.float32)
-    new_top = tl.full([BLOCK_Q], -1e30, tl.float32)
-    new_total = tl.zeros([BLOCK_Q], tl.float32)
-    for k0 in range(0, end, BLOCK_K):
+    if WHOLE:
         logit, change = _scores(
-            p_dq, p_q, p_k, p_dk, s_k_token, s_dk_token, scale, k0, start, end, stride, o_at, o_q, m_q,
-            BY_ROWS, D_HEAD, BLOCK_Q, BLOCK_K, BLOCK_S,
+            tile, rows_q, rows_k, base_q, base_k, angles, logit_scale, 0,
+            BY_ROWS, HAS_EARLIER, HAS_SCALE, HAS_Q, HAS_K,
+            N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
         )  # fmt: skip
-        seen = logit > -1e30
-        high = tl.maximum(high, tl.max(tl.where(seen, change, -1e30), 1))
-        higher = tl.maximum(top, tl.max(logit, 1))
-        shrink = tl.exp(top - higher)
-        weight = tl.exp(logit - higher[:, None])
-        total = total * shrink + tl.sum(weight, 1)
-        mean = mean * shrink + tl.sum(weight * change, 1)
-        top = higher
-        new = logit + change
-        higher = tl.maximum(new_top, tl.max(new, 1))
-        new_total = new_total * tl.exp(new_top - higher) + tl.sum(tl.exp(new - higher[:, None]), 1)
-        new_top = higher
-    mean = mean / total
-    log_total = top + tl.log(total)
-    new_log_total = new_top + tl.log(new_total)
-    direct = high - mean > HUGE
-    any_direct = tl.max(direct.to(tl.int32), 0) > 0
+        p, w = _weights(logit, change, HUGE)
+        o_k = tl.arange(0, BLOCK_K)
+        last = tl.sum(tl.where((o_k == position)[None, :], p + w, 0.0), 1)
+        for c0 in range(0, D_HEAD, BLOCK_S):
+            o_c = c0 + tl.arange(0, BLOCK_S)
+            m_c = o_c < D_HEAD
+            values = tl.load(
+                p_v + o_k[:, None].to(tl.int64) * s_v_token + o_c[None, :],
+                mask=(o_k < end)[:, None] & m_c[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(w, values, input_precision="tf32x3")
+            acc = _add_own_values(
+                acc,
+                p + w,
+                last,
+                tile,
+                rows_v,
+                o_c,
+                0,
+                BY_ROWS,
+                HAS_EARLIER,
+                HAS_SCALE,
+                HAS_V,
+                N_KV,
+                D_HEAD,
+                BLOCK_K,
+            )
+            _store(p_out, p_from_z, p_new_z, acc, to, m_q, i_head, o_c, HAS_Z, N_HEADS, D_HEAD)
+    else:
+        # Base and patched softmax, and the mean of the logit changes under the base's.
+        high = tl.full([BLOCK_Q], -1e30, tl.float32)  # of the changes
+        top = tl.full([1 if BY_ROWS else BLOCK_Q], -1e30, tl.float32)
+        total = tl.zeros_like(top)
+        mean = tl.zeros([BLOCK_Q], tl.float32)
+        new_top = tl.full([BLOCK_Q], -1e30, tl.float32)
+        new_total = tl.zeros([BLOCK_Q], tl.float32)
+        for k0 in range(0, end, BLOCK_K):
+            logit, change = _scores(
+                tile, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
+                BY_ROWS, HAS_EARLIER, HAS_SCALE, HAS_Q, HAS_K,
+                N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
+            )  # fmt: skip
+            high = tl.maximum(high, tl.max(tl.where(logit > -1e30, change, -1e30), 1))
+            higher = tl.maximum(top, tl.max(logit, 1))
+            shrink = tl.exp(top - higher)
+            weight = tl.exp(logit - higher[:, None])
+            total = total * shrink + tl.sum(weight, 1)
+            mean = mean * shrink + tl.sum(weight * change, 1)
+            top = higher
+            new = logit + change
+            higher = tl.maximum(new_top, tl.max(new, 1))
+            new_total = new_total * tl.exp(new_top - higher) + tl.sum(tl.exp(new - higher[:, None]), 1)
+            new_top = higher
+        mean = mean / total
+        log_total = top + tl.log(total)
+        new_log_total = new_top + tl.log(new_total)
+        direct = high - mean > HUGE
 
-    # The changes of the weights, up to a factor and a share of the base's (see `rest`), and the values.
-    o_c = tl.arange(0, BLOCK_C)
-    m_c = o_c < D_HEAD
-    m_qc = m_q[:, None] & m_c[None, :]
-    a = tl.zeros([BLOCK_Q], tl.float32)
-    acc = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
-    z = tl.zeros([1 if BY_ROWS else BLOCK_Q, BLOCK_C], tl.float32)
-    for k0 in range(0, end, BLOCK_K):
-        logit, change = _scores(
-            p_dq, p_q, p_k, p_dk, s_k_token, s_dk_token, scale, k0, start, end, stride, o_at, o_q, m_q,
-            BY_ROWS, D_HEAD, BLOCK_Q, BLOCK_K, BLOCK_S,
-        )  # fmt: skip
-        p = tl.exp(logit - log_total[:, None])
-        w = p * expm1(change - mean[:, None])
-        if any_direct:
-            w = tl.where(direct[:, None], tl.exp(logit + change - new_log_total[:, None]) - p, w)
-        a += tl.sum(w, 1)
-        o_k = k0 + tl.arange(0, BLOCK_K)
-        values = tl.load(
-            p_v + o_k[:, None].to(tl.int64) * s_v_token + o_c[None, :],
-            mask=(o_k < end)[:, None] & m_c[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(w, values, acc, input_precision="tf32x3")
-        if BY_ROWS:
-            z += tl.sum(tl.trans(p) * values, 0)[None, :]
-            for j in range(tl.maximum(k0, start), tl.minimum(k0 + BLOCK_K, end)):
-                at = (o_q + (j - start) * stride).to(tl.int64)
-                dv = tl.load(p_dv + at[:, None] * s_dv_token + o_c[None, :], mask=m_qc, other=0.0)
-                acc += tl.sum(tl.where((o_k == j)[None, :], w + p, 0.0), 1)[:, None] * dv
-        else:
-            z = tl.dot(p, values, z, input_precision="tf32x3")
-            if k0 + BLOCK_K > start:
-                dv = _own(p_dv, s_dv_token, o_k, start, end, stride, o_c, m_c)
-                acc = tl.dot(w + p, dv, acc, input_precision="tf32x3")
-    rest = tl.where(direct, 0.0, a)
-    acc = (acc - rest[:, None] * z) / (1.0 + rest)[:, None]
-    tl.store(p_out + (to + o_row)[:, None] * s_out_token + i_head * s_out_head + o_c[None, :], acc, mask=m_qc)
+        # The changes of the weights, up to a factor and a share of the base's (see `rest`), and the values.
+        o_c = tl.arange(0, BLOCK_C)
+        a = tl.zeros([BLOCK_Q], tl.float32)
+        acc = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
+        z = tl.zeros([1 if BY_ROWS else BLOCK_Q, BLOCK_C], tl.float32)
+        for k0 in range(0, end, BLOCK_K):
+            logit, change = _scores(
+                tile, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
+                BY_ROWS, HAS_EARLIER, HAS_SCALE, HAS_Q, HAS_K,
+                N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
+            )  # fmt: skip
+            p = tl.exp(logit - log_total[:, None])
+            new = tl.exp(logit + change - new_log_total[:, None])
+            w = tl.where(direct[:, None], new - p, p * expm1(change - mean[:, None]))
+            a += tl.sum(w, 1)
+            o_k = k0 + tl.arange(0, BLOCK_K)
+            values = tl.load(
+                p_v + o_k[:, None].to(tl.int64) * s_v_token + o_c[None, :],
+                mask=(o_k < end)[:, None] & (o_c < D_HEAD)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(w, values, acc, input_precision="tf32x3")
+            if BY_ROWS:
+                z += tl.sum(tl.trans(p) * values, 0)[None, :]
+            else:
+                z = tl.dot(p, values, z, input_precision="tf32x3")
+            last = tl.sum(tl.where((o_k == position)[None, :], p + w, 0.0), 1)
+            acc = _add_own_values(
+                acc,
+                p + w,
+                last,
+                tile,
+                rows_v,
+                o_c,
+                k0,
+                BY_ROWS,
+                HAS_EARLIER,
+                HAS_SCALE,
+                HAS_V,
+                N_KV,
+                D_HEAD,
+                BLOCK_K,
+            )
+        rest = tl.where(direct, 0.0, a)
+        acc = (acc - rest[:, None] * z) / (1.0 + rest)[:, None]
+        _store(p_out, p_from_z, p_new_z, acc, to, m_q, i_head, o_c, HAS_Z, N_HEADS, D_HEAD)
 
 
 @jit
 def _scores(  # type: ignore[no-untyped-def]
-    p_dq, p_q, p_k, p_dk, s_k_token, s_dk_token, scale, k0, start, end, stride, o_at, o_q, m_q,
-    BY_ROWS: tl.constexpr, D_HEAD: tl.constexpr,
+    tile, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
+    BY_ROWS: tl.constexpr, HAS_EARLIER: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
+    N_HEADS: tl.constexpr, N_KV: tl.constexpr, D_HEAD: tl.constexpr,
+    PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Base logits [query or 1, key], -2e30 at keys that come later, and their changes [query, key].
 
     Dimensions go in slices: whole queries, in the two parts that float32 products take, would spill.
     """
+    token, o_q, count, own, stride, o_at, start, position, end = tile
+    m_q = o_q < count
     o_k = k0 + tl.arange(0, BLOCK_K)
     m_k = o_k < end
     change = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    logit = tl.zeros([1 if BY_ROWS else BLOCK_Q, BLOCK_K], tl.float32)
-    for c0 in range(0, D_HEAD, BLOCK_S):
-        o_c = c0 + tl.arange(0, BLOCK_S)
-        m_c = o_c < D_HEAD
-        dq = tl.load(p_dq + o_c[None, :], mask=m_q[:, None] & m_c[None, :], other=0.0)
-        q = tl.load(p_q + o_c[None, :], mask=(o_at < end)[:, None] & m_c[None, :], other=0.0)
-        keys = tl.load(
-            p_k + o_k[:, None].to(tl.int64) * s_k_token + o_c[None, :],
-            mask=m_k[:, None] & m_c[None, :],
-            other=0.0,
-        )
-        change = tl.dot(dq, tl.trans(keys), change, input_precision="tf32x3")
-        if BY_ROWS:
-            logit += tl.sum(keys * q, 1)[None, :]
-            for j in range(tl.maximum(k0, start), tl.minimum(k0 + BLOCK_K, end)):
-                at = (o_q + (j - start) * stride).to(tl.int64)
-                dk = tl.load(
-                    p_dk + at[:, None] * s_dk_token + o_c[None, :],
-                    mask=m_q[:, None] & m_c[None, :],
-                    other=0.0,
-                )
-                change += tl.where((o_k == j)[None, :], tl.sum((q + dq) * dk, 1)[:, None], 0.0)
-        else:
+    if BY_ROWS:
+        # A loop of its own for the base, since both at once take many more registers.
+        terms = tl.zeros([BLOCK_K, BLOCK_S], tl.float32)
+        for c0 in range(0, D_HEAD, BLOCK_S):
+            o_c = c0 + tl.arange(0, BLOCK_S)
+            m_c = o_c < D_HEAD
+            terms += _base(base_q, o_at, o_at < end, o_c, m_c) * _base(base_k, o_k, m_k, o_c, m_c)
+        logit = tl.sum(terms, 1)[None, :]
+        own_terms = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)  # of the change at the queries' own position
+        m_last = o_q < tl.where(k0 + BLOCK_K > position, count, 0)
+        for c0 in range(0, D_HEAD, BLOCK_S):
+            o_c = c0 + tl.arange(0, BLOCK_S)
+            cos, sin = _angles(angles, o_at, o_at < end, o_c, PAIRS, INTERLEAVED)
+            keys = _turned(base_k, o_k, m_k, o_c, cos, -sin, D_HEAD, PAIRS, INTERLEAVED)
+            dq = _changes(rows_q, token, m_q, o_c, D_HEAD, HAS_SCALE, HAS_Q, N_HEADS)
+            change = tl.dot(dq, tl.trans(keys), change, input_precision="tf32x3")
+            q = _turned(base_q, o_at, o_at < end, o_c, cos, -sin, D_HEAD, PAIRS, INTERLEAVED)
+            dk = _changes(rows_k, token, m_last, o_c, D_HEAD, HAS_SCALE, HAS_K, N_KV)
+            own_terms += (q + dq) * dk
+        change += tl.where((o_k == position)[None, :], tl.sum(own_terms, 1)[:, None], 0.0)
+        if HAS_EARLIER:
+            for j in range(tl.maximum(k0, start), tl.minimum(k0 + BLOCK_K, position)):
+                own_terms = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
+                o_j = j + tl.arange(0, 1)
+                for c0 in range(0, D_HEAD, BLOCK_S):
+                    o_c = c0 + tl.arange(0, BLOCK_S)
+                    cos, sin = _angles(angles, o_at, o_at < end, o_c, PAIRS, INTERLEAVED)
+                    cos_j, sin_j = _angles(angles, o_j, o_j < end, o_c, PAIRS, INTERLEAVED)
+                    q = _turned(base_q, o_at, o_at < end, o_c, cos, -sin, D_HEAD, PAIRS, INTERLEAVED)
+                    dq = _changes(rows_q, token, m_q, o_c, D_HEAD, HAS_SCALE, HAS_Q, N_HEADS)
+                    dk = _turned_changes(
+                        rows_k, own + o_q + (j - start) * stride, m_q, o_c,
+                        cos_j * cos + sin_j * sin, sin_j * cos - cos_j * sin,
+                        D_HEAD, PAIRS, INTERLEAVED, HAS_SCALE, HAS_K, N_KV,
+                    )  # fmt: skip
+                    own_terms += (q + dq) * dk
+                change += tl.where((o_k == j)[None, :], tl.sum(own_terms, 1)[:, None], 0.0)
+    else:
+        logit = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+        m_own = m_k & (o_k >= start)
+        for c0 in range(0, D_HEAD, BLOCK_S):
+            o_c = c0 + tl.arange(0, BLOCK_S)
+            m_c = o_c < D_HEAD
+            q = _base(base_q, o_at, m_q, o_c, m_c)
+            keys = _base(base_k, o_k, m_k, o_c, m_c)
+            cos, sin = _angles(angles, o_at, m_q, o_c, PAIRS, INTERLEAVED)
+            dq = _turned_changes(
+                rows_q, token, m_q, o_c, cos, sin,
+                D_HEAD, PAIRS, INTERLEAVED, HAS_SCALE, HAS_Q, N_HEADS,
+            )  # fmt: skip
             logit = tl.dot(q, tl.trans(keys), logit, input_precision="tf32x3")
+            change = tl.dot(dq, tl.trans(keys), change, input_precision="tf32x3")
             if k0 + BLOCK_K > start:
-                dk = _own(p_dk, s_dk_token, o_k, start, end, stride, o_c, m_c)
+                cos_k, sin_k = _angles(angles, o_k, m_own, o_c, PAIRS, INTERLEAVED)
+                dk = _turned_changes(
+                    rows_k, own + (o_k - start) * stride, m_own, o_c, cos_k, sin_k,
+                    D_HEAD, PAIRS, INTERLEAVED, HAS_SCALE, HAS_K, N_KV,
+                )  # fmt: skip
                 change = tl.dot(q + dq, tl.trans(dk), change, input_precision="tf32x3")
     seen = (o_k[None, :] <= o_at[:, None]) & m_k[None, :]
-    return tl.where(seen, logit * scale, -2e30), tl.where(seen, change * scale, 0.0)
+    return tl.where(seen, logit * logit_scale, -2e30), tl.where(seen, change * logit_scale, 0.0)
 
 
 @jit
-def _own(p, s_token, o_k, start, end, stride, o_c, m_c):  # type: ignore[no-untyped-def]
-    """A row's own keys or values at some positions, [key, dimension]; zero before its first."""
-    at = ((o_k - start) * stride).to(tl.int64)
-    mask = ((o_k >= start) & (o_k < end))[:, None] & m_c[None, :]
-    return tl.load(p + at[:, None] * s_token + o_c[None, :], mask=mask, other=0.0)
+def _weights(logit, change, HUGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Base weights [query or 1, key] and their changes [query, key], where all scores are at hand."""
+    p = tl.exp(logit - tl.max(logit, 1)[:, None])
+    p = p / tl.sum(p, 1)[:, None]
+    change -= tl.sum(p * change, 1)[:, None]
+    high = tl.max(tl.where(logit > -1e30, change, -1e30), 1)
+    w = expm1(change)
+    a = tl.sum(p * w, 1)
+    w = p * (w - a[:, None]) / (1.0 + a)[:, None]
+    new = logit + change
+    new = tl.exp(new - tl.max(new, 1)[:, None])
+    new = new / tl.sum(new, 1)[:, None]
+    return p, tl.where((high > HUGE)[:, None], new - p, w)
+
+
+@jit
+def _add_own_values(  # type: ignore[no-untyped-def]
+    acc, weights, last, tile, rows_v, o_c, k0,
+    BY_ROWS: tl.constexpr, HAS_EARLIER: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_V: tl.constexpr,
+    N_KV: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add the rows' own changes of values, times new weights [query, key]; `last` is that of `position`."""
+    token, o_q, count, own, stride, _, start, position, end = tile
+    m_q = o_q < count
+    o_k = k0 + tl.arange(0, BLOCK_K)
+    if BY_ROWS:
+        m_last = o_q < tl.where(k0 + BLOCK_K > position, count, 0)
+        acc += last[:, None] * _changes(rows_v, token, m_last, o_c, D_HEAD, HAS_SCALE, HAS_V, N_KV)
+        if HAS_EARLIER:
+            for j in range(tl.maximum(k0, start), tl.minimum(k0 + BLOCK_K, position)):
+                dv = _changes(
+                    rows_v, own + o_q + (j - start) * stride, m_q, o_c, D_HEAD, HAS_SCALE, HAS_V, N_KV
+                )
+                acc += tl.sum(tl.where((o_k == j)[None, :], weights, 0.0), 1)[:, None] * dv
+    elif k0 + BLOCK_K > start:
+        m_own = (o_k >= start) & (o_k < end)
+        dv = _changes(rows_v, own + (o_k - start) * stride, m_own, o_c, D_HEAD, HAS_SCALE, HAS_V, N_KV)
+        acc = tl.dot(weights, dv, acc, input_precision="tf32x3")
+    return acc
+
+
+@jit
+def _store(  # type: ignore[no-untyped-def]
+    p_out, p_from, p_new, acc, to, m_q, i_head, o_c,
+    HAS_Z: tl.constexpr, N_HEADS: tl.constexpr, D_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Write some coordinates of one head, [query, coordinate], with the swaps of z."""
+    mask = m_q[:, None] & (o_c < D_HEAD)[None, :]
+    if HAS_Z:
+        begin = tl.load(p_from + to * N_HEADS + i_head, mask=m_q, other=-1)
+        patched = (begin >= 0)[:, None]
+        new = tl.load(p_new + begin[:, None] + o_c[None, :], mask=mask & patched, other=0.0)
+        acc = tl.where(patched, new, acc)
+    p_out += to[:, None] * (N_HEADS * D_HEAD) + i_head * D_HEAD + o_c[None, :]
+    tl.store(p_out, acc.to(p_out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _changes(  # type: ignore[no-untyped-def]
+    rows, token, m_token, o_c,
+    D_HEAD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NEW: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Changes of one head of N at some tokens, [token, coordinate]: scaled, or what takes their place."""
+    p, s_token, p_scale, p_from, p_new, i_head = rows
+    mask = m_token[:, None] & (o_c < D_HEAD)[None, :]
+    d = tl.load(p + token[:, None] * s_token + o_c[None, :], mask=mask, other=0.0)
+    if HAS_SCALE:
+        d *= tl.load(p_scale + token, mask=m_token, other=0.0)[:, None]
+    if HAS_NEW:
+        begin = tl.load(p_from + token * N + i_head, mask=m_token, other=-1)
+        patched = (begin >= 0)[:, None]
+        new = tl.load(p_new + begin[:, None] + o_c[None, :], mask=mask & patched, other=0.0)
+        d = tl.where(patched, new, d)
+    return d
+
+
+@jit
+def _turned_changes(  # type: ignore[no-untyped-def]
+    rows, token, m_token, o_c, cos, sin,
+    D_HEAD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_NEW: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The same, turned."""
+    o_p = _partners(o_c, PAIRS, INTERLEAVED)
+    d = _changes(rows, token, m_token, o_c, D_HEAD, HAS_SCALE, HAS_NEW, N)
+    return d * cos + _changes(rows, token, m_token, o_p, D_HEAD, HAS_SCALE, HAS_NEW, N) * sin
+
+
+@jit
+def _base(base, o_at, m_at, o_c, m_c):  # type: ignore[no-untyped-def]
+    """Base queries or keys at some positions, [position, coordinate]."""
+    p, s_token = base
+    at = o_at.to(tl.int64)[:, None] * s_token + o_c[None, :]
+    return tl.load(p + at, mask=m_at[:, None] & m_c[None, :], other=0.0)
+
+
+@jit
+def _turned(  # type: ignore[no-untyped-def]
+    base, o_at, m_at, o_c, cos, sin, D_HEAD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """The same, turned."""
+    o_p = _partners(o_c, PAIRS, INTERLEAVED)
+    return (
+        _base(base, o_at, m_at, o_c, o_c < D_HEAD) * cos + _base(base, o_at, m_at, o_p, o_c < 2 * PAIRS) * sin
+    )
+
+
+@jit
+def _partners(o_c, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The other coordinate of each one's pair; any, from the head's end on, for those in no pair."""
+    if INTERLEAVED:
+        return tl.where(o_c < 2 * PAIRS, o_c ^ 1, 1 << 30)
+    other = tl.where(o_c < PAIRS, o_c + PAIRS, tl.where(o_c < 2 * PAIRS, o_c - PAIRS, 1 << 30))
+    side_by_side: tl.constexpr = 4 if PAIRS % 4 == 0 else 2 if PAIRS % 2 == 0 else 1
+    return tl.max_contiguous(tl.multiple_of(other, side_by_side), side_by_side)
+
+
+@jit
+def _angles(  # type: ignore[no-untyped-def]
+    angles, o_at, m_at, o_c, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """Factors of coordinates and of their partners, whose sum is turned: [position, coordinate] twice."""
+    p_cos, p_sin = angles
+    if INTERLEAVED:
+        pair = o_c // 2
+        second = o_c % 2 == 1
+    else:
+        second = o_c >= PAIRS
+        side_by_side: tl.constexpr = 4 if PAIRS % 4 == 0 else 2 if PAIRS % 2 == 0 else 1
+        pair = tl.where(second, o_c - PAIRS, o_c)
+        pair = tl.max_contiguous(tl.multiple_of(pair, side_by_side), side_by_side)
+    at = o_at.to(tl.int64)[:, None] * PAIRS + pair[None, :]
+    mask = m_at[:, None] & (o_c < 2 * PAIRS)[None, :]
+    cos = tl.load(p_cos + at, mask=mask, other=1.0)
+    sin = tl.load(p_sin + at, mask=mask, other=0.0)
+    return cos, tl.where(second[None, :], sin, -sin)

@@ -6,57 +6,58 @@ from typing import Any, NamedTuple
 import torch
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.kernels.activation import activation_difference, activation_difference_triton
+from deltapatch.kernels.activation import activation_difference
+from deltapatch.kernels.activation_triton import activation_difference_triton
 from deltapatch.kernels.attention import attention_difference
 from deltapatch.kernels.attention_triton import attention_difference_triton
 from deltapatch.kernels.lang import HAS_TRITON, interpreted
-from deltapatch.kernels.norm import norm_difference, norm_difference_triton
-from deltapatch.kernels.product import product
+from deltapatch.kernels.norm import add_norm
+from deltapatch.kernels.norm_triton import add_norm_triton
+from deltapatch.kernels.product import Scaled, narrow, narrow_triton
 from deltapatch.kernels.readout import readout
 from deltapatch.kernels.readout_triton import readout_triton
-from deltapatch.kernels.swap import apply_swaps, apply_swaps_triton, gather_columns, gather_columns_triton
+from deltapatch.kernels.swap import gather_columns
+from deltapatch.kernels.swap_triton import gather_columns_triton
 
 
 class Backend(NamedTuple):
     """The operations that the wavefront is made of; each is described beside its reference."""
 
     name: str
-    block_tokens: int  # the most row tokens that go through a layer together
-    spread: int  # how many blocks few tokens are cut into, so that every core has one
-    norm_difference: Callable[..., torch.Tensor]
-    activation_difference: Callable[..., torch.Tensor]
-    attention_difference: Callable[..., torch.Tensor]
+    block_tokens: int  # row tokens that go through a layer together, within half as many more or a third less
+    expands: bool  # whether the read-out takes expansions (readout_tail.py)
+    add_norm: Callable[..., list[Scaled]]
+    activation_difference: Callable[..., Scaled]
+    attention_difference: Callable[..., Scaled]
     readout: Callable[..., dict[str, torch.Tensor]]
-    product: Callable[..., torch.Tensor]
-    apply_swaps: Callable[..., None]
-    gather_columns: Callable[..., None]
+    gather_columns: Callable[..., torch.Tensor]
+    narrow: Callable[..., Scaled]
 
 
 # Blocks of a few hundred tokens keep the elementwise work inside the cache and the products at full rate.
 REFERENCE = Backend(
     "reference",
     512,
-    8,
-    norm_difference,
+    True,
+    add_norm,
     activation_difference,
     attention_difference,
     readout,
-    product,
-    apply_swaps,
     gather_columns,
+    narrow,
 )
-# Large enough that a product does far more than read its weights. float64 goes through the references.
+# No product has less than 8,192 rows where there are that many: it does far more than read its weights then.
+# float64 goes through the references.
 TRITON = Backend(
     "triton",
-    8192,
-    1,
-    norm_difference_triton,
+    12288,
+    False,
+    add_norm_triton,
     activation_difference_triton,
     attention_difference_triton,
     readout_triton,
-    product,
-    apply_swaps_triton,
     gather_columns_triton,
+    narrow_triton,
 )
 BACKENDS = {"reference": REFERENCE, "triton": TRITON}
 

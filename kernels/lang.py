@@ -79,3 +79,19 @@ def expm1_minus(x):  # type: ignore[no-untyped-def]
     t = 2.0 / 6 + x * t
     t = 1.0 + x * t
     return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * t, expm1(x) - x)
+
+
+@jit
+def power_scale(largest, TOP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The power of two that brings a row's largest number to just below 2^TOP, and its inverse.
+
+    As `product._powers`: from the exponent's bits, so it is exact. float8 (TOP 9) ends at 448, not at 512.
+    """
+    bits = largest.to(tl.int32, bitcast=True)
+    if TOP == 9:
+        bits += 0x1FFFFF
+    exponent = tl.maximum(bits >> 23, TOP)
+    zero = largest == 0.0
+    scale = tl.where(zero, 127, exponent + (1 - TOP))
+    inverse = tl.where(zero, 127, 253 + TOP - exponent)
+    return (scale << 23).to(tl.float32, bitcast=True), (inverse << 23).to(tl.float32, bitcast=True)

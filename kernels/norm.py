@@ -1,42 +1,117 @@
-"""Norm difference: norm(x + dx) - norm(x), without cancellation (DESIGN: carry the difference).
+"""Residual add, and norm difference: norm(x + d) - norm(x), without cancellation.
 
 With xc and dc the centred base and difference (an RMSNorm does not centre), v the mean square of xc,
 dv = mean(dc (2 xc + dc)), s = sqrt(v + eps), s' = sqrt(v + dv + eps):
     difference = weight * (dc / s' - xc dv / ((s + s') s s'))
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.lang import jit, next_power_of_two, on_device, tl
+from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.tiles import base_tiles
+from deltapatch.kernels.swap import Swap, apply_swaps
 
 # Where the patched norm is this much smaller than the base's, the form above would itself cancel.
-_COLLAPSE = 1 / 16
-_ROWS = 8  # rows that a program normalises one after the other, with one load of base and weight
+COLLAPSE = 1 / 16
+
+
+class Part(NamedTuple):
+    """What is added to the residual stream at one place: a difference and the patches of the place."""
+
+    d: Scaled | None  # [token, d_model]; None: zero
+    swaps: list[Swap]
+
+
+def add_norm(
+    parts: list[Part],
+    swaps: list[Swap],
+    x: Tensor | None,
+    norms: list[Tensor],
+    eps: float,
+    centred: bool,
+    segments: list[Segment],
+    precision: Precision,
+    out: Tensor | None = None,
+    to: Tensor | None = None,
+) -> list[Scaled]:
+    """Add up differences of the residual stream, and take that of its norms.
+
+    Args:
+        parts: what is added up, up to three, each after its own swaps; their arrays stay as they are.
+        swaps: of the sum. A later swap overrides an earlier one, here and in the parts.
+        x: [base token, d_model], what is normalised in the base run; None where there are no norms.
+        norms: weights [d_model] of up to two norms; a shift cancels out.
+        eps: added to the mean square.
+        centred: LayerNorm, else RMSNorm.
+        segments: where the rows lie and what their base is.
+        precision: of the products that take the result.
+        out: [place, d_model] in the base dtype, receives the sum; no part lies in it unless `to` is None.
+        to: [token] int64, each token's place in `out`; None: the first ones.
+
+    Returns:
+        For each norm the difference of its output, [token, d_model], narrowed.
+    """
+    n_tokens = sum(s.n_tokens for s in segments)
+    terms = []
+    for d, patches in parts:
+        term = _swapped(None if d is None else d.plain(), patches, n_tokens, own=False)
+        if term is not None:
+            terms.append(term)
+    if not terms and not swaps:
+        like = x if out is None else out
+        assert like is not None
+        terms = [like.new_zeros(n_tokens, like.shape[1])]
+    total = terms[0] if terms else None
+    if len(terms) > 1:
+        place = out[:n_tokens] if out is not None and to is None else None
+        total = torch.add(terms[0], terms[1], out=place)
+        for term in terms[2:]:
+            total += term
+    total = _swapped(total, swaps, n_tokens, own=len(terms) > 1)
+    assert total is not None
+    if out is not None and to is not None:
+        out.index_copy_(0, to, total)
+    elif out is not None and total.data_ptr() != out.data_ptr():
+        out[:n_tokens] = total
+    if not norms:
+        return []
+    assert x is not None
+    return [narrow(d, precision) for d in norm_difference(total, x, norms, eps, centred, segments)]
+
+
+def _swapped(d: Tensor | None, swaps: list[Swap], n_tokens: int, own: bool) -> Tensor | None:
+    """A difference after the swaps of its place; a copy where there are any, unless it is our own."""
+    if not swaps:
+        return d
+    if d is None:
+        delta = swaps[0].delta
+        d = delta.new_zeros(n_tokens, delta.shape[1])
+    elif not own:
+        d = d.clone()
+    apply_swaps(d, swaps)
+    return d
 
 
 def norm_difference(
-    dx: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool, segments: list[Segment]
-) -> Tensor:
-    """LayerNorm (centred) or RMSNorm difference of packed rows.
+    dx: Tensor, x: Tensor, weights: list[Tensor], eps: float, centred: bool, segments: list[Segment]
+) -> list[Tensor]:
+    """LayerNorm (centred) or RMSNorm differences of packed rows: [token, d_model] for each weight [d_model].
 
     Args:
         dx: [token, d_model], the rows' differences.
         x: [base token, d_model], the base activations.
-        weight: [d_model]; a shift cancels out.
+        weights: of norms of the same vector, at least one.
         eps: added to the mean square.
         centred: LayerNorm, else RMSNorm.
         segments: where the rows lie and what their base is.
-
-    Returns:
-        [token, d_model], the difference of the norm's output.
     """
-    out = torch.empty_like(dx)
+    outs = [torch.empty_like(dx) for _ in weights]
     width = dx.shape[-1]
     for segment in segments:
-        d, o = segment.tokens(dx), segment.tokens(out)  # [pair, position, row, d_model]
+        d, o = segment.tokens(dx), segment.tokens(outs[0])  # [pair, position, row, d_model]
         b = segment.own(x)  # [pair, position, 1, d_model]
         if centred:
             b = b - b.mean(-1, keepdim=True)
@@ -50,7 +125,7 @@ def norm_difference(
         )  # [pair, position, row, 1]
         s = (v + eps).sqrt_()
         s2 = (v + dv).clamp_(min=0).add_(eps).sqrt_()
-        collapsed = v + dv < _COLLAPSE * v
+        collapsed = v + dv < COLLAPSE * v
         direct = None
         if bool(collapsed.any()):
             whole = b + dc
@@ -58,75 +133,7 @@ def norm_difference(
         o.div_(s2).addcmul_(b, dv.neg_().div_((s + s2) * s * s2))
         if direct is not None:
             o.copy_(torch.where(collapsed, direct, o))
-        o.mul_(weight)
-    return out
-
-
-def norm_difference_triton(
-    dx: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool, segments: list[Segment]
-) -> Tensor:
-    """The same by a Triton kernel: one read of the base, one read and one write of each row."""
-    if dx.dtype == torch.float64:
-        return norm_difference(dx, x, weight, eps, centred, segments)
-    out = torch.empty_like(dx)
-    tiles = base_tiles(segments, _ROWS, dx.device)
-    width = dx.shape[1]
-    block = next_power_of_two(width)
-    with on_device(dx):
-        _norm_kernel[(len(tiles),)](
-            out,
-            dx,
-            x,
-            weight,
-            tiles,
-            dx.stride(0),
-            x.stride(0),
-            width,
-            eps,
-            CENTRED=centred,
-            COLLAPSE=_COLLAPSE,
-            BLOCK_N=block,
-            num_warps=min(16, max(4, block // 512)),
-        )
-    return out
-
-
-@jit
-def _norm_kernel(  # type: ignore[no-untyped-def]
-    p_out,
-    p_dx,
-    p_x,
-    p_weight,
-    p_tiles,
-    s_dx,
-    s_x,
-    width,
-    eps,
-    CENTRED: tl.constexpr,
-    COLLAPSE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One tile of rows with one base token; a whole row lies in registers."""
-    p_tile = p_tiles + tl.program_id(0) * 3
-    token = tl.load(p_tile).to(tl.int64)
-    count = tl.load(p_tile + 1)
-    base = tl.load(p_tile + 2).to(tl.int64)
-    o_n = tl.arange(0, BLOCK_N)
-    m_n = o_n < width
-    b = tl.load(p_x + base * s_x + o_n, mask=m_n, other=0.0)
-    weight = tl.load(p_weight + o_n, mask=m_n, other=0.0)
-    if CENTRED:
-        b = tl.where(m_n, b - tl.sum(b) / width, 0.0)
-    v = tl.sum(b * b) / width
-    s = tl.sqrt_rn(v + eps)
-    for r in range(count):
-        d = tl.load(p_dx + (token + r) * s_dx + o_n, mask=m_n, other=0.0)
-        if CENTRED:
-            d = tl.where(m_n, d - tl.sum(d) / width, 0.0)
-        dv = tl.sum(d * (2.0 * b + d)) / width
-        s2 = tl.sqrt_rn(tl.maximum(v + dv, 0.0) + eps)
-        change = d / s2 - b * (dv / ((s + s2) * s * s2))
-        if v + dv < COLLAPSE * v:
-            whole = b + d
-            change = whole / tl.sqrt_rn(tl.sum(whole * whole) / width + eps) - b / s
-        tl.store(p_out + (token + r) * width + o_n, change * weight, mask=m_n)
+        for out, weight in zip(outs[1:], weights[1:], strict=True):
+            torch.mul(o, weight, out=segment.tokens(out))
+        o.mul_(weights[0])
+    return outs

@@ -1,32 +1,261 @@
 """Products of differences with weights, in the sweep's precision.
 
 A product is linear in the difference, so rounding its operands is an error relative to the effect, not to the
-activation: that is why 16-bit products are precise enough here and nowhere else.
+activation: that is why 16-bit products are precise enough here and nowhere else. Linear also means that a
+power of two may be taken out of each row before and put back after: so float16 and float8, which hold few
+sizes, hold every row.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_ROWS = 64
+from deltapatch.errors import DeltapatchError
+from deltapatch.kernels.lang import HAS_TRITON
+from deltapatch.kernels.narrow_triton import narrow_rows
 
-PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}  # dtype of the products
+_ROWS = 64  # on a CPU products in bfloat16 take a multiple of so many
+_WIDTHS = 16  # products in float8 take multiples of so many columns on both sides
+_LARGEST_HALF = 65504.0
+_WIDE = (torch.float32, torch.float64)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T in the dtype of `weight`, returned in the dtype of `x`.
+@dataclass(frozen=True)
+class Precision:
+    """What a sweep computes in.
+
+    Attributes:
+        name: as the user gives it.
+        base: of the base runs and of everything that is not linear.
+        operand: of both operands of a product.
+        scaled: whether each row of a difference is brought to the size that `operand` holds best.
+    """
+
+    name: str
+    base: torch.dtype
+    operand: torch.dtype
+    scaled: bool = False
+
+    @property
+    def top(self) -> int:
+        """Rows are scaled so that their largest number lies just below 2 to this power; 0: they are not."""
+        return {torch.float16: 14, torch.float8_e4m3fn: 9}[self.operand] if self.scaled else 0
+
+
+PRECISIONS = {
+    p.name: p
+    for p in (
+        Precision("fp64", torch.float64, torch.float64),
+        Precision("fp32", torch.float32, torch.float32),
+        Precision("tf32", torch.float32, torch.float32),  # rounded by the product
+        Precision("bf16", torch.float32, torch.bfloat16),
+        Precision("fp16", torch.float32, torch.float16, scaled=True),
+        Precision("fp8", torch.float32, torch.float8_e4m3fn, scaled=True),
+    )
+}
+
+
+class Scaled(NamedTuple):
+    """A difference as products take it and give it: values * scale.
+
+    `values` is [token, ...], in a product's operand dtype or, as its result, in float32 or float64.
+    `scale` is [token] float32, powers of two; None: all ones.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    def plain(self) -> Tensor:
+        """The difference itself, in float32 or float64; `values` where there is nothing to do."""
+        values = self.values if self.values.dtype in _WIDE else self.values.float()
+        if self.scale is None:
+            return values
+        return values * self.scale.view(-1, *(1,) * (values.dim() - 1))
+
+
+class Operand(NamedTuple):
+    """A weight matrix as products take it: `values` [out, in] in a precision, times `scale` [out] in fp8."""
+
+    values: Tensor
+    scale: Tensor | None
+    precision: Precision
+
+    def rows(self, which: slice | Tensor) -> "Operand":
+        """Some of the outputs."""
+        scale = None if self.scale is None else self.scale[which]
+        return Operand(self.values[which], scale, self.precision)
+
+
+def narrow(d: Tensor, precision: Precision) -> Scaled:
+    """A difference in the dtype that products take.
 
     Args:
-        x: [token, in].
+        d: [token, in], float32, or float64 in fp64.
+        precision: of the products.
+
+    Returns:
+        `d` itself where its dtype is right. In fp16 the largest number of each row lies in [2^13, 2^14), in
+        fp8 in (224, 448], unless the row is zero or so small that the scale would not be a normal number.
+    """
+    if d.dtype == precision.operand:
+        return Scaled(d)
+    if d.is_cuda and HAS_TRITON:
+        return narrow_triton(d, precision)
+    if precision.scaled:
+        scale, inverse = _powers(d, precision.top)
+        return Scaled((d * inverse.unsqueeze(1)).to(precision.operand), scale)
+    if d.device.type != "cpu":
+        return Scaled(d.to(precision.operand))
+    # oneDNN makes and keeps a program for every new number of rows: let a few numbers serve all blocks.
+    rows = -(-len(d) // _ROWS) * _ROWS
+    values = d.new_empty(rows, d.shape[1], dtype=precision.operand)
+    values[: len(d)] = d
+    values[len(d) :] = 0
+    return Scaled(values[: len(d)])
+
+
+def narrow_triton(d: Tensor, precision: Precision) -> Scaled:
+    """The same with one Triton kernel for rows that are scaled."""
+    if precision.scaled:
+        return Scaled(*narrow_rows(d, precision.operand, precision.top))
+    return Scaled(d.to(precision.operand))
+
+
+def narrow_weight(weight: Tensor, precision: Precision) -> Operand:
+    """A weight in the dtype that products take; no copy where it has it.
+
+    A weight that float16 cannot hold is told here on a CPU; on a GPU, which nobody waits for, it is infinite.
+
+    Args:
+        weight: [out, in].
+        precision: of the products.
+
+    Raises:
+        DeltapatchError: fp16, and a number is larger than float16 holds.
+    """
+    if precision.scaled and precision.operand != torch.float16:
+        if weight.dtype == precision.operand:
+            return Operand(weight, None, precision)
+        weight = weight.float()
+        scale, inverse = _powers(weight, precision.top)
+        return Operand((weight * inverse.unsqueeze(1)).to(precision.operand), scale, precision)
+    if precision.operand == torch.float16 and weight.dtype != torch.float16 and not weight.is_cuda:
+        largest = float(torch.linalg.vector_norm(weight, torch.inf)) if weight.numel() else 0.0
+        if largest > _LARGEST_HALF:
+            raise DeltapatchError(
+                f"a weight of {largest:.6g} is larger than float16 holds ({_LARGEST_HALF:.0f}): "
+                "use precision='bf16'"
+            )
+    values = weight.to(precision.operand)
+    if precision.name == "tf32" and values.device.type == "cpu":
+        values = _round_to_tf32(values)
+    return Operand(values, None, precision)
+
+
+def product(x: Scaled, weight: Operand) -> Scaled:
+    """x @ weight.T.
+
+    Args:
+        x: [token, in], as `narrow` gives it.
         weight: [out, in].
 
     Returns:
-        [token, out].
+        [token, out] in the precision's base dtype; x's scale is still to be applied by who reads it.
     """
-    if weight.dtype == x.dtype:
-        return torch.mm(x, weight.t())
-    # oneDNN makes and keeps a program for every new number of rows: let a few numbers serve all blocks.
+    precision = weight.precision
+    if x.values.is_cuda:
+        values = _product_on_gpu(x.values, weight)
+    elif precision.name == "bf16":
+        values = torch.mm(_filled_up(x.values), weight.values.t())[: len(x.values)].to(precision.base)
+    elif precision.name == "tf32":
+        values = torch.mm(_round_to_tf32(x.values), weight.values.t())
+    else:
+        # Rounded operands multiplied in float32: what a GPU does, which rounds no product of two of them.
+        values = torch.mm(x.values.to(precision.base), weight.values.to(precision.base).t())
+        if weight.scale is not None:
+            values *= weight.scale
+    return Scaled(values, x.scale)
+
+
+def _product_on_gpu(x: Tensor, weight: Operand) -> Tensor:
+    precision, matrix = weight.precision, weight.values.t()  # [in, out]
+    if precision.name == "fp8":
+        return _product_in_fp8(x, weight)
+    if precision.operand in _WIDE:
+        with _tf32(precision.name == "tf32"):
+            return torch.mm(x, matrix)
+    return torch.mm(x, matrix, out_dtype=precision.base)
+
+
+def _product_in_fp8(x: Tensor, weight: Operand) -> Tensor:
+    scale = x.new_ones(len(weight.values), dtype=torch.float32) if weight.scale is None else weight.scale
+    if not len(x) or any(n % _WIDTHS for n in weight.values.shape):
+        with _tf32(True):  # exact here: a float8 has fewer digits
+            return torch.mm(x.float(), weight.values.float().t()).mul_(scale)
+    ones = x.new_ones(len(x), 1, dtype=torch.float32)
+    out = torch._scaled_mm(
+        x,
+        weight.values.t(),
+        scale_a=ones,
+        scale_b=scale.unsqueeze(0),
+        out_dtype=torch.bfloat16,  # the only one that scales by row give
+        use_fast_accum=True,
+    )
+    return out.float()
+
+
+@contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    """float32 products on tensor cores or not, whatever the user has set."""
+    settings = torch.backends.cuda.matmul
+    before, wanted = settings.fp32_precision, "tf32" if on else "ieee"
+    if before == wanted:
+        yield
+        return
+    settings.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _powers(d: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Powers of two that bring each row's largest number to just below 2^top, and their inverses.
+
+    Args:
+        d: [row, column] float32.
+        top: 9 takes account of float8's largest number being 448, not 512.
+
+    Returns:
+        scale, inverse: [row] float32. d * inverse is exact but for numbers too small to matter.
+    """
+    largest = torch.linalg.vector_norm(d, torch.inf, dim=1) if d.shape[1] else d.new_zeros(len(d))
+    bits = largest.view(torch.int32)
+    exponent = ((bits + (0x1FFFFF if top == 9 else 0)) >> 23).clamp_(min=top)  # biased by 127
+    zero = largest == 0
+    scale = (exponent + (1 - top)).masked_fill_(zero, 127)
+    inverse = (253 + top - exponent).masked_fill_(zero, 127)
+    return (scale << 23).view(torch.float32), (inverse << 23).view(torch.float32)
+
+
+def _round_to_tf32(x: Tensor) -> Tensor:
+    """To ten bits after the leading one, ties to even."""
+    bits = x.view(torch.int32)
+    return (bits + (0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def _filled_up(x: Tensor) -> Tensor:
+    """[token, in] with rows after it up to a multiple of `_ROWS`; what they hold does not matter."""
     rows = -(-len(x) // _ROWS) * _ROWS
-    narrow = x.new_empty(rows, x.shape[1], dtype=weight.dtype)
-    narrow[: len(x)] = x
-    narrow[len(x) :] = 0
-    return torch.mm(narrow, weight.t())[: len(x)].to(x.dtype)
+    reach = x.storage_offset() + rows * x.stride(0)
+    if rows == len(x):
+        return x
+    if x.stride(1) == 1 and reach * x.element_size() <= x.untyped_storage().nbytes():
+        return x.as_strided((rows, x.shape[1]), x.stride())  # `narrow` has made room for them
+    filled = x.new_zeros(rows, x.shape[1])
+    filled[: len(x)] = x
+    return filled

@@ -6,18 +6,18 @@ The sum is never negative, since expm1(x) >= x, so nothing cancels. The mean nee
 product with Σ_j p_j W_j, one vector a pair.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.product import Operand, Precision, Scaled, narrow, product
+from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
 
 CELLS = 1 << 20  # logit changes held at a time: few enough to stay in the cache
 _HUGE = 60.0  # above it exp overflows float32 too soon; below it nothing that float32 rounds to 0 matters
-
-Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class BaseReadout(NamedTuple):
@@ -27,13 +27,14 @@ class BaseReadout(NamedTuple):
     p: Tensor  # [pair, d_vocab], float64
     mean: Tensor  # [pair, d_model], Σ_j p_j W_j
     answers: Tensor  # [pair, 2] int64: clean answer, corrupted answer
+    tails: Mapping[int, Tail] = {}  # of the pairs that have one; the others take every token as it is
 
 
 def readout(
     dn: Tensor,
     exact: Tensor,
-    weight: Tensor,
-    product: Product,
+    weight: Operand,
+    precision: Precision,
     base: BaseReadout,
     first_pairs: list[int],
     segments: list[Segment],
@@ -44,8 +45,8 @@ def readout(
     Args:
         dn: [row, d_model], difference of the final norm's output at the read-out position.
         exact: [d_vocab, d_model], the unembedding in dn's dtype; the answers' logits are taken with it.
-        weight: the same in the dtype of the sweep's products.
-        product: the product with `weight`, or with some of its rows.
+        weight: the same as the sweep's products take it.
+        precision: of these products.
         base: of every pair in the pass.
         first_pairs: for each segment, its first pair.
         segments: one position a row, covering all rows in order.
@@ -69,30 +70,78 @@ def readout(
             # One product with the difference of the columns: their common part never enters.
             out["logit_diff"][rows] = dn[rows] @ (columns[0] - columns[1])
     if any(name != "logit_diff" for name in measured):
-        _distribution(dn, mean, answer, weight, product, base, spans, out)
+        narrowed = narrow(dn, precision)
+        left = _expanded(dn, narrowed, mean, answer, precision, base, spans, out)
+        if left is None:
+            _distribution(narrowed, mean, answer, weight, base, spans, out)
+        elif len(left):
+            few = {name: values.new_empty(len(left)) for name, values in out.items() if name != "logit_diff"}
+            _distribution(
+                _rows(narrowed, left), mean[left], answer[left], weight, base, _some(spans, left), few
+            )
+            for name, values in few.items():
+                out[name][left] = values
     return out
 
 
-def _distribution(
+def _expanded(
     dn: Tensor,
+    narrowed: Scaled,
     mean: Tensor,
     answer: Tensor,
-    weight: Tensor,
-    product: Product,
+    precision: Precision,
+    base: BaseReadout,
+    spans: list[tuple[slice, int]],
+    out: dict[str, Tensor],
+) -> Tensor | None:
+    """Take rows of pairs with a tail by its expansion; returns the rows still to be done, None for all."""
+    if not any(pair in base.tails for _, pair in spans):
+        return None
+    done = torch.zeros(len(dn), dtype=torch.bool)
+    for rows, pair in spans:
+        if pair not in base.tails:
+            continue
+        some = Scaled(narrowed.values[rows], None if narrowed.scale is None else narrowed.scale[rows])
+        lse, bound = expand(dn[rows], some, mean[rows], base.tails[pair])
+        done[rows] = True
+        for i, name in enumerate(("dlogp_clean", "dlogp_corrupted")):
+            if name in out:
+                torch.sub(answer[rows, i], lse, out=out[name][rows])
+                done[rows] &= bound <= TOLERANCE[precision.name] * out[name][rows].abs()
+    return (~done).nonzero().squeeze(1)
+
+
+def _rows(d: Scaled, which: Tensor) -> Scaled:
+    return Scaled(d.values[which], None if d.scale is None else d.scale[which])
+
+
+def _some(spans: list[tuple[slice, int]], which: Tensor) -> list[tuple[slice, int]]:
+    """The spans of some rows, which ascend, when these stand alone."""
+    edges = torch.tensor([[rows.start, rows.stop] for rows, _ in spans])
+    found = torch.searchsorted(which, edges).tolist()
+    return [(slice(a, b), pair) for (a, b), (_, pair) in zip(found, spans, strict=True) if b > a]
+
+
+def _distribution(
+    dn: Scaled,
+    mean: Tensor,
+    answer: Tensor,
+    weight: Operand,
     base: BaseReadout,
     spans: list[tuple[slice, int]],
     out: dict[str, Tensor],
 ) -> None:
     """The numbers that need every token: mean [row, 1], answer [row, 2] less it, spans (rows, their pair)."""
+    n_rows, d_vocab = len(mean), len(weight.values)
     # KL is of second order in D. float64 carries it through the cancellation of its first-order part.
-    wide = torch.float64 if "kl" in out else dn.dtype
-    mass = torch.zeros(len(dn), dtype=wide, device=dn.device)  # Σ_j p_j expm1(D_j - m)
+    wide = torch.float64 if "kl" in out else mean.dtype
+    mass = torch.zeros(n_rows, dtype=wide, device=mean.device)  # Σ_j p_j expm1(D_j - m)
     rest = torch.zeros_like(mass)  # Σ_j p_j (D_j - m): not quite zero, since products are rounded
     highest = torch.full_like(answer[:, 0], -torch.inf)
     best, at_top = highest.clone(), highest.clone()  # of base logit - base's top logit + D - m; the top's own
     tops = base.logits.argmax(-1).tolist()
-    for piece in _pieces(len(dn), len(weight)):
-        change = product(dn, weight[piece]).sub_(mean)  # [row, piece]
+    for piece in _pieces(n_rows, d_vocab):
+        change = product(dn, weight.rows(piece)).plain().sub_(mean)  # [row, piece]
         highest = torch.maximum(highest, change.amax(-1))
         change_wide = change.to(wide)
         grown = torch.expm1(change_wide)
@@ -112,11 +161,11 @@ def _distribution(
 
     pair_of = torch.repeat_interleave(
         torch.tensor([pair for _, pair in spans]), torch.tensor([rows.stop - rows.start for rows, _ in spans])
-    ).to(dn.device)
+    ).to(mean.device)
     direct = (highest > _HUGE).nonzero().squeeze(1)
-    for some in direct.split(max(1, CELLS // len(weight))):
+    for some in direct.split(max(1, CELLS // d_vocab)):
         # log p + D: its exponential cannot overflow once the largest is taken out, and no term is negative.
-        far = product(dn[some], weight).sub_(mean[some]).double()  # [row, d_vocab]
+        far = product(_rows(dn, some), weight).plain().sub_(mean[some]).double()  # [row, d_vocab]
         before = base.logits[pair_of[some]].double()
         lse[some] = ((before + far).logsumexp(-1) - before.logsumexp(-1)).to(wide)
         kl[some] = lse[some] - (far * base.p[pair_of[some]]).sum(-1).to(wide)
@@ -127,7 +176,7 @@ def _distribution(
         out["kl"].copy_(kl.clamp_(min=0))
     for i, name in enumerate(("dlogp_clean", "dlogp_corrupted")):
         if name in out:
-            torch.sub(answer[:, i], lse.to(dn.dtype), out=out[name])
+            torch.sub(answer[:, i], lse.to(mean.dtype), out=out[name])
 
 
 def _pieces(n_rows: int, d_vocab: int) -> list[slice]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.lang import expm1_minus, jit, on_device, tl
-from deltapatch.kernels.readout import BaseReadout, Product, readout
+from deltapatch.kernels.product import Operand, Precision, Scaled, narrow_triton, product
+from deltapatch.kernels.readout import BaseReadout, readout
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.tiles import pair_of_rows, pair_tiles
 
@@ -24,8 +25,8 @@ _HUGE = 60.0  # as in readout.py: beyond it the patched distribution is taken di
 def readout_triton(
     dn: Tensor,
     exact: Tensor,
-    weight: Tensor,
-    product: Product,
+    weight: Operand,
+    precision: Precision,
     base: BaseReadout,
     first_pairs: list[int],
     segments: list[Segment],
@@ -33,7 +34,7 @@ def readout_triton(
 ) -> dict[str, Tensor]:
     """The same as `readout`; the host never waits for the device."""
     if dn.dtype == torch.float64:
-        return readout(dn, exact, weight, product, base, first_pairs, segments, measured)
+        return readout(dn, exact, weight, precision, base, first_pairs, segments, measured)
     tiles = pair_tiles(segments, first_pairs, _ROWS, dn.device)
     columns = exact[base.answers]  # [pair, 2, d_model]
     # One product with the difference of the columns: their common part never enters.
@@ -56,37 +57,38 @@ def readout_triton(
     if all(name == "logit_diff" for name in measured):
         return dict.fromkeys(measured, dots[3])
     pair = pair_of_rows(segments, first_pairs, dn.device)
-    found = _distribution(dn, dots[0], dots[1:3].double(), weight, product, base, tiles, pair)
+    narrowed = narrow_triton(dn, precision)
+    found = _distribution(narrowed, dots[0], dots[1:3].double(), weight, base, tiles, pair)
     found["logit_diff"] = dots[3]
     return {name: found[name].to(dn.dtype) for name in measured}
 
 
 def _distribution(
-    dn: Tensor,
+    dn: Scaled,
     mean: Tensor,
     answer: Tensor,
-    weight: Tensor,
-    product: Product,
+    weight: Operand,
     base: BaseReadout,
     tiles: Tensor,
     pair: Tensor,
 ) -> dict[str, Tensor]:
     """The numbers that need every token. mean: [row]; answer: [2, row], the mean taken out; pair: [row]."""
-    d_vocab = len(weight)
+    n_rows, d_vocab = len(mean), len(weight.values)
     highest, top = base.logits.max(-1, keepdim=True)
     lead = base.logits - highest  # [pair, d_vocab], <= 0
     # Of no tokens yet: rest, excess, highest change, highest patched logit, sum of exp relative to it, change
     # of the base's likeliest token.
-    state = dn.new_zeros(len(dn), 6)
+    state = mean.new_zeros(n_rows, 6)
     state[:, 2:4] = -1e30
     # A multiple of 128: rows of logit changes then begin where wide loads may.
-    width = min(d_vocab, max(1024, CELLS // max(1, len(dn)) // 128 * 128))
+    width = min(d_vocab, max(1024, CELLS // max(1, n_rows) // 128 * 128))
     for first in range(0, d_vocab, width):
-        change = product(dn, weight[first : first + width])  # [row, piece]
-        with on_device(dn):
+        change, scale = product(dn, weight.rows(slice(first, first + width)))  # [row, piece]
+        with on_device(change):
             _take_in_kernel[(len(tiles),)](
                 state,
                 change,
+                scale,
                 mean,
                 base.p,
                 lead,
@@ -156,6 +158,7 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
 def _take_in_kernel(  # type: ignore[no-untyped-def]
     p_state,
     p_change,
+    p_scale,
     p_mean,
     p_p,
     p_lead,
@@ -182,6 +185,8 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
     o_r = tl.arange(0, BLOCK_R)
     m_r = o_r < count
     mean = tl.load(p_mean + row + o_r, mask=m_r, other=0.0)
+    if p_scale is not None:
+        scale = tl.load(p_scale + row + o_r, mask=m_r, other=0.0)
     p_change += (row + o_r)[:, None] * s_change
 
     rest = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
@@ -195,7 +200,10 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
         m_n = o_n < width
         p = tl.load(p_p + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
         lead = tl.load(p_lead + o_n, mask=m_n, other=-2e30)[None, :]
-        change = tl.load(p_change + o_n[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0) - mean[:, None]
+        change = tl.load(p_change + o_n[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0)
+        if p_scale is not None:
+            change *= scale[:, None]
+        change -= mean[:, None]
         rest += p * change
         excess += p * expm1_minus(change)
         at_top = tl.where((first + o_n == top)[None, :], change, at_top)

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.device import upload
 from deltapatch.kernels.segments import Segment
 
 _KEPT = 128  # tables; one block of rows needs about five
 
 BY_ROWS_BELOW = 8  # own positions; rows with more fill half a tile of queries with those of one row
+ROWS_FROM = 32  # in a tile; fewer rows with many own keys are quicker alone, where these come in blocks
 
 
 def base_tiles(segments: list[Segment], rows: int, device: torch.device) -> Tensor:
@@ -34,16 +36,36 @@ def pair_of_rows(segments: list[Segment], first_pairs: list[int], device: torch.
 
 
 def query_tiles(
-    segments: list[Segment], last_only: bool, size: int, device: torch.device
+    segments: list[Segment], last_only: bool, rows: int, queries: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Tiles of queries: of several rows at one position, and of one row at several positions.
+
+    Args:
+        segments: where the rows lie.
+        last_only: only the rows' last positions are queries.
+        rows, queries: the most in a tile of either kind.
 
     Returns:
         Two tables [tile, (first query's token, where its output goes, token of the first own position,
         queries, tokens from a row's position to its next, base token of position 0, first own position,
         position of the first query)] int32.
     """
-    return _query_tiles(tuple(segments), last_only, size, device)
+    return _query_tiles(tuple(segments), last_only, rows, queries, device)
+
+
+def base_of_tokens(segments: list[Segment], device: torch.device) -> Tensor:
+    """[token] int32, the base token of each; the segments cover all tokens in order."""
+    return _base_of_tokens(tuple(segments), device)
+
+
+@lru_cache(_KEPT)
+def _base_of_tokens(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
+    parts = []
+    for s in segments:
+        pair, position = _axes(s.pairs, s.positions)
+        base = s.base + pair * s.length + s.length - s.positions + position
+        parts.append(np.repeat(base.ravel(), s.rows))
+    return _to_device(parts, 1, device).squeeze(1)
 
 
 @lru_cache(_KEPT)
@@ -81,21 +103,21 @@ def _pair_of_rows(
 
 @lru_cache(_KEPT)
 def _query_tiles(
-    segments: tuple[Segment, ...], last_only: bool, size: int, device: torch.device
+    segments: tuple[Segment, ...], last_only: bool, rows: int, queries: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     by_rows: list[np.ndarray] = []
     by_queries: list[np.ndarray] = []
     done = 0  # rows whose output has a place, where each has one
     for s in segments:
         start = s.length - s.positions
-        positions = range(s.positions - 1, s.positions) if last_only else range(s.positions)
-        across = last_only or s.positions < BY_ROWS_BELOW
+        first = s.positions - 1 if last_only else 0
+        across = s.positions < BY_ROWS_BELOW or (last_only and min(rows, s.rows) >= ROWS_FROM)
         if across:
-            pair, position, row = _axes(s.pairs, positions, range(0, s.rows, size))
-            count = np.minimum(size, s.rows - row)
+            pair, position, row = _axes(s.pairs, range(first, s.positions), range(0, s.rows, rows))
+            count = np.minimum(rows, s.rows - row)
         else:
-            pair, position, row = _axes(s.pairs, range(0, s.positions, size), s.rows)
-            count = np.minimum(size, s.positions - position)
+            pair, position, row = _axes(s.pairs, range(first, s.positions, queries), s.rows)
+            count = np.minimum(queries, s.positions - position)
         own = s.token + pair * (s.positions * s.rows) + row
         token = own + position * s.rows
         out = done + pair * s.rows + row if last_only else token
@@ -118,6 +140,4 @@ def _columns(*columns: np.ndarray | int) -> np.ndarray:
 
 def _to_device(parts: list[np.ndarray], columns: int, device: torch.device) -> Tensor:
     whole = np.concatenate([np.empty((0, columns)), *(p.reshape(-1, columns) for p in parts)])
-    table = torch.from_numpy(whole.astype(np.int32))
-    # From pinned memory the copy is queued behind the kernels; from other memory the host would wait.
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    return upload(whole.astype(np.int32), device)

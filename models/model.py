@@ -73,11 +73,11 @@ class Model:
             f"{str(self.dtype).removeprefix('torch.')} on {self.device})"
         )
 
-    def layer(self, index: int, dtype: torch.dtype = torch.float32) -> LayerWeights:
+    def layer(self, index: int, dtype: torch.dtype | None = torch.float32) -> LayerWeights:
         """The weights of one block on the model's device.
 
-        Tensors that are stored in that dtype are shared, others are converted for the caller to drop. With
-        `stream` they are read from the file now.
+        Tensors that are stored in that dtype are shared, others are converted for the caller to drop; without
+        a dtype all are shared. With `stream` they are read from the file now.
 
         Raises:
             IndexError: there is no such layer.
@@ -88,7 +88,7 @@ class Model:
         stored = self._read_layer(index) if self.stream else self._layers[index]
         return cast(stored, self.device, dtype)
 
-    def ends(self, dtype: torch.dtype = torch.float32) -> EndWeights:
+    def ends(self, dtype: torch.dtype | None = torch.float32) -> EndWeights:
         """Embedding, final norm and unembedding on the model's device, shared as those of `layer`."""
         return cast(self._ends, self.device, dtype)
 

@@ -102,13 +102,16 @@ def assemble_ends(spec: ModelSpec, read: Read) -> EndWeights:
     return EndWeights(embedding, Norm(*_parts("norm", slots, read)), unembedding)
 
 
-def cast(weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
-    """The same weights on a device and in a dtype; tensors that are there already are shared, not copied."""
+def cast(weights: Weights, device: torch.device, dtype: torch.dtype | None) -> Weights:
+    """The same weights on a device and in a dtype; tensors that are there already are shared, not copied.
+
+    Without a dtype each tensor keeps its own.
+    """
     moved: Weights = _cast(weights, device, dtype, {})
     return moved
 
 
-def _cast(part: Any, device: torch.device, dtype: torch.dtype, done: dict[int, Tensor]) -> Any:
+def _cast(part: Any, device: torch.device, dtype: torch.dtype | None, done: dict[int, Tensor]) -> Any:
     # Not a function inside `cast`: calling itself it would be a reference cycle that holds on to `done`, and
     # converted layers would pile up until the garbage collector happens to come by.
     if isinstance(part, Tensor):

@@ -142,7 +142,7 @@ def test_pairs_files_that_are_missing_or_empty(command, tiny, write_pairs, tmp_p
         ("--metrics", "ie,best", ["'best'", "logit_diff"]),
         ("--direction", "up", ["'up'", "denoise"]),
         ("--source", "elsewhere", ["'elsewhere'", "counterpart"]),
-        ("--precision", "fp8", ["'fp8'", "fp32"]),
+        ("--precision", "fp4", ["'fp4'", "fp32"]),
         ("--backend", "abacus", ["'abacus'"]),
         ("--memory-budget", "lots", ["lots", "2GB"]),
         ("--memory-budget", "1kB", ["budget"]),

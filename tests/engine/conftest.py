@@ -29,3 +29,9 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _narrow_few_tokens_too(monkeypatch):
+    """Tiny sweeps would else be taken in float32, and say nothing about bfloat16."""
+    monkeypatch.setattr("deltapatch.engine.products.FEW", 0)

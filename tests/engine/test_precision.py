@@ -1,4 +1,4 @@
-"""Precisions on the built-in trained models: float32 and bfloat16 products against float64."""
+"""Precisions on the built-in trained models: products narrower than float64 against those in float64."""
 
 from functools import cache
 from pathlib import Path
@@ -69,6 +69,25 @@ def test_float32(model, site):
         error = relative_error(got, right)
         assert error <= 1e-5, f"{metric}: {error:.1e}"
         assert np.array_equal(got == 0, right == 0), metric
+
+
+@pytest.mark.parametrize("site", SWEEPS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_ten_bits_of_mantissa(precision, model, site):
+    for metric in METRICS:
+        got, right = both(model, precision, site, metric)
+        error, ranks = relative_error(got, right), rank_correlation(got, right)
+        assert error <= 1e-2, f"{metric}: {error:.1e}"
+        assert ranks >= 0.999, f"{metric}: {ranks:.5f}"
+
+
+@pytest.mark.parametrize("site", SWEEPS)
+@pytest.mark.parametrize("model", MODELS)
+def test_float8_is_good_enough_for_screening(model, site):
+    got, right = both(model, "fp8", site, "logit_diff")
+    assert relative_error(got, right) <= 1e-1
+    assert rank_correlation(got, right) >= 0.98
 
 
 @pytest.mark.parametrize("site", SWEEPS)

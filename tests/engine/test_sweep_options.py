@@ -191,7 +191,10 @@ def test_a_path_that_is_taken_is_refused_before_anything_is_computed(
             {"source": "median"},
             "unknown source 'median': choose from counterpart, zero, mean, resample, noise",
         ),
-        ({"precision": "fp8"}, "unknown precision 'fp8': choose from auto, fp64, fp32, bf16"),
+        (
+            {"precision": "fp4"},
+            "unknown precision 'fp4': choose from auto, fp64, fp32, tf32, bf16, fp16, fp8",
+        ),
         ({"backend": "cuda"}, "unknown backend 'cuda': choose from auto, reference"),
         ({"metrics": "ie,effect"}, "unknown metric 'effect': choose from ie, "),
         ({"memory_budget": -1}, "the memory budget must be positive, not -1"),

@@ -1,4 +1,4 @@
-"""Makes packing.py importable as `kernels_packing`, and fills fresh memory with NaN."""
+"""Makes packing.py and attention_inputs.py importable as `kernels_...`, and fills fresh memory with NaN."""
 
 import importlib.util
 import sys
@@ -8,12 +8,15 @@ import pytest
 import torch
 
 # --import-mode=importlib puts no test folder on sys.path, so a plain import would not find it
-_spec = importlib.util.spec_from_file_location("kernels_packing", Path(__file__).with_name("packing.py"))
-assert _spec is not None
-assert _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-sys.modules["kernels_packing"] = _module
-_spec.loader.exec_module(_module)
+for _name in ("packing", "attention_inputs"):
+    _spec = importlib.util.spec_from_file_location(
+        f"kernels_{_name}", Path(__file__).with_name(f"{_name}.py")
+    )
+    assert _spec is not None
+    assert _spec.loader is not None
+    _module = importlib.util.module_from_spec(_spec)
+    sys.modules[f"kernels_{_name}"] = _module
+    _spec.loader.exec_module(_module)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Random packings of rows, where each of their tokens lies, and how far two arrays are apart."""
+"""Random packings of rows and swaps, where each of their tokens lies, and how far two arrays are apart."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.swap import Swap
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 wide = np.longdouble  # two evaluations subtracted: float64 would lose the digits that are tested
@@ -92,6 +93,29 @@ def drawer(seed, dtype):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).mul_(scale).to(dtype)
 
     return draw
+
+
+def random_swaps(seed, dtype, n_tokens, width, kinds):
+    """A swap for each of `kinds`: whole vectors (True) or coordinates, of some tokens, with two deltas."""
+    draw, rng = drawer(seed, dtype), torch.Generator().manual_seed(seed)
+    deltas = draw(4, width), draw(5, width, scale=1e-3)
+    out = []
+    for i, whole in enumerate(kinds):
+        cells = torch.randperm(n_tokens if whole else n_tokens * width, generator=rng)
+        cells = cells[: int(torch.randint(len(cells) + 1, (), generator=rng))]
+        source = torch.randint(4, (len(cells),), generator=rng)
+        token, at = (cells, None) if whole else (cells // width, cells % width)
+        out.append(Swap(token, source, at, deltas[i % 2]))
+    return out
+
+
+def swap_one_by_one(d, swaps):
+    """The swaps written into [token, width], patch after patch in their order."""
+    for token, source, at, delta in swaps:
+        values = exact(delta)
+        for i, (t, s) in enumerate(zip(token.tolist(), source.tolist(), strict=True)):
+            where = slice(None) if at is None else int(at[i])
+            d[t, where] = values[s, where]
 
 
 def exact(tensor):

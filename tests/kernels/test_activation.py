@@ -4,10 +4,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_packing import DTYPES, distance, drawer, exact, pack, packings, seeds
+from kernels_packing import (
+    DTYPES,
+    distance,
+    drawer,
+    exact,
+    pack,
+    packings,
+    random_swaps,
+    seeds,
+    swap_one_by_one,
+)
 
 from deltapatch.kernels import activation
 from deltapatch.kernels.activation import activation_difference
+from deltapatch.kernels.product import PRECISIONS, Scaled
 from deltapatch.models import forward
 
 ACTIVATIONS = {
@@ -31,6 +42,14 @@ def by_definition(packing, name, du, u, dg, g):
     return exact(act(gate + dg.double()[at]) * (b + d) - act(gate) * b)
 
 
+def difference(act, du, u, segments, dg=None, g=None, swaps=(), precision=None):
+    """In the precision of du, without scales."""
+    if precision is None:
+        precision = "fp64" if du.dtype == torch.float64 else "fp32"
+    gate = None if dg is None else Scaled(dg)
+    return activation_difference(act, Scaled(du), u, segments, gate, g, list(swaps), PRECISIONS[precision])
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
@@ -43,9 +62,11 @@ def test_activation_difference(name, scale, precision, gated):
         du, u = draw(len(packing.tokens), width, scale=scale), draw(packing.n_base, width, scale=2)
         dg, g = (draw(*du.shape, scale=scale), draw(*u.shape, scale=2)) if gated else (None, None)
         want = by_definition(packing, name, du, u, dg, g)
-        got = activation_difference(forward.activation(name), du, u, packing.segments, dg, g)
-        assert got is du
-        assert distance(got, want) < TOLERANCE[precision]
+        swaps = random_swaps(seed, du.dtype, *du.shape, [False])
+        swap_one_by_one(want, swaps)
+        got = difference(forward.activation(name), du, u, packing.segments, dg, g, swaps)
+        assert got.scale is None
+        assert distance(got.values, want) < TOLERANCE[precision]
 
     check()
 
@@ -57,9 +78,9 @@ def test_pieces_give_what_the_whole_gives(gated, monkeypatch):
     du, u = draw(len(packing.tokens), 9), draw(packing.n_base, 9)
     dg, g = (draw(*du.shape), draw(*u.shape)) if gated else (None, None)
     act = forward.activation("gelu")
-    whole = activation_difference(act, du.clone(), u, packing.segments, dg, g)
+    whole = difference(act, du.clone(), u, packing.segments, dg, g).values
     monkeypatch.setattr(activation, "_CELLS", 2 * 2 * 9 * 2)  # two of the seven rows at a time
-    assert torch.allclose(activation_difference(act, du, u, packing.segments, dg, g), whole, rtol=1e-6)
+    assert torch.allclose(difference(act, du, u, packing.segments, dg, g).values, whole, rtol=1e-6)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -70,6 +91,35 @@ def test_no_change_gives_exactly_zero(gated):
     dg, g = (draw(*du.shape), draw(*u.shape)) if gated else (None, None)
     for d in (du, dg) if gated else (du,):
         d[2::5] = 0
-    got = activation_difference(forward.activation("gelu"), du, u, packing.segments, dg, g)
+    got = difference(forward.activation("gelu"), du, u, packing.segments, dg, g).values
     assert (got[2::5] == 0).all()
     assert (got[3::5] != 0).any()
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+def test_scaled_differences_come_and_go(precision, gated):
+    """Rows of very different sizes, whose scales the product left for us; and the result in its own type."""
+    packing = pack([(4, 2)], [(0, 0, 2, 3, 2)])
+    draw, n = drawer(2, torch.float32), 12
+    du, dg = draw(n, 21), draw(n, 21)
+    scale = torch.exp2(torch.arange(n) * 6.0 - 40)
+    u, g, act = draw(packing.n_base, 21), draw(packing.n_base, 21), forward.activation("gelu")
+    swaps = random_swaps(5, torch.float32, n, 21, [False])
+    wide = [(d * scale[:, None]).double() for d in (du, dg)]
+    gate = (wide[1], g.double()) if gated else (None, None)
+    want = difference(act, wide[0], u.double(), packing.segments, *gate).values.numpy()
+    swap_one_by_one(want, swaps)
+    got = activation_difference(
+        act,
+        Scaled(du, scale),
+        u,
+        packing.segments,
+        Scaled(dg, scale) if gated else None,
+        g if gated else None,
+        swaps,
+        PRECISIONS[precision],
+    )
+    assert got.values.dtype == PRECISIONS[precision].operand
+    bound = {"fp32": 1e-6, "bf16": 3e-3, "fp16": 3e-4, "fp8": 5e-2}[precision]
+    assert all(distance(a, b) < bound for a, b in zip(got.plain(), want, strict=True))

@@ -4,84 +4,147 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from kernels_packing import DTYPES, distance, drawer, exact, pack, packings, seeds, wide
+from hypothesis import strategies as st
+from kernels_attention_inputs import draw_attention
+from kernels_packing import DTYPES, distance, exact, pack, packings, seeds, wide
 
 from deltapatch.kernels import attention
 from deltapatch.kernels.attention import attention_difference
+from deltapatch.kernels.product import PRECISIONS
+from deltapatch.kernels.swap import Swap
 
-SCALE = 5**-0.5
 # Logits in the thousands carry 1e-4 themselves in float32, whatever the method
 TOLERANCE = {
     "fp32": {1e-6: 1e-5, 1e-2: 1e-5, 1.0: 1e-5, 1e3: 1e-3},
     "fp64": dict.fromkeys((1e-6, 1e-2, 1.0, 1e3), 1e-11),
 }
+LAST_ONLY = pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
+PACKING = pack([(5, 2), (3, 1)], [(0, 0, 2, 4, 3), (1, 0, 1, 2, 2)])
 
 
-def attend(q, k, v):
+def difference(inputs, precision):
+    """[token or row, head, d_head], in the precision's base dtype."""
+    out = attention_difference(**inputs, precision=PRECISIONS[precision]).plain()
+    return out.unflatten(1, inputs["q"].shape[1:])
+
+
+def attend(q, k, v, scale):
     """z [position, head, d_head] of one prompt; heads share keys and values in order."""
     group = q.shape[1] // k.shape[1]
     z = np.empty_like(q)
     for t in range(len(q)):
         for h in range(q.shape[1]):
-            logits = k[: t + 1, h // group] @ q[t, h] * wide(SCALE)
+            logits = k[: t + 1, h // group] @ q[t, h] * wide(scale)
             p = np.exp(logits - logits.max())
             z[t, h] = p @ v[: t + 1, h // group] / p.sum()
     return z
 
 
-def by_definition(packing, dq, dk, dv, q, k, v, last_only):
-    base, d = [exact(a) for a in (q, k, v)], [exact(a) for a in (dq, dk, dv)]
-    out = np.empty((packing.n_rows, *d[0].shape[1:]) if last_only else d[0].shape, dtype=wide)
+def turn(d, rotary, tokens):
+    """Every pair of coordinates of d [token, head, d_head] by the angle of its token's base token."""
+    out = d.copy()
+    for t in tokens:
+        for i, (c, s) in enumerate(zip(exact(rotary.cos[t.base]), exact(rotary.sin[t.base]), strict=True)):
+            a, b = (2 * i, 2 * i + 1) if rotary.interleaved else (i, i + rotary.cos.shape[1])
+            out[t.at, :, a] = c * d[t.at, :, a] - s * d[t.at, :, b]
+            out[t.at, :, b] = s * d[t.at, :, a] + c * d[t.at, :, b]
+    return out
+
+
+def swap(d, swaps):
+    for token, source, at, delta in swaps:
+        d[token.numpy(), at.numpy()] = exact(delta)[source.numpy(), at.numpy()]
+
+
+def by_definition(packing, inputs):
+    last_only, swaps, scale = (inputs[name] for name in ("last_only", "swaps", "scale_of_rows"))
+    changes = {}
+    for place in "qkv":
+        d = exact(inputs[f"d{place}"])
+        if scale is not None:
+            d = d * exact(scale)[:, None, None]
+        swap(d, swaps.get(place, []))
+        changes[place] = d if place == "v" else turn(d, inputs["rotary"], packing.tokens)
+    base = [exact(inputs[place]) for place in "qkv"]
+    out = np.empty((packing.n_rows if last_only else len(packing.tokens), *base[0].shape[1:]), dtype=wide)
     for row in packing.rows():
-        prompt = packing.prompts[row[0].pair]
-        before = [b[prompt] for b in base]
+        before = [b[packing.prompts[row[0].pair]] for b in base]
         after = [b.copy() for b in before]
         for t in row:
-            for a, change in zip(after, d, strict=True):
-                a[t.position] += change[t.at]
-        change = attend(*after) - attend(*before)
+            for a, d in zip(after, changes.values(), strict=True):
+                a[t.position] += d[t.at]
+        change = attend(*after, inputs["logit_scale"]) - attend(*before, inputs["logit_scale"])
         if last_only:
             out[row[0].row] = change[-1]
         else:
             for t in row:
                 out[t.at] = change[t.position]
+    swap(out, swaps.get("z", []))
     return out
 
 
-def draw_inputs(packing, seed, precision, scales, heads=(4, 4), d_head=5):
-    """dq, dk, dv and q, k, v; `scales` are of the three differences."""
-    draw = drawer(seed, DTYPES[precision])
-    n = (heads[0], heads[1], heads[1])
-    changes = [draw(len(packing.tokens), h, d_head, scale=s) for h, s in zip(n, scales, strict=True)]
-    return [*changes, *(draw(packing.n_base, h, d_head) for h in n)]
-
-
-@pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
+@LAST_ONLY
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 1.0, 1e3])
 def test_attention_difference(scale, precision, heads, last_only):
-    @settings(max_examples=8, deadline=None)
-    @given(packings(), seeds)
-    def check(packing, seed):
-        inputs = draw_inputs(packing, seed, precision, (scale,) * 3, heads)
-        got = attention_difference(*inputs, SCALE, packing.segments, last_only)
-        want = by_definition(packing, *inputs, last_only)
-        assert distance(got, want) < TOLERANCE[precision][scale]
+    @settings(max_examples=5, deadline=None)
+    @given(packings(), seeds, st.sampled_from([0, 2, 4]), st.booleans(), st.sets(st.sampled_from("qkvz")))
+    def check(packing, seed, turned, interleaved, swapped):
+        inputs = draw_attention(
+            packing,
+            seed,
+            DTYPES[precision],
+            (scale,) * 3,
+            heads,
+            turned=turned,
+            interleaved=interleaved,
+            scaled=bool(seed % 2),
+            swapped=sorted(swapped),
+            last_only=last_only,
+        )
+        got = difference(inputs, precision)
+        assert distance(got, by_definition(packing, inputs)) < TOLERANCE[precision][scale]
 
     check()
 
 
-@pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
+@LAST_ONLY
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("changed", [0, 1, 2], ids=["q", "k", "v"])
 def test_one_of_three_changes(changed, precision, last_only):
-    packing = pack([(5, 2), (3, 1)], [(0, 0, 2, 4, 3), (1, 0, 1, 2, 2)])
     scales = [1e-3 if i == changed else 0.0 for i in range(3)]
-    inputs = draw_inputs(packing, 3, precision, scales)
-    got = attention_difference(*inputs, SCALE, packing.segments, last_only)
-    want = by_definition(packing, *inputs, last_only)
-    assert distance(got, want) < TOLERANCE[precision][1e-2]
+    inputs = draw_attention(PACKING, 3, DTYPES[precision], scales, last_only=last_only)
+    want = by_definition(PACKING, inputs)
+    assert distance(difference(inputs, precision), want) < TOLERANCE[precision][1e-2]
+
+
+@LAST_ONLY
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("place", "qkvz")
+def test_a_patch_where_nothing_has_changed(place, interleaved, last_only):
+    """One line of zeros stands for all tokens, and stays as it is."""
+    options = {"interleaved": interleaved, "swapped": place, "last_only": last_only}
+    inputs = draw_attention(PACKING, 4, torch.float64, heads=(4, 2), **options)
+    zeros = {name: torch.zeros_like(inputs[name][:1]) for name in ("dq", "dk", "dv")}
+    inputs |= {name: zero.expand(len(PACKING.tokens), -1, -1) for name, zero in zeros.items()}
+    assert distance(difference(inputs, "fp64"), by_definition(PACKING, inputs)) < 1e-12
+    assert not any(zero.any() for zero in zeros.values())
+
+
+def test_inputs_are_only_read():
+    inputs = draw_attention(PACKING, 5, swapped="qkvz")
+    before = {name: t.clone() for name, t in inputs.items() if isinstance(t, torch.Tensor)}
+    difference(inputs, "fp32")
+    assert all(torch.equal(inputs[name], t) for name, t in before.items())
+
+
+def test_a_later_swap_of_a_head_replaces_an_earlier_one():
+    inputs = draw_attention(PACKING, 6, torch.float64, swapped="k")
+    want = difference(inputs, "fp64")
+    (true,) = inputs["swaps"]["k"]
+    inputs["swaps"]["k"] = [Swap(true.token, true.source, true.at, torch.randn(9, 4, 5).double()), true]
+    assert torch.equal(difference(inputs, "fp64"), want)
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -90,33 +153,52 @@ def test_logit_changes_of_any_size(strength, precision):
     """One query turned towards, or away from, the key that it attended to: finite, and right where the
     base's weight is all but taken away, and where it is nothing to begin with."""
     packing = pack([(4, 1)], [(0, 0, 1, 1, 3)])
-    dq, dk, dv, q, k, v = draw_inputs(packing, 4, precision, (0.0, 0.0, 1e-3), heads=(2, 2))
+    inputs = draw_attention(packing, 4, DTYPES[precision], (0.0, 0.0, 1e-3), (2, 2), turned=0)
+    dq, q, k = (inputs[name] for name in ("dq", "q", "k"))
     q[-1] = 3 * k[1]
     dq[0] = strength * k[2]
     dq[1] = -strength * k[1]
     dq[2] = 1e-4 * k[2]  # a small change beside the huge ones
-    got = attention_difference(dq, dk, dv, q, k, v, SCALE, packing.segments, False)
-    want = by_definition(packing, dq, dk, dv, q, k, v, False)
+    got = difference(inputs, precision)
+    want = by_definition(packing, inputs)
     assert torch.isfinite(got).all()
     for row, tolerance in enumerate((1e-5, 1e-5, 1e-5) if precision == "fp32" else (1e-11,) * 3):
         assert distance(got[row], want[row]) < tolerance * max(1, strength / 30)
 
 
+def test_a_huge_change_is_nothing_to_the_queries_before_it():
+    packing = pack([(5, 1)], [(0, 0, 1, 3, 1)])
+    inputs = draw_attention(packing, 7, scales=(1e-6, 1e-6, 1e-6))
+    inputs["dk"][2] *= 1e10
+    got = difference(inputs, "fp32")
+    want = by_definition(packing, inputs)
+    assert all(distance(got[at], want[at]) < 1e-5 for at in (0, 1))
+
+
 def test_heads_in_pieces_give_what_all_at_once_give(monkeypatch):
     packing = pack([(5, 2)], [(0, 0, 2, 3, 4)])
-    inputs = draw_inputs(packing, 5, "fp64", (1.0,) * 3, heads=(6, 3))
-    whole = attention_difference(*inputs, SCALE, packing.segments, False)
+    inputs = draw_attention(packing, 5, torch.float64, heads=(6, 3))
+    whole = difference(inputs, "fp64")
     monkeypatch.setattr(attention, "CELLS", 2 * packing.segments[0].n_tokens * 5)  # two heads of six
-    assert torch.allclose(attention_difference(*inputs, SCALE, packing.segments, False), whole, rtol=1e-12)
+    assert torch.allclose(difference(inputs, "fp64"), whole, rtol=1e-12)
 
 
-@pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
+@LAST_ONLY
 def test_no_change_gives_exactly_zero(last_only):
     packing = pack([(5, 1)], [(0, 0, 1, 3, 3)])
-    inputs = draw_inputs(packing, 6, "fp32", (1.0, 10.0, 1.0))
+    inputs = draw_attention(packing, 6, scales=(1.0, 10.0, 1.0), scaled=True, last_only=last_only)
     still = [t.at for t in packing.tokens if t.row == 1]
-    for d in inputs[:3]:
-        d[still] = 0
-    got = attention_difference(*inputs, SCALE, packing.segments, last_only)
+    for name in ("dq", "dk", "dv"):
+        inputs[name][still] = 0
+    got = difference(inputs, "fp32")
     assert (got[1 if last_only else still] == 0).all()
     assert (got != 0).any()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 4e-3), ("fp16", 5e-4), ("fp8", 4e-2)])
+def test_the_result_is_narrowed(precision, tolerance):
+    inputs = draw_attention(PACKING, 8)
+    out = attention_difference(**inputs, precision=PRECISIONS[precision])
+    assert out.values.dtype == PRECISIONS[precision].operand
+    assert (out.scale is None) == (precision == "bf16")
+    assert distance(difference(inputs, precision), by_definition(PACKING, inputs)) < tolerance

@@ -1,12 +1,25 @@
-"""Norm difference against norm(x + dx) - norm(x)."""
+"""Residual add and norm difference against norm(x + sum) - norm(x)."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from kernels_packing import DTYPES, distance, drawer, exact, pack, packings, seeds
+from hypothesis import strategies as st
+from kernels_packing import (
+    DTYPES,
+    distance,
+    drawer,
+    exact,
+    pack,
+    packings,
+    random_swaps,
+    seeds,
+    swap_one_by_one,
+)
 
-from deltapatch.kernels.norm import norm_difference
+from deltapatch.kernels.norm import Part, add_norm
+from deltapatch.kernels.product import PRECISIONS, Scaled
+from deltapatch.kernels.swap import Swap
 
 EPS = 1e-5
 TOLERANCE = {"fp32": 3e-6, "fp64": 1e-12}
@@ -19,11 +32,19 @@ def norm(x, weight, centred):
 
 
 def by_definition(packing, dx, x, weight, centred):
-    d, base, w = exact(dx), exact(x), exact(weight)
+    d, base, w = exact(dx) if isinstance(dx, torch.Tensor) else dx, exact(x), exact(weight)
     out = np.empty_like(d)
     for t in packing.tokens:
         out[t.at] = norm(base[t.base] + d[t.at], w, centred) - norm(base[t.base], w, centred)
     return out
+
+
+def difference(dx, x, weight, centred, packing):
+    """The norm alone, in dx's own precision."""
+    precision = PRECISIONS["fp64" if dx.dtype == torch.float64 else "fp32"]
+    (got,) = add_norm([Part(Scaled(dx), [])], [], x, [weight], EPS, centred, packing.segments, precision)
+    assert got.scale is None
+    return got.values
 
 
 @pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
@@ -36,7 +57,7 @@ def test_norm_difference(scale, precision, centred):
         draw = drawer(seed, DTYPES[precision])
         dx, x = draw(len(packing.tokens), 37, scale=scale), draw(packing.n_base, 37) + 0.5
         weight = draw(37)
-        got = norm_difference(dx, x, weight, EPS, centred, packing.segments)
+        got = difference(dx, x, weight, centred, packing)
         assert got.dtype == dx.dtype
         assert distance(got, by_definition(packing, dx, x, weight, centred)) < TOLERANCE[precision]
 
@@ -52,7 +73,7 @@ def test_a_patch_that_takes_most_of_the_vector_away(left, precision, centred):
     x, weight = draw(packing.n_base, 33), draw(33)
     dx = torch.stack([x[t.base] * (left - 1) for t in packing.tokens])
     dx[::2] = draw(len(dx[::2]), 33, scale=1e-4)  # neighbours that hardly change must not suffer
-    got = norm_difference(dx, x, weight, EPS, centred, packing.segments)
+    got = difference(dx, x, weight, centred, packing)
     want = by_definition(packing, dx, x, weight, centred)
     assert distance(got[::2], want[::2]) < TOLERANCE[precision]
     # A norm undoes mere shrinking, so that the difference is small beside what it is the difference of
@@ -70,7 +91,7 @@ def test_a_base_far_from_zero(precision, centred):
     draw = drawer(1, torch.float64)
     x, dx, weight = draw(2, 65) + 100, draw(4, 65, scale=1e-4), draw(65)
     x, dx, weight = (a.to(DTYPES[precision]) for a in (x, dx, weight))
-    got = norm_difference(dx, x, weight, EPS, centred, packing.segments)
+    got = difference(dx, x, weight, centred, packing)
     tolerance = {"fp32": 1e-4, "fp64": 1e-12}[precision]
     assert distance(got, by_definition(packing, dx, x, weight, centred)) < tolerance
 
@@ -81,6 +102,86 @@ def test_no_change_gives_exactly_zero(centred):
     draw = drawer(2, torch.float32)
     dx = draw(len(packing.tokens), 16)
     dx[1::3] = 0
-    got = norm_difference(dx, draw(packing.n_base, 16), draw(16), EPS, centred, packing.segments)
+    got = difference(dx, draw(packing.n_base, 16), draw(16), centred, packing)
     assert (got[1::3] == 0).all()
     assert (got[0::3] != 0).any()
+
+
+# ------------------------------------------------------------------------------- parts, swaps, and their sum
+
+kinds = st.lists(st.booleans(), max_size=3)  # of the swaps of a place: whole vectors or coordinates
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@settings(max_examples=40, deadline=None)
+@given(
+    packings(), seeds, st.lists(st.tuples(st.booleans(), st.booleans(), kinds), max_size=3), kinds, st.data()
+)
+def test_parts_are_swapped_and_added_and_the_sum_swapped(precision, packing, seed, parts, last, data):
+    draw, n, width = drawer(seed, DTYPES[precision]), len(packing.tokens), 7
+    given_parts, want = [], np.zeros((n, width), np.longdouble)
+    for i, (held, scaled, swaps) in enumerate(parts):
+        d = draw(n, width) if held else draw(n, width) * 0
+        scale = torch.exp2(torch.arange(n) % 5 - 2.0) if scaled else None
+        swaps = random_swaps(seed + i, d.dtype, n, width, swaps)
+        given_parts.append(Part(Scaled(d, scale) if held else None, swaps))
+        part = exact(d if scale is None else d * scale[:, None])
+        swap_one_by_one(part, swaps)
+        want += part
+    swaps = random_swaps(seed + 3, DTYPES[precision], n, width, last)
+    swap_one_by_one(want, swaps)
+    before = [None if p.d is None else p.d.values.clone() for p in given_parts]
+
+    x, weight, out = draw(packing.n_base, width), draw(width), draw(n + 2, width)
+    to = None
+    if data.draw(st.booleans()):
+        to = torch.randperm(n + 2, generator=torch.Generator().manual_seed(seed))[:n]
+    place = torch.arange(n) if to is None else to
+    untouched = out[[i for i in range(n + 2) if i not in place.tolist()]]
+    got = add_norm(
+        given_parts,
+        swaps,
+        x,
+        [weight, 2 * weight],
+        EPS,
+        True,
+        packing.segments,
+        PRECISIONS[precision],
+        out,
+        to,
+    )
+    assert distance(out[place], want) < {"fp32": 1e-6, "fp64": 1e-15}[precision]
+    assert torch.equal(out[[i for i in range(n + 2) if i not in place.tolist()]], untouched)
+    assert distance(got[0].plain(), by_definition(packing, want, x, weight, True)) < TOLERANCE[precision]
+    assert torch.allclose(got[1].plain(), 2 * got[0].plain())
+    assert all(b is None or torch.equal(b, p.d.values) for b, p in zip(before, given_parts, strict=True))
+
+
+def test_a_sum_may_replace_a_part_of_it():
+    packing = pack([(3, 1)], [(0, 0, 1, 2, 2)])
+    draw = drawer(3, torch.float32)
+    a, b = draw(4, 5), draw(4, 5)
+    want = a + b
+    want[2, 1] = 7
+    swap = Swap(torch.tensor([2]), torch.tensor([0]), torch.tensor([1]), torch.full((1, 5), 7.0))
+    parts = [Part(Scaled(a), []), Part(Scaled(b), [])]
+    assert add_norm(parts, [swap], None, [], EPS, True, packing.segments, PRECISIONS["fp32"], out=a) == []
+    assert torch.equal(a, want)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8", "bf16", "tf32"])
+def test_a_narrowed_norm_is_the_norm_rounded(precision):
+    packing = pack([(3, 2)], [(0, 0, 2, 2, 3)])
+    draw = drawer(4, torch.float32)
+    x, weight = draw(packing.n_base, 33), draw(33)
+    dx = draw(12, 33) * 10.0 ** torch.linspace(-30, 3, 12)[:, None]
+    dx[4] = 0
+    (got,) = add_norm(
+        [Part(Scaled(dx), [])], [], x, [weight], EPS, True, packing.segments, PRECISIONS[precision]
+    )
+    want = difference(dx, x, weight, True, packing)
+    assert got.values.dtype == PRECISIONS[precision].operand
+    assert (got.plain()[4] == 0).all()
+    bound = {"fp16": 3e-4, "fp8": 5e-2, "bf16": 3e-3, "tf32": 0}[precision]
+    for row in (*range(4), *range(5, 12)):
+        assert distance(got.plain()[row], exact(want)[row]) <= bound

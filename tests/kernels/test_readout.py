@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from kernels_packing import DTYPES, distance, drawer, exact, pack, packings, seeds, wide
 
 from deltapatch.kernels import readout as module
-from deltapatch.kernels.product import product
+from deltapatch.kernels.product import PRECISIONS, narrow_weight
 from deltapatch.kernels.readout import BaseReadout, readout
 
 MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "flip")
@@ -21,6 +21,13 @@ def base_of(n_pairs, draw, weight, spread=2.0):
     p = logits.double().softmax(-1)
     answers = torch.stack([row.topk(2).indices for row in logits + draw(n_pairs, VOCAB)])
     return BaseReadout(logits, p, p.to(weight.dtype) @ weight, answers)
+
+
+def read(dn, weight, base, packing, measured=MEASURED, precision=None):
+    """The numbers asked for; products in dn's own precision unless told otherwise."""
+    chosen = PRECISIONS[precision or ("fp64" if dn.dtype == torch.float64 else "fp32")]
+    narrowed = narrow_weight(weight, chosen)
+    return readout(dn, weight, narrowed, chosen, base, packing.first_pairs, packing.segments, measured)
 
 
 def log_softmax(x):
@@ -58,7 +65,7 @@ def by_definition(packing, dn, weight, base):
 
 def assert_right(packing, dn, weight, base, tolerance):
     want = by_definition(packing, dn, weight, base)
-    found = readout(dn, weight, weight, product, base, packing.first_pairs, packing.segments, MEASURED)
+    found = read(dn, weight, base, packing)
     assert set(found) == set(MEASURED)
     for name in MEASURED:
         # float64 sums terms of first order to a KL of second order
@@ -118,21 +125,38 @@ def test_what_is_asked_for_alone_is_what_it_is_among_all(asked):
     draw = drawer(2, torch.float32)
     weight = draw(VOCAB, WIDTH)
     base, dn = base_of(2, draw, weight), draw(6, WIDTH)
-    few, every = (
-        readout(dn, weight, weight, product, base, packing.first_pairs, packing.segments, names)
-        for names in (asked, MEASURED)
-    )
+    few, every = (read(dn, weight, base, packing, names) for names in (asked, MEASURED))
     assert set(few) == set(asked)
     assert all(torch.allclose(few[name], every[name], rtol=1e-5) for name in asked)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_change_gives_exactly_zero(dtype):
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "fp8"])
+def test_no_change_gives_exactly_zero(precision):
     packing = pack([(2, 1)], [(0, 0, 1, 1, 3)])
     draw = drawer(3, torch.float32)
     weight = draw(VOCAB, WIDTH)
     base, dn = base_of(1, draw, weight), draw(3, WIDTH)
     dn[1] = 0
-    found = readout(dn, weight, weight.to(dtype), product, base, [0], packing.segments, MEASURED)
+    found = read(dn, weight, base, packing, precision=precision)
     assert all(values[1] == 0 for values in found.values())
     assert all(found[name][0] != 0 for name in MEASURED if name != "flip")
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound"), [("tf32", 2e-3), ("bf16", 2e-2), ("fp16", 2e-3), ("fp8", 0.3)]
+)
+def test_narrow_products_of_rows_of_every_size(precision, bound):
+    """Only the normaliser is rounded: the answers' logits are exact. A row where it is huge is among them."""
+    packing = pack([(2, 1)], [(0, 0, 1, 1, 5)])
+    draw = drawer(4, torch.float32)
+    weight = draw(VOCAB, WIDTH)
+    base = base_of(1, draw, weight)
+    dn = draw(5, WIDTH) * torch.tensor([1e-6, 1e-3, 1.0, 30.0, 300.0])[:, None]
+    found, want = (
+        read(dn, weight, base, packing, precision=precision),
+        by_definition(packing, dn, weight, base),
+    )
+    assert distance(found["logit_diff"], want["logit_diff"]) < 1e-6
+    for name in ("dlogp_clean", "dlogp_corrupted", "kl"):
+        for row in range(5):
+            assert distance(found[name][row], want[name][row]) < bound, (name, row)

@@ -1,12 +1,15 @@
-"""Swaps, columns of neurons, products in a narrower type, and last positions: element by element."""
+"""Swaps, columns of neurons, products in every precision, uploads and last positions: element by element."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_packing import drawer, pack, packings, seeds
 
-from deltapatch.kernels.product import PRECISIONS, product
+from deltapatch.errors import DeltapatchError
+from deltapatch.kernels.device import upload
+from deltapatch.kernels.product import PRECISIONS, Scaled, narrow, narrow_weight, product
 from deltapatch.kernels.segments import keep_last, last_segments
 from deltapatch.kernels.swap import Swap, apply_swaps, gather_columns
 
@@ -27,47 +30,147 @@ def test_swaps_replace_whatever_arrived(shape):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 40), seeds)
-def test_columns_of_neurons(n_tokens, n_patches, seed):
+@given(st.integers(1, 12), st.lists(st.integers(0, 40), max_size=2), seeds)
+def test_columns_of_neurons(n_tokens, sizes, seed):
     """Few of them and so many that the matrix is transposed; several at one token add up."""
     draw = drawer(seed, torch.float64)
     rng = torch.Generator().manual_seed(seed)
-    token, source, at = (torch.randint(n, (n_patches,), generator=rng) for n in (n_tokens, 6, 20))
-    out, delta, weight = draw(n_tokens, 7), draw(6, 20), draw(7, 20)
-    want = out.clone()
-    for t, s, j in zip(token.tolist(), source.tolist(), at.tolist(), strict=True):
-        want[t] += delta[s, j] * weight[:, j]
-    gather_columns(out, Swap(token, source, at, delta), weight)
-    assert torch.allclose(out, want, rtol=1e-12, atol=1e-14)
+    swaps, weight = [], draw(7, 20)
+    want = torch.zeros(n_tokens, 7, dtype=torch.float64)
+    for n in sizes:
+        token, source, at = (torch.randint(k, (n,), generator=rng) for k in (n_tokens, 6, 20))
+        swaps.append(Swap(token, source, at, draw(6, 20)))
+        for t, s, j in zip(token.tolist(), source.tolist(), at.tolist(), strict=True):
+            want[t] += swaps[-1].delta[s, j] * weight[:, j]
+    got = gather_columns(swaps, weight, n_tokens)
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
+# ------------------------------------------------------------------------------------------------- products
+
+# What rounding both operands costs, relative to each row of the product, where terms hardly cancel
+ERROR = {"fp64": 1e-15, "fp32": 3e-7, "tf32": 5e-4, "bf16": 5e-3, "fp16": 5e-4, "fp8": 6e-2}
+EVERY = pytest.mark.parametrize("precision", PRECISIONS)
+SCALED = pytest.mark.parametrize("precision", ["fp16", "fp8"])
+
+
+def times(d, weight, precision):
+    """The product of a difference with a weight, both narrowed."""
+    chosen = PRECISIONS[precision]
+    got = product(narrow(d.to(chosen.base), chosen), narrow_weight(weight.to(chosen.base), chosen))
+    assert got.values.dtype == chosen.base
+    return got.plain()
+
+
+@EVERY
 @pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 200])
-def test_narrow_products_of_any_number_of_rows(rows):
-    """Rows are filled up to a multiple inside: nothing of that may be seen."""
+def test_products_of_any_number_of_rows(rows, precision):
+    """On a CPU rows are filled up to a multiple: nothing of that may be seen."""
     draw = drawer(rows, torch.float32)
-    x, weight = draw(rows, 33, scale=1e-4), draw(17, 33).bfloat16()
-    got = product(x, weight)
-    want = x.bfloat16().double() @ weight.double().T
-    assert got.dtype == x.dtype
+    d, weight = draw(rows, 33, scale=1e-4), draw(17, 33)
+    got = times(d, weight, precision)
+    want = d.double() @ weight.double().T
     assert got.shape == want.shape
-    assert (got.double() - want).norm() <= 2**-8 * want.norm()
+    assert (got.double() - want).norm() <= ERROR[precision] * want.norm()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-def test_products_in_their_own_type(precision):
-    draw = drawer(0, PRECISIONS[precision])
-    x, weight = draw(5, 33), draw(17, 33)
-    want = torch.tensor(
-        [[sum(a * b for a, b in zip(r, w, strict=True)) for w in weight.tolist()] for r in x.tolist()]
-    )
-    assert product(x, weight).dtype == x.dtype
-    assert torch.allclose(product(x, weight).double(), want.double(), atol=1e-5)
+@EVERY
+def test_rows_of_very_different_sizes_are_each_right(precision):
+    draw = drawer(1, torch.float32)
+    d, weight = draw(25, 40) * 10.0 ** torch.arange(-15, 10)[:, None], draw(64, 40)
+    d[7] = 0
+    got = times(d, weight, precision).double()
+    want = d.double() @ weight.double().T
+    assert (got[7] == 0).all()
+    off = (got - want).norm(dim=1) / want.norm(dim=1)
+    assert off[[i for i in range(25) if i != 7]].max() < ERROR[precision]
 
 
-def test_a_product_with_no_change_is_exactly_zero():
-    weight = drawer(0, torch.float32)(8, 16)
-    for narrow in (torch.float32, torch.float64, torch.bfloat16):
-        assert (product(torch.zeros(3, 16), weight.to(narrow)) == 0).all()
+@SCALED
+@settings(max_examples=60, deadline=None)
+@given(st.floats(2.0**-149, 2.0**127, width=32), st.integers(0, 4))
+def test_scales_are_powers_of_two_and_rows_fill_the_type(precision, largest, at):
+    d = torch.full((2, 5), largest / 3, dtype=torch.float32)
+    d[0, at] = -largest
+    values, scale = narrow(d, PRECISIONS[precision])
+    assert torch.frexp(scale).mantissa.eq(0.5).all()
+    top = values.float().abs().amax(1)
+    low, high = {"fp16": (2**13, 2**14), "fp8": (224, 448)}[precision]
+    assert (top <= high).all()
+    if largest > 1e-30:  # smaller ones would take a scale that is not a normal number
+        assert (top >= low).all()
+        assert torch.allclose(
+            values.float() * scale[:, None], d, rtol={"fp16": 2**-11, "fp8": 2**-4}[precision]
+        )
+
+
+@EVERY
+def test_a_product_with_no_change_is_exactly_zero(precision):
+    assert (times(torch.zeros(3, 16), drawer(0, torch.float32)(8, 16), precision) == 0).all()
+
+
+def test_a_product_keeps_the_scale_for_who_reads_it():
+    chosen = PRECISIONS["fp16"]
+    d, weight = drawer(2, torch.float32)(4, 8, scale=1e-9), drawer(3, torch.float32)(5, 8)
+    x = narrow(d, chosen)
+    assert product(x, narrow_weight(weight, chosen)).scale is x.scale
+    assert torch.equal(Scaled(x.values).plain(), x.values.float())
+    heads = Scaled(torch.ones(2, 3, 5), torch.tensor([2.0, 0.5])).plain()
+    assert heads[:, 0, 0].tolist() == [2, 0.5]
+
+
+@EVERY
+def test_what_has_its_type_already_is_not_copied(precision):
+    chosen = PRECISIONS[precision]
+    weight = torch.ones(3, 4).to(chosen.operand)
+    if precision != "tf32":  # on a CPU its rounding takes a copy
+        assert narrow_weight(weight, chosen).values is weight
+    assert narrow(weight, chosen).values is weight
+
+
+def test_half_weights_stay_as_they_are():
+    half = drawer(4, torch.float16)(6, 8)
+    assert torch.equal(narrow_weight(half.float(), PRECISIONS["fp16"]).values, half)
+
+
+def test_some_outputs_of_a_weight():
+    chosen, weight = PRECISIONS["fp8"], drawer(5, torch.float32)(6, 8) * torch.arange(1.0, 7)[:, None]
+    x, narrowed = narrow(torch.ones(2, 8), chosen), narrow_weight(weight, chosen)
+    part = product(x, narrowed.rows(slice(2, 5))).values
+    assert torch.equal(part, product(x, narrowed).values[:, 2:5])
+
+
+def test_a_weight_that_float16_does_not_hold():
+    weight = torch.tensor([[1.0, -70000.0]])
+    with pytest.raises(
+        DeltapatchError, match=r"weight of 70000 is larger than float16 holds .*precision='bf16'"
+    ):
+        narrow_weight(weight, PRECISIONS["fp16"])
+    assert narrow_weight(weight, PRECISIONS["bf16"]).values.dtype == torch.bfloat16
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(-(2.0**100), 2.0**100, width=32))
+def test_tf32_has_ten_bits_to_the_nearest_even(x):
+    weight = torch.tensor([[x]], dtype=torch.float32)
+    got = narrow_weight(weight, PRECISIONS["tf32"]).values
+    mantissa, exponent = np.frexp(weight.double().numpy())
+    want = np.ldexp(np.round(mantissa * 2**11), exponent - 11)  # numpy rounds ties to even
+    if abs(x) > 2.0**-126:
+        assert got.double().numpy() == want
+
+
+# ---------------------------------------------------------------------------------------- uploads, positions
+
+
+@pytest.mark.parametrize(
+    "array", [np.arange(6).reshape(2, 3).T, np.broadcast_to(np.arange(3), (2, 3)), np.empty((0, 2))], ids=str
+)
+def test_uploads(array):
+    got = upload(array, torch.device("cpu"))
+    assert got.is_contiguous()
+    assert np.array_equal(got.numpy(), array)
+    assert upload(array, "cpu").dtype == torch.from_numpy(array.copy()).dtype
 
 
 @settings(max_examples=25, deadline=None)

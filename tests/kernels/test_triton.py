@@ -1,4 +1,4 @@
-"""The Triton backend: which device gets it, and its kernels in Triton's interpreter (interpreted.py)."""
+"""The Triton backend: which device gets it, and its kernels in Triton's interpreter (interpreted*.py)."""
 
 import os
 import subprocess
@@ -14,13 +14,14 @@ from deltapatch.kernels.lang import HAS_TRITON
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
-def test_every_kernel_in_the_interpreter():
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_attention.py"])
+def test_every_kernel_in_the_interpreter(file):
     # The interpreter and the compiler cannot share a process.
     run = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
             *("-W", "ignore:overflow encountered in exp:RuntimeWarning"),  # numpy's: 1 / inf is meant to be 0
-            str(Path(__file__).with_name("interpreted.py")),
+            str(Path(__file__).with_name(file)),
         ],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -1,0 +1,196 @@
+"""The audit: a sample of the run's effects in float64, for the noise floor and the choice of precision."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from deltapatch.engine.costs import layer_parameters
+from deltapatch.engine.metrics import METRICS, Direction, Reference, compute
+from deltapatch.engine.patches import PatchTable
+from deltapatch.engine.planner import take
+from deltapatch.engine.workers import Map
+from deltapatch.errors import DeltapatchError
+from deltapatch.kernels.product import PRECISIONS, Precision
+
+if TYPE_CHECKING:
+    from deltapatch.engine.job import Job, Work
+
+TOLERANCE = 1e-2  # what "auto" allows, relative to the norm of the effects
+_PAIRS = 4  # that the sample is drawn from: each costs two unpatched runs in float64
+# Below so many necessary FLOPs, choosing would take longer than it saves.
+_WORTH_CHOOSING = {"cpu": 2e12, "cuda": 2e13}
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Measured numbers of the sample, and the unpatched runs of each effect's pair: all [effect, ...]."""
+
+    measured: dict[str, np.ndarray]
+    reference: Reference
+
+
+class Audit:
+    """Recomputes a sample of a job's effects.
+
+    Args:
+        job: whose options count.
+        work: what the sample is drawn from.
+        each: does blocks.
+    """
+
+    def __init__(self, job: "Job", work: "Work", each: Map) -> None:
+        self.job, self.work, self.each = job, work, each
+
+    def cheapest(self) -> Precision:
+        """The cheapest precision whose effects are within TOLERANCE of the truth, in every metric."""
+        *candidates, safe = self._candidates()
+        for name in candidates:
+            precision = PRECISIONS[name]
+            try:
+                got = self._recompute(precision)
+            except DeltapatchError:  # a weight that this precision cannot hold, or too little memory
+                continue
+            truth = self.truth
+            if truth is not None and not self._errors(got.measured, truth[1])[1] > TOLERANCE:
+                return precision
+        return PRECISIONS[safe]
+
+    def noise_floor(self, precision: Precision, measured: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
+        """How far the sample's effects, as the run found them, are from the truth.
+
+        Returns:
+            `recomputed`, how many; `precision`, that of the truth; `relative_error`, by metric; `worst`, the
+            metric that errs most. None where nothing was recomputed: no sample was asked for, the run is
+            itself float64, or the memory budget has no room.
+        """
+        if precision.name == "fp64" or self.truth is None:
+            return None
+        name, truth = self.truth
+        if name == precision.name:
+            return None
+        at = np.concatenate([out for _, _, out in self.sample])
+        errors, _ = self._errors({key: values[at] for key, values in measured.items()}, truth)
+        return {
+            "recomputed": len(at),
+            "precision": name,
+            "relative_error": errors,
+            "worst": max((n for n in errors if n != "flip"), key=lambda n: errors[n], default=None),
+        }
+
+    @cached_property
+    def sample(self) -> list[tuple[int, PatchTable, np.ndarray]]:
+        """Interventions drawn at random from a few pairs that lie evenly among all."""
+        order, size = self.work.order, self.job.noise_sample
+        chosen = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, _PAIRS).round().astype(int))]
+        out: list[tuple[int, PatchTable, np.ndarray]] = []
+        for pair in chosen if size else []:
+            table, effects = self.work.table_of(pair)
+            n = min(-(-size // len(chosen)), table.n_rows)
+            rows = np.random.default_rng((self.job.seed, pair)).choice(table.n_rows, n, replace=False)
+            rows.sort()
+            out.append((pair, take(table, rows), effects[rows]))
+        return [part for part in out if part[1].n_rows]
+
+    @cached_property
+    def truth(self) -> tuple[str, Sampled] | None:
+        """The sample in float64, or in float32 where the memory budget has no room for that."""
+        if not self.sample:
+            return None
+        for name in ("fp64", "fp32"):
+            try:
+                return name, self._recompute(PRECISIONS[name])
+            except DeltapatchError:
+                continue
+        return None
+
+    def _candidates(self) -> Sequence[str]:
+        """Precisions from the cheapest on; the last one is taken without a test."""
+        model = self.job.model
+        if model.dtype == torch.float64:
+            return ["fp64"]
+        on = model.device.type
+        flops = 2 * layer_parameters(model.spec) * self.work.row_layers
+        flops += 2 * model.spec.d_model * model.spec.d_vocab * self.work.n_effects
+        if not self.job.noise_sample or flops < _WORTH_CHOOSING.get(on, 0):
+            return ["fp32"]
+        if on == "cuda":
+            return ["fp16", "bf16", "tf32", "fp32"]
+        return ["bf16", "fp32"] if _fast_bfloat16() else ["fp32"]
+
+    def _recompute(self, precision: Precision) -> Sampled:
+        """The sample in another precision."""
+        job = self.job
+        place = {int(effect): i for i, effect in enumerate(np.concatenate([o for _, _, o in self.sample]))}
+        n = len(place)
+        measured = {name: np.full(n, np.nan) for name in job.measured}
+        reference = Reference(np.empty((n, 2, 2)), np.empty((n, 2, 2)), np.empty((n, 2)))
+        runs = [1, 0] if job.direction == "denoise" else [0, 1]
+        for part, result in job.passes_of(self.sample, precision, self.each):
+            at = np.array([place[int(effect)] for effect in part.out])
+            for name, values in result.measured.items():
+                measured[name][at] = values
+            pair = part.table.pair
+            reference.logit[at] = result.logit[pair][:, runs]
+            reference.logp[at] = result.logp[pair][:, runs]
+            reference.prediction[at] = result.prediction[pair][:, runs]
+        return Sampled(measured, reference)
+
+    def _errors(self, got: Mapping[str, np.ndarray], truth: Sampled) -> tuple[dict[str, float], float]:
+        """By metric, and the largest."""
+        errors = relative_errors(got, truth.measured, truth.reference, self.job.direction)
+        return errors, max((e for name, e in errors.items() if name != "flip"), default=0.0)
+
+
+def in_words(meta: Mapping[str, Any]) -> str:
+    """The precision of a run and its noise floor, from its meta."""
+    precision = meta["precision"]
+    text = f"precision {precision}" + (" (approximate, for screening)" if precision == "fp8" else "")
+    floor = meta.get("noise_floor")
+    if floor is None or floor["worst"] is None:
+        return text
+    error, metric = floor["relative_error"][floor["worst"]], floor["worst"]
+    exact = {"fp64": "float64", "fp32": "float32"}[floor["precision"]]
+    return f"{text}: {floor['recomputed']} effects computed again in {exact} differ by {error:.0e} ({metric})"
+
+
+def relative_errors(
+    got: Mapping[str, np.ndarray],
+    want: Mapping[str, np.ndarray],
+    reference: Reference,
+    direction: Direction,
+) -> dict[str, float]:
+    """Of every metric that follows from the measured numbers: norm of the error over norm of what is right.
+
+    Args:
+        got, want: name -> [effect].
+        reference: of the pair of each effect: [effect, ...].
+        direction: of the run.
+
+    Returns:
+        metric -> relative error. `recovered` is left out, since it errs as `logit_diff` does; the error of
+        `flip` is the share of effects that differ.
+    """
+    out = {}
+    for name, metric in METRICS.items():
+        if name == "recovered" or not set(metric.needs) <= set(got):
+            continue
+        a, b = (compute(name, measured, reference, direction) for measured in (got, want))
+        if name == "flip":
+            out[name] = float((a != b).mean())
+        else:
+            off, size = np.linalg.norm(a - b), np.linalg.norm(b)
+            error = off / size if size else float(off > 0)
+            out[name] = float(error) if np.isfinite(error) else float("inf")
+    return out
+
+
+def _fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32. PyTorch has no public word for it."""
+    return any(
+        getattr(torch.cpu, name, lambda: False)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )

@@ -1,0 +1,241 @@
+"""Activation difference, swaps and narrowing in one Triton kernel; see activation.py."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltapatch.errors import DeltapatchError
+from deltapatch.kernels.activation import activation_difference
+from deltapatch.kernels.lang import expm1, jit, next_power_of_two, on_device, power_scale, tl
+from deltapatch.kernels.product import Precision, Scaled
+from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.swap import Swap
+from deltapatch.kernels.swap_triton import order_patches
+from deltapatch.kernels.tiles import base_of_tokens
+
+_BLOCK = 2048  # neurons of a row worked on at a time
+_NAMES = {F.gelu: "gelu", F.silu: "silu", F.relu: "relu", torch.relu: "relu"}
+
+
+def activation_difference_triton(
+    act: Callable[[Tensor], Tensor],
+    up: Scaled,
+    u: Tensor,
+    segments: list[Segment],
+    gate: Scaled | None,
+    g: Tensor | None,
+    swaps: list[Swap],
+    precision: Precision,
+) -> Scaled:
+    """The same as `activation_difference`, in float32: every form in it is free of cancellation."""
+    if precision.base == torch.float64:
+        return activation_difference(act, up, u, segments, gate, g, swaps, precision)
+    du, (n_tokens, width) = up.values, up.values.shape
+    in_place = precision.operand == du.dtype
+    out = du if in_place else du.new_empty(n_tokens, width, dtype=precision.operand)
+    scale = du.new_empty(n_tokens) if precision.scaled else None
+    base = base_of_tokens(segments, du.device)
+    dg, dg_scale = (None, None) if gate is None else gate
+    assert du.stride(1) == 1
+    assert dg is None or dg.stride(1) == 1
+    patches = order_patches([swaps], n_tokens)
+    table = [None] * 4 if patches is None else [*patches[:3], *patches.deltas]
+    block = min(_BLOCK, next_power_of_two(width))
+    with on_device(du):
+        _activation_kernel[(n_tokens,)](
+            out,
+            scale,
+            du,
+            up.scale,
+            u,
+            dg,
+            dg_scale,
+            g,
+            base,
+            *table,
+            out.stride(0),
+            du.stride(0),
+            u.stride(0),
+            0 if dg is None else dg.stride(0),
+            0 if g is None else g.stride(0),
+            width,
+            ACT=_name(act),
+            HAS_GATE=gate is not None,
+            HAS_SWAPS=patches is not None,
+            TOP=precision.top,
+            BLOCK_P=min(1024, block),
+            BLOCK_N=block,
+            num_warps=max(4, block // 256),
+        )
+    return Scaled(out, scale)
+
+
+def _name(act: Callable[[Tensor], Tensor]) -> str:
+    """Which of the kernel's forms computes this function."""
+    if isinstance(act, partial) and act.func is F.gelu and act.keywords == {"approximate": "tanh"}:
+        return "gelu_tanh"
+    if act not in _NAMES:
+        raise DeltapatchError(f"the triton backend has no activation {act}: use backend='reference'")
+    return _NAMES[act]
+
+
+@jit
+def _activation_kernel(  # type: ignore[no-untyped-def]
+    p_out,
+    p_scale,
+    p_du,
+    p_by_u,
+    p_u,
+    p_dg,
+    p_by_g,
+    p_g,
+    p_base,
+    p_first,
+    p_source,
+    p_at,
+    p_delta,
+    s_out,
+    s_du,
+    s_u,
+    s_dg,
+    s_g,
+    width,
+    ACT: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_SWAPS: tl.constexpr,
+    TOP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One row, some neurons at a time.
+
+    Where it is to be scaled, its changes are kept in place of du until the largest is known: one row is small
+    enough that they still lie in the cache when they are read again.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    base = tl.load(p_base + token).to(tl.int64)
+    p_out += token * s_out
+    p_du += token * s_du
+    p_u += base * s_u
+    by_u = 1.0 if p_by_u is None else tl.load(p_by_u + token)
+    if HAS_GATE:
+        p_dg += token * s_dg
+        p_g += base * s_g
+        by_g = 1.0 if p_by_g is None else tl.load(p_by_g + token)
+    p_change = p_out
+    if TOP > 0:
+        p_change = p_du
+    top = tl.zeros([BLOCK_N], tl.float32)  # the largest of each lane
+    for n0 in range(0, width, BLOCK_N):
+        o_n = n0 + tl.arange(0, BLOCK_N)
+        m_n = o_n < width
+        b = tl.load(p_u + o_n, mask=m_n, other=0.0)
+        d = tl.load(p_du + o_n, mask=m_n, other=0.0) * by_u
+        if HAS_GATE:
+            gate = tl.load(p_g + o_n, mask=m_n, other=0.0)
+            d_gate = tl.load(p_dg + o_n, mask=m_n, other=0.0) * by_g
+            # act(g + dg)(u + du) - act(g) u = change (u + du) + act(g) du = change u + act(g + dg) du: the
+            # form with the smaller factor of du, which does not bring in a large term only to take it out.
+            change = _difference(gate, d_gate, ACT)
+            before, after = _act(gate, ACT), _act(gate + d_gate, ACT)
+            early = tl.abs(before) < tl.abs(after)
+            change = change * tl.where(early, b + d, b) + tl.where(early, before, after) * d
+        else:
+            change = _difference(b, d, ACT)
+        if TOP > 0:
+            top = tl.maximum(top, tl.abs(change))
+        tl.store(p_change + o_n, change.to(p_change.dtype.element_ty), mask=m_n)
+
+    if HAS_SWAPS:
+        begin = tl.load(p_first + token)
+        end = tl.load(p_first + token + 1)
+        if begin < end:
+            tl.debug_barrier()  # every change is written before any is overwritten
+            for p0 in range(begin, end, BLOCK_P):
+                o_p = p0 + tl.arange(0, BLOCK_P)
+                m_p = o_p < end
+                source = tl.load(p_source + o_p, mask=m_p, other=0)
+                at = tl.load(p_at + o_p, mask=m_p, other=0)
+                value = tl.load(p_delta + source * width + at, mask=m_p, other=0.0)
+                tl.store(p_change + at, value.to(p_change.dtype.element_ty), mask=m_p)
+            if TOP > 0:
+                tl.debug_barrier()
+                top = tl.zeros([BLOCK_N], tl.float32)
+                for n0 in range(0, width, BLOCK_N):
+                    o_n = n0 + tl.arange(0, BLOCK_N)
+                    top = tl.maximum(top, tl.abs(tl.load(p_change + o_n, mask=o_n < width, other=0.0)))
+
+    if TOP > 0:
+        scale, inverse = power_scale(tl.max(top), TOP)
+        tl.store(p_scale + token, scale)
+        tl.debug_barrier()  # a thread may read what another wrote
+        for n0 in range(0, width, BLOCK_N):
+            o_n = n0 + tl.arange(0, BLOCK_N)
+            change = tl.load(p_change + o_n, mask=o_n < width, other=0.0) * inverse
+            tl.store(p_out + o_n, change.to(p_out.dtype.element_ty), mask=o_n < width)
+
+
+@jit
+def _act(b, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    if ACT == "relu":
+        out = tl.maximum(b, 0.0)
+    elif ACT == "gelu":
+        out = b * _cdf(b)
+    elif ACT == "silu":
+        out = b * tl.sigmoid(b)
+    else:
+        out = b * tl.sigmoid(_twice_u(b))
+    return out
+
+
+@jit
+def _difference(b, d, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """act(b + d) - act(b). All but relu are x s(x) with s from 0 to 1: the change is d s(b + d) + b Δs."""
+    if ACT == "relu":
+        out = tl.where(b > 0, tl.maximum(d, -b), tl.maximum(b + d, 0.0))
+    elif ACT == "gelu":
+        out = d * _cdf(b + d) + b * _cdf_difference(b, d)
+    elif ACT == "silu":
+        out = d * tl.sigmoid(b + d) + b * _sigmoid_difference(b, b + d, d)
+    else:
+        after = _twice_u(b + d)
+        step = 1.5957691216057308 * d * (1.0 + 0.044715 * (3.0 * b * (b + d) + d * d))
+        out = d * tl.sigmoid(after) + b * _sigmoid_difference(_twice_u(b), after, step)
+    return out
+
+
+@jit
+def _twice_u(x):  # type: ignore[no-untyped-def]
+    """gelu_tanh(x) is x sigmoid(2u) with this 2u: 2 sqrt(2/π) (x + 0.044715 x³)."""
+    return 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+
+
+@jit
+def _sigmoid_difference(x, y, d):  # type: ignore[no-untyped-def]
+    """sigmoid(y) - sigmoid(x), from d = y - x: sigmoid(upper) sigmoid(-lower) (1 - exp(-|d|)), signed."""
+    size = -expm1(-tl.abs(d)) * tl.sigmoid(tl.maximum(x, y)) * tl.sigmoid(-tl.minimum(x, y))
+    return tl.where(d < 0, -size, size)
+
+
+@jit
+def _cdf(x):  # type: ignore[no-untyped-def]
+    """The normal distribution function; gelu(x) is x times it."""
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+
+
+@jit
+def _cdf_difference(b, d):  # type: ignore[no-untyped-def]
+    """The integral of the normal density from b to b + d; a short step by its series around the middle."""
+    m = b + 0.5 * d
+    m2 = m * m
+    h2 = 0.25 * d * d
+    # Hermite polynomials of even order, He6, He4 and He2, with (d/2)^2k / (2k + 1)!
+    t = (((m2 - 15.0) * m2 + 45.0) * m2 - 15.0) * (1.0 / 5040)
+    t = ((m2 - 6.0) * m2 + 3.0) * (1.0 / 120) + h2 * t
+    t = (m2 - 1.0) * (1.0 / 6) + h2 * t
+    series = 0.3989422804014327 * tl.exp(-0.5 * m2) * d * (1.0 + h2 * t)
+    far = 0.5 * (tl.erf((b + d) * 0.7071067811865476) - tl.erf(b * 0.7071067811865476))
+    return tl.where(tl.abs(d) < 0.5, series, far)

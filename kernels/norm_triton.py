@@ -1,0 +1,208 @@
+"""Residual add, swaps, norm difference and narrowing in one Triton kernel; see norm.py."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deltapatch.kernels.lang import jit, next_power_of_two, on_device, power_scale, tl
+from deltapatch.kernels.norm import COLLAPSE, Part, add_norm
+from deltapatch.kernels.product import Precision, Scaled
+from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.swap import Swap
+from deltapatch.kernels.swap_triton import order_patches
+from deltapatch.kernels.tiles import base_tiles
+
+_PARTS = 3  # at most
+_ROWS = 8  # that a program takes one after the other, with one load of base and weights
+
+
+def add_norm_triton(
+    parts: list[Part],
+    swaps: list[Swap],
+    x: Tensor | None,
+    norms: list[Tensor],
+    eps: float,
+    centred: bool,
+    segments: list[Segment],
+    precision: Precision,
+    out: Tensor | None = None,
+    to: Tensor | None = None,
+) -> list[Scaled]:
+    """The same as `add_norm`: one read of each part, one write of the sum and of each norm."""
+    if precision.base == torch.float64:
+        return add_norm(parts, swaps, x, norms, eps, centred, segments, precision, out, to)
+    if out is None and not norms:
+        return []
+    like = x if out is None else out
+    assert like is not None
+    n_tokens, width, device = sum(s.n_tokens for s in segments), like.shape[1], like.device
+    parts = [p for p in parts if p.d is not None or p.swaps]
+    parts += [Part(None, [])] * (_PARTS - len(parts))
+    patches = order_patches([*(p.swaps for p in parts), swaps], n_tokens)
+    table = [None] * (3 + _PARTS + 1) if patches is None else [*patches[:3], *patches.deltas]
+    values = [None if p.d is None else p.d.values for p in parts]
+    assert all(d is None or d.stride(1) == 1 for d in values)
+    results = [torch.empty(n_tokens, width, dtype=precision.operand, device=device) for _ in norms]
+    scales = [torch.empty(n_tokens, device=device) if precision.scaled else None for _ in norms]
+    tiles = base_tiles(segments, _ROWS, device)
+    block = next_power_of_two(width)
+    with on_device(like):
+        _add_norm_kernel[(len(tiles),)](
+            out,
+            to,
+            *_fill(results),
+            *_fill(scales),
+            *values,
+            *(None if p.d is None else p.d.scale for p in parts),
+            *table,
+            x if norms else None,
+            *_fill(norms),
+            tiles,
+            like.stride(0),
+            *(0 if d is None else d.stride(0) for d in values),
+            0 if x is None else x.stride(0),
+            width,
+            eps,
+            HAS_SWAPS=patches is not None,
+            HAS_OUT=out is not None,
+            HAS_TO=to is not None,
+            NORMS=len(norms),
+            CENTRED=centred,
+            COLLAPSE=COLLAPSE,
+            TOP=precision.top,
+            BLOCK_N=block,
+            # Few numbers a thread, so that many rows are in flight; with swaps that would spill on sm_80.
+            num_warps=min(16, max(4, block // (256 if patches is None else 512))),
+        )
+    return [Scaled(*pair) for pair in zip(results, scales, strict=True)]
+
+
+def _fill(arrays: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """One argument for each of two norms."""
+    return [*arrays, *[None] * (2 - len(arrays))]
+
+
+@jit
+def _add_norm_kernel(  # type: ignore[no-untyped-def]
+    p_out,
+    p_to,
+    p_result0,
+    p_result1,
+    p_scale0,
+    p_scale1,
+    p_d0,
+    p_d1,
+    p_d2,
+    p_by0,
+    p_by1,
+    p_by2,
+    p_first,
+    p_source,
+    p_at,
+    p_delta0,
+    p_delta1,
+    p_delta2,
+    p_delta,
+    p_x,
+    p_weight0,
+    p_weight1,
+    p_tiles,
+    s_out,
+    s_d0,
+    s_d1,
+    s_d2,
+    s_x,
+    width,
+    eps,
+    HAS_SWAPS: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    HAS_TO: tl.constexpr,
+    NORMS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    COLLAPSE: tl.constexpr,
+    TOP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of rows with one base token; a whole row lies in registers. What is not there is None."""
+    p_tile = p_tiles + tl.program_id(0) * 3
+    first = tl.load(p_tile).to(tl.int64)
+    count = tl.load(p_tile + 1)
+    base = tl.load(p_tile + 2).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = o_n < width
+    if NORMS > 0:
+        b = tl.load(p_x + base * s_x + o_n, mask=m_n, other=0.0)
+        if CENTRED:
+            b = tl.where(m_n, b - tl.sum(b) / width, 0.0)
+        v = tl.sum(b * b) / width
+        s = tl.sqrt_rn(v + eps)
+    for token in range(first, first + count):
+        d = _part(p_d0, p_by0, token, s_d0, o_n, m_n, BLOCK_N)
+        if HAS_SWAPS:
+            d = _swapped(d, token * 4, p_first, p_source, p_at, p_delta0, width, o_n, m_n)
+        part = _part(p_d1, p_by1, token, s_d1, o_n, m_n, BLOCK_N)
+        if HAS_SWAPS:
+            part = _swapped(part, token * 4 + 1, p_first, p_source, p_at, p_delta1, width, o_n, m_n)
+        d += part
+        part = _part(p_d2, p_by2, token, s_d2, o_n, m_n, BLOCK_N)
+        if HAS_SWAPS:
+            part = _swapped(part, token * 4 + 2, p_first, p_source, p_at, p_delta2, width, o_n, m_n)
+        d += part
+        if HAS_SWAPS:
+            d = _swapped(d, token * 4 + 3, p_first, p_source, p_at, p_delta, width, o_n, m_n)
+        if HAS_OUT:
+            place = token
+            if HAS_TO:
+                place = tl.load(p_to + token)
+            tl.store(p_out + place * s_out + o_n, d, mask=m_n)
+        if NORMS > 0:
+            if CENTRED:
+                d = tl.where(m_n, d - tl.sum(d) / width, 0.0)
+            dv = tl.sum(d * (2.0 * b + d)) / width
+            s2 = tl.sqrt_rn(tl.maximum(v + dv, 0.0) + eps)
+            change = d * (1.0 / s2) - b * (dv / ((s + s2) * s * s2))
+            if v + dv < COLLAPSE * v:
+                whole = b + d
+                change = whole * (1.0 / tl.sqrt_rn(tl.sum(whole * whole) / width + eps)) - b * (1.0 / s)
+            _store_narrow(p_result0, p_scale0, p_weight0, change, token, width, o_n, m_n, TOP)
+            if NORMS > 1:
+                _store_narrow(p_result1, p_scale1, p_weight1, change, token, width, o_n, m_n, TOP)
+
+
+@jit
+def _part(p_d, p_by, token, s_d, o_n, m_n, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One token of a part, times its scale; zeros where there is no such part."""
+    if p_d is None:
+        d = tl.zeros([BLOCK_N], tl.float32)
+    else:
+        d = tl.load(p_d + token * s_d + o_n, mask=m_n, other=0.0)
+        if p_by is not None:
+            d *= tl.load(p_by + token)
+    return d
+
+
+@jit
+def _swapped(d, key, p_first, p_source, p_at, p_delta, width, o_n, m_n):  # type: ignore[no-untyped-def]
+    """One token's difference after its patches at one place, in their order."""
+    for i in range(tl.load(p_first + key), tl.load(p_first + key + 1)):
+        p_row = p_delta + tl.load(p_source + i) * width
+        at = tl.load(p_at + i)
+        if at < 0:
+            d = tl.load(p_row + o_n, mask=m_n, other=0.0)
+        else:
+            d = tl.where(o_n == at, tl.load(p_row + at), d)
+    return d
+
+
+@jit
+def _store_narrow(  # type: ignore[no-untyped-def]
+    p_result, p_scale, p_weight, change, token, width, o_n, m_n, TOP: tl.constexpr
+):
+    """One norm's difference in the operands' type, with a power of two taken out where TOP is not 0."""
+    result = change * tl.load(p_weight + o_n, mask=m_n, other=0.0)
+    if TOP > 0:
+        scale, inverse = power_scale(tl.max(tl.abs(result)), TOP)
+        tl.store(p_scale + token, scale)
+        result *= inverse
+    tl.store(p_result + token * width + o_n, result.to(p_result.dtype.element_ty), mask=m_n)

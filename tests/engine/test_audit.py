@@ -1,0 +1,161 @@
+"""The noise floor that a run reports, and the precision that "auto" chooses by it."""
+
+import numpy as np
+import pytest
+import torch
+from engine_tiny import build, hf_model, true_model
+from engine_tiny import pairs as drawn_pairs
+
+import deltapatch
+from deltapatch import DeltapatchError
+from deltapatch.engine import audit
+from deltapatch.engine.planner import Costs
+
+VARIANT = "neox-parallel"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return deltapatch.from_transformers(hf_model(VARIANT))
+
+
+def pairs(variant, lengths):
+    return [deltapatch.PromptPair(*pair) for pair in drawn_pairs(true_model(variant), lengths)]
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Choosing is worth it for any work, and bfloat16 is fast."""
+    monkeypatch.setattr(audit, "_WORTH_CHOOSING", {"cpu": 0})
+    monkeypatch.setattr(audit, "_fast_bfloat16", lambda: True)
+
+
+def error(got, want):
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_the_noise_floor_is_the_error_of_the_runs_own_effects(model, precision):
+    options = {"sites": "mlp_out,z", "progress": False, "noise_sample": 10_000}  # all of them
+    given = pairs(VARIANT, [5, 7])
+    run = deltapatch.sweep(model, given, precision=precision, **options)
+    true = deltapatch.sweep(model, given, precision="fp64", **options)
+    floor = run.meta["noise_floor"]
+    assert floor["precision"] == "fp64"
+    cells = [~np.isnan(true.values("kl", site)) for site in ("mlp_out", "z")]
+    assert floor["recomputed"] == sum(int(c.sum()) for c in cells)
+    for metric in ("ie", "logit_diff", "kl", "dp_clean"):
+        got, want = (
+            np.concatenate([e.values(metric, s)[c] for s, c in zip(("mlp_out", "z"), cells, strict=True)])
+            for e in (run, true)
+        )
+        assert floor["relative_error"][metric] == pytest.approx(error(got, want), rel=1e-3)
+    measured = {m: e for m, e in floor["relative_error"].items() if m != "flip"}
+    assert floor["worst"] == max(measured, key=measured.get)
+    assert true.meta["noise_floor"] is None
+
+
+@pytest.mark.parametrize("variant", ["neox-parallel", "gptj", "llama-grouped"])
+def test_precisions_come_out_in_order(variant):
+    model = deltapatch.from_transformers(hf_model(variant))
+    given = pairs(variant, [6])
+    floors = {}
+    for precision in ("fp32", "tf32", "fp16", "bf16", "fp8"):
+        effects = deltapatch.sweep(model, given, precision=precision, progress=False, noise_sample=1000)
+        assert effects.meta["precision"] == precision
+        floors[precision] = effects.meta["noise_floor"]["relative_error"]["logit_diff"]
+    assert floors["fp32"] < 1e-5
+    assert floors["fp32"] < floors["fp16"] < 1e-3
+    assert floors["fp32"] < floors["tf32"] < 1e-3
+    assert floors["fp16"] < floors["bf16"] < 1e-2
+    assert floors["bf16"] < floors["fp8"] < 0.15
+
+
+def test_a_sample_is_drawn_again_alike(model):
+    given = pairs(VARIANT, [6] * 9)
+    floors = [
+        deltapatch.sweep(model, given, precision="bf16", progress=False, seed=seed).meta["noise_floor"]
+        for seed in (0, 0, 1)
+    ]
+    assert floors[0] == floors[1]
+    assert floors[0]["relative_error"] != floors[2]["relative_error"]
+    assert 32 <= floors[0]["recomputed"] <= 36
+
+
+def test_no_sample(model):
+    effects = deltapatch.sweep(model, pairs(VARIANT, [5]), progress=False, noise_sample=0)
+    assert effects.meta["noise_floor"] is None
+    assert audit.in_words(effects.meta) == "precision fp32"
+    with pytest.raises(DeltapatchError, match="noise sample must be 0 or more"):
+        deltapatch.sweep(model, pairs(VARIANT, [5]), progress=False, noise_sample=-1)
+
+
+def test_interventions_have_a_noise_floor_as_well(model):
+    patches = [deltapatch.Patch("mlp_post", 0, -1, 3), deltapatch.Patch("z", 1, 2, 0)]
+    outcome = deltapatch.run(
+        model, pairs(VARIANT, [5, 5]), [deltapatch.Intervention(1, patches)], precision="bf16", progress=False
+    )
+    assert outcome.meta["noise_floor"]["recomputed"] == 1
+    assert 0 < outcome.meta["noise_floor"]["relative_error"]["ie"] < 1e-1
+
+
+def test_auto_takes_the_first_that_is_precise_enough(model, eager, monkeypatch):
+    options = {"progress": False, "metrics": "logit_diff"}
+    given = pairs(VARIANT, [6])
+    assert deltapatch.sweep(model, given, **options).meta["precision"] == "bf16"
+    monkeypatch.setattr(audit, "TOLERANCE", 1e-6)
+    assert deltapatch.sweep(model, given, **options).meta["precision"] == "fp32"
+
+
+def test_auto_takes_float32_where_choosing_costs_more_than_it_saves(model):
+    assert deltapatch.sweep(model, pairs(VARIANT, [6]), progress=False).meta["precision"] == "fp32"
+
+
+def test_auto_keeps_float64(eager):
+    model = deltapatch.from_transformers(hf_model("llama", torch.float64))
+    effects = deltapatch.sweep(model, pairs("llama", [5]), progress=False)
+    assert effects.meta["precision"] == "fp64"
+    assert effects.values("ie", "mlp_out").dtype == np.float64
+
+
+def test_auto_passes_over_a_precision_that_cannot_hold_the_weights(model, monkeypatch):
+    hf = build(VARIANT)
+    hf.gpt_neox.layers[0].mlp.dense_h_to_4h.weight.data[0, 0] = 7e4
+    heavy = deltapatch.from_transformers(hf)
+    monkeypatch.setattr(audit.Audit, "_candidates", lambda self: ["fp16", "fp32"])
+    assert deltapatch.sweep(model, pairs(VARIANT, [5]), progress=False).meta["precision"] == "fp16"
+    assert deltapatch.sweep(heavy, pairs(VARIANT, [5]), progress=False).meta["precision"] == "fp32"
+    with pytest.raises(DeltapatchError, match=r"larger than float16 holds .* use precision='bf16'"):
+        deltapatch.sweep(heavy, pairs(VARIANT, [5]), precision="fp16", progress=False)
+
+
+def test_a_budget_without_room_for_float64_leaves_float32(model, monkeypatch):
+    real = Costs.of.__func__
+
+    def costs(cls, model, precision, *rest):
+        found = real(cls, model, precision, *rest)
+        return found if precision.base == torch.float32 else Costs(10**15, 1, 1, 1, 1)
+
+    monkeypatch.setattr(Costs, "of", classmethod(costs))
+    given = pairs(VARIANT, [5])
+    floor = deltapatch.sweep(model, given, precision="bf16", progress=False).meta["noise_floor"]
+    assert floor["precision"] == "fp32"
+    assert deltapatch.sweep(model, given, precision="fp32", progress=False).meta["noise_floor"] is None
+
+
+def test_what_is_said():
+    floor = {"recomputed": 32, "precision": "fp64", "relative_error": {"ie": 4.2e-2}, "worst": "ie"}
+    said = audit.in_words({"precision": "fp8", "noise_floor": floor})
+    assert said.startswith("precision fp8 (approximate, for screening): 32 effects computed again in float64")
+    assert said.endswith(" differ by 4e-02 (ie)")
+
+
+def test_few_tokens_are_not_worth_narrowing_for(model, monkeypatch):
+    monkeypatch.setattr("deltapatch.engine.products.FEW", 256)
+    given = pairs(VARIANT, [6])
+    effects = {
+        p: deltapatch.sweep(model, given, precision=p, progress=False) for p in ("fp32", "bf16", "fp16")
+    }
+    values = {p: e.values("logit_diff", "mlp_out") for p, e in effects.items()}
+    assert np.array_equal(values["bf16"], values["fp32"])
+    assert not np.array_equal(values["fp16"], values["fp32"])

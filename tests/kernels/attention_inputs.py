@@ -1,0 +1,46 @@
+"""Inputs of the attention difference."""
+
+import numpy as np
+import torch
+from kernels_packing import drawer
+
+from deltapatch.kernels.attention import Rotary
+from deltapatch.kernels.swap import Swap
+
+
+def draw_attention(
+    packing,
+    seed,
+    dtype=torch.float32,
+    scales=(1.0, 1.0, 1.0),
+    heads=(4, 4),
+    d_head=5,
+    turned=4,
+    interleaved=False,
+    scaled=False,
+    swapped="",
+    last_only=False,
+):
+    """Arguments of the attention difference, all but the precision.
+
+    `scales` are of dq, dk and dv; `turned` coordinates are in pairs; `scaled` rows have a power of two each;
+    `swapped` places ("q", "k", "v", "z") have a patch for about every third line.
+    """
+    draw = drawer(seed, dtype)
+    rng = np.random.default_rng(seed)
+    n = {"q": heads[0], "k": heads[1], "v": heads[1], "z": heads[0]}
+    n_tokens = len(packing.tokens)
+    out = {f"d{p}": draw(n_tokens, n[p], d_head, scale=s) for p, s in zip("qkv", scales, strict=True)}
+    out |= {place: draw(packing.n_base, n[place], d_head) for place in "qkv"}
+    angle = drawer(seed, torch.float64)(packing.n_base, turned // 2, scale=3.0)
+    out["rotary"] = Rotary(angle.cos().to(dtype), angle.sin().to(dtype), interleaved)
+    powers = torch.from_numpy(2.0 ** rng.integers(-3, 3, n_tokens)).float()
+    out["scale_of_rows"] = powers if scaled else None
+    out["swaps"] = {}
+    for place in swapped:
+        lines = packing.n_rows if place == "z" and last_only else n_tokens
+        chosen = torch.from_numpy(rng.choice(lines * n[place], -(-lines // 3), replace=False))
+        source = torch.from_numpy(rng.integers(0, 7, len(chosen)))
+        delta = draw(7, n[place], d_head, scale=max(scales))
+        out["swaps"][place] = [Swap(chosen // n[place], source, chosen % n[place], delta)]
+    return out | {"logit_scale": d_head**-0.5, "segments": packing.segments, "last_only": last_only}
