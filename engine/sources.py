@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltapatch.engine.layout import PairShapes
 from deltapatch.errors import DeltapatchError
+from deltapatch.kernels.device import upload
 from deltapatch.models.forward import Activations
 
 Source = Literal["counterpart", "zero", "mean", "resample", "noise"]
@@ -66,20 +67,20 @@ class Prompts:
 
     def embed(self, embedding: Tensor) -> Tensor:
         """The base runs' embeddings, [base token, d_model]."""
-        x = embedding[torch.from_numpy(self.tokens).to(embedding.device)]
-        return x if self.noise is None else x + self.noise.to(x)
+        x = embedding[upload(self.tokens, embedding.device)]
+        return x if self.noise is None else x + upload(self.noise.numpy(), x.device).to(x.dtype)
 
     def embed_source_difference(self, embedding: Tensor, x: Tensor) -> Tensor:
         """The source runs' embeddings minus the base's, [base token and source, d_model].
 
         Equal tokens give exactly zero, and so does everything that only depends on them.
         """
-        base = embedding[torch.from_numpy(self.tokens).to(embedding.device)]
-        source = embedding[torch.from_numpy(self.sources.T.copy()).to(embedding.device)]
+        base = embedding[upload(self.tokens, embedding.device)]
+        source = embedding[upload(self.sources.T, embedding.device)]
         d = source - base.unsqueeze(1)  # [base token, source, d_model]
         for noise, sign in ((self.source_noise, 1), (self.noise, -1)):
             if noise is not None:
-                d += sign * noise.to(d).unsqueeze(1)
+                d += sign * upload(noise.numpy(), d.device).to(d.dtype).unsqueeze(1)
         return d.flatten(0, 1)
 
     def delta(self, base: Tensor, captured: Tensor, shapes: PairShapes) -> Tensor:

@@ -103,10 +103,7 @@ class Wavefront:
         ends = self.model.ends(self.dtype)
         x = prompts.embed(ends.embedding)  # [base token, d_model]
         dx = prompts.embed_source_difference(ends.embedding, x)  # [source token, d_model]
-        tables = {
-            n: forward.rope_tables(spec.rope, n, self.dtype, self.model.device)
-            for n in sorted({int(n) for n in prompts.length})
-        }
+        tables = {n: self._rope_tables(n) for n in sorted({int(n) for n in prompts.length})}
         rows, layout = self._enter_embedding(x, dx)  # [row token, d_model], the differences in flight
         prepare = partial(self._prepare, tables=tables, rotary=self._rotary(tables))
         ahead = self.each.ahead(partial(prepare, 0, x, dx))
@@ -225,6 +222,10 @@ class Wavefront:
         tokens = int((self.prompts.length[self.rows.pair[rows]] - start[rows]).sum())
         n_blocks = max(round(tokens / self.ops.block_tokens), min(self.each.count, tokens // _LEAST), 1)
         return lay_out(rows, self.rows.pair, start, self.shapes, n_blocks)
+
+    def _rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        cos, sin = forward.rope_tables(self.spec.rope, length, self.dtype, "cpu")
+        return upload(cos.numpy(), self.model.device), upload(sin.numpy(), self.model.device)
 
     def _rotary(self, tables: Tables) -> Rotary:
         """A line of cosines and sines for every base token."""

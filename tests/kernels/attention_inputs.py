@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from kernels_packing import drawer
+from kernels_packing import drawer, here
 
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.swap import Swap
@@ -34,13 +34,13 @@ def draw_attention(
     out |= {place: draw(packing.n_base, n[place], d_head) for place in "qkv"}
     angle = drawer(seed, torch.float64)(packing.n_base, turned // 2, scale=3.0)
     out["rotary"] = Rotary(angle.cos().to(dtype), angle.sin().to(dtype), interleaved)
-    powers = torch.from_numpy(2.0 ** rng.integers(-3, 3, n_tokens)).float()
+    powers = here(torch.from_numpy(2.0 ** rng.integers(-3, 3, n_tokens)).float())
     out["scale_of_rows"] = powers if scaled else None
     out["swaps"] = {}
     for place in swapped:
         lines = packing.n_rows if place == "z" and last_only else n_tokens
-        chosen = torch.from_numpy(rng.choice(lines * n[place], -(-lines // 3), replace=False))
-        source = torch.from_numpy(rng.integers(0, 7, len(chosen)))
+        chosen = here(torch.from_numpy(rng.choice(lines * n[place], -(-lines // 3), replace=False)))
+        source = here(torch.from_numpy(rng.integers(0, 7, len(chosen))))
         delta = draw(7, n[place], d_head, scale=max(scales))
         out["swaps"][place] = [Swap(chosen // n[place], source, chosen % n[place], delta)]
     return out | {"logit_scale": d_head**-0.5, "segments": packing.segments, "last_only": last_only}

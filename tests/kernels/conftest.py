@@ -1,6 +1,7 @@
 """Makes packing.py and attention_inputs.py importable as `kernels_...`, and fills fresh memory with NaN."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,10 @@ for _name in ("packing", "attention_inputs"):
     _module = importlib.util.module_from_spec(_spec)
     sys.modules[f"kernels_{_name}"] = _module
     _spec.loader.exec_module(_module)
+
+
+# test_triton.py sets this to run the interpreter's tests on a GPU.
+torch.set_default_device(os.environ.get("DELTAPATCH_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_packing import drawer, pack, random_swaps, seeds
+from kernels_packing import drawer, generator_of, here, pack, random_swaps, seeds
 from transformers import (
     GPTJConfig,
     GPTJForCausalLM,
@@ -26,7 +26,7 @@ from transformers import (
 
 import deltapatch
 from deltapatch.kernels.backend import REFERENCE, TRITON, choose_backend
-from deltapatch.kernels.lang import expm1, expm1_minus
+from deltapatch.kernels.lang import expm1, expm1_minus, interpreted
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled, narrow_weight
 from deltapatch.kernels.readout import BaseReadout
@@ -119,14 +119,14 @@ def test_expm1_of_any_size():
     x = torch.cat([draw(1024, scale=s) for s in (1e-30, 1e-6, 1e-2, 0.3, 1.0, 5.0, 20.0, 0.0)])
     got, minus = torch.empty_like(x), torch.empty_like(x)
     _both[(8,)](x, got, minus, BLOCK=1024)
-    wide = x.numpy().astype(np.longdouble)
+    wide = x.cpu().numpy().astype(np.longdouble)
     want = np.expm1(wide)
-    off = np.abs(got.numpy() - want) / np.where(want == 0, 1, np.abs(want))
+    off = np.abs(got.cpu().numpy() - want) / np.where(want == 0, 1, np.abs(want))
     assert off.max() < 2e-7
     series = sum(wide**k / np.longdouble(float(np.prod(np.arange(1.0, k + 1)))) for k in range(2, 20))
     want = np.where(np.abs(wide) < 0.5, series, want - wide)
     known = np.abs(wide) > 1e-15  # below, the square is less than float32 can hold
-    assert (np.abs(minus.numpy() - want) / np.where(known, want, 1))[known].max() < 1e-6
+    assert (np.abs(minus.cpu().numpy() - want) / np.where(known, want, 1))[known].max() < 1e-6
     assert (minus >= 0).all()
 
 
@@ -188,7 +188,9 @@ def test_parts_swaps_and_norms_of_any_kind(packing, seed, parts, last, n_norms, 
         d = Scaled(draw(n, width), scale) if held else None
         given_parts.append(Part(d, random_swaps(seed + i, torch.float32, n, width, swaps)))
     out = draw(n + 2, width)
-    to = torch.randperm(n + 2, generator=torch.Generator().manual_seed(seed))[:n] if place == "to" else None
+    to = (
+        here(torch.randperm(n + 2, generator=generator_of(seed), device="cpu"))[:n] if place == "to" else None
+    )
     outs = [out.clone(), out.double(), out.clone()] if place else [None] * 3
     x, weights = draw(packing.n_base, width), [draw(width) for _ in range(n_norms)]
     swaps = random_swaps(seed + 3, torch.float32, n, width, last)
@@ -238,7 +240,7 @@ def test_activation_of_scaled_rows_with_patches(block, gated, precision, monkeyp
     every = torch.arange(width)
     token = torch.cat([every * 0 + 5, every[:20] * 0 + 2, torch.tensor([0, 7, n - 1])])
     at = torch.cat([every, every[:20], torch.tensor([36, 0, 3])])
-    mixed = torch.randperm(len(token), generator=torch.Generator().manual_seed(0))
+    mixed = here(torch.randperm(len(token), generator=generator_of(0), device="cpu"))
     delta = draw(4, width) * torch.tensor([1e-12, 1.0, 1e12, 1.0])[:, None]
     swaps = [Swap(token[mixed], token[mixed] % 4, at[mixed], delta)]
     for some in ([], swaps):
@@ -348,10 +350,10 @@ def test_the_likely_token_taken_away_beside_a_row_that_hardly_moves():
 def test_columns_of_neurons(sizes):
     """No patch, few, several a token; tokens without one are zero."""
     draw = drawer(11, torch.float32)
-    rng = torch.Generator().manual_seed(0)
+    rng = generator_of(0)
     swaps, shared = [], draw(6, 20)
     for i, n in enumerate(sizes):
-        token, source, at = (torch.randint(k, (n,), generator=rng) for k in (12, 6, 20))
+        token, source, at = (here(torch.randint(k, (n,), generator=rng, device="cpu")) for k in (12, 6, 20))
         swaps.append(Swap(token, source, at, draw(6, 20) if i == 1 else shared))
     assert_same("gather_columns", [swaps, draw(70, 20), 12], 1e-6)
 
@@ -417,6 +419,7 @@ def test_float64_goes_through_the_references():
     assert torch.equal(TRITON.gather_columns(swaps, weight, 3), REFERENCE.gather_columns(swaps, weight, 3))
 
 
+@pytest.mark.skipif(not interpreted(), reason="a GPU is no interpreter")
 def test_the_interpreter_is_asked_for_by_name():
     assert choose_backend("triton", "cpu") is TRITON
     assert choose_backend("auto", "cpu") is REFERENCE

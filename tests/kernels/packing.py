@@ -85,25 +85,36 @@ def packings(draw, one_position=False):
 seeds = st.integers(0, 2**32 - 1)
 
 
+def here(tensor):
+    """A tensor on the device that is tested."""
+    return tensor.to(torch.get_default_device())
+
+
+def generator_of(seed):
+    """Numbers are drawn on the CPU, the same for every device."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def drawer(seed, dtype):
     """A function that draws normal numbers of a shape."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
 
     def draw(*shape, scale=1.0):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).mul_(scale).to(dtype)
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+        return here(drawn.mul_(scale).to(dtype))
 
     return draw
 
 
 def random_swaps(seed, dtype, n_tokens, width, kinds):
     """A swap for each of `kinds`: whole vectors (True) or coordinates, of some tokens, with two deltas."""
-    draw, rng = drawer(seed, dtype), torch.Generator().manual_seed(seed)
+    draw, rng = drawer(seed, dtype), generator_of(seed)
     deltas = draw(4, width), draw(5, width, scale=1e-3)
     out = []
     for i, whole in enumerate(kinds):
-        cells = torch.randperm(n_tokens if whole else n_tokens * width, generator=rng)
-        cells = cells[: int(torch.randint(len(cells) + 1, (), generator=rng))]
-        source = torch.randint(4, (len(cells),), generator=rng)
+        cells = torch.randperm(n_tokens if whole else n_tokens * width, generator=rng, device="cpu")
+        cells = here(cells[: int(torch.randint(len(cells) + 1, (), generator=rng, device="cpu"))])
+        source = here(torch.randint(4, (len(cells),), generator=rng, device="cpu"))
         token, at = (cells, None) if whole else (cells // width, cells % width)
         out.append(Swap(token, source, at, deltas[i % 2]))
     return out
@@ -120,7 +131,7 @@ def swap_one_by_one(d, swaps):
 
 def exact(tensor):
     """A tensor in 80 bits."""
-    return tensor.detach().double().numpy().astype(wide)
+    return tensor.detach().double().cpu().numpy().astype(wide)
 
 
 def distance(got, want):

@@ -12,22 +12,34 @@ from deltapatch.kernels import backend
 from deltapatch.kernels.backend import REFERENCE, TRITON, choose_backend
 from deltapatch.kernels.lang import HAS_TRITON
 
+FILES = pytest.mark.parametrize("file", ["interpreted.py", "interpreted_attention.py"])
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
-@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_attention.py"])
-def test_every_kernel_in_the_interpreter(file):
-    # The interpreter and the compiler cannot share a process.
+
+def run_file(file, **environment):
+    """In a process of its own: the interpreter and the compiler cannot share one."""
     run = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
             *("-W", "ignore:overflow encountered in exp:RuntimeWarning"),  # numpy's: 1 / inf is meant to be 0
             str(Path(__file__).with_name(file)),
         ],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-10_000:] + run.stderr[-2_000:]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
+@FILES
+def test_every_kernel_in_the_interpreter(file):
+    run_file(file, TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@FILES
+def test_every_kernel_on_the_gpu(file):
+    run_file(file, TRITON_INTERPRET="0", DELTAPATCH_TEST_DEVICE="cuda")
 
 
 def test_auto_is_triton_on_a_gpu_alone(monkeypatch):
