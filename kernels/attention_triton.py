@@ -116,14 +116,15 @@ def _sizes(by_rows: bool, longest: int, d_head: int) -> dict[str, Any]:
     block_c = max(16, next_power_of_two(d_head))
     keys = max(16, next_power_of_two(longest))
     whole = keys <= _LONGEST_BLOCK
-    warps = (4 if by_rows else 2) if whole else (4 if block_c <= 64 else 8)
+    short = keys <= 32
+    warps = 4 if by_rows or not short else 2
     return {
         "WHOLE": whole,
-        "BLOCK_Q": 64 if by_rows and keys <= 32 else 16,
+        "BLOCK_Q": 64 if by_rows and short else 16,
         "BLOCK_K": keys if whole else 32,
         "BLOCK_C": block_c,
         "BLOCK_S": 16,
-        "num_warps": few_warps if whole or block_c <= 64 else 8,
+        "num_warps": warps if whole or block_c <= 64 else 8,
         "num_stages": 1,
     }
 
