@@ -60,7 +60,7 @@ class Job:
     readout: int | str
     seed: int
     noise_scale: float
-    noise_sample: int
+    noise_sample: int | None
     partner: np.ndarray | None  # [pair], whose source run "resample" takes
     noise_floor: dict[str, Any] | None = None
     passes: int = 0
@@ -81,7 +81,7 @@ class Job:
         readout: int | str,
         seed: int,
         noise_scale: float,
-        noise_sample: int,
+        noise_sample: int | None,
     ) -> "Job":
         """Check the options of a sweep or run, and encode its pairs.
 
@@ -96,7 +96,7 @@ class Job:
             )
         if precision == "fp8" and not _has_float8(model.device):
             raise DeltapatchError(f"precision fp8 needs a newer GPU than {model.device}: use fp16 or bf16")
-        if noise_sample < 0:
+        if noise_sample is not None and noise_sample < 0:
             raise DeltapatchError(f"the noise sample must be 0 or more effects, not {noise_sample}")
         if memory_budget is not None and memory_budget <= 0:
             raise DeltapatchError(f"the memory budget must be positive, not {memory_budget}")

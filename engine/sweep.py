@@ -53,7 +53,7 @@ def sweep(
     readout: int | str = "last",
     seed: int = 0,
     noise_scale: float = 3.0,
-    noise_sample: int = 32,
+    noise_sample: int | None = None,
 ) -> Effects:
     """Patch every chosen site, layer, position and index of every pair, each alone, exactly.
 
@@ -81,7 +81,8 @@ def sweep(
         seed: of "resample" and "noise".
         noise_scale: of "noise", in standard deviations of the embeddings.
         noise_sample: how many of the effects are computed again in float64, drawn by `seed`; their relative
-            errors are `meta["noise_floor"]`. 0 for none.
+            errors are `meta["noise_floor"]`. 0 for none. By default so few that the run hardly takes longer:
+            at most 32, in float32 where the run is short, and none of a short run that is itself float32.
 
     Returns:
         Effects: arrays [pair, layer, position] or [pair, layer, position, index] for every site and metric.
@@ -140,7 +141,7 @@ def run(
     readout: int | str = "last",
     seed: int = 0,
     noise_scale: float = 3.0,
-    noise_sample: int = 32,
+    noise_sample: int | None = None,
 ) -> Outcome:
     """Carry out given interventions, each with any number of patches. Arguments are those of `sweep`.
 
