@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+from deltapatch.bench import markdown
+from deltapatch.bench.results import read
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 
 
 def blocks(language: str) -> list[str]:
@@ -39,6 +43,16 @@ def test_the_shell_lines_of_the_readme_run(tmp_path):
     for line in lines.splitlines():
         run(["bash", "-c", line], tmp_path)
     assert (tmp_path / "run" / "plots").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("file", "page"),
+    [("compare_cpu.json", "README.md"), ("precision_cpu.json", "docs/benchmarks.md")],
+)
+def test_tables_are_those_of_the_result_files(file, page):
+    result = read(ROOT / "bench" / "results" / file)
+    table = {"compare": markdown.rates, "precision": markdown.precision}[result["kind"]](result)
+    assert table in (ROOT / page).read_text(encoding="utf-8"), f"python -m deltapatch.bench.markdown {file}"
 
 
 def test_the_readme_names_the_two_commands():
