@@ -177,7 +177,10 @@ def read_manifest(text: str | bytes) -> Manifest:
     _need(isinstance(settings, dict) and list(settings) == list(_WORDS), "settings")
     _check_settings(settings)
     truth = None if body.get("truth") is None else _read_truth(body["truth"], tuple(settings["metrics"]))
-    return Manifest(settings, n_passes, n_pairs, body["meta"], truth)
+    manifest = Manifest(settings, n_passes, n_pairs, body["meta"], truth)
+    if truth is not None:
+        _need(bool(((truth.at >= 0) & (truth.at < manifest.grid().n_effects)).all()), "truth")
+    return manifest
 
 
 def _check_settings(s: dict[str, Any]) -> None:
@@ -221,8 +224,9 @@ def _read_truth(found: Any, metrics: tuple[str, ...]) -> Truth:
         precision = found["precision"]
     except (KeyError, TypeError, OverflowError) as error:
         raise ValueError("its truth is wrong") from error
+    _need(at.ndim == 1, "truth")
     n = len(at)
-    _need(at.ndim == 1 and all(a.shape == (n,) for a in measured.values()), "truth")
+    _need(all(a.shape == (n,) for a in measured.values()), "truth")
     _need(logit.shape == logp.shape == (n, 2, 2) and prediction.shape == (n, 2), "truth")
     _need(precision in ("fp64", "fp32"), "truth")
     return Truth(precision, at, Sampled(measured, Reference(logit, logp, prediction)))
