@@ -37,7 +37,7 @@ from deltapatch.engine.runfolder import (
 )
 from deltapatch.engine.runlock import held
 from deltapatch.engine.shards import DamagedShard, Shards
-from deltapatch.engine.wholefile import write_whole
+from deltapatch.engine.wholefile import flush, write_whole
 from deltapatch.errors import DeltapatchError
 
 DRAFTS = "finished"
@@ -91,6 +91,8 @@ class Unfinished:
             for stale in self.shards.numbers():  # of a plan that was lost
                 self.shards.path(stale).unlink()
             write_whole(self.folder / PAIRS, lambda p: p.write_text(pairs_as_text(pairs), encoding="utf-8"))
+            flush(self.path)  # a folder that is new is not yet seen to the disk either
+            flush(self.path.absolute().parent)
             write_whole(self.folder / MANIFEST, lambda p: p.write_text(manifest.to_json(), encoding="utf-8"))
         self._adopt(manifest)
         self._began = True
