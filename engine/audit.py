@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from deltapatch.engine.work import Work
 
 TOLERANCE = 1e-2  # what "auto" allows, relative to the norm of the effects
+SAMPLE = 32  # effects, where the user does not say
+_SHARE = 16  # of a small run's effects one in so many
+_LONG = 1e12  # necessary FLOPs of a run beside which two runs in float64 are little
 _PAIRS = 4  # that the sample is drawn from: each costs two unpatched runs in float64
 # Below so many necessary FLOPs, choosing would take longer than it saves.
 _WORTH_CHOOSING = {"cpu": 2e12, "cuda": 2e13}
@@ -39,7 +42,7 @@ class Truth:
     """The sample as it should be.
 
     Attributes:
-        precision: "fp64", or "fp32" where the memory budget has no room for that.
+        precision: "fp64", or "fp32" where the run is short or the memory budget has no room for that.
         at: [effect], which they are among all.
         sampled: their numbers.
     """
@@ -95,10 +98,34 @@ class Audit:
                 return precision
         return PRECISIONS[safe]
 
+    def truth_for(self, precision: Precision) -> Truth | None:
+        """The truth that a run in that precision is held to.
+
+        None where the run is itself float64 or a short one in float32, and where there is no `truth`.
+        """
+        short = self.job.noise_sample is None and self._flops < _LONG
+        if precision.name == "fp64" or (precision.name == "fp32" and short):
+            return None
+        return self.truth
+
+    @cached_property
+    def _flops(self) -> int:
+        """What the whole run needs."""
+        spec = self.job.model.spec
+        of_layers = layer_parameters(spec) * self.work.row_layers
+        return 2 * (of_layers + spec.d_model * spec.d_vocab * self.work.n_effects)
+
+    @property
+    def _size(self) -> int:
+        """How many effects to compute again: as asked, or so few that the run hardly takes longer."""
+        if self.job.noise_sample is not None:
+            return self.job.noise_sample
+        return min(SAMPLE, -(-self.work.n_effects // _SHARE))
+
     @cached_property
     def sample(self) -> list[tuple[int, PatchTable, np.ndarray]]:
         """Interventions drawn at random from a few pairs that lie evenly among all."""
-        order, size = self.work.order, self.job.noise_sample
+        order, size = self.work.order, self._size
         chosen = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, _PAIRS).round().astype(int))]
         out: list[tuple[int, PatchTable, np.ndarray]] = []
         for pair in chosen if size else []:
@@ -111,13 +138,14 @@ class Audit:
 
     @cached_property
     def truth(self) -> Truth | None:
-        """The sample in float64, or in float32 where the memory budget has no room for that.
+        """The sample in float64; in float32 where the run is short or memory has no room for that.
 
         None where nothing can be recomputed: no sample was asked for, or the memory budget has no room.
         """
         if not self.sample:
             return None
-        for name in ("fp64", "fp32"):
+        asked = self.job.noise_sample is not None
+        for name in ("fp64", "fp32") if asked or self._flops >= _LONG else ("fp32",):
             try:
                 sampled = self._recompute(PRECISIONS[name])
             except DeltapatchError:
@@ -131,9 +159,7 @@ class Audit:
         if model.dtype == torch.float64:
             return ["fp64"]
         on = model.device.type
-        flops = 2 * layer_parameters(model.spec) * self.work.row_layers
-        flops += 2 * model.spec.d_model * model.spec.d_vocab * self.work.n_effects
-        if not self.job.noise_sample or flops < _WORTH_CHOOSING.get(on, 0):
+        if not self._size or self._flops < _WORTH_CHOOSING.get(on, 0):
             return ["fp32"]
         if on == "cuda":
             return ["fp16", "bf16", "tf32", "fp32"]

@@ -43,7 +43,7 @@ class Job:
     readout: int | str
     seed: int
     noise_scale: float
-    noise_sample: int
+    noise_sample: int | None
     partner: np.ndarray | None  # [pair], whose source run "resample" takes
     noise_floor: dict[str, Any] | None = None
     passes: int = 0
@@ -64,7 +64,7 @@ class Job:
         readout: int | str,
         seed: int,
         noise_scale: float,
-        noise_sample: int,
+        noise_sample: int | None,
     ) -> "Job":
         """Check the options of a sweep or run, and encode its pairs.
 
@@ -79,7 +79,7 @@ class Job:
             )
         if precision == "fp8" and not has_float8(model.device):
             raise DeltapatchError(f"precision fp8 needs a newer GPU than {model.device}: use fp16 or bf16")
-        if noise_sample < 0:
+        if noise_sample is not None and noise_sample < 0:
             raise DeltapatchError(f"the noise sample must be 0 or more effects, not {noise_sample}")
         if memory_budget is not None and memory_budget <= 0:
             raise DeltapatchError(f"the memory budget must be positive, not {memory_budget}")
@@ -136,7 +136,7 @@ class Job:
                     tick(self._row_layers(part))
                 gathered.add(found)
             if keeper is None:
-                truth = None if self.precision.name == "fp64" else audit.truth
+                truth = audit.truth_for(self.precision)
             else:
                 truth = keeper.truth if keeper.whole else None
             if truth is not None:
@@ -161,7 +161,7 @@ class Job:
             audit = Audit(self, work, each)
             self.precision = self.precision or audit.cheapest()
             n_passes = sum(1 for _ in self._parts(work.tables(), self.precision))
-            truth = None if self.precision.name == "fp64" else audit.truth
+            truth = audit.truth_for(self.precision)
         self.seconds = time.perf_counter() - began
         return truth, n_passes
 

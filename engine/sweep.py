@@ -61,7 +61,7 @@ def sweep(
     readout: int | str = "last",
     seed: int = 0,
     noise_scale: float = 3.0,
-    noise_sample: int = 32,
+    noise_sample: int | None = None,
     resume: bool = False,
     shard: tuple[int, int] | None = None,
 ) -> Effects:
@@ -91,7 +91,8 @@ def sweep(
         seed: of "resample" and "noise".
         noise_scale: of "noise", in standard deviations of the embeddings.
         noise_sample: how many of the effects are computed again in float64, drawn by `seed`; their relative
-            errors are `meta["noise_floor"]`. 0 for none.
+            errors are `meta["noise_floor"]`. 0 for none. By default so few that the run hardly takes longer:
+            at most 32, in float32 where the run is short, and none of a short run that is itself float32.
         resume: `out` may hold a run of the same sweep that was cut off: only what is missing is computed, and
             the result has the same bytes as if nothing had happened. A finished one is read.
         shard: (i, n), i from 1: do only this part of the passes, and leave `out` unfinished until all n parts
@@ -168,7 +169,7 @@ def run(
     readout: int | str = "last",
     seed: int = 0,
     noise_scale: float = 3.0,
-    noise_sample: int = 32,
+    noise_sample: int | None = None,
 ) -> Outcome:
     """Carry out given interventions, each with any number of patches. Arguments are those of `sweep`.
 

@@ -74,7 +74,9 @@ def test_precisions_come_out_in_order(variant):
 def test_a_sample_is_drawn_again_alike(model):
     given = pairs(VARIANT, [6] * 9)
     floors = [
-        deltapatch.sweep(model, given, precision="bf16", progress=False, seed=seed).meta["noise_floor"]
+        deltapatch.sweep(model, given, precision="bf16", progress=False, seed=seed, noise_sample=32).meta[
+            "noise_floor"
+        ]
         for seed in (0, 0, 1)
     ]
     assert floors[0] == floors[1]
@@ -138,9 +140,21 @@ def test_a_budget_without_room_for_float64_leaves_float32(model, monkeypatch):
 
     monkeypatch.setattr(Costs, "of", classmethod(costs))
     given = pairs(VARIANT, [5])
+    options = {"progress": False, "noise_sample": 8}
+    floor = deltapatch.sweep(model, given, precision="bf16", **options).meta["noise_floor"]
+    assert floor["precision"] == "fp32"
+    assert deltapatch.sweep(model, given, precision="fp32", **options).meta["noise_floor"] is None
+
+
+def test_a_short_run_has_a_small_sample(model, monkeypatch):
+    given = pairs(VARIANT, [6] * 9)
+    n = given and deltapatch.sweep(model, given, progress=False).values("ie", "mlp_out").size * 2
     floor = deltapatch.sweep(model, given, precision="bf16", progress=False).meta["noise_floor"]
     assert floor["precision"] == "fp32"
-    assert deltapatch.sweep(model, given, precision="fp32", progress=False).meta["noise_floor"] is None
+    assert n // 16 <= floor["recomputed"] <= n // 16 + 4
+    assert deltapatch.sweep(model, given, progress=False).meta["noise_floor"] is None
+    monkeypatch.setattr(audit, "_LONG", 0)
+    assert deltapatch.sweep(model, given, progress=False).meta["noise_floor"]["precision"] == "fp64"
 
 
 def test_what_is_said():

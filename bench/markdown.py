@@ -1,0 +1,78 @@
+"""The tables of the README, made of result files: a test holds the README to them.
+
+python -m deltapatch.bench.markdown bench/results/compare_cpu.json
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from deltapatch.bench.results import read
+
+# Sides as a reader knows them, in the order of the table; of the others the report tells.
+SIDES = {
+    "paper": "the paper's code",
+    "hooks": "hooks, one by one",
+    "tlens-patching": "TransformerLens, patching functions",
+    "tlens-hooks": "TransformerLens, hooks in batches",
+    "nnsight-invokes": "nnsight, batched invokes",
+    "pyvene-batched": "pyvene, in batches",
+    "hooks-batched": "hooks in batches",
+    "hooks-layer": "… from the patched layer on",
+    "hooks-prefix": "… over a cached prefix",
+    "attribution": "*attribution patching (an estimate)*",
+    "deltapatch-fp32": "**deltapatch, fp32**",
+    "deltapatch-bf16": "**deltapatch, bf16**",
+}
+SWEEPS = {
+    "mlp_out": "`mlp_out`",
+    "attn_out": "`attn_out`",
+    "z": "`z`",
+    "neurons-layer": "neurons of a layer",
+    "neurons": "all neurons",
+    "joint": "20 neurons jointly",
+}
+
+
+def rates(result: dict[str, Any]) -> str:
+    """Interventions per second of every side and sweep; ~ on a sample, – where a side has no such sweep."""
+    columns = {sweep["name"]: sweep["columns"] for sweep in result["sweeps"]}
+    names = [name for name in SWEEPS if name in columns]
+    rows = [["", *(SWEEPS[name] for name in names)]]
+    for side, title in SIDES.items():
+        rows.append([title, *(_rate(columns[name].get(side, {})) for name in names)])
+    return _table(rows)
+
+
+def precision(result: dict[str, Any]) -> str:
+    """Errors, ranks and overlaps of every method."""
+    rows = [["", "relative error", "rank correlation", "top 50 found, worst pair"]]
+    for name, found in result["methods"].items():
+        if "reason" not in found:
+            numbers = f"{found['error']:.0e}", f"{found['rank_correlation']:.4f}", f"{found['top_worst']:.0%}"
+            rows.append([name, *numbers])
+    return _table(rows)
+
+
+def _rate(column: dict[str, Any]) -> str:
+    rate = column.get("rate")
+    if rate is None:
+        return "–"
+    return ("~" if column.get("sampled") else "") + (f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}")
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def main() -> None:
+    """Print the table of each file that is named."""
+    tables = {"compare": rates, "precision": precision}
+    for path in sys.argv[1:]:
+        result = read(Path(path))
+        print(tables[result["kind"]](result))
+
+
+if __name__ == "__main__":
+    main()
