@@ -40,8 +40,10 @@ def _exit_code(run: Any) -> int:
         return _fail(str(error))
     except click.ClickException as error:
         return _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        # click puts its own exception in the place of one that may say what is kept
+        said = str(error) or str(error.__cause__ or "")
+        click.echo(_one_line(said) or "Interrupted.", err=True)
         return 130
     except OSError as error:
         if error.errno == errno.EPIPE:  # the reader, `head` for example, has what it wanted

@@ -9,6 +9,7 @@ from deltapatch.cli.convert import convert
 from deltapatch.cli.demo import demo
 from deltapatch.cli.effects import effects
 from deltapatch.cli.info import info
+from deltapatch.cli.merge import merge
 from deltapatch.cli.pairs import pairs
 from deltapatch.cli.plot import plot
 from deltapatch.cli.sweep import sweep
@@ -29,7 +30,7 @@ def cli() -> None:
     """Exact activation patching of language models: thousands of interventions in one pass."""
 
 
-for command in (demo, pairs, sweep, effects, plot, info, convert, bench):
+for command in (demo, pairs, sweep, merge, effects, plot, info, convert, bench):
     cli.add_command(command)
 
 

@@ -75,6 +75,16 @@ def read_bytes(text: str | None) -> int | None:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
+def read_shard(text: str | None) -> tuple[int, int] | None:
+    """2/8: the second of eight parts."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,9})/(\d{1,9})\s*", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise DeltapatchError(f"--shard {text!r} is not a part such as 2/8, from 1/8 to 8/8")
+    return int(match[1]), int(match[2])
+
+
 def in_bytes(number: float) -> str:
     """An amount of memory for people: 1.5 GB."""
     return _scaled(number, ("B", "kB", "MB", "GB", "TB"))

@@ -1,5 +1,6 @@
 """`deltapatch sweep`: every chosen site, layer, position and index of every pair, into a run folder."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from deltapatch.cli.options import (
     read_layers,
     read_names,
     read_positions,
+    read_shard,
     say,
 )
 from deltapatch.errors import DeltapatchError
@@ -23,6 +25,7 @@ EXAMPLES = """\b
 Examples:
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_out,attn_out --out RUN
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_post --positions last --out NEURONS
+  deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_post --positions last --out NEURONS --resume
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites z --positions op1,last --layers 0-5,9 --dry-run
 """
 
@@ -64,7 +67,17 @@ Examples:
 )
 @click.option("--memory-budget", help="Memory that the sweep may use beside the model: 2GB, 512MiB.")
 @click.option("--seed", default=0, show_default=True, help="Of the sources resample and noise.")
-@click.option("--out", help="The run folder to make; it must not exist.")
+@click.option("--out", help="The run folder to make; it must not exist, unless a sweep is resumed.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the same sweep where it was cut off: only what is missing or damaged is computed.",
+)
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Do part I of N only: N processes share the folder --out, and `deltapatch merge` finishes it.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, say what it would cost, and stop.")
 @as_json
 @quiet
@@ -85,6 +98,8 @@ def sweep(
     memory_budget: str | None,
     seed: int,
     out: str | None,
+    resume: bool,
+    shard: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -92,13 +107,18 @@ def sweep(
     """Patch every chosen site of every pair, each alone and exactly, and write a run folder."""
     if not out and not dry_run:
         raise DeltapatchError("Missing option '--out': the run folder to make (or --dry-run to make none)")
+    part = read_shard(shard)
     at, which, budget = read_positions(positions), read_layers(layers), read_bytes(memory_budget)
     measured = "all" if metrics == "all" else read_names(metrics)
 
-    from deltapatch.engine.runfolder import check_output
+    from deltapatch.engine.runfolder import RUN, check_output
     from deltapatch.tasks.jsonl import read_named_pairs
 
-    if out:
+    if out and (resume or part) and (Path(out) / RUN).is_file():
+        say(f"{out} is finished already: nothing to do", quiet)
+        click.echo(out)
+        return
+    if out and not resume and part is None:
         check_output(out)
     named = read_named_pairs(pairs_file)
     names, pairs = [name for name, _ in named], [pair for _, pair in named]
@@ -149,7 +169,13 @@ def sweep(
         out=out,
         metrics=measured,
         seed=seed,
+        resume=resume,
+        shard=part,
     )
+    if part is not None:
+        say(f"part {shard} is done; when all are: deltapatch merge {out}", quiet)
+        click.echo(out)
+        return
     say(in_words(effects.meta), quiet)
     seconds = effects.meta["seconds"]
     say(

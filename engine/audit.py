@@ -17,7 +17,8 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.product import PRECISIONS, Precision
 
 if TYPE_CHECKING:
-    from deltapatch.engine.job import Job, Work
+    from deltapatch.engine.job import Job
+    from deltapatch.engine.work import Work
 
 TOLERANCE = 1e-2  # what "auto" allows, relative to the norm of the effects
 SAMPLE = 32  # effects, where the user does not say
@@ -34,6 +35,41 @@ class Sampled:
 
     measured: dict[str, np.ndarray]
     reference: Reference
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The sample as it should be.
+
+    Attributes:
+        precision: "fp64", or "fp32" where the run is short or the memory budget has no room for that.
+        at: [effect], which they are among all.
+        sampled: their numbers.
+    """
+
+    precision: str
+    at: np.ndarray
+    sampled: Sampled
+
+    def noise_floor(
+        self, precision: str, measured: Mapping[str, np.ndarray], direction: Direction
+    ) -> dict[str, Any] | None:
+        """How far the sample's effects, as a run in some precision found them, are from the truth.
+
+        Returns:
+            `recomputed`, how many; `precision`, that of the truth; `relative_error`, by metric; `worst`, the
+            metric that errs most. None where the run is itself as precise.
+        """
+        if precision in ("fp64", self.precision):
+            return None
+        got = {key: values[self.at] for key, values in measured.items()}
+        errors = relative_errors(got, self.sampled.measured, self.sampled.reference, direction)
+        return {
+            "recomputed": len(self.at),
+            "precision": self.precision,
+            "relative_error": errors,
+            "worst": max((n for n in errors if n != "flip"), key=lambda n: errors[n], default=None),
+        }
 
 
 class Audit:
@@ -58,32 +94,19 @@ class Audit:
             except DeltapatchError:  # a weight that this precision cannot hold, or too little memory
                 continue
             truth = self.truth
-            if truth is not None and not self._errors(got.measured, truth[1])[1] > TOLERANCE:
+            if truth is not None and not self._worst(got.measured, truth.sampled) > TOLERANCE:
                 return precision
         return PRECISIONS[safe]
 
-    def noise_floor(self, precision: Precision, measured: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
-        """How far the sample's effects, as the run found them, are from the truth.
+    def truth_for(self, precision: Precision) -> Truth | None:
+        """The truth that a run in that precision is held to.
 
-        Returns:
-            `recomputed`, how many; `precision`, that of the truth; `relative_error`, by metric; `worst`, the
-            metric that errs most. None where nothing was recomputed: no sample was asked for, the run is
-            itself float64 or a short one in float32, or the memory budget has no room.
+        None where the run is itself float64 or a short one in float32, and where there is no `truth`.
         """
         short = self.job.noise_sample is None and self._flops < _LONG
-        if precision.name == "fp64" or (precision.name == "fp32" and short) or self.truth is None:
+        if precision.name == "fp64" or (precision.name == "fp32" and short):
             return None
-        name, truth = self.truth
-        if name == precision.name:
-            return None
-        at = np.concatenate([out for _, _, out in self.sample])
-        errors, _ = self._errors({key: values[at] for key, values in measured.items()}, truth)
-        return {
-            "recomputed": len(at),
-            "precision": name,
-            "relative_error": errors,
-            "worst": max((n for n in errors if n != "flip"), key=lambda n: errors[n], default=None),
-        }
+        return self.truth
 
     @cached_property
     def _flops(self) -> int:
@@ -114,16 +137,20 @@ class Audit:
         return [part for part in out if part[1].n_rows]
 
     @cached_property
-    def truth(self) -> tuple[str, Sampled] | None:
-        """The sample in float64; in float32 where the run is short or memory has no room for that."""
+    def truth(self) -> Truth | None:
+        """The sample in float64; in float32 where the run is short or memory has no room for that.
+
+        None where nothing can be recomputed: no sample was asked for, or the memory budget has no room.
+        """
         if not self.sample:
             return None
         asked = self.job.noise_sample is not None
         for name in ("fp64", "fp32") if asked or self._flops >= _LONG else ("fp32",):
             try:
-                return name, self._recompute(PRECISIONS[name])
+                sampled = self._recompute(PRECISIONS[name])
             except DeltapatchError:
                 continue
+            return Truth(name, np.concatenate([out for _, _, out in self.sample]), sampled)
         return None
 
     def _candidates(self) -> Sequence[str]:
@@ -156,10 +183,10 @@ class Audit:
             reference.prediction[at] = result.prediction[pair][:, runs]
         return Sampled(measured, reference)
 
-    def _errors(self, got: Mapping[str, np.ndarray], truth: Sampled) -> tuple[dict[str, float], float]:
-        """By metric, and the largest."""
+    def _worst(self, got: Mapping[str, np.ndarray], truth: Sampled) -> float:
+        """The largest error of all metrics."""
         errors = relative_errors(got, truth.measured, truth.reference, self.job.direction)
-        return errors, max((e for name, e in errors.items() if name != "flip"), default=0.0)
+        return max((e for name, e in errors.items() if name != "flip"), default=0.0)
 
 
 def in_words(meta: Mapping[str, Any]) -> str:

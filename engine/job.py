@@ -1,7 +1,7 @@
 """A job: checked options and encoded pairs, carried out pass by pass."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,39 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltapatch.engine.audit import Audit
+from deltapatch.engine.audit import Audit, Truth
+from deltapatch.engine.gather import Gathered, PassEffects
 from deltapatch.engine.metrics import MEASURED, Direction, Reference, measured_for
-from deltapatch.engine.pairs import EncodedPair, PromptPair, encode_pairs
-from deltapatch.engine.patches import PatchTable
-from deltapatch.engine.planner import Costs, Pass, cut, default_budget
+from deltapatch.engine.pairs import EncodedPair, PromptPair, encode_pairs, read_at
+from deltapatch.engine.planner import Costs, Pass, cut, default_budget, row_layers
+from deltapatch.engine.products import has_float8
 from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.runfolder import environment
-from deltapatch.engine.sources import Prompts, Source, check_source
+from deltapatch.engine.sources import Prompts, Source, check_source, partners
 from deltapatch.engine.wavefront import PassResult, Wavefront
+from deltapatch.engine.work import Keeper, Tables, Work
 from deltapatch.engine.workers import Map, full_float32, workers
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.backend import Backend, choose_backend
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a job carries out.
-
-    Attributes:
-        order: pairs, by length.
-        table_of: the interventions of a pair, and where their effects go.
-        n_effects: of all pairs.
-        row_layers: row tokens times the layers that they pass.
-        describe: an effect in words.
-    """
-
-    order: list[int]
-    table_of: Callable[[int], tuple[PatchTable, np.ndarray]]
-    n_effects: int
-    row_layers: int
-    describe: Callable[[int], str]
 
 
 @dataclass
@@ -94,7 +77,7 @@ class Job:
             raise DeltapatchError(
                 f"unknown precision {precision!r}: choose from auto, {', '.join(PRECISIONS)}"
             )
-        if precision == "fp8" and not _has_float8(model.device):
+        if precision == "fp8" and not has_float8(model.device):
             raise DeltapatchError(f"precision fp8 needs a newer GPU than {model.device}: use fp16 or bf16")
         if noise_sample is not None and noise_sample < 0:
             raise DeltapatchError(f"the noise sample must be 0 or more effects, not {noise_sample}")
@@ -105,7 +88,7 @@ class Job:
             metrics = [m.strip() for m in metrics.split(",")]
         measured = MEASURED if metrics == "all" else measured_for(tuple(metrics))
         encoded = encode_pairs(pairs, model.tokenizer, model.spec.d_vocab)
-        length = np.array([_read_at(readout, i, p) + 1 for i, p in enumerate(encoded)])
+        length = np.array([read_at(readout, i, p) + 1 for i, p in enumerate(encoded)])
         return cls(
             model,
             encoded,
@@ -120,61 +103,110 @@ class Job:
             seed,
             noise_scale,
             noise_sample,
-            _partners(length, seed) if kind == "resample" else None,
+            partners(length, seed) if kind == "resample" else None,
         )
 
-    def carry_out(self, work: Work, progress: bool) -> tuple[dict[str, np.ndarray], Reference]:
-        """Run all passes: the measured numbers, [effect], NaN where there is none, and the unpatched runs."""
+    def carry_out(
+        self, work: Work, progress: bool, keeper: Keeper | None = None
+    ) -> tuple[dict[str, np.ndarray], Reference]:
+        """Run all passes: the measured numbers, [effect], NaN where there is none, and the unpatched runs.
+
+        Args:
+            work: what to do.
+            progress: show a bar.
+            keeper: keeps what each pass finds, and already has what others found.
+        """
         began = time.perf_counter()
-        n = len(self.pairs)
-        reference = Reference(np.full((n, 2, 2), np.nan), np.full((n, 2, 2), np.nan), np.full((n, 2), -1))
         bar = progress_bar("patching", work.row_layers, progress)
         with bar as tick, full_float32(), workers(self.model.device) as each:
             audit = Audit(self, work, each)
             if self.precision is None:
                 self.precision = audit.cheapest()
             dtype = np.float64 if self.precision.name == "fp64" else np.float32
-            measured = {name: np.full(work.n_effects, np.nan, dtype=dtype) for name in self.measured}
-            tables = ((pair, *work.table_of(pair)) for pair in work.order)
-            for part, result in self.passes_of(tables, self.precision, each, tick):
-                self._check_finite(part, result, work.describe)
-                for name, values in result.measured.items():
-                    measured[name][part.out] = values
-                # The wavefront knows base and source; a reader of the results knows clean and corrupted.
-                runs = [1, 0] if self.direction == "denoise" else [0, 1]
-                reference.logit[part.pairs] = result.logit[:, runs]
-                reference.logp[part.pairs] = result.logp[:, runs]
-                reference.prediction[part.pairs] = result.prediction[:, runs]
-                self.passes += 1
-                self.rows += len(part.out)
-            self.noise_floor = audit.noise_floor(self.precision, measured)
-        self.seconds = time.perf_counter() - began
-        return measured, reference
+            gathered = Gathered(self.measured, dtype, work.n_effects, len(self.pairs))
+            for number, part in enumerate(self._parts(work.tables(), self.precision)):
+                if keeper is not None and not keeper.wants(number):
+                    continue
+                found = None if keeper is None else keeper.kept(number, part, gathered)
+                if found is None:
+                    found = self._found(part, self.precision, each, tick, work.describe)
+                    if keeper is not None:
+                        keeper.keep(number, found)
+                else:
+                    tick(self._row_layers(part))
+                gathered.add(found)
+            if keeper is None:
+                truth = audit.truth_for(self.precision)
+            else:
+                truth = keeper.truth if keeper.whole else None
+            if truth is not None:
+                self.noise_floor = truth.noise_floor(self.precision.name, gathered.measured, self.direction)
+        self.passes, self.rows = gathered.passes, gathered.rows
+        # What is kept took its time in another process.
+        self.seconds += time.perf_counter() - began + (0.0 if keeper is None else keeper.seconds_kept)
+        return gathered.measured, gathered.reference
 
-    def passes_of(
-        self,
-        tables: Iterable[tuple[int, PatchTable, np.ndarray]],
-        precision: Precision,
-        each: Map,
-        tick: Callable[[int], None] = lambda n: None,
-    ) -> Iterator[tuple[Pass, PassResult]]:
-        """Carry interventions out, pass by pass.
+    def adopt(self, settings: Mapping[str, Any]) -> None:
+        """Take what a run decided when it began."""
+        self.precision, self.budget = PRECISIONS[settings["precision"]], settings["memory_budget"]
 
-        Args:
-            tables: (pair, its interventions, where their effects go), ordered by the pairs' lengths.
-            precision: of the products.
-            each: does blocks.
-            tick: is told the row-layers done.
+    def settle(self, work: Work) -> tuple[Truth | None, int]:
+        """Choose the precision; the truth of a sample, for the noise floor, and the number of passes.
+
+        Raises:
+            DeltapatchError: the memory budget has no room for one intervention.
         """
+        began = time.perf_counter()
+        with full_float32(), workers(self.model.device) as each:
+            audit = Audit(self, work, each)
+            self.precision = self.precision or audit.cheapest()
+            n_passes = sum(1 for _ in self._parts(work.tables(), self.precision))
+            truth = audit.truth_for(self.precision)
+        self.seconds = time.perf_counter() - began
+        return truth, n_passes
+
+    def passes_of(self, tables: Tables, precision: Precision, each: Map) -> Iterator[tuple[Pass, PassResult]]:
+        """Carry interventions, ordered by the pairs' lengths, out in some precision, pass by pass."""
+        for part in self._parts(tables, precision):
+            yield part, self._carry(part, precision, each)
+
+    def _parts(self, tables: Tables, precision: Precision) -> Iterator[Pass]:
+        """The passes that interventions are cut into."""
         n_sources = 1 if self.partner is None else 2
         longest = int(self.length.max())
         costs = Costs.of(self.model, precision, self.backend.block_tokens, n_sources, longest)
-        for part in cut(tables, self.length, costs, self.budget, self.source == "mean"):
-            prompts = self._prompts(part.pairs)
-            wavefront = Wavefront(
-                self.model, prompts, part.table, self.measured, precision, self.backend, each, tick
-            )
-            yield part, wavefront.run()
+        return cut(tables, self.length, costs, self.budget, self.source == "mean")
+
+    def _carry(
+        self, part: Pass, precision: Precision, each: Map, tick: Callable[[int], None] = lambda n: None
+    ) -> PassResult:
+        prompts = self._prompts(part.pairs)
+        return Wavefront(
+            self.model, prompts, part.table, self.measured, precision, self.backend, each, tick
+        ).run()
+
+    def _found(
+        self,
+        part: Pass,
+        precision: Precision,
+        each: Map,
+        tick: Callable[[int], None],
+        describe: Callable[[int], str],
+    ) -> PassEffects:
+        """Carry a pass out, and check what it found."""
+        began = time.perf_counter()
+        result = self._carry(part, precision, each, tick)
+        self._check_finite(part, result, describe)
+        # The wavefront knows base and source; a reader of the results knows clean and corrupted.
+        runs = [1, 0] if self.direction == "denoise" else [0, 1]
+        reference = Reference(result.logit[:, runs], result.logp[:, runs], result.prediction[:, runs])
+        seconds = round(time.perf_counter() - began, 3)
+        return PassEffects(part.out, np.array(part.pairs), result.measured, reference, seconds)
+
+    def _row_layers(self, part: Pass) -> int:
+        """What a pass adds to the progress bar."""
+        length = self.length[np.array(part.pairs)][part.table.pair]
+        return row_layers(part.table, length, self.model.spec.n_layers)
 
     def _prompts(self, numbers: list[int]) -> Prompts:
         """The prompts of some pairs, cut at the read-out position."""
@@ -264,29 +296,3 @@ class Job:
             "seconds": round(self.seconds, 3),
             **environment(),
         }
-
-
-def _has_float8(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _read_at(readout: int | str, number: int, pair: EncodedPair) -> int:
-    at = pair.resolve(readout)
-    if at is None:
-        raise DeltapatchError(f"pair {number} has no position {readout!r} to read the effect at")
-    return at
-
-
-def _partners(length: np.ndarray, seed: int) -> np.ndarray:
-    """[pair], another pair of the same length for each, by a seeded cyclic shift of a shuffle."""
-    out = np.arange(len(length))
-    rng = np.random.default_rng(seed)
-    for n in np.unique(length):
-        same = rng.permutation(np.flatnonzero(length == n))
-        if len(same) < 2:
-            raise DeltapatchError(
-                f"source 'resample' needs another pair of the same length, but pair {same[0]} is alone "
-                f"with its {n} tokens"
-            )
-        out[same] = np.roll(same, 1)
-    return out

@@ -89,6 +89,14 @@ def encode_pairs(
     return [_encode(pair, tokenizer, d_vocab, name) for pair, name in zip(pairs, names, strict=True)]
 
 
+def read_at(readout: int | str, number: int, pair: EncodedPair) -> int:
+    """Where the effect on a pair is read. DeltapatchError where it has no such position."""
+    at = pair.resolve(readout)
+    if at is None:
+        raise DeltapatchError(f"pair {number} has no position {readout!r} to read the effect at")
+    return at
+
+
 def _encode(pair: PromptPair, tokenizer: Any, d_vocab: int, name: str) -> EncodedPair:
     clean = _prompt_ids(pair.clean, "clean", tokenizer, d_vocab, name)
     corrupted = _prompt_ids(pair.corrupted, "corrupted", tokenizer, d_vocab, name)

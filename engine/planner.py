@@ -191,6 +191,13 @@ def first_positions(table: PatchTable) -> np.ndarray:
     return first
 
 
+def row_layers(table: PatchTable, length: int | np.ndarray, n_layers: int) -> int:
+    """Row tokens times the layers that they pass, for prompts of that length (of each row, or of all)."""
+    first_layer = np.full(table.n_rows, n_layers)
+    np.minimum.at(first_layer, table.row, table.layer)
+    return int(((length - first_positions(table)).clip(0) * (n_layers - 1 - first_layer)).sum())
+
+
 def _pieces(each: np.ndarray, room: int) -> list[slice]:
     """Even runs of rows that each fit into `room` bytes."""
     n = max(1, -(-int(each.sum()) // max(1, room)))

@@ -4,7 +4,8 @@
     pairs.jsonl           one EncodedPair a line
     effects.safetensors   "<site>/<measured number>" for each site, and the reference runs
 
-Numbers are kept as measured, so that every metric can be asked for later.
+Numbers are kept as measured, so that every metric can be asked for later. While a sweep is not finished,
+there is no run.json, and what is done lies in a folder `unfinished` (see unfinished.py).
 """
 
 import errno
@@ -12,7 +13,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -22,17 +23,27 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from deltapatch.engine.effects import Effects, SiteEffects
 from deltapatch.engine.metrics import Reference
 from deltapatch.engine.pairs import EncodedPair
+from deltapatch.engine.tensorfile import save_file
+from deltapatch.engine.wholefile import flush as _flush
 from deltapatch.errors import DeltapatchError
 
 FORMAT = "deltapatch run"
 FORMAT_VERSION = 1
 RUN, PAIRS, EFFECTS = "run.json", "pairs.jsonl", "effects.safetensors"
+UNFINISHED, MANIFEST, LOCK = "unfinished", "manifest.json", "run.lock"
 _REFERENCE_AXES = {"logit": "pair,run,answer", "logp": "pair,run,answer", "prediction": "pair,run"}
+
+
+def is_begun(path: Path) -> bool:
+    """Whether an unfinished run lies in a folder, or what a finished one has not removed yet."""
+    folder = path / UNFINISHED
+    if not folder.is_dir():
+        return False
+    return (folder / LOCK).exists() or (folder / MANIFEST).exists() or not any(folder.iterdir())
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
@@ -42,9 +53,14 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         DeltapatchError: the path is taken.
     """
     path = Path(path)
-    with _plain_errors(path):
+    with plain_errors(path):
         if path.is_dir() and not any(path.iterdir()):
             return path
+        if is_begun(path) and not (path / RUN).exists():
+            raise DeltapatchError(
+                f"output path {path} is taken: it is a run that is not finished; the same sweep with "
+                "--resume (in Python resume=True) goes on from there, or remove it"
+            )
         if path.exists() or path.is_symlink():
             kind = "a folder that is not empty" if path.is_dir() else "a file"
             raise DeltapatchError(f"output path {path} is taken: it is {kind}; choose another or remove it")
@@ -58,7 +74,7 @@ def write_run(effects: Effects, path: str | os.PathLike[str]) -> None:
         DeltapatchError: the path is taken or cannot be written, or the disk is full.
     """
     path = check_output(path)
-    with _plain_errors(path):
+    with plain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.parent / f".{path.name}.{os.getpid()}.partial"
         try:
@@ -80,6 +96,11 @@ def read_run(path: str | os.PathLike[str]) -> Effects:
     path = Path(path)
     if not path.exists():
         raise DeltapatchError(f"run folder {path} does not exist")
+    if is_begun(path) and not (path / RUN).exists():
+        raise DeltapatchError(
+            f"run {path} is not finished: the same sweep with --resume (in Python resume=True) goes on "
+            "with it, and `deltapatch merge` finishes one whose parts (--shard) are all done"
+        )
     if not (path / RUN).is_file():
         raise DeltapatchError(f"{path} is not a run folder: it has no {RUN}")
     try:
@@ -101,6 +122,32 @@ def read_run(path: str | os.PathLike[str]) -> Effects:
         raise DeltapatchError(
             f"run folder {path} is damaged ({type(error).__name__}: {reason}): run the sweep again"
         ) from error
+
+
+def put_files(effects: Effects, drafts: Path, path: Path) -> None:
+    """Write the files of a run folder that already exists: first into a folder of drafts, then in place.
+
+    The one that makes it a finished run comes last. OSError where the disk is full.
+    """
+    try:
+        drafts.mkdir(exist_ok=True)
+        _write_files(effects, drafts)
+        for name in (EFFECTS, PAIRS, RUN):
+            os.replace(drafts / name, path / name)
+            _flush(path)
+    except BaseException:
+        shutil.rmtree(drafts, ignore_errors=True)
+        raise
+
+
+def pairs_as_text(pairs: Sequence[EncodedPair]) -> str:
+    """What pairs.jsonl holds."""
+    return "".join(json.dumps(asdict(pair), default=_plain) + "\n" for pair in pairs)
+
+
+def read_pairs_text(text: str) -> list[EncodedPair]:
+    """The pairs in what pairs.jsonl holds; ValueError, KeyError or TypeError where it is damaged."""
+    return [EncodedPair(**json.loads(line)) for line in text.split("\n") if line]
 
 
 def environment() -> dict[str, Any]:
@@ -160,9 +207,7 @@ def _write_files(effects: Effects, folder: Path) -> None:
         "axes": axes,
     }
     save_file(tensors, folder / EFFECTS, metadata=axes)
-    with open(folder / PAIRS, "w", encoding="utf-8") as file:
-        for pair in effects.pairs:
-            file.write(json.dumps(asdict(pair), default=_plain) + "\n")
+    (folder / PAIRS).write_text(pairs_as_text(effects.pairs), encoding="utf-8")
     with open(folder / RUN, "w", encoding="utf-8") as file:
         file.write(json.dumps(about, indent=2, default=_plain) + "\n")
     for name in (EFFECTS, PAIRS, RUN):
@@ -179,8 +224,7 @@ def _read_files(path: Path, about: dict[str, Any]) -> Effects:
                 site, np.array(coordinates["layers"]), coordinates["positions"], measured
             )
         reference = Reference(*(file.get_tensor(f"reference/{f.name}") for f in fields(Reference)))
-    with open(path / PAIRS, encoding="utf-8") as lines:
-        pairs = [EncodedPair(**json.loads(line)) for line in lines]
+    pairs = read_pairs_text((path / PAIRS).read_text(encoding="utf-8"))
     for swept in sites.values():
         for name, array in swept.measured.items():
             if array.shape[:3] != (len(pairs), len(swept.layers), len(swept.positions)):
@@ -195,24 +239,16 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    """Say in one sentence why a path cannot be written."""
+def plain_errors(path: Path, kept: str = "nothing was written, free some and run again") -> Iterator[None]:
+    """Say in one sentence why a path cannot be written, and what is there."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         # safetensors has its own word for what the system said
-        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower()
-        if full or "StorageFull" in str(error):
-            why = f"no space left on the disk to write {path}: nothing was written, free some and run again"
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "os error 28" in str(error).lower() or "StorageFull" in str(error):
+            why = f"no space left on the disk to write {path}: {kept}"
         else:
             why = f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
         raise DeltapatchError(why) from error

@@ -111,3 +111,22 @@ def source_differences(
         place -> [source token, ...]; `Prompts.source_token` says which token is whose.
     """
     return {place: prompts.delta(getattr(base, place), d, shapes) for place, d in captured.items()}
+
+
+def partners(length: np.ndarray, seed: int) -> np.ndarray:
+    """[pair], another pair of the same length for each, by a seeded cyclic shift of a shuffle.
+
+    Raises:
+        DeltapatchError: a pair is alone with its length.
+    """
+    out = np.arange(len(length))
+    rng = np.random.default_rng(seed)
+    for n in np.unique(length):
+        same = rng.permutation(np.flatnonzero(length == n))
+        if len(same) < 2:
+            raise DeltapatchError(
+                f"source 'resample' needs another pair of the same length, but pair {same[0]} is alone "
+                f"with its {n} tokens"
+            )
+        out[same] = np.roll(same, 1)
+    return out

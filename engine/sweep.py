@@ -3,19 +3,27 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from deltapatch.engine.effects import Effects, SiteEffects
+from deltapatch.engine.effects import Effects, load_effects
+from deltapatch.engine.gather import split
 from deltapatch.engine.grid import Grid, Layers, Positions, make_grid
 from deltapatch.engine.interventions import Intervention, tables_of
-from deltapatch.engine.job import Job, Work
+from deltapatch.engine.job import Job
+from deltapatch.engine.manifest import Manifest, settings_of
 from deltapatch.engine.metrics import Direction, Reference, compute
 from deltapatch.engine.pairs import PromptPair
-from deltapatch.engine.patches import PatchTable, place_of
-from deltapatch.engine.planner import first_positions
-from deltapatch.engine.runfolder import check_output
+from deltapatch.engine.patches import place_of
+from deltapatch.engine.planner import row_layers
+from deltapatch.engine.runfolder import RUN, check_output, is_begun, pairs_as_text
+from deltapatch.engine.unfinished import unfinished
+from deltapatch.engine.work import Work
+from deltapatch.engine.workers import threads
+from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import Model
 
 
@@ -54,6 +62,8 @@ def sweep(
     seed: int = 0,
     noise_scale: float = 3.0,
     noise_sample: int | None = None,
+    resume: bool = False,
+    shard: tuple[int, int] | None = None,
 ) -> Effects:
     """Patch every chosen site, layer, position and index of every pair, each alone, exactly.
 
@@ -75,7 +85,7 @@ def sweep(
         memory_budget: bytes that the sweep may use beside the model and its results; a quarter of what is
             free, at most 4 GiB, by default; on a GPU half of what is free there.
         progress: show a bar on stderr where that is a terminal.
-        out: write a run folder there, which must not exist yet.
+        out: write a run folder there, which must not exist yet. What each pass finds is kept there at once.
         metrics: which metrics will be asked for, or "all"; leaving out kl and flip saves some time.
         readout: where the effect is read, a position or label; patches after it have no effect.
         seed: of "resample" and "noise".
@@ -83,6 +93,11 @@ def sweep(
         noise_sample: how many of the effects are computed again in float64, drawn by `seed`; their relative
             errors are `meta["noise_floor"]`. 0 for none. By default so few that the run hardly takes longer:
             at most 32, in float32 where the run is short, and none of a short run that is itself float32.
+        resume: `out` may hold a run of the same sweep that was cut off: only what is missing is computed, and
+            the result has the same bytes as if nothing had happened. A finished one is read.
+        shard: (i, n), i from 1: do only this part of the passes, and leave `out` unfinished until all n parts
+            are done, by processes that share `out`, and `engine.merge.merge` joins them. What the others
+            found is NaN here. Implies `resume`.
 
     Returns:
         Effects: arrays [pair, layer, position] or [pair, layer, position, index] for every site and metric.
@@ -90,7 +105,8 @@ def sweep(
     Raises:
         DeltapatchError: bad input, one clear sentence.
     """
-    if out is not None:
+    part = _part(shard, out)
+    if out is not None and not resume and part is None:
         check_output(out)
     job = Job.of(
         model,
@@ -114,16 +130,28 @@ def sweep(
         _row_layers(grid, job),
         lambda i: grid.describe(i, len(job.pairs)),
     )
-    measured, reference = job.carry_out(work, progress)
-    site_effects = {}
-    for g in grid.sites:
-        shape = g.shape(len(job.pairs))
-        own = slice(g.offset, g.offset + int(np.prod(shape)))
-        arrays = {name: values[own].reshape(shape) for name, values in measured.items()}
-        site_effects[g.site.name] = SiteEffects(g.site.name, g.layers, g.positions, arrays)
-    effects = Effects(site_effects, job.pairs, reference, direction, job.meta())
-    if out is not None:
-        effects.save(out)
+    if out is None:
+        return _effects(grid, job, *job.carry_out(work, progress))
+    asked = settings_of(job, grid, None if precision == "auto" else precision, memory_budget)
+    path = Path(out)
+    if (resume or part is not None) and (path / RUN).is_file() and not is_begun(path):
+        return _finished(load_effects(out), job, grid, out)
+    with unfinished(path, resume, part) as kept:
+        if kept.finished:
+            return _finished(load_effects(out), job, grid, out)
+        with kept.planning():
+            if kept.manifest is None:
+                truth, n_passes = job.settle(work)
+                meta = job.meta()
+                plan = settings_of(job, grid, meta["precision"], job.budget, torch.get_num_threads())
+                kept.begin(Manifest(plan, n_passes, len(job.pairs), meta, truth), job.pairs)
+            assert kept.manifest is not None
+            kept.manifest.check_same(asked, out)
+        job.adopt(kept.manifest.settings)
+        with threads(kept.manifest.settings["threads"]):
+            effects = _effects(grid, job, *job.carry_out(work, progress, kept))
+        if part is None:
+            kept.finish(effects)
     return effects
 
 
@@ -167,7 +195,7 @@ def run(
         sorted(tables, key=lambda pair: int(job.length[pair])),
         lambda pair: tables[pair],
         len(interventions),
-        sum(_table_row_layers(t, job.length[p], model.spec.n_layers) for p, (t, _) in tables.items()),
+        sum(row_layers(t, job.length[p], model.spec.n_layers) for p, (t, _) in tables.items()),
         lambda i: f"intervention {i}",
     )
     measured, reference = job.carry_out(work, progress)
@@ -187,7 +215,37 @@ def _row_layers(grid: Grid, job: Job) -> int:
     return total
 
 
-def _table_row_layers(table: PatchTable, length: int, n_layers: int) -> int:
-    first_layer = np.full(table.n_rows, n_layers)
-    np.minimum.at(first_layer, table.row, table.layer)
-    return int(((length - first_positions(table)).clip(0) * (n_layers - 1 - first_layer)).sum())
+def _effects(grid: Grid, job: Job, measured: dict[str, np.ndarray], reference: Reference) -> Effects:
+    return Effects(split(grid, measured, len(job.pairs)), job.pairs, reference, job.direction, job.meta())
+
+
+def _part(shard: tuple[int, int] | None, out: object) -> tuple[int, int] | None:
+    """Of a shard, counted from 0."""
+    if shard is None:
+        return None
+    i, n = shard
+    if not 1 <= i <= n:
+        raise DeltapatchError(f"shard {i}/{n} does not exist: the first of {n} is 1/{n}, the last {n}/{n}")
+    if out is None:
+        raise DeltapatchError("a shard needs an output folder, which all shards share")
+    return i - 1, n
+
+
+def _finished(effects: Effects, job: Job, grid: Grid, out: object) -> Effects:
+    """The effects of a finished run, if they are those of this sweep."""
+    meta = job.meta()
+    same = {
+        "model (fingerprint)": effects.meta.get("fingerprint") == meta["fingerprint"],
+        "pairs": pairs_as_text(effects.pairs) == pairs_as_text(job.pairs),
+        "direction": effects.direction == job.direction,
+        "source": effects.meta.get("source") == job.source,
+        "readout": effects.meta.get("readout") == job.readout,
+        "seed": effects.meta.get("seed") == job.seed,
+        "sites": list(effects.sites) == [g.site.name for g in grid.sites],
+    }
+    for word, equal in same.items():
+        if not equal:
+            raise DeltapatchError(
+                f"run {out} is finished, with a different {word}: choose another output path or remove it"
+            )
+    return effects

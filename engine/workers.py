@@ -62,6 +62,17 @@ def workers(device: torch.device) -> Iterator[Map]:
 
 
 @contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Give torch so many threads until the end: how many there are shows in the last bits of a result."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def full_float32() -> Iterator[None]:
     """float32 products keep all their bits (no TF32) until the end, whatever the program has asked for."""
     settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]

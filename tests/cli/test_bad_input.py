@@ -7,7 +7,7 @@ import os
 import pytest
 from safetensors.torch import load_file, save_file
 
-from deltapatch.engine import runfolder
+from deltapatch.engine import runfolder, shards
 
 
 def refuses(result, *pieces):
@@ -200,5 +200,8 @@ def test_no_space_left(command, tiny, write_pairs, ids_pair, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(runfolder, "save_file", full)
-    refuses(swept(command, tiny, write_pairs(ids_pair)), "no space left", "run")
-    assert os.listdir() == []
+    refuses(swept(command, tiny, write_pairs(ids_pair)), "no space left", "run", "1 of 1 passes", "--resume")
+    refuses(command("effects", "run"), "not finished", "--resume")
+    monkeypatch.setattr(shards, "save_file", full)
+    refuses(swept(command, tiny, write_pairs(ids_pair), out="other"), "no space left", "nothing was kept")
+    assert os.listdir() == ["run"]

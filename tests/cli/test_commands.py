@@ -23,7 +23,17 @@ def test_every_help_has_an_example(command):
         assert result.code == 0
         assert f"deltapatch {name}".strip() in result.out.split("Examples:")[1]
         assert result.err == ""
-    assert set(cli.commands) == {"demo", "pairs", "sweep", "effects", "plot", "info", "convert", "bench"}
+    assert set(cli.commands) == {
+        "demo",
+        "pairs",
+        "sweep",
+        "effects",
+        "plot",
+        "info",
+        "convert",
+        "bench",
+        "merge",
+    }
 
 
 def test_version(command):

@@ -1,4 +1,4 @@
-"""Makes the two helper modules of this folder importable under names of their own."""
+"""Makes the helper modules of this folder importable under names of their own."""
 
 import importlib.util
 import sys
@@ -20,6 +20,7 @@ def _register(name: str, file: str) -> None:
 
 _register("engine_oracle", "oracle.py")
 _register("engine_tiny", "tiny.py")
+_register("engine_survivor", "survivor.py")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,253 @@
+"""The manifest of an unfinished run: its plan, checked before it is trusted, and never changed.
+
+Everything that decides a bit of the result is in `settings`: what the user chose, and what was taken from
+the machine when the run began (the memory budget and the threads, which decide how passes are cut, and the
+precision). A run that is resumed takes the latter from here.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+import deltapatch
+from deltapatch.engine.audit import Sampled, Truth
+from deltapatch.engine.grid import Grid, SiteGrid
+from deltapatch.engine.job import Job
+from deltapatch.engine.metrics import MEASURED, Direction, Reference
+from deltapatch.engine.pairs import EncodedPair
+from deltapatch.engine.runfolder import pairs_as_text
+from deltapatch.engine.sites import SITES
+from deltapatch.engine.sources import SOURCES
+from deltapatch.errors import DeltapatchError
+from deltapatch.kernels.product import PRECISIONS
+
+FORMAT, FORMAT_VERSION = "deltapatch unfinished run", 1
+PLAN_VERSION = 1  # to be raised whenever passes are cut, or computed, in another way
+
+# What must be the same for two processes to work on one run, and what a sentence calls it.
+_WORDS = {
+    "plan": "version of the plan",
+    "deltapatch": "version of deltapatch",
+    "torch": "version of PyTorch",
+    "model": "model (fingerprint)",
+    "dtype": "dtype",
+    "device": "kind of device",
+    "backend": "backend",
+    "pairs": "pairs",
+    "sites": "sites or layers",
+    "positions": "positions",
+    "direction": "direction",
+    "source": "source",
+    "readout": "readout",
+    "metrics": "metrics",
+    "seed": "seed",
+    "noise_scale": "noise scale",
+    "noise_sample": "noise sample",
+    "precision": "precision",
+    "memory_budget": "memory budget",
+    "threads": "number of threads",
+}
+_SHORT = 40  # characters of a value that fit into a sentence
+_MOST = 2**50  # of anything that is counted
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The plan of a run.
+
+    Attributes:
+        settings: see above.
+        n_passes: that the plan is cut into.
+        n_pairs: lines of pairs.jsonl.
+        meta: what the finished run will say of itself.
+        truth: effects in float64 for the noise floor, or None.
+    """
+
+    settings: dict[str, Any]
+    n_passes: int
+    n_pairs: int
+    meta: dict[str, Any]
+    truth: Truth | None
+
+    def to_json(self) -> str:
+        """As text, with a checksum."""
+        body = self._body()
+        return json.dumps(body | {"sha256": _digest(body)}, indent=1) + "\n"
+
+    def digest(self) -> str:
+        """The checksum that its shards carry."""
+        return _digest(self._body())
+
+    def grid(self) -> Grid:
+        """What the run patches."""
+        grids, offset = [], 0
+        for s in self.settings["sites"]:
+            layers = np.array(s["layers"], dtype=np.int64)
+            grids.append(SiteGrid(SITES[s["site"]], layers, self.settings["positions"], s["indices"], offset))
+            size = self.n_pairs * len(layers) * len(self.settings["positions"]) * max(1, s["indices"])
+            offset += size
+        return Grid(grids, offset)
+
+    def check_same(self, settings: Mapping[str, Any], where: object) -> None:
+        """Check that what a process was asked for is this plan; None leaves a choice to the plan.
+
+        Raises:
+            DeltapatchError: something differs.
+        """
+        for name, word in _WORDS.items():
+            mine, own = settings[name], self.settings[name]
+            if mine is None or mine == own:
+                continue
+            both = f": {own} there, {mine} here" if len(f"{own}{mine}") <= 2 * _SHORT else ""
+            both = " ".join(both.split())  # one line, whatever was read
+            raise DeltapatchError(
+                f"cannot resume {where}: it was begun with a different {word}{both}; give the same, or "
+                "choose another output path"
+            )
+
+    def _body(self) -> dict[str, Any]:
+        body = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "settings": self.settings,
+            "n_passes": self.n_passes,
+            "n_pairs": self.n_pairs,
+            "meta": self.meta,
+            "truth": None if self.truth is None else _truth_as_lists(self.truth),
+        }
+        # Numpy numbers and tuples become what they will be when they are read.
+        plain: dict[str, Any] = json.loads(json.dumps(body, default=_plain))
+        return plain
+
+
+def settings_of(
+    job: Job, grid: Grid, precision: str | None, budget: int | None, threads: int | None = None
+) -> dict[str, Any]:
+    """What decides the result of a sweep; None for what the plan may decide."""
+    return {
+        "plan": PLAN_VERSION,
+        "deltapatch": deltapatch.__version__,
+        "torch": str(torch.__version__),
+        "model": job.model.fingerprint(),
+        "dtype": str(job.model.dtype).removeprefix("torch."),
+        "device": job.model.device.type,
+        "backend": job.backend.name,
+        "pairs": digest_of(job.pairs),
+        "sites": [
+            {"site": g.site.name, "layers": g.layers.tolist(), "indices": g.n_indices} for g in grid.sites
+        ],
+        "positions": grid.sites[0].positions,
+        "direction": job.direction,
+        "source": job.source,
+        "readout": job.readout,
+        "metrics": list(job.measured),
+        "seed": job.seed,
+        "noise_scale": job.noise_scale,
+        "noise_sample": job.noise_sample,
+        "precision": precision,
+        "memory_budget": budget,
+        "threads": threads,
+    }
+
+
+def digest_of(pairs: list[EncodedPair]) -> str:
+    """The checksum of pairs, as a manifest has it."""
+    return hashlib.sha256(pairs_as_text(pairs).encode()).hexdigest()
+
+
+def read_manifest(text: str | bytes) -> Manifest:
+    """The manifest in a text.
+
+    Raises:
+        ValueError, RecursionError: it is damaged, or not one; the message says where.
+    """
+    body = json.loads(text)
+    _need(isinstance(body, dict) and body.get("format") == FORMAT, "format")
+    _need(body.get("format_version") == FORMAT_VERSION, "format_version, perhaps of a newer deltapatch")
+    checksum = body.pop("sha256", None)
+    _need(checksum == _digest(body), "checksum")
+    settings, n_passes, n_pairs = body.get("settings"), body.get("n_passes"), body.get("n_pairs")
+    _need(isinstance(body.get("meta"), dict), "meta")
+    _need(_counts(n_passes) and _counts(n_pairs), "counts")
+    _need(isinstance(settings, dict) and list(settings) == list(_WORDS), "settings")
+    _check_settings(settings)
+    truth = None if body.get("truth") is None else _read_truth(body["truth"], tuple(settings["metrics"]))
+    manifest = Manifest(settings, n_passes, n_pairs, body["meta"], truth)
+    if truth is not None:
+        _need(bool(((truth.at >= 0) & (truth.at < manifest.grid().n_effects)).all()), "truth")
+    return manifest
+
+
+def _check_settings(s: dict[str, Any]) -> None:
+    sites, positions, metrics = s["sites"], s["positions"], s["metrics"]
+    _need(isinstance(sites, list) and bool(sites), "sites")
+    for site in sites:
+        _need(isinstance(site, dict) and set(site) == {"site", "layers", "indices"}, "sites")
+        _need(isinstance(site["site"], str) and site["site"] in SITES, "sites")
+        layers = site["layers"]
+        _need(isinstance(layers, list) and bool(layers) and all(map(_counts, layers)), "layers")
+        _need(len(set(layers)) == len(layers) and _counts(site["indices"]), "layers")
+    _need(len({site["site"] for site in sites}) == len(sites), "sites")
+    _need(isinstance(positions, list) and bool(positions), "positions")
+    _need(all(isinstance(p, str) or (_whole(p) and abs(p) < _MOST) for p in positions), "positions")
+    _need(len(set(positions)) == len(positions), "positions")
+    _need(isinstance(metrics, list) and bool(metrics) and set(map(str, metrics)) <= set(MEASURED), "metrics")
+    _need(len(set(metrics)) == len(metrics), "metrics")
+    _need(s["direction"] in get_args(Direction) and s["source"] in list(SOURCES), "direction or source")
+    _need(isinstance(s["precision"], str) and s["precision"] in PRECISIONS, "precision")
+    _need(_counts(s["memory_budget"]) and s["memory_budget"] > 0, "memory budget")
+    _need(_counts(s["threads"]) and 0 < s["threads"] <= 4096, "threads")
+    for name in ("model", "pairs", "deltapatch", "torch", "dtype", "device", "backend"):
+        _need(isinstance(s[name], str), name)
+
+
+def _truth_as_lists(truth: Truth) -> dict[str, Any]:
+    reference = truth.sampled.reference
+    return {
+        "precision": truth.precision,
+        "at": truth.at.tolist(),
+        "measured": {name: values.tolist() for name, values in truth.sampled.measured.items()},
+        "reference": [reference.logit.tolist(), reference.logp.tolist(), reference.prediction.tolist()],
+    }
+
+
+def _read_truth(found: Any, metrics: tuple[str, ...]) -> Truth:
+    try:
+        at = np.array(found["at"], dtype=np.int64)
+        measured = {name: np.array(found["measured"][name], dtype=np.float64) for name in metrics}
+        logit, logp, prediction = (np.array(a, dtype=np.float64) for a in found["reference"])
+        precision = found["precision"]
+    except (KeyError, TypeError, OverflowError) as error:
+        raise ValueError("its truth is wrong") from error
+    _need(at.ndim == 1, "truth")
+    n = len(at)
+    _need(all(a.shape == (n,) for a in measured.values()), "truth")
+    _need(logit.shape == logp.shape == (n, 2, 2) and prediction.shape == (n, 2), "truth")
+    _need(precision in ("fp64", "fp32"), "truth")
+    return Truth(precision, at, Sampled(measured, Reference(logit, logp, prediction)))
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+
+
+def _need(true: bool, what: str) -> None:
+    if not true:
+        raise ValueError(f"its {what} is wrong")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _counts(value: Any) -> bool:
+    return _whole(value) and 0 <= value < _MOST
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)

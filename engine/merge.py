@@ -1,0 +1,140 @@
+"""Merging: the shards of a run whose parts are all done become the run folder of one process."""
+
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from deltapatch.engine.effects import Effects
+from deltapatch.engine.gather import Gathered, PassEffects, split
+from deltapatch.engine.grid import Grid
+from deltapatch.engine.manifest import Manifest, digest_of
+from deltapatch.engine.pairs import EncodedPair
+from deltapatch.engine.runfolder import PAIRS, RUN, UNFINISHED, is_begun, read_pairs_text
+from deltapatch.engine.shards import DamagedShard, Shards
+from deltapatch.engine.unfinished import read_plan, unfinished
+from deltapatch.errors import DeltapatchError
+
+
+def merge(path: str | PathLike[str]) -> bool:
+    """Join what the parts of a run found, check that it is whole and complete, and finish the run folder.
+
+    Args:
+        path: the run folder that all parts had as their output.
+
+    Returns:
+        Whether there was anything to do: False where the run is finished already.
+
+    Raises:
+        DeltapatchError: it is no run, a part is at work, passes are missing or damaged, or the disk is full.
+    """
+    path = Path(path)
+    if not is_begun(path):
+        if (path / RUN).is_file():
+            return False
+        raise DeltapatchError(f"{path} is not a run folder: give the output folder of the parts of a sweep")
+    with unfinished(path, resume=True) as run:
+        if run.finished:
+            return False
+        manifest = run.manifest or read_plan(path)
+        pairs = _pairs(path, manifest)
+        grid = manifest.grid()
+        _check_complete(path, run.shards, manifest, grid, pairs)
+        gathered = _gather(path, run.shards, manifest, grid, pairs)
+        settings = manifest.settings
+        meta = manifest.meta | {
+            "passes": gathered.passes,
+            "rows": gathered.rows,
+            "seconds": round(gathered.seconds, 3),
+        }
+        if manifest.truth is not None:
+            meta["noise_floor"] = manifest.truth.noise_floor(
+                settings["precision"], gathered.measured, settings["direction"]
+            )
+        sites = split(grid, gathered.measured, len(pairs))
+        run.finish(Effects(sites, pairs, gathered.reference, settings["direction"], meta))
+    return True
+
+
+def _pairs(path: Path, manifest: Manifest) -> list[EncodedPair]:
+    file = path / UNFINISHED / PAIRS
+    try:
+        pairs = read_pairs_text(file.read_text(encoding="utf-8"))
+        if digest_of(pairs) != manifest.settings["pairs"] or len(pairs) != manifest.n_pairs:
+            raise ValueError("they are not those of the manifest")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DeltapatchError(
+            f"run {path} cannot be merged: {file} is damaged ({reason}); the same sweep with "
+            "--resume needs none of it"
+        ) from error
+    return pairs
+
+
+def _check_complete(
+    path: Path, shards: Shards, manifest: Manifest, grid: Grid, pairs: list[EncodedPair]
+) -> None:
+    """Read every shard before arrays for all are made: a number in a manifest is not worth much memory."""
+    have = [number for number in shards.numbers() if number < manifest.n_passes]
+    rows, damaged = 0, []
+    for number in have:
+        found = _read(shards, number)
+        if found is None:
+            damaged.append(number)
+        else:
+            rows += len(found.out)
+    missing = manifest.n_passes - len(have)
+    if missing or damaged:
+        raise DeltapatchError(
+            f"run {path} is not complete: of {manifest.n_passes} passes {missing} are missing and "
+            f"{len(damaged)} are damaged; run the same parts again, or the whole sweep with --resume"
+        )
+    if rows != _n_rows(grid, pairs):
+        raise DeltapatchError(f"run {path} is damaged: its shards do not hold what its manifest promises")
+
+
+def _gather(path: Path, shards: Shards, manifest: Manifest, grid: Grid, pairs: list[EncodedPair]) -> Gathered:
+    dtype = np.float64 if manifest.settings["precision"] == "fp64" else np.float32
+    names = manifest.settings["metrics"]
+    gathered = Gathered(names, dtype, grid.n_effects, len(pairs))
+    seen = np.zeros(grid.n_effects, dtype=bool)
+    ran = np.zeros(len(pairs), dtype=bool)
+    for number in range(manifest.n_passes):
+        found = _read(shards, number)
+        if found is None or not _fits(found, gathered, names):
+            raise DeltapatchError(f"run {path} is damaged: pass {number} does not fit its manifest")
+        gathered.add(found)
+        seen[found.out] = True
+        ran[found.pairs] = True
+    # As many as there should be, and each once: these are all.
+    complete = int(seen.sum()) == gathered.rows and bool(ran.all())
+    if not complete or not all(seen[grid.table(i, pair)[1]].all() for i, pair in enumerate(pairs)):
+        raise DeltapatchError(f"run {path} is damaged: its shards do not hold what its manifest promises")
+    return gathered
+
+
+def _read(shards: Shards, number: int) -> PassEffects | None:
+    try:
+        return shards.read(number)
+    except DamagedShard:
+        return None
+
+
+def _fits(found: PassEffects, gathered: Gathered, names: list[str]) -> bool:
+    kinds = {name: gathered.measured[name].dtype for name in names}
+    n_effects, n_pairs = len(gathered.measured[names[0]]), len(gathered.reference.logit)
+    inside = all(
+        at.min(initial=0) >= 0 and at.max(initial=-1) < n
+        for at, n in ((found.out, n_effects), (found.pairs, n_pairs))
+    )
+    return inside and {name: values.dtype for name, values in found.measured.items()} == kinds
+
+
+def _n_rows(grid: Grid, pairs: list[EncodedPair]) -> int:
+    """How many interventions there are, without an array of them."""
+    rows = 0
+    for pair in pairs:
+        for g in grid.sites:
+            spots = sum(pair.resolve(at) is not None for at in g.positions)
+            rows += len(g.layers) * spots * max(1, g.n_indices)
+    return rows

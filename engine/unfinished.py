@@ -1,0 +1,226 @@
+"""An unfinished run: what its passes found, kept in the run folder until all of them are there.
+
+    RUN/unfinished/manifest.json       the plan (see manifest.py)
+    RUN/unfinished/pairs.jsonl         the pairs, as they will stand in RUN
+    RUN/unfinished/0.safetensors ...   a shard for each pass that is done (see shards.py)
+    RUN/unfinished/*.lock              who is at work
+
+When all is there, the files of a run folder are written into RUN, run.json as the last, and `unfinished` is
+removed. So a folder with run.json is whole, whatever lies beside it.
+"""
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from deltapatch.engine.audit import Truth
+from deltapatch.engine.effects import Effects
+from deltapatch.engine.gather import Gathered, PassEffects
+from deltapatch.engine.manifest import Manifest, read_manifest
+from deltapatch.engine.pairs import EncodedPair
+from deltapatch.engine.planner import Pass
+from deltapatch.engine.runfolder import (
+    LOCK,
+    MANIFEST,
+    PAIRS,
+    RUN,
+    UNFINISHED,
+    check_output,
+    is_begun,
+    pairs_as_text,
+    plain_errors,
+    put_files,
+)
+from deltapatch.engine.runlock import held
+from deltapatch.engine.shards import DamagedShard, Shards
+from deltapatch.engine.wholefile import flush, write_whole
+from deltapatch.errors import DeltapatchError
+
+DRAFTS = "finished"
+GO_ON = "the same sweep with --resume (in Python resume=True) goes on from there"
+
+
+class Unfinished:
+    """The unfinished run in a folder, locked. `unfinished` makes it.
+
+    Args:
+        path: the run folder.
+        part: (i, n), of n processes that share the passes, from 0; None where this one does all.
+    """
+
+    def __init__(self, path: Path, part: tuple[int, int] | None) -> None:
+        self.path, self.part = path, part
+        self.folder = path / UNFINISHED
+        self.seconds_kept = 0.0
+        self._began = False
+        self.manifest: Manifest | None = None
+        self.shards = Shards(self.folder, "")
+        if (self.folder / MANIFEST).exists():
+            self._adopt(read_plan(path))
+
+    @property
+    def whole(self) -> bool:
+        """Whether this process does all passes."""
+        return self.part is None
+
+    @property
+    def truth(self) -> Truth | None:
+        """Of a sample, from when the run began."""
+        return None if self.manifest is None else self.manifest.truth
+
+    @property
+    def finished(self) -> bool:
+        """Whether another process has finished it."""
+        return (self.path / RUN).exists()
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """Wait for a process that decides the plan, and take what it decided."""
+        with held(self.folder / "plan.lock", "", wait=True):
+            if self.manifest is None and (self.folder / MANIFEST).exists():
+                self._adopt(read_plan(self.path))
+            yield
+
+    def begin(self, manifest: Manifest, pairs: list[EncodedPair]) -> None:
+        """Write the plan. DeltapatchError where the disk is full."""
+        with plain_errors(self.path):
+            for stale in self.shards.numbers():  # of a plan that was lost
+                self.shards.path(stale).unlink()
+            write_whole(self.folder / PAIRS, lambda p: p.write_text(pairs_as_text(pairs), encoding="utf-8"))
+            flush(self.path)  # a folder that is new is not yet seen to the disk either
+            flush(self.path.absolute().parent)
+            write_whole(self.folder / MANIFEST, lambda p: p.write_text(manifest.to_json(), encoding="utf-8"))
+        self._adopt(manifest)
+        self._began = True
+
+    def wants(self, number: int) -> bool:
+        """Whether this process does that pass."""
+        return self.part is None or number % self.part[1] == self.part[0]
+
+    def kept(self, number: int, part: Pass, gathered: Gathered) -> PassEffects | None:
+        """What the pass found earlier; None where it is to be done, perhaps again."""
+        try:
+            found = self.shards.read(number)
+            if found is None:
+                return None
+            same = np.array_equal(found.out, part.out) and np.array_equal(found.pairs, part.pairs)
+            kinds = {name: values.dtype for name, values in found.measured.items()}
+            if not same or kinds != {name: values.dtype for name, values in gathered.measured.items()}:
+                raise DamagedShard
+        except DamagedShard:
+            name = self.shards.path(number)
+            warnings.warn(f"{name} is damaged: its pass is computed again", stacklevel=2)
+            return None
+        self.seconds_kept += found.seconds
+        return found
+
+    def keep(self, number: int, found: PassEffects) -> None:
+        """Keep what a pass found. DeltapatchError where the disk is full."""
+        with plain_errors(self.path, self._on_a_full_disk()):
+            self.shards.write(number, found)
+
+    def finish(self, effects: Effects) -> None:
+        """Write the files of a finished run folder. DeltapatchError where the disk is full."""
+        with plain_errors(self.path, self._on_a_full_disk()):
+            put_files(effects, self.folder / DRAFTS, self.path)
+        clean(self.path)
+
+    def state(self) -> str:
+        """What is kept, and how to go on."""
+        n = len(self.shards.numbers())
+        if not n:
+            return "nothing was kept, so run it again"
+        total = "" if self.manifest is None else f" of {self.manifest.n_passes}"
+        return f"{n}{total} passes are kept in {self.path}, and {GO_ON}"
+
+    def drop_if_empty(self) -> bool:
+        """Remove what this process began, where no pass is done and nobody else is at work."""
+        mine = self._began or self.manifest is None
+        if self.part is not None or not mine or self.shards.numbers():
+            return False
+        clean(self.path)
+        return True
+
+    def _on_a_full_disk(self) -> str:
+        return f"free some; {self.state()}"
+
+    def _adopt(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.shards = Shards(self.folder, manifest.digest())
+
+
+@contextmanager
+def unfinished(path: Path, resume: bool, part: tuple[int, int] | None = None) -> Iterator[Unfinished]:
+    """Lock a run folder that is to be filled, and say how to go on when that is interrupted.
+
+    Args:
+        path: the run folder; it is made where it is missing.
+        resume: it may hold an unfinished run.
+        part: which part of the passes this process does.
+
+    Raises:
+        DeltapatchError: the path is taken, or another process works on it.
+    """
+    join, new = resume or part is not None, not path.exists()
+    if not (join and is_begun(path)):
+        check_output(path)
+    folder = path / UNFINISHED
+    if folder.is_symlink():
+        raise DeltapatchError(f"{folder} is a link: what is written must stay in the run folder; remove it")
+    busy = f"another process works on run folder {path}: wait until it is done, or choose another output path"
+    with ExitStack() as locks:
+        with plain_errors(path):
+            locks.enter_context(held(folder / LOCK, busy, shared=part is not None))
+            if part is not None:
+                name = f"part-{part[0] + 1}-of-{part[1]}.lock"
+                locks.enter_context(held(folder / name, busy))
+        if not join and ((path / RUN).exists() or (folder / MANIFEST).exists()):
+            check_output(path)  # another process took it just now
+        if part is None:
+            for draft in folder.glob(".*.partial"):
+                draft.unlink(missing_ok=True)
+        run = Unfinished(path, part)
+        try:
+            yield run
+        except KeyboardInterrupt:
+            if run.finished:
+                raise
+            raise KeyboardInterrupt(f"Interrupted; {run.state()}") from None
+        finally:
+            if run.finished:
+                if part is None:
+                    clean(path)
+            elif run.drop_if_empty() and new:
+                with suppress(OSError):  # something else may lie there by now
+                    path.rmdir()
+
+
+def read_plan(path: Path) -> Manifest:
+    """The manifest of an unfinished run.
+
+    Raises:
+        DeltapatchError: it is missing or damaged.
+    """
+    try:
+        return read_manifest((path / UNFINISHED / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise DeltapatchError(
+            f"unfinished run {path} cannot be resumed: its {UNFINISHED}/{MANIFEST} is damaged ({reason}); "
+            "remove the folder and run the sweep again"
+        ) from error
+
+
+def clean(path: Path) -> None:
+    """Remove what a finished run no longer needs, and nothing that is not its own; the locks go last."""
+    folder = path / UNFINISHED
+    shutil.rmtree(folder / DRAFTS, ignore_errors=True)
+    for pattern in ("*.safetensors", MANIFEST, PAIRS, ".*.partial", "*.lock"):
+        for file in folder.glob(pattern):
+            file.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()

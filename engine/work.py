@@ -1,0 +1,60 @@
+"""Work: what a job carries out, and who keeps what it finds."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from deltapatch.engine.audit import Truth
+from deltapatch.engine.gather import Gathered, PassEffects
+from deltapatch.engine.patches import PatchTable
+from deltapatch.engine.planner import Pass
+
+Tables = Iterable[tuple[int, PatchTable, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job carries out.
+
+    Attributes:
+        order: pairs, by length.
+        table_of: the interventions of a pair, and where their effects go.
+        n_effects: of all pairs.
+        row_layers: row tokens times the layers that they pass.
+        describe: an effect in words.
+    """
+
+    order: list[int]
+    table_of: Callable[[int], tuple[PatchTable, np.ndarray]]
+    n_effects: int
+    row_layers: int
+    describe: Callable[[int], str]
+
+    def tables(self) -> Tables:
+        """Of every pair: its number, interventions, and where their effects go."""
+        return ((pair, *self.table_of(pair)) for pair in self.order)
+
+
+class Keeper(Protocol):
+    """Keeps what passes find where it survives the process."""
+
+    seconds_kept: float  # that the passes took which were already there
+
+    @property
+    def whole(self) -> bool:
+        """Whether this process does all passes, not a part of them."""
+
+    @property
+    def truth(self) -> Truth | None:
+        """Of the sample."""
+
+    def wants(self, number: int) -> bool:
+        """Whether this process does that pass."""
+
+    def kept(self, number: int, part: Pass, gathered: Gathered) -> PassEffects | None:
+        """What the pass found earlier; None where it is to be done."""
+
+    def keep(self, number: int, found: PassEffects) -> None:
+        """Keep what the pass found."""

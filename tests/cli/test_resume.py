@@ -1,0 +1,126 @@
+"""Sweeps that are resumed, shared and merged, by command: what is said, and the exit code."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from deltapatch.engine.shards import Shards
+
+ONE_PAIR_A_PASS = """
+from deltapatch.engine.planner import Costs
+Costs.of = classmethod(lambda cls, *rest: Costs(0, 10**6, 0, 0, 0))
+"""
+SLOWLY = """
+import time
+from deltapatch.engine.shards import Shards
+keep = Shards.write
+def write(*args):
+    keep(*args)
+    print("kept", flush=True)
+    time.sleep(0.5)
+Shards.write = write
+"""
+
+
+@pytest.fixture
+def args(tiny, write_pairs, ids_pair):
+    pairs = write_pairs(
+        *(ids_pair | {"clean": [5, 6, 7, 8 + i], "corrupted": [5, 9, 7, 8 + i]} for i in range(4))
+    )
+    return ("sweep", "--model", tiny, "--pairs", pairs, "--device", "cpu", "--memory-budget", "1500000")
+
+
+@pytest.fixture
+def one_pair_a_pass(monkeypatch):
+    from deltapatch.engine.planner import Costs
+
+    monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *rest: Costs(0, 10**6, 0, 0, 0)))
+
+
+def effects(run):
+    assert sorted(os.listdir(run)) == ["effects.safetensors", "pairs.jsonl", "run.json"]
+    return (run / "effects.safetensors").read_bytes()
+
+
+def interrupted(args, run, prelude=""):
+    """A real process that gets Ctrl-C once its first pass is kept."""
+    code = f"{ONE_PAIR_A_PASS}{SLOWLY}{prelude}\nfrom deltapatch.cli.main import main\nmain()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args), "--out", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "kept\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+def test_ctrl_c_and_resume(command, args, tmp_path, one_pair_a_pass):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    code, err = interrupted(args, run)
+    assert code == 130
+    assert "Traceback" not in err
+    said = err.strip().splitlines()[-1]
+    assert said == (
+        f"Interrupted; 1 of 4 passes are kept in {run}, and the same sweep with --resume "
+        "(in Python resume=True) goes on from there"
+    )
+    refused = command(*args, "--out", run)
+    assert refused.code == 2
+    assert "--resume" in refused.err
+    other = command(*args, "--out", run, "--resume", "--direction", "noise")
+    assert other.code == 2
+    assert "different direction: denoise there, noise here" in other.err
+    resumed = command(*args, "--out", run, "--resume", "--json")
+    assert resumed.code == 0, resumed.err
+    assert json.loads(resumed.out)["run"]["passes"] == 4
+    assert command(*args, "--out", whole, "--resume").code == 0
+    assert effects(run) == effects(whole)
+    again = command(*args, "--out", run, "--resume")
+    assert (again.code, again.out) == (0, f"{run}\n")
+    assert again.err == f"{run} is finished already: nothing to do\n"
+
+
+def test_a_damaged_shard_is_a_warning(command, args, tmp_path, one_pair_a_pass, monkeypatch):
+    assert command(*args, "--out", tmp_path / "whole", "-q").code == 0
+    run = tmp_path / "run"
+    for part in ("1/2", "2/2"):
+        assert command(*args, "--out", run, "--shard", part, "-q").code == 0
+    shard = Shards(run / "unfinished", "").path(2)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused = command("merge", run)
+    assert (refused.code, refused.out) == (2, "")
+    assert "of 4 passes 0 are missing and 1 are damaged" in refused.err
+    mended = command(*args, "--out", run, "--shard", "1/2", "-q")
+    assert mended.err == f"Warning: {shard} is damaged: its pass is computed again\n"
+    assert command("merge", run).code == 0
+    assert effects(run) == effects(tmp_path / "whole")
+
+
+def test_parts_and_merge(command, args, tmp_path, one_pair_a_pass):
+    assert command(*args, "--out", tmp_path / "whole").code == 0
+    run = tmp_path / "run"
+    for part in ("3/3", "1/3", "2/3"):
+        done = command(*args, "--out", run, "--shard", part)
+        assert (done.code, done.out) == (0, f"{run}\n")
+        assert f"part {part} is done; when all are: deltapatch merge {run}" in done.err
+    merged = command("merge", run)
+    assert (merged.code, merged.out, merged.err) == (0, f"{run}\n", "")
+    assert effects(run) == effects(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole")
+    assert "nothing to do" in command("merge", run).err
+    assert command("merge", tmp_path / "nothing").code == 2
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_parts_that_mean_nothing(command, args, tmp_path, part):
+    result = command(*args, "--out", tmp_path / "run", "--shard", part)
+    assert result.code == 2
+    assert "is not a part such as 2/8" in result.err

@@ -1,0 +1,460 @@
+"""Runs that are cut off, damaged, shared or mixed up: the same bytes in the end, or one sentence."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_survivor import OPTIONS, make_model, make_pairs, sweep
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import deltapatch
+from deltapatch import DeltapatchError
+from deltapatch.engine import manifest as manifests
+from deltapatch.engine import unfinished
+from deltapatch.engine.merge import merge
+from deltapatch.engine.shards import Shards
+
+SURVIVOR = Path(__file__).with_name("survivor.py")
+HYPOTHESIS = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run folder of a sweep that nothing happened to."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    sweep(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run folder that is cut off after four of its passes."""
+    run = tmp_path_factory.mktemp("begun") / "run"
+    cut_off(run, 4)
+    return run
+
+
+@pytest.fixture
+def cut(begun, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(begun, tmp_path / "cut"))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A run folder whose parts are all done."""
+    run = tmp_path_factory.mktemp("parts") / "run"
+    for i in (1, 2):
+        sweep(run, shard=(i, 2))
+    return run
+
+
+def cut_off(run, passes, error=Stop, **options):
+    """Sweep until so many passes are kept."""
+    keep, done = Shards.write, []
+
+    def write(self, number, found):
+        if len(done) == passes:
+            raise error
+        keep(self, number, found)
+        done.append(number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shards, "write", write)
+        with pytest.raises(error) as stopped:
+            sweep(run, **options)
+    return str(stopped.value)
+
+
+def same(run, whole):
+    """A finished folder with the same effects and pairs, and nothing else."""
+    assert sorted(os.listdir(run)) == ["effects.safetensors", "pairs.jsonl", "run.json"]
+    for name in ("effects.safetensors", "pairs.jsonl"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    ours, theirs = (json.loads((r / "run.json").read_text()) for r in (run, whole))
+    assert list(ours) == list(theirs)
+    for name in set(ours) - {"date", "seconds"}:
+        assert ours[name] == theirs[name], name
+    return True
+
+
+def passes_of(monkeypatch):
+    """A list of the passes that are computed from now on."""
+    keep, done = Shards.write, []
+
+    def write(self, number, found):
+        keep(self, number, found)
+        done.append(number)
+
+    monkeypatch.setattr(Shards, "write", write)
+    return done
+
+
+def test_a_finished_folder_is_as_ever(whole, tmp_path):
+    sweep(tmp_path / "again")
+    assert same(tmp_path / "again", whole)
+    meta = deltapatch.load_effects(whole).meta
+    assert meta["passes"] == 6
+    assert meta["noise_floor"]["recomputed"] == 4
+    in_memory = sweep(None)
+    for site, swept in deltapatch.load_effects(whole).sites.items():
+        for name, values in swept.measured.items():
+            np.testing.assert_array_equal(values, in_memory.sites[site].measured[name])
+
+
+def test_only_what_is_missing_is_computed(cut, whole, monkeypatch):
+    done = passes_of(monkeypatch)
+    found = sweep(cut, resume=True)
+    assert done == [4, 5]
+    assert same(cut, whole)
+    assert found.meta["passes"] == 6
+
+
+def test_resuming_nothing_starts_and_resuming_all_does_nothing(whole, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    sweep(tmp_path / "run", resume=True)
+    assert same(tmp_path / "run", whole)
+    done = passes_of(monkeypatch)
+    assert sweep(tmp_path / "run", resume=True).pairs == deltapatch.load_effects(whole).pairs
+    assert done == []
+    with pytest.raises(DeltapatchError, match="is finished, with a different direction"):
+        sweep(tmp_path / "run", resume=True, direction="noise")
+
+
+def test_readers_and_writers_of_an_unfinished_run_are_told(cut):
+    with pytest.raises(DeltapatchError, match=r"is not finished: the same sweep with --resume"):
+        deltapatch.load_effects(cut)
+    with pytest.raises(DeltapatchError, match=r"is taken: it is a run that is not finished"):
+        sweep(cut)
+    with pytest.raises(DeltapatchError, match=r"of 6 passes 2 are missing and 0 are damaged"):
+        merge(cut)
+
+
+def test_a_pass_without_interventions(tmp_path):
+    pairs = make_pairs(3)
+    pairs[1].labels["here"] = 2
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    sweep(whole, pairs=pairs, positions=["here"])
+    cut_off(run, 2, pairs=pairs, positions=["here"])
+    sweep(run, pairs=pairs, positions=["here"], resume=True)
+    assert same(run, whole)
+    assert deltapatch.load_effects(run).accuracy() >= 0
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "mine" / "unfinished").mkdir(parents=True)
+    (tmp_path / "mine" / "unfinished" / "0.safetensors").write_text("mine")
+    for act in (lambda run: sweep(run, resume=True), lambda run: sweep(run, shard=(1, 2)), merge):
+        with pytest.raises(DeltapatchError, match=r"is taken|is not a run folder"):
+            act(tmp_path / "mine")
+    assert (tmp_path / "mine" / "unfinished" / "0.safetensors").read_text() == "mine"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "unfinished").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DeltapatchError, match="is a link"):
+        sweep(tmp_path / "run", resume=True)
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+def test_what_the_machine_decided_is_taken_from_the_manifest(cut, whole):
+    sweep(cut, resume=True, memory_budget=None)  # another would be taken now
+    assert same(cut, whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"pairs": make_pairs(5)}, "pairs"),
+        ({"sites": "mlp_out"}, "sites or layers"),
+        ({"layers": [1]}, "sites or layers"),
+        ({"positions": [1]}, r"positions: \[1, -1\] there, \[1\] here"),
+        ({"direction": "noise"}, "direction: denoise there, noise here"),
+        ({"source": "zero"}, "source: counterpart there, zero here"),
+        ({"metrics": "ie"}, "metrics"),
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"precision": "fp32"}, "precision: bf16 there, fp32 here"),
+        ({"memory_budget": 10**9}, "memory budget"),
+        ({"noise_sample": 5}, "noise sample: 4 there, 5 here"),
+    ],
+)
+def test_nothing_else_is_mixed_in(cut, changes, what, monkeypatch):
+    done = passes_of(monkeypatch)
+    with pytest.raises(DeltapatchError, match=f"cannot resume .* begun with a different {what}") as error:
+        sweep(cut, resume=True, **changes)
+    assert "\n" not in str(error.value)
+    assert done == []
+    assert len(list((cut / "unfinished").glob("*.safetensors"))) == 4
+
+
+def test_another_model_or_version_is_not_mixed_in(cut, monkeypatch):
+    monkeypatch.setattr(manifests, "PLAN_VERSION", 2)
+    with pytest.raises(DeltapatchError, match="different version of the plan: 1 there, 2 here"):
+        sweep(cut, resume=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(deltapatch.Model, "fingerprint", lambda self: "00ff")
+    with pytest.raises(DeltapatchError, match=r"different model \(fingerprint\): .* there, 00ff here"):
+        sweep(cut, resume=True)
+
+
+def test_an_interrupt_keeps_what_is_done(tmp_path, whole):
+    said = cut_off(tmp_path / "run", 2, KeyboardInterrupt)
+    assert said.startswith("Interrupted; 2 of 6 passes are kept in")
+    assert "--resume" in said
+    sweep(tmp_path / "run", resume=True)
+    assert same(tmp_path / "run", whole)
+    cut_off(tmp_path / "nothing", 0, KeyboardInterrupt)
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("name", ["effects.safetensors", "pairs.jsonl", "run.json"])
+def test_a_kill_while_the_folder_is_finished(cut, whole, name, monkeypatch):
+    replace = os.replace
+
+    def stop(source, target):
+        if Path(target) == cut / name:
+            raise Stop
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(Stop):
+        sweep(cut, resume=True)
+    monkeypatch.undo()
+    sweep(cut, resume=True)
+    assert same(cut, whole)
+
+
+def test_a_kill_while_the_shards_are_removed(cut, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "clean", lambda path: None)
+        sweep(cut, resume=True)
+    assert (cut / "unfinished").exists()
+    deltapatch.load_effects(cut)
+    sweep(cut, resume=True)
+    assert same(cut, whole)
+
+
+@given(data=st.data())
+@HYPOTHESIS
+def test_damaged_shards_are_computed_again(begun, whole, data, tmp_path_factory):
+    run = Path(shutil.copytree(begun, tmp_path_factory.mktemp("damaged") / "run"))
+    shard = run / "unfinished" / f"{data.draw(st.integers(0, 3))}.safetensors"
+    content = bytearray(shard.read_bytes())
+    if data.draw(st.booleans(), label="truncate"):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] ^= data.draw(st.integers(1, 255))
+    shard.write_bytes(content)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sweep(run, resume=True)
+    assert all("is damaged: its pass is computed again" in str(w.message) for w in said)
+    assert same(run, whole)
+
+
+def test_shards_of_another_run_or_pass_do_not_count(cut, whole, tmp_path):
+    cut_off(tmp_path / "other", 1, direction="noise")
+    here, there = cut / "unfinished", tmp_path / "other" / "unfinished"
+    shutil.copy(there / "0.safetensors", here / "0.safetensors")
+    shutil.copy(here / "1.safetensors", here / "2.safetensors")
+    with pytest.warns(UserWarning, match="is damaged"):
+        sweep(cut, resume=True)
+    assert same(cut, whole)
+
+
+def damage(content, data):
+    """Bytes changed, cut or doubled, or a value of the JSON replaced, with a right checksum."""
+    kind = data.draw(st.sampled_from(["bytes", "cut", "value"]))
+    if kind == "cut":
+        return content[: data.draw(st.integers(0, len(content) - 1))]
+    if kind == "bytes":
+        at = data.draw(st.integers(0, len(content) - 1))
+        return content[:at] + bytes([data.draw(st.integers(0, 255))]) + content[at + 1 :]
+    body = json.loads(content)
+    body.pop("sha256")
+    inside = data.draw(st.sampled_from([body, body["settings"], body["settings"]["sites"][0], body["truth"]]))
+    key = data.draw(st.sampled_from(sorted(inside)))
+    numbers = st.integers(-(2**70), 2**70) | st.floats() | st.integers(-2, 9)
+    leaf = st.none() | st.booleans() | numbers | st.sampled_from(["../../x", "z", "", "fp64", "\ud800"])
+    inside[key] = data.draw(leaf | st.lists(leaf, max_size=4) | st.dictionaries(st.text(max_size=3), leaf))
+    return json.dumps(body | {"sha256": manifests._digest(body)}).encode()
+
+
+@given(data=st.data())
+@HYPOTHESIS
+def test_a_broken_manifest_is_one_sentence_or_harmless(parts, whole, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    run = Path(shutil.copytree(parts, folder / "run"))
+    path = run / "unfinished" / "manifest.json"
+    path.write_bytes(damage(path.read_bytes(), data))
+    for act in (merge, lambda run: sweep(run, resume=True)):
+        if not (run / "run.json").exists():
+            with warnings.catch_warnings(), suppress(DeltapatchError):
+                warnings.simplefilter("ignore")
+                act(run)
+    if (run / "run.json").exists():
+        assert (run / "effects.safetensors").read_bytes() == (whole / "effects.safetensors").read_bytes()
+    assert os.listdir(folder) == ["run"]
+
+
+# Parts and processes ---------------------------------------------------------------------------------------
+
+
+def test_parts_merge_to_the_same_bytes(parts, whole, tmp_path):
+    run = Path(shutil.copytree(parts, tmp_path / "run"))
+    with pytest.raises(DeltapatchError, match="is not finished"):
+        deltapatch.load_effects(run)
+    assert merge(run)
+    assert same(run, whole)
+    assert not merge(run)
+    resumed = Path(shutil.copytree(parts, tmp_path / "resumed"))
+    sweep(resumed, resume=True)
+    assert same(resumed, whole)
+
+
+def test_parts_of_what_auto_chose(tmp_path):
+    sweep(tmp_path / "whole", precision="auto")
+    for i in (1, 2):
+        sweep(tmp_path / "run", precision="auto", shard=(i, 2))
+    assert merge(tmp_path / "run")
+    assert same(tmp_path / "run", tmp_path / "whole")
+    assert deltapatch.load_effects(tmp_path / "run").meta["precision"] == "fp32"
+
+
+def test_more_parts_than_passes_in_any_order(whole, tmp_path):
+    for i in (3, 8, 1, 7, 2, 6, 5, 4):
+        sweep(tmp_path / "run", shard=(i, 8))
+    assert merge(tmp_path / "run")
+    assert same(tmp_path / "run", whole)
+
+
+def test_a_merge_verifies(parts, tmp_path):
+    run = Path(shutil.copytree(parts, tmp_path / "run"))
+    shard = run / "unfinished" / "3.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (run / "unfinished" / "0.safetensors").unlink()
+    with pytest.raises(DeltapatchError, match="of 6 passes 1 are missing and 1 are damaged"):
+        merge(run)
+    shutil.copy(parts / "unfinished" / "0.safetensors", run / "unfinished")
+    shard.write_bytes(content)
+    (run / "unfinished" / "pairs.jsonl").write_text("{}\n")
+    with pytest.raises(DeltapatchError, match=r"cannot be merged: .*pairs.jsonl is damaged"):
+        merge(run)
+    with pytest.raises(DeltapatchError, match="is not a run folder"):
+        merge(tmp_path)
+
+
+@pytest.mark.parametrize(("shard", "out", "said"), [((3, 2), "run", "3/2"), ((1, 2), None, "output folder")])
+def test_parts_that_do_not_exist(shard, out, said, tmp_path):
+    with pytest.raises(DeltapatchError, match=said):
+        sweep(None if out is None else tmp_path / out, shard=shard)
+
+
+def process(run, pause=0.0):
+    """A sweep in a process of its own, which has begun."""
+    made = subprocess.Popen(
+        [sys.executable, SURVIVOR, run, str(pause)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert made.stdout.readline() == "ready\n"
+    return made
+
+
+def test_a_second_process_is_told_and_hurts_nobody(tmp_path, whole):
+    run = tmp_path / "run"
+    first = process(run, pause=0.3)
+    assert first.stdout.readline() == "kept\n"
+    for act in (lambda: sweep(run, resume=True), lambda: sweep(run, shard=(1, 2)), lambda: merge(run)):
+        with pytest.raises(DeltapatchError, match="another process works on run folder"):
+            act()
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 0, err
+    assert same(run, whole)
+
+
+def test_parts_share_a_folder_at_the_same_time(tmp_path, whole, monkeypatch):
+    run = tmp_path / "run"
+    with unfinished.unfinished(run, False, (0, 2)):
+        sweep(run, shard=(2, 2))
+        with pytest.raises(DeltapatchError, match="another process works"):
+            sweep(run, shard=(1, 2))
+        with pytest.raises(DeltapatchError, match="another process works"):
+            sweep(run, resume=True)
+    sweep(run, shard=(1, 2))
+    assert merge(run)
+    assert same(run, whole)
+
+
+def kills(run, whole, tries, seed):
+    """Kill at random moments until it is done, then compare."""
+    drawn = random.Random(seed)
+    for _ in range(tries):
+        survivor = process(run, pause=0.02)
+        time.sleep(drawn.uniform(0, 0.4))
+        survivor.send_signal(signal.SIGKILL)
+        survivor.communicate(timeout=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a kill damages nothing
+        sweep(run, resume=True)
+    assert same(run, whole)
+
+
+def test_kill_9(tmp_path, whole):
+    kills(tmp_path / "run", whole, 1, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_kill_9_again_and_again(tmp_path, whole, seed):
+    kills(tmp_path / "run", whole, 5, seed)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs to mount a small disk")
+def test_a_full_disk_can_be_freed(tmp_path, whole):
+    small = ["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", str(tmp_path)]
+    if subprocess.run(small, capture_output=True).returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        run = tmp_path / "run"
+        with pytest.raises(DeltapatchError, match=r"no space left on the disk .*[1-6] of 6 passes are kept"):
+            sweep(run)
+        with pytest.raises(DeltapatchError, match="no space left on the disk"):
+            sweep(run, resume=True)
+        subprocess.run(["mount", "-o", "remount,size=1m", str(tmp_path)], check=True)
+        sweep(run, resume=True)
+        assert same(run, whole)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_the_number_of_threads_is_taken_from_the_run(cut, whole, monkeypatch):
+    import torch
+
+    seen = []
+    carry = deltapatch.engine.job.Job._carry
+    monkeypatch.setattr(
+        deltapatch.engine.job.Job, "_carry", lambda *a: seen.append(torch.get_num_threads()) or carry(*a)
+    )
+    model = make_model()
+    torch.set_num_threads(2)
+    deltapatch.sweep(model, make_pairs(), out=cut, resume=True, progress=False, **OPTIONS)
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2
+    assert same(cut, whole)
