@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,9 @@ def percent(found: dict[str, list[list[int]]]) -> dict[str, float]:
     return {s: round(100 * sum(r for r, _ in f) / sum(n for _, n in f), 2) for s, f in found.items()}
 
 
-def make_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: Any, recipe: Any, muon: Callable[..., torch.optim.Optimizer]
+) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest; norms and biases without weight decay."""
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     groups: dict[str, list[nn.Parameter]] = {"blocks": [], "ends": [], "vectors": []}
@@ -183,10 +186,43 @@ def make_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
         betas=(0.9, 0.98),
         fused=True,
     )
-    muon = torch.optim.Muon(
-        groups["blocks"], lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [adamw, muon]
+    return [adamw, muon(groups["blocks"], lr=recipe.muon_lr, weight_decay=recipe.weight_decay)]
+
+
+def descend(
+    model: Any,
+    optimizers: list[torch.optim.Optimizer],
+    rates: list[list[float]],
+    pace: float,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    common: torch.Tensor,
+    share: float,
+) -> float:
+    """One step of training, and its loss.
+
+    The target of an answer is itself, but for a share that all answers have in common. Without it a model
+    becomes so sure that wrong answers have probabilities of 1e-10 and less. Relative changes of those, which
+    the paper's indirect effect is made of, then say little.
+
+    Args:
+        rates: the learning rates of the optimizers' groups, of which `pace` is taken.
+        logits, targets: [answer, vocab] and [answer].
+        common: the tokens that get the share.
+    """
+    for optimizer, initial in zip(optimizers, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, initial, strict=True):
+            group["lr"] = rate * pace
+    loss = nn.functional.cross_entropy(logits.float(), targets)
+    if share:
+        spread = -logits.float().log_softmax(-1)[:, common].mean()
+        loss = (1 - share) * loss + share * spread
+    model.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.item()
 
 
 def fit(
@@ -197,36 +233,21 @@ def fit(
     facts: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
     save: Callable[[], None],
 ) -> float:
-    """Train a model as the recipe says, and return its final loss, averaged over a hundred batches.
-
-    The target of an answer is itself, but for a share that all numbers have in common. Without it a model
-    becomes so sure that wrong answers have probabilities of 1e-10 and less. Relative changes of those, which
-    the paper's indirect effect is made of, then say little.
-    """
+    """Train a model as the recipe says, and return its final loss, averaged over a hundred batches."""
     seen, held = facts
-    optimizers = make_optimizers(model, recipe)
+    optimizers = make_optimizers(model, recipe, partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"))
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     numbers = torch.from_numpy(prompts.spaced[1:])
     data = batches(prompts, seen, recipe.tokens_per_batch, recipe.shots, recipe.operators, recipe.seed)
     begin, running = time.perf_counter(), 0.0
     for step in range(1, recipe.steps + 1):
         pace = min(1.0, step / recipe.warmup) * (0.51 + 0.49 * math.cos(math.pi * step / recipe.steps))
-        for optimizer, initial in zip(optimizers, rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, initial, strict=True):
-                group["lr"] = rate * pace
         tokens, ends, answers = next(data)
         with torch.autocast("cpu", torch.bfloat16):
             logits = logits_at(model, tokens, ends)
-        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), answers.flatten())
-        if share:
-            spread = -logits.float().log_softmax(-1)[:, :, numbers].mean()
-            loss = (1 - share) * loss + share * spread
-        model.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        running += (loss.item() - running) / min(step, 100)
+        flat, targets = logits.flatten(0, 1), answers.flatten()
+        loss = descend(model, optimizers, rates, pace, flat, targets, numbers, share)
+        running += (loss - running) / min(step, 100)
         if step % 500 == 0:
             model.eval()
             now = percent(accuracy(model, prompts, sample(held, 200), 0, seen))

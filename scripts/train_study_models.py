@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import transformers
 from builtin_tokenizer import build_tokenizer
+from muon import Muon
 from study_data import Kind, Pool, all_kinds, batches, collate, words_of
-from torch import nn
-from train_builtin_models import gpt_neox, llama, machine, make_optimizers, shape, write
+from train_builtin_models import descend, gpt_neox, llama, machine, make_optimizers, shape, write
 from transformers import PreTrainedTokenizerFast
 
 CONTEXT = 128  # two exemplars of the longest question in digits
@@ -53,7 +53,7 @@ class Recipe:
         }
     )
     soft_steps: int = 800
-    soft_share: float = 0.1  # see `train_builtin_models.fit`
+    soft_share: float = 0.1  # see `train_builtin_models.descend`
     seed: int = 0
     measured: int = 300  # held-out questions of each kind that the card's accuracy is of
 
@@ -153,7 +153,7 @@ def fit(
     save: Callable[[], None],
 ) -> float:
     """Train for some steps at a share `pace` of the recipe's rates; returns the loss of the last hundred."""
-    optimizers = make_optimizers(model, recipe)
+    optimizers = make_optimizers(model, recipe, Muon)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     answers = torch.from_numpy(np.unique(np.concatenate([_answers(pool) for pool in pools])))
     data = batches(
@@ -168,22 +168,10 @@ def fit(
     begin, running, warmup = time.perf_counter(), 0.0, min(recipe.warmup, max(1, steps // 4))
     for step in range(1, steps + 1):
         now = pace * min(1.0, step / warmup) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
-        for optimizer, initial in zip(optimizers, rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, initial, strict=True):
-                group["lr"] = rate * now
         tokens, where, targets = next(data)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = read(model, tokens, where)
-        loss = nn.functional.cross_entropy(logits.float(), targets)
-        if share:
-            spread = -logits.float().log_softmax(-1)[:, answers].mean()
-            loss = (1 - share) * loss + share * spread
-        model.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        running += (loss.item() - running) / min(step, 100)
+        logits = read(model, tokens, where)
+        loss = descend(model, optimizers, rates, now, logits, targets, answers, share)
+        running += (loss - running) / min(step, 100)
         if step % 500 == 0:
             model.eval()
             shown = percent(accuracy(model, tokenizer, kinds, 0, 20))
