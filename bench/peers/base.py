@@ -2,7 +2,7 @@
 
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -88,9 +88,14 @@ class Peer:
         return found
 
 
-def chunks(order: np.ndarray, keys: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut `order` where `keys` (of the ordered cells) change, and into pieces of at most `size`."""
-    ends = np.flatnonzero(np.diff(keys)) + 1
+def in_layer_order(cells: Cells) -> np.ndarray:
+    """[n], the numbers of the cells: by their first layer, then position, then pair."""
+    return np.lexsort((cells.pair, cells.first_position, cells.first_layer))
+
+
+def chunks(order: np.ndarray, keys: np.ndarray | None, size: int) -> list[np.ndarray]:
+    """Cut `order` into pieces of at most `size`, and where `keys` (of the ordered cells) change."""
+    ends: Any = [] if keys is None else np.flatnonzero(np.diff(keys)) + 1
     return [
         part[i : i + size] for part in np.split(order, ends) for i in range(0, len(part), size) if len(part)
     ]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from deltapatch.bench.cells import Cells
-from deltapatch.bench.peers.base import chunks
+from deltapatch.bench.peers.base import chunks, in_layer_order
 from deltapatch.bench.peers.hooks import Hooks
 
 
@@ -15,5 +15,4 @@ class HooksBatched(Hooks):
 
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """In the order of layers, so that few hooks act in a batch."""
-        order = np.lexsort((cells.pair, cells.first_position, cells.first_layer))
-        return chunks(order, np.zeros(len(cells)), self.work.batch)
+        return chunks(in_layer_order(cells), None, self.work.batch)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers import wiring
-from deltapatch.bench.peers.base import chunks
+from deltapatch.bench.peers.base import chunks, in_layer_order
 from deltapatch.bench.peers.hooks import Hooks
 
 
@@ -40,7 +40,7 @@ class HooksLayer(Hooks):
 
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """One layer at a time."""
-        order = np.lexsort((cells.pair, cells.first_position, cells.first_layer))
+        order = in_layer_order(cells)
         return chunks(order, cells.first_layer[order], self.work.batch)
 
     @torch.no_grad()

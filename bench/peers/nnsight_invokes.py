@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from deltapatch.bench.cells import Cells
-from deltapatch.bench.peers.base import chunks
+from deltapatch.bench.peers.base import chunks, in_layer_order
 from deltapatch.bench.peers.nnsight_loop import NNsightLoop
 
 
@@ -16,8 +16,7 @@ class NNsightInvokes(NNsightLoop):
 
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """As hooks in batches."""
-        order = np.lexsort((cells.pair, cells.first_position, cells.first_layer))
-        return chunks(order, np.zeros(len(cells)), self.work.batch)
+        return chunks(in_layer_order(cells), None, self.work.batch)
 
     @torch.no_grad()
     def measure(self, cells: Cells) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.bench.cells import Cells
-from deltapatch.bench.peers.base import chunks
+from deltapatch.bench.peers.base import chunks, in_layer_order
 from deltapatch.bench.peers.pyvene_loop import PyveneLoop
 
 
@@ -31,7 +31,7 @@ class PyveneBatched(PyveneLoop):
 
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """One layer at a time."""
-        order = np.lexsort((cells.pair, cells.first_position, cells.first_layer))
+        order = in_layer_order(cells)
         return chunks(order, cells.first_layer[order], self.work.batch)
 
     @torch.no_grad()
