@@ -25,7 +25,7 @@ from deltapatch.kernels import readout_triton
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import TRITON
 from deltapatch.kernels.norm import Part
-from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled
+from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled, narrow_triton
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.segments import Segment, last_segments
 from deltapatch.kernels.swap import Swap
@@ -166,7 +166,7 @@ def _launch_everything(w: Widths, precision: Precision) -> None:
             for last_only in (False, True):
                 _launch_attention(w, precision, segments, swapped, last_only)
         _launch_columns(w, segments)
-    TRITON.narrow(torch.empty(8, w.n_heads * w.d_head), precision)
+    narrow_triton(torch.empty(8, w.n_heads * w.d_head), precision)
     _launch_readout(w, precision, pairs, rows, last_segments(one))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from deltapatch.engine.costs import layer_parameters
+from deltapatch.engine.costs import flops
 from deltapatch.engine.metrics import METRICS, Direction, Reference, compute
 from deltapatch.engine.patches import PatchTable
 from deltapatch.engine.planner import take
@@ -111,9 +111,7 @@ class Audit:
     @cached_property
     def _flops(self) -> int:
         """What the whole run needs."""
-        spec = self.job.model.spec
-        of_layers = layer_parameters(spec) * self.work.row_layers
-        return 2 * (of_layers + spec.d_model * spec.d_vocab * self.work.n_effects)
+        return flops(self.job.model.spec, self.work.row_layers, self.work.n_effects)
 
     @property
     def _size(self) -> int:
@@ -172,15 +170,14 @@ class Audit:
         n = len(place)
         measured = {name: np.full(n, np.nan) for name in job.measured}
         reference = Reference(np.empty((n, 2, 2)), np.empty((n, 2, 2)), np.empty((n, 2)))
-        runs = [1, 0] if job.direction == "denoise" else [0, 1]
         for part, result in job.passes_of(self.sample, precision, self.each):
             at = np.array([place[int(effect)] for effect in part.out])
             for name, values in result.measured.items():
                 measured[name][at] = values
-            pair = part.table.pair
-            reference.logit[at] = result.logit[pair][:, runs]
-            reference.logp[at] = result.logp[pair][:, runs]
-            reference.prediction[at] = result.prediction[pair][:, runs]
+            of_pair, pair = result.reference(job.direction), part.table.pair
+            reference.logit[at] = of_pair.logit[pair]
+            reference.logp[at] = of_pair.logp[pair]
+            reference.prediction[at] = of_pair.prediction[pair]
         return Sampled(measured, reference)
 
     def _worst(self, got: Mapping[str, np.ndarray], truth: Sampled) -> float:

@@ -33,6 +33,11 @@ def rows(spec: ModelSpec, site: str, layers: Sequence[int], positions: Sequence[
     return len(layers) * len(positions) * (find_site(site)[0].n_indices(spec) or 1)
 
 
+def flops(spec: ModelSpec, row_layers: int, readouts: int) -> int:
+    """What row tokens need that pass so many layers, counted for each layer, and so many read-outs."""
+    return 2 * (layer_parameters(spec) * row_layers + spec.d_model * spec.d_vocab * readouts)
+
+
 def necessary_flops(
     spec: ModelSpec, site: str, layers: Sequence[int], positions: Sequence[int], length: int
 ) -> int:
@@ -45,18 +50,17 @@ def necessary_flops(
     enters_before = find_site(site)[0].name.startswith("resid_pre")
     depth = sum(spec.n_layers - layer - (0 if enters_before else 1) for layer in layers)
     width = sum(length - (p + length if p < 0 else p) for p in positions)
-    products = 2 * layer_parameters(spec) * depth * width
-    readouts = 2 * spec.d_model * spec.d_vocab * len(layers) * len(positions)
-    return (find_site(site)[0].n_indices(spec) or 1) * (products + readouts)
+    each = flops(spec, depth * width, len(layers) * len(positions))
+    return (find_site(site)[0].n_indices(spec) or 1) * each
 
 
 def sweep_cost(grid: "Grid", pairs: Sequence["EncodedPair"], spec: ModelSpec) -> tuple[int, int]:
     """Rows and necessary FLOPs of a sweep over pairs of any lengths."""
-    n_rows = flops = 0
+    n_rows = needed = 0
     for pair in pairs:
         for site in grid.sites:
             found = [place for p in site.positions if (place := pair.resolve(p)) is not None]
             layers = site.layers.tolist()
             n_rows += rows(spec, site.site.name, layers, found)
-            flops += necessary_flops(spec, site.site.name, layers, found, len(pair.clean))
-    return n_rows, flops
+            needed += necessary_flops(spec, site.site.name, layers, found, len(pair.clean))
+    return n_rows, needed

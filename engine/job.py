@@ -20,9 +20,10 @@ from deltapatch.engine.runfolder import environment
 from deltapatch.engine.sources import Prompts, Source, check_source, partners
 from deltapatch.engine.wavefront import PassResult, Wavefront
 from deltapatch.engine.work import Keeper, Tables, Work
-from deltapatch.engine.workers import Map, full_float32, workers
+from deltapatch.engine.workers import Map, workers
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.backend import Backend, choose_backend
+from deltapatch.kernels.device import float32_products
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
 
@@ -118,13 +119,13 @@ class Job:
         """
         began = time.perf_counter()
         bar = progress_bar("patching", work.row_layers, progress)
-        with bar as tick, full_float32(), workers(self.model.device) as each:
+        with bar as tick, float32_products("ieee"), workers(self.model.device) as each:
             audit = Audit(self, work, each)
             if self.precision is None:
                 self.precision = audit.cheapest()
             dtype = np.float64 if self.precision.name == "fp64" else np.float32
             gathered = Gathered(self.measured, dtype, work.n_effects, len(self.pairs))
-            for number, part in enumerate(self._parts(work.tables(), self.precision)):
+            for number, part in enumerate(self._parts(work.tables(), self.precision, each)):
                 if keeper is not None and not keeper.wants(number):
                     continue
                 found = None if keeper is None else keeper.kept(number, part, gathered)
@@ -157,24 +158,24 @@ class Job:
             DeltapatchError: the memory budget has no room for one intervention.
         """
         began = time.perf_counter()
-        with full_float32(), workers(self.model.device) as each:
+        with float32_products("ieee"), workers(self.model.device) as each:
             audit = Audit(self, work, each)
             self.precision = self.precision or audit.cheapest()
-            n_passes = sum(1 for _ in self._parts(work.tables(), self.precision))
+            n_passes = sum(1 for _ in self._parts(work.tables(), self.precision, each))
             truth = audit.truth_for(self.precision)
         self.seconds = time.perf_counter() - began
         return truth, n_passes
 
     def passes_of(self, tables: Tables, precision: Precision, each: Map) -> Iterator[tuple[Pass, PassResult]]:
         """Carry interventions, ordered by the pairs' lengths, out in some precision, pass by pass."""
-        for part in self._parts(tables, precision):
+        for part in self._parts(tables, precision, each):
             yield part, self._carry(part, precision, each)
 
-    def _parts(self, tables: Tables, precision: Precision) -> Iterator[Pass]:
+    def _parts(self, tables: Tables, precision: Precision, each: Map) -> Iterator[Pass]:
         """The passes that interventions are cut into."""
         n_sources = 1 if self.partner is None else 2
-        longest = int(self.length.max())
-        costs = Costs.of(self.model, precision, self.backend.block_tokens, n_sources, longest)
+        longest, block = int(self.length.max()), self.backend.block_tokens
+        costs = Costs.of(self.model, precision, block, n_sources, longest, each.count)
         return cut(tables, self.length, costs, self.budget, self.source == "mean")
 
     def _carry(
@@ -197,9 +198,7 @@ class Job:
         began = time.perf_counter()
         result = self._carry(part, precision, each, tick)
         self._check_finite(part, result, describe)
-        # The wavefront knows base and source; a reader of the results knows clean and corrupted.
-        runs = [1, 0] if self.direction == "denoise" else [0, 1]
-        reference = Reference(result.logit[:, runs], result.logp[:, runs], result.prediction[:, runs])
+        reference = result.reference(self.direction)
         seconds = round(time.perf_counter() - began, 3)
         return PassEffects(part.out, np.array(part.pairs), result.measured, reference, seconds)
 

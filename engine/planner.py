@@ -50,9 +50,13 @@ class Costs:
 
     @classmethod
     def of(
-        cls, model: Model, precision: Precision, block_tokens: int, n_sources: int, length: int
+        cls, model: Model, precision: Precision, block_tokens: int, n_sources: int, length: int, threads: int
     ) -> "Costs":
-        """The costs of a sweep of this model, with prompts of at most `length` tokens."""
+        """The costs of a sweep of this model, with prompts of at most `length` tokens.
+
+        Args:
+            threads: how many blocks are worked on at once (`Map.count`).
+        """
         spec = model.spec
         size = precision.base.itemsize
         layer, ends = layer_parameters(spec), 2 * spec.d_vocab * spec.d_model
@@ -67,12 +71,12 @@ class Costs:
         widths = 8 * spec.d_model + (3 + spec.gated) * spec.d_mlp + 6 * spec.n_heads * spec.d_head
         # Each thread has a block of its own, a GPU one after the other, with copies of the widest activations
         # and of attention's logits; the read-out holds logit changes, in float64 too, and expm1 of them.
-        blocks, held = (1, readout_triton.CELLS) if on_gpu else (torch.get_num_threads(), readout.CELLS)
+        held = readout_triton.CELLS if on_gpu else readout.CELLS
         tokens = block_tokens * 3 // 2 + length
         cells = min(tokens * spec.n_heads * length, max(attention.CELLS, tokens * length))
         step = (tokens * widths + 6 * cells) * size
         # Half as much again stays with each thread's allocator.
-        fixed += blocks * max(step, 3 * held * (size + 8)) * 3 // 2
+        fixed += threads * max(step, 3 * held * (size + 8)) * 3 // 2
         fixed += 3 * spec.d_model * spec.d_mlp * size  # entries of neurons: columns, transposed and gathered
         return cls(fixed, spec.d_vocab * (3 * size + 40), 2 * (1 + n_sources) * widths * size,
                    2 * spec.d_model * size, 400)  # fmt: skip

@@ -10,10 +10,10 @@ from deltapatch.models.weights import LayerWeights
 FEW = 256  # tokens: on a CPU the product of fewer with a matrix costs less than narrowing the matrix
 
 
-def taken_in(precision: Precision, n_tokens: int, device: torch.device) -> str:
+def taken_in(precision: Precision, n_tokens: int, device: torch.device) -> Precision:
     """The precision that a product is taken in: that of the sweep; float32 where bfloat16 saves nothing."""
     few = precision.name == "bf16" and device.type == "cpu" and n_tokens < FEW
-    return "fp32" if few else precision.name
+    return precision.exact if few else precision
 
 
 class ProductWeights(NamedTuple):

@@ -11,7 +11,7 @@ from deltapatch.engine.workers import Map
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.norm import Part
-from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled, narrow_weight
+from deltapatch.kernels.product import Operand, Precision, Scaled, narrow_weight
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.readout_tail import Tail, make_tail, worth_a_tail
 from deltapatch.kernels.segments import Segment, keep_last, last_segments
@@ -37,7 +37,7 @@ class ReadOut:
     ) -> None:
         self.model, self.prompts, self.shapes, self.measured = model, prompts, shapes, measured
         self.precision, self.ops, self.each = precision, backend, each
-        self.exact = PRECISIONS["fp64" if precision.base == torch.float64 else "fp32"]
+        self.exact = precision.exact
 
     def read(
         self, ends: EndWeights, x: Tensor, dx: Tensor, rows: Tensor, layout: Layout, pair: np.ndarray
@@ -57,7 +57,7 @@ class ReadOut:
         """
         exact = ends.unembedding.weight
         base, unpatched = self._unpatched(ends, x, dx)
-        precision = PRECISIONS[taken_in(self.precision, layout.n_tokens, self.model.device)]
+        precision = taken_in(self.precision, layout.n_tokens, self.model.device)
         stored = ends if precision is self.exact else self.model.ends(None)
         weight = narrow_weight(stored.unembedding.weight, precision)
         tails = self._tails(base, exact, weight, np.bincount(pair, minlength=len(base.p)))

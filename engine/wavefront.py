@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Layer, Swaps
 from deltapatch.engine.layout import Block, Layout, PairShapes, lay_out
+from deltapatch.engine.metrics import Direction, Reference
 from deltapatch.engine.patches import ATTENTION, END, MIDDLE, PLACE, WHOLE, PatchTable, Rows, make_rows
 from deltapatch.engine.products import narrow_layer, taken_in
 from deltapatch.engine.readout import ReadOut
@@ -25,7 +26,7 @@ from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.norm import Part
-from deltapatch.kernels.product import PRECISIONS, Precision
+from deltapatch.kernels.product import Precision
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 from deltapatch.models.model import Model
@@ -47,6 +48,11 @@ class PassResult:
     logit: np.ndarray  # [pair, (base, source), (clean answer, corrupted answer)]
     logp: np.ndarray
     prediction: np.ndarray  # [pair, (base, source)]
+
+    def reference(self, direction: Direction) -> Reference:
+        """The unpatched runs as a reader of the results knows them: clean and corrupted."""
+        runs = [1, 0] if direction == "denoise" else [0, 1]
+        return Reference(self.logit[:, runs], self.logp[:, runs], self.prediction[:, runs])
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Wavefront:
         self.shapes = PairShapes(prompts.length, prompts.base)
         self.rows: Rows = make_rows(table, prompts.length, model.spec)
         self.precision, self.dtype = precision, precision.base
-        self.exact = PRECISIONS["fp64" if self.dtype == torch.float64 else "fp32"]
+        self.exact = precision.exact
 
     @torch.no_grad()
     def run(self) -> PassResult:
@@ -144,7 +150,7 @@ class Wavefront:
         here = Layer(self.spec, self.ops, self.exact, products, exact, base, rotary, last=False)
         dx, capture = self._advance_sources(dx, here)
         deltas = source_differences(self.prompts, base, capture, self.shapes)
-        precision = PRECISIONS[taken_in(self.precision, self._n_tokens(l), self.model.device)]
+        precision = taken_in(self.precision, self._n_tokens(l), self.model.device)
         if precision is not self.exact:
             here = replace(here, precision=precision, weights=narrow_layer(stored, precision))
         return Ready(replace(here, last=l == self.spec.n_layers - 1), deltas, base.resid_post, dx)

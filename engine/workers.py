@@ -63,24 +63,10 @@ def workers(device: torch.device) -> Iterator[Map]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Give torch so many threads until the end: how many there are shows in the last bits of a result."""
+    """Give torch so many threads until the end: passes are cut for as many."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """float32 products keep all their bits (no TF32) until the end, whatever the program has asked for."""
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value

@@ -13,7 +13,7 @@ from deltapatch.kernels.attention_triton import attention_difference_triton
 from deltapatch.kernels.lang import HAS_TRITON, interpreted
 from deltapatch.kernels.norm import add_norm
 from deltapatch.kernels.norm_triton import add_norm_triton
-from deltapatch.kernels.product import Scaled, narrow, narrow_triton
+from deltapatch.kernels.product import Scaled
 from deltapatch.kernels.readout import readout
 from deltapatch.kernels.readout_triton import readout_triton
 from deltapatch.kernels.swap import gather_columns
@@ -31,7 +31,6 @@ class Backend(NamedTuple):
     attention_difference: Callable[..., Scaled]
     readout: Callable[..., dict[str, torch.Tensor]]
     gather_columns: Callable[..., torch.Tensor]
-    narrow: Callable[..., Scaled]
 
 
 # Blocks of a few hundred tokens keep the elementwise work inside the cache and the products at full rate.
@@ -44,7 +43,6 @@ REFERENCE = Backend(
     attention_difference,
     readout,
     gather_columns,
-    narrow,
 )
 # No product has less than 8,192 rows where there are that many: it does far more than read its weights then.
 # float64 goes through the references.
@@ -57,7 +55,6 @@ TRITON = Backend(
     attention_difference_triton,
     readout_triton,
     gather_columns_triton,
-    narrow_triton,
 )
 BACKENDS = {"reference": REFERENCE, "triton": TRITON}
 

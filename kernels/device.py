@@ -1,4 +1,8 @@
-"""From the host to the device without waiting."""
+"""What PyTorch is asked of devices: uploads without waiting, and how float32 is multiplied."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,3 +19,20 @@ def upload(array: np.ndarray, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+@contextmanager
+def float32_products(mode: str) -> Iterator[None]:
+    """Multiply float32 with all its bits ("ieee") or on tensor cores ("tf32") until the end.
+
+    Whatever the program has asked for holds again after it.
+    """
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = mode
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value

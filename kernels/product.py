@@ -6,8 +6,6 @@ power of two may be taken out of each row before and put back after: so float16 
 sizes, hold every row.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
+from deltapatch.kernels.device import float32_products
 from deltapatch.kernels.lang import HAS_TRITON
 from deltapatch.kernels.narrow_triton import narrow_rows
 
@@ -44,6 +43,11 @@ class Precision:
     def top(self) -> int:
         """Rows are scaled so that their largest number lies just below 2 to this power; 0: they are not."""
         return {torch.float16: 14, torch.float8_e4m3fn: 9}[self.operand] if self.scaled else 0
+
+    @property
+    def exact(self) -> "Precision":
+        """That of the base runs."""
+        return PRECISIONS["fp64" if self.base == torch.float64 else "fp32"]
 
 
 PRECISIONS = {
@@ -186,7 +190,7 @@ def _product_on_gpu(x: Tensor, weight: Operand) -> Tensor:
     if precision.name == "fp8":
         return _product_in_fp8(x, weight)
     if precision.operand in _WIDE:
-        with _tf32(precision.name == "tf32"):
+        with float32_products("tf32" if precision.name == "tf32" else "ieee"):
             return torch.mm(x, matrix)
     return torch.mm(x, matrix, out_dtype=precision.base)
 
@@ -194,7 +198,7 @@ def _product_on_gpu(x: Tensor, weight: Operand) -> Tensor:
 def _product_in_fp8(x: Tensor, weight: Operand) -> Tensor:
     scale = x.new_ones(len(weight.values), dtype=torch.float32) if weight.scale is None else weight.scale
     if not len(x) or any(n % _WIDTHS for n in weight.values.shape):
-        with _tf32(True):  # exact here: a float8 has fewer digits
+        with float32_products("tf32"):  # exact here: a float8 has fewer digits
             return torch.mm(x.float(), weight.values.float().t()).mul_(scale)
     ones = x.new_ones(len(x), 1, dtype=torch.float32)
     out = torch._scaled_mm(
@@ -206,21 +210,6 @@ def _product_in_fp8(x: Tensor, weight: Operand) -> Tensor:
         use_fast_accum=True,
     )
     return out.float()
-
-
-@contextmanager
-def _tf32(on: bool) -> Iterator[None]:
-    """float32 products on tensor cores or not, whatever the user has set."""
-    settings = torch.backends.cuda.matmul
-    before, wanted = settings.fp32_precision, "tf32" if on else "ieee"
-    if before == wanted:
-        yield
-        return
-    settings.fp32_precision = wanted
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def _powers(d: Tensor, top: int) -> tuple[Tensor, Tensor]:

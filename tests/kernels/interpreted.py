@@ -28,7 +28,15 @@ import deltapatch
 from deltapatch.kernels.backend import REFERENCE, TRITON, choose_backend
 from deltapatch.kernels.lang import expm1, expm1_minus, interpreted
 from deltapatch.kernels.norm import Part
-from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled, narrow_weight
+from deltapatch.kernels.product import (
+    PRECISIONS,
+    Operand,
+    Precision,
+    Scaled,
+    narrow,
+    narrow_triton,
+    narrow_weight,
+)
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.swap import Swap
 
@@ -285,11 +293,11 @@ def test_narrow(width):
     size = torch.exp2(torch.arange(-149.0, 125.0, 13))
     d = torch.cat([torch.rand(len(size), width + 3).sub_(0.5) * size[:, None], torch.zeros(1, width + 3)])
     d = d[:, :width]
-    got, want = (ops.narrow(d, PRECISIONS["fp16"]) for ops in (TRITON, REFERENCE))
+    got, want = (of(d, PRECISIONS["fp16"]) for of in (narrow_triton, narrow))
     assert torch.equal(got.scale, want.scale)
     assert torch.equal(got.values, want.values)
     # Where the interpreter truncates, scales are right all the same
-    got, want = (ops.narrow(d, PRECISIONS["fp8"]) for ops in (TRITON, REFERENCE))
+    got, want = (of(d, PRECISIONS["fp8"]) for of in (narrow_triton, narrow))
     assert torch.equal(got.scale, want.scale)
     assert error(got.values.float(), want.values.float()) < 0.15
 
