@@ -18,8 +18,15 @@ ONE = pack([(3, 2), (37, 1)], [(0, 0, 2, 1, 3), (1, 0, 1, 1, 66)])
 FEW = pack([(5, 2), (4, 1)], [(0, 0, 2, 3, 3), (1, 0, 1, 2, 5)])
 MANY = pack([(11, 2), (20, 1)], [(0, 0, 2, 9, 1), (1, 0, 1, 19, 2)])
 LONG = pack([(70, 1), (66, 1)], [(0, 0, 1, 9, 1), (1, 0, 1, 2, 2)])
-PACKINGS = pytest.mark.parametrize("packing", [ONE, FEW, MANY, LONG], ids=["one", "few", "many", "long"])
-KINDS = pytest.mark.parametrize("packing", [FEW, MANY, LONG], ids=["few", "many", "long"])
+# Runs that fork, short and long, with few own positions and many, beside one that does not.
+FORKS = pack(
+    [(8, 2, 4, (5, 6)), (14, 1, 9, (6, 10)), (69, 1, 7, (63, 66)), (5, 1, 2, None)],
+    [(0, 0, 2, 4, 3), (1, 0, 1, 11, 2), (2, 0, 1, 9, 1), (3, 0, 1, 3, 40)],
+)
+PACKINGS = pytest.mark.parametrize(
+    "packing", [ONE, FEW, MANY, LONG, FORKS], ids=["one", "few", "many", "long", "forks"]
+)
+KINDS = pytest.mark.parametrize("packing", [FEW, MANY, LONG, FORKS], ids=["few", "many", "long", "forks"])
 
 
 def double(value):
@@ -52,11 +59,11 @@ def compare(inputs, precision="fp32"):
     return got, want, error(got, want)
 
 
-@pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
+@pytest.mark.parametrize("reads_only", [False, True], ids=["all", "read"])
 @PACKINGS
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
-def test_attention(packing, scale, last_only):
-    inputs = draw_attention(packing, 0, scales=(scale,) * 3, heads=(2, 1), d_head=20, last_only=last_only)
+def test_attention(packing, scale, reads_only):
+    inputs = draw_attention(packing, 0, scales=(scale,) * 3, heads=(2, 1), d_head=20, reads_only=reads_only)
     # Logits in the thousands carry 1e-4 themselves in float32, whatever the method
     assert compare(inputs)[2] < (1e-3 if scale == 1e3 else 1e-5)
 
@@ -64,8 +71,8 @@ def test_attention(packing, scale, last_only):
 @pytest.mark.parametrize("swapped", ["q", "k", "v", "z", "qkvz"])
 @KINDS
 def test_swaps_and_scales(packing, swapped):
-    last_only = swapped in ("v", "z")
-    options = {"heads": (2, 1), "d_head": 12, "interleaved": len(swapped) == 1, "last_only": last_only}
+    reads_only = swapped in ("v", "z")
+    options = {"heads": (2, 1), "d_head": 12, "interleaved": len(swapped) == 1, "reads_only": reads_only}
     inputs = draw_attention(packing, 1, scales=(0.3,) * 3, scaled=True, swapped=swapped, **options)
     assert compare(inputs)[2] < 1e-5
 
@@ -175,11 +182,11 @@ def test_the_result_is_narrowed(precision, tolerance):
     assert compare(inputs, precision)[2] < tolerance
 
 
-@pytest.mark.parametrize(("positions", "rows", "last_only"), [(1, 3, False), (9, 1, False), (40, 1, True)])
-def test_a_long_prompt(positions, rows, last_only):
+@pytest.mark.parametrize(("positions", "rows", "reads_only"), [(1, 3, False), (9, 1, False), (40, 1, True)])
+def test_a_long_prompt(positions, rows, reads_only):
     length = 2048
     packing = pack([(length, 1)], [(0, 0, 1, positions, rows)])
-    inputs = draw_attention(packing, 9, scales=(0.1,) * 3, heads=(1, 1), d_head=16, last_only=last_only)
+    inputs = draw_attention(packing, 9, scales=(0.1,) * 3, heads=(1, 1), d_head=16, reads_only=reads_only)
     assert compare(inputs)[2] < 1e-5
 
 
