@@ -67,7 +67,8 @@ def sweep(
 
     Args:
         model: from `load_model` or `from_transformers`.
-        pairs: prompt pairs, of any lengths.
+        pairs: prompt pairs, of any lengths. Where answers have several tokens, effects are of the probability
+            of whole answers; `positions` and labels are those of the prompt.
         sites: names of sites, for example ["mlp_out", "z", "mlp_post"].
         positions: "all", "last", or ints (negative from the end) and label names.
         layers: "all", or ints and ranges.
@@ -84,8 +85,9 @@ def sweep(
             free, at most 4 GiB, by default; on a GPU half of what is free there.
         progress: show a bar on stderr where that is a terminal.
         out: write a run folder there, which must not exist yet. What each pass finds is kept there at once.
-        metrics: which metrics will be asked for, or "all"; leaving out kl and flip saves some time.
-        readout: where the effect is read, a position or label; patches after it have no effect.
+        metrics: which metrics will be asked for, or "all"; leaving out kl, flip and says_* saves some time.
+        readout: where the effect is read, a position or label; patches after it have no effect. Answers of
+            several tokens are read from the end of the prompt on.
         seed: of "resample" and "noise".
         noise_scale: of "noise", in standard deviations of the embeddings.
         noise_sample: how many of the effects are computed again in float64, drawn by `seed`; their relative
