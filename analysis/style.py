@@ -51,8 +51,10 @@ METRIC_LABELS = {
     "dp_corrupted": "change of P(corrupted answer)",
     "kl": "KL(base || patched), nats",
     "flip": "share of predictions changed",
+    "says_clean": "share of predictions that are the clean answer",
+    "says_corrupted": "share of predictions that are the corrupted answer",
 }
-NEVER_NEGATIVE = ("kl", "flip")
+NEVER_NEGATIVE = ("kl", "flip", "says_clean", "says_corrupted")
 
 
 def is_wide(metric: str, largest: float) -> bool:

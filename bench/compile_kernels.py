@@ -27,7 +27,7 @@ from deltapatch.kernels.backend import TRITON
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled, narrow_triton
 from deltapatch.kernels.readout import BaseReadout
-from deltapatch.kernels.segments import Segment, last_segments
+from deltapatch.kernels.segments import Segment, read_segments
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 
@@ -35,6 +35,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
 PRECISIONS_OF = {80: ("fp32", "fp16"), 90: ("fp32", "fp16", "fp8")}  # unless asked for others
 SHOWN = {  # compile-time arguments that tell launches of one kernel apart
     "BY_ROWS": "rows",
+    "HAS_FORK": "fork",
     "NORMS": "norms",
     "HAS_TO": "to",
     "ACT": "act",
@@ -163,11 +164,16 @@ def _launch_everything(w: Widths, precision: Precision) -> None:
         for swapped in (False, True):
             _launch_norms(w, precision, segments, swapped)
             _launch_activations(w, precision, segments, swapped)
-            for last_only in (False, True):
-                _launch_attention(w, precision, segments, swapped, last_only)
+            for reads_only in (False, True):
+                _launch_attention(w, precision, segments, swapped, reads_only)
         _launch_columns(w, segments)
+    # Answers of several tokens: runs that fork near their end.
+    for positions in (5, length):
+        forked = [Segment(0, pairs, positions, rows, 0, length, 5, (length - 4, length - 2))]
+        for reads_only in (False, True):
+            _launch_attention(w, precision, forked, True, reads_only)
     narrow_triton(torch.empty(8, w.n_heads * w.d_head), precision)
-    _launch_readout(w, precision, pairs, rows, last_segments(one))
+    _launch_readout(w, precision, pairs, rows, read_segments(one))
 
 
 def _difference(precision: Precision, segments: list[Segment], *shape: int) -> Scaled:
@@ -212,7 +218,7 @@ def _launch_activations(w: Widths, precision: Precision, segments: list[Segment]
 
 
 def _launch_attention(
-    w: Widths, precision: Precision, segments: list[Segment], swapped: bool, last_only: bool
+    w: Widths, precision: Precision, segments: list[Segment], swapped: bool, reads_only: bool
 ) -> None:
     dq, scale = _difference(precision, segments, w.n_heads, w.d_head)
     dk = _difference(precision, segments, w.n_kv_heads, w.d_head).values
@@ -224,7 +230,7 @@ def _launch_attention(
     heads = {"q": w.n_heads, "k": w.n_kv_heads, "v": w.n_kv_heads, "z": w.n_heads}
     swaps = {place: _swaps(swapped, True, n, w.d_head) for place, n in heads.items()}
     TRITON.attention_difference(
-        dq, dk, dv, scale, q, k, k, rotary, 0.1, segments, last_only, swaps, precision
+        dq, dk, dv, scale, q, k, k, rotary, 0.1, segments, reads_only, swaps, precision
     )
 
 

@@ -72,7 +72,13 @@ def make_workload(
     else:
         pairs = [PromptPair(*pair) for pair in make_pairs(loaded, n_pairs, length, seed)]
     encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab)
-    ids = one_length([(p.clean, p.corrupted, p.clean_answer, p.corrupted_answer) for p in encoded])
+    for number, pair in enumerate(encoded):
+        if pair.answer_tokens > 1:
+            raise DeltapatchError(
+                f"bench compares answers of one token, since its peers read one position, but pair {number} "
+                f"has one of {pair.answer_tokens}: make pairs with --answers one"
+            )
+    ids = one_length([(p.clean, p.corrupted, p.clean_answer[0], p.corrupted_answer[0]) for p in encoded])
     return Workload(str(path), *ids, metric=metric, device=device, batch=batch, threads=threads)
 
 

@@ -26,6 +26,7 @@ Examples:
   deltapatch pairs --task arithmetic --model builtin:gpt-neox-arithmetic --shots 0 --out pairs.jsonl
   deltapatch pairs --task arithmetic --model EleutherAI/gpt-j-6b --per-template 50 --seed 1 --out pairs.jsonl
   deltapatch pairs --task arithmetic --differ same_result --operators +,-,max --model MODEL --out pairs.jsonl
+  deltapatch pairs --task arithmetic --answers text --max-number 999 --model MODEL --out pairs.jsonl
   deltapatch pairs --task factual --data LAMA/data --relations P36,P103 --model MODEL --out pairs.jsonl
 """
 
@@ -49,7 +50,9 @@ Examples:
 @click.option("--wording", help='What a word problem is put in.  [default: "Q: {question} A:"]')
 @click.option(
     "--answers",
-    help="one token, or of any length as text or as ids; sweeps read one token.  [default: one]",
+    help="one: answers of one token, as in the paper. text: of any length, so that numbers may be large and "
+    "a tokenizer of digits has all results, not 1 to 9; sweeps are then about the probability of whole "
+    "answers. ids: the same as token ids.  [default: one]",
 )
 @click.option(
     "--only-correct", is_flag=True, help="Keep the pairs whose two prompts the model answers right."

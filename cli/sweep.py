@@ -138,9 +138,13 @@ def sweep(
         make_grid(read_names(sites), at, which, encoded, loaded.spec), encoded, loaded.spec
     )
     say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", quiet)
+    longest = max(pair.answer_tokens for pair in encoded)
+    if longest > 1:
+        say(f"answers have up to {longest} tokens: effects are of the probability of whole answers", quiet)
     plan: dict[str, Any] = {
         "model": loaded.name,
         "pairs": len(pairs),
+        "answer_tokens": longest,
         "rows": rows,
         "necessary_flops": flops,
         "memory_budget": budget or default_budget(loaded.device),

@@ -68,7 +68,9 @@ class Truth:
             "recomputed": len(self.at),
             "precision": self.precision,
             "relative_error": errors,
-            "worst": max((n for n in errors if n != "flip"), key=lambda n: errors[n], default=None),
+            "worst": max(
+                (n for n in errors if not METRICS[n].yes_or_no), key=lambda n: errors[n], default=None
+            ),
         }
 
 
@@ -111,7 +113,7 @@ class Audit:
     @cached_property
     def _flops(self) -> int:
         """What the whole run needs."""
-        return flops(self.job.model.spec, self.work.row_layers, self.work.n_effects)
+        return flops(self.job.model.spec, self.work.row_layers, self.work.n_reads)
 
     @property
     def _size(self) -> int:
@@ -169,21 +171,18 @@ class Audit:
         place = {int(effect): i for i, effect in enumerate(np.concatenate([o for _, _, o in self.sample]))}
         n = len(place)
         measured = {name: np.full(n, np.nan) for name in job.measured}
-        reference = Reference(np.empty((n, 2, 2)), np.empty((n, 2, 2)), np.empty((n, 2)))
+        reference = Reference.empty(n)
         for part, result in job.passes_of(self.sample, precision, self.each):
             at = np.array([place[int(effect)] for effect in part.out])
             for name, values in result.measured.items():
                 measured[name][at] = values
-            of_pair, pair = result.reference(job.direction), part.table.pair
-            reference.logit[at] = of_pair.logit[pair]
-            reference.logp[at] = of_pair.logp[pair]
-            reference.prediction[at] = of_pair.prediction[pair]
+            reference.put(at, result.reference(job.direction).of(part.table.pair))
         return Sampled(measured, reference)
 
     def _worst(self, got: Mapping[str, np.ndarray], truth: Sampled) -> float:
         """The largest error of all metrics."""
         errors = relative_errors(got, truth.measured, truth.reference, self.job.direction)
-        return max((e for name, e in errors.items() if name != "flip"), default=0.0)
+        return max((e for name, e in errors.items() if not METRICS[name].yes_or_no), default=0.0)
 
 
 def in_words(meta: Mapping[str, Any]) -> str:
@@ -213,14 +212,14 @@ def relative_errors(
 
     Returns:
         metric -> relative error. `recovered` is left out, since it errs as `logit_diff` does; the error of
-        `flip` is the share of effects that differ.
+        what is yes or no is the share of effects that differ.
     """
     out = {}
     for name, metric in METRICS.items():
         if name == "recovered" or not set(metric.needs) <= set(got):
             continue
         a, b = (compute(name, measured, reference, direction) for measured in (got, want))
-        if name == "flip":
+        if metric.yes_or_no:
             out[name] = float((a != b).mean())
         else:
             off, size = np.linalg.norm(a - b), np.linalg.norm(b)

@@ -11,7 +11,7 @@ from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import Precision, Scaled, product
-from deltapatch.kernels.segments import Segment, keep_last, last_segments
+from deltapatch.kernels.segments import Segment, keep_reads, read_segments
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 from deltapatch.models.spec import ModelSpec
@@ -31,7 +31,7 @@ class Layer:
         exact: norms and entries with these, in the dtype of the base runs.
         base: activations of the base runs, [base token, ...].
         rotary: for every base token.
-        last: after this layer's attention only the read-out position goes on.
+        last: after this layer's attention only the positions that are read go on.
     """
 
     spec: ModelSpec
@@ -52,7 +52,7 @@ class BlockStep:
     Args:
         layer: what it meets.
         segments: where its rows lie.
-        swaps: its patches in this layer. In the last layer, those after the attention count read-out rows.
+        swaps: its patches in this layer. In the last layer, those after the attention count what goes on.
         capture: receives the difference at every place, where given; there are no swaps then.
     """
 
@@ -66,7 +66,7 @@ class BlockStep:
         self.layer, self.segments, self.swaps, self.capture = layer, segments, swaps, capture
 
     def run(self, dx: Tensor | None, stage: int, out: Tensor, to: Tensor | None) -> None:
-        """Write the rows' difference after the layer, [token, d_model]; in the last layer [row, d_model].
+        """Write the rows' difference after the layer, [token, d_model]; after the last one where it is read.
 
         Args:
             dx: [token, d_model], the difference before the layer; None for rows that enter in it.
@@ -85,9 +85,9 @@ class BlockStep:
         if stage <= ATTENTION:
             z = self._attention(normed)
             if layer.last:
-                stream = [Part(self._keep_last(part.d), []) for part in stream]
-                mlp_input = self._keep_last(mlp_input)
-                self.segments = last_segments(self.segments)
+                stream = [Part(self._keep_reads(part.d), []) for part in stream]
+                mlp_input = self._keep_reads(mlp_input)
+                self.segments = read_segments(self.segments)
             stream.append(self._part("attn_out", product(z, layer.weights.out)))
         else:
             stream.append(self._part("attn_out", None))
@@ -199,11 +199,11 @@ class BlockStep:
         if self.capture is not None:
             self.capture[place] = d
 
-    def _keep_last(self, d: Scaled | None) -> Scaled | None:
+    def _keep_reads(self, d: Scaled | None) -> Scaled | None:
         if d is None:
             return None
-        scale = None if d.scale is None else keep_last(d.scale, self.segments)
-        return Scaled(keep_last(d.values, self.segments), scale)
+        scale = None if d.scale is None else keep_reads(d.scale, self.segments)
+        return Scaled(keep_reads(d.values, self.segments), scale)
 
     def _zeros(self, like: Tensor) -> Tensor:
         """A zero difference, [token, ...] with the trailing shape of base activations: one line, repeated."""

@@ -1,13 +1,15 @@
 """What a sweep must cost: rows and necessary FLOPs, from a model's shapes alone.
 
 A row takes one product with each matrix of each layer after its own, for every position from its patch to
-the last, and one read-out. Attention scores, norms and whatever an engine does beside that are not counted:
+the last, and one read-out. Where answers have several tokens, those after the prompt are positions and
+read-outs too. Attention scores, norms and whatever an engine does beside that are not counted:
 this is the floor that speed is measured against.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from deltapatch.engine.continuation import continuation
 from deltapatch.engine.sites import find_site
 from deltapatch.models.spec import ModelSpec
 
@@ -39,18 +41,24 @@ def flops(spec: ModelSpec, row_layers: int, readouts: int) -> int:
 
 
 def necessary_flops(
-    spec: ModelSpec, site: str, layers: Sequence[int], positions: Sequence[int], length: int
+    spec: ModelSpec,
+    site: str,
+    layers: Sequence[int],
+    positions: Sequence[int],
+    length: int,
+    continued: int = 0,
 ) -> int:
     """The necessary FLOPs of a sweep of one site over one pair of prompts of `length` tokens.
 
     Args:
         layers: the patched layers. `resid_pre` of a layer passes through that layer as well.
         positions: from 0, or negative from the end.
+        continued: tokens that the answers add to the prompt.
     """
     enters_before = find_site(site)[0].name.startswith("resid_pre")
     depth = sum(spec.n_layers - layer - (0 if enters_before else 1) for layer in layers)
-    width = sum(length - (p + length if p < 0 else p) for p in positions)
-    each = flops(spec, depth * width, len(layers) * len(positions))
+    width = sum(length + continued - (p + length if p < 0 else p) for p in positions)
+    each = flops(spec, depth * width, len(layers) * len(positions) * (1 + continued))
     return (find_site(site)[0].n_indices(spec) or 1) * each
 
 
@@ -58,9 +66,10 @@ def sweep_cost(grid: "Grid", pairs: Sequence["EncodedPair"], spec: ModelSpec) ->
     """Rows and necessary FLOPs of a sweep over pairs of any lengths."""
     n_rows = needed = 0
     for pair in pairs:
+        continued = len(continuation(pair.clean_answer, pair.corrupted_answer).tokens)
         for site in grid.sites:
             found = [place for p in site.positions if (place := pair.resolve(p)) is not None]
             layers = site.layers.tolist()
             n_rows += rows(spec, site.site.name, layers, found)
-            needed += necessary_flops(spec, site.site.name, layers, found, len(pair.clean))
+            needed += necessary_flops(spec, site.site.name, layers, found, len(pair.clean), continued)
     return n_rows, needed

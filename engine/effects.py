@@ -108,10 +108,17 @@ class Effects:
         measured = [set(s.measured) for s in self.sites.values()]
         return [name for name, m in METRICS.items() if all(set(m.needs) <= have for have in measured)]
 
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens the longest answer has; effects are of the probability of all of them."""
+        return max(pair.answer_tokens for pair in self.pairs)
+
     def accuracy(self) -> float:
-        """Half clean runs right and half corrupted runs right: the most likely token is the answer."""
-        answers = np.array([[p.clean_answer, p.corrupted_answer] for p in self.pairs])
-        return float((self.reference.prediction == answers).mean())
+        """Half clean runs right and half corrupted runs right: what the run says is the answer.
+
+        Of an answer of several tokens each must be the likeliest after those before it.
+        """
+        return float(self.reference.says[:, [0, 1], [0, 1]].mean())
 
     def columns(
         self, metrics: str | Sequence[str] = "ie", sites: str | Sequence[str] | None = None
@@ -152,6 +159,8 @@ class Effects:
     def __repr__(self) -> str:
         what = ", ".join(str(self.meta[k]) for k in ("model", "precision", "backend") if k in self.meta)
         what += ", approximate" if self.meta.get("precision") == "fp8" else ""
+        if self.answer_tokens > 1:
+            what += f", answers of up to {self.answer_tokens} tokens"
         lines = [f"Effects of {len(self.pairs)} pair(s), {self.direction}" + (f", {what}" if what else "")]
         for name, swept in self.sites.items():
             shape = ", ".join(f"{axis} {n}" for axis, n in zip(swept.axes, swept.shape, strict=True))

@@ -40,9 +40,7 @@ class Gathered:
 
     def __init__(self, names: Sequence[str], dtype: type[np.floating], n_effects: int, n_pairs: int) -> None:
         self.measured = {name: np.full(n_effects, np.nan, dtype=dtype) for name in names}
-        self.reference = Reference(
-            np.full((n_pairs, 2, 2), np.nan), np.full((n_pairs, 2, 2), np.nan), np.full((n_pairs, 2), -1)
-        )
+        self.reference = Reference.empty(n_pairs)
         self.passes = self.rows = 0
         self.seconds = 0.0
 
@@ -50,9 +48,7 @@ class Gathered:
         """Put what a pass found in its place."""
         for name, values in found.measured.items():
             self.measured[name][found.out] = values
-        self.reference.logit[found.pairs] = found.reference.logit
-        self.reference.logp[found.pairs] = found.reference.logp
-        self.reference.prediction[found.pairs] = found.reference.prediction
+        self.reference.put(found.pairs, found.reference)
         self.passes += 1
         self.rows += len(found.out)
         self.seconds += found.seconds

@@ -1,7 +1,7 @@
 """A job: checked options and encoded pairs, carried out pass by pass."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from deltapatch.engine.audit import Audit, Truth
+from deltapatch.engine.continuation import Continuation, check_rotary, continuation
 from deltapatch.engine.gather import Gathered, PassEffects
+from deltapatch.engine.layout import PairShapes, RunShape
 from deltapatch.engine.metrics import MEASURED, Direction, Reference, measured_for
 from deltapatch.engine.pairs import EncodedPair, PromptPair, encode_pairs, read_at
 from deltapatch.engine.planner import Costs, Pass, cut, default_budget, row_layers
@@ -35,6 +37,7 @@ class Job:
     model: Model
     pairs: list[EncodedPair]
     length: np.ndarray  # [pair], tokens up to the read-out position
+    continued: list[Continuation]  # [pair], what the answers add
     direction: Direction
     source: Source
     precision: Precision | None  # None: to be chosen when the work is known
@@ -90,10 +93,14 @@ class Job:
         measured = MEASURED if metrics == "all" else measured_for(tuple(metrics))
         encoded = encode_pairs(pairs, model.tokenizer, model.spec.d_vocab)
         length = np.array([read_at(readout, i, p) + 1 for i, p in enumerate(encoded)])
+        continued = [continuation(pair.clean_answer, pair.corrupted_answer) for pair in encoded]
+        for number, pair in enumerate(encoded):
+            check_rotary(pair, number, model.spec.rope)
         return cls(
             model,
             encoded,
             length,
+            continued,
             direction,
             kind,
             PRECISIONS.get(precision),
@@ -106,6 +113,15 @@ class Job:
             noise_sample,
             partners(length, seed) if kind == "resample" else None,
         )
+
+    @cached_property
+    def runs(self) -> list[RunShape]:
+        """[pair], the shapes of their runs."""
+        return [c.shape(n) for c, n in zip(self.continued, self.length.tolist(), strict=True)]
+
+    def ordered(self, pairs: Iterable[int]) -> list[int]:
+        """Pairs in the order in which passes take them."""
+        return sorted(pairs, key=lambda pair: self.runs[pair].order)
 
     def carry_out(
         self, work: Work, progress: bool, keeper: Keeper | None = None
@@ -174,9 +190,9 @@ class Job:
     def _parts(self, tables: Tables, precision: Precision, each: Map) -> Iterator[Pass]:
         """The passes that interventions are cut into."""
         n_sources = 1 if self.partner is None else 2
-        longest, block = int(self.length.max()), self.backend.block_tokens
+        longest, block = max(run.length for run in self.runs), self.backend.block_tokens
         costs = Costs.of(self.model, precision, block, n_sources, longest, each.count)
-        return cut(tables, self.length, costs, self.budget, self.source == "mean")
+        return cut(tables, self.runs, costs, self.budget, self.source == "mean")
 
     def _carry(
         self, part: Pass, precision: Precision, each: Map, tick: Callable[[int], None] = lambda n: None
@@ -204,30 +220,28 @@ class Job:
 
     def _row_layers(self, part: Pass) -> int:
         """What a pass adds to the progress bar."""
-        length = self.length[np.array(part.pairs)][part.table.pair]
-        return row_layers(part.table, length, self.model.spec.n_layers)
+        return row_layers(part.table, [self.runs[pair] for pair in part.pairs], self.model.spec.n_layers)
 
     def _prompts(self, numbers: list[int]) -> Prompts:
-        """The prompts of some pairs, cut at the read-out position."""
-        length = self.length[numbers]
+        """The prompts of some pairs, cut at the read-out position, and what their answers add."""
         parts: list[list[list[int]]] = [[], [], []]  # base, counterpart, another pair's source
-        for i, n in zip(numbers, length, strict=True):
+        for i in numbers:
+            n, after = self.length[i], self.continued[i].tokens
             base, other = self._base_and_source(i)
-            parts[0].append(base[:n])
-            parts[1].append(other[:n])
+            parts[0].append([*base[:n], *after])
+            parts[1].append([*other[:n], *after])
             if self.partner is not None:
-                parts[2].append(self._base_and_source(int(self.partner[i]))[1][:n])
+                parts[2].append([*self._base_and_source(int(self.partner[i]))[1][:n], *after])
         flat = [np.concatenate(p) for p in parts if p]
-        noise = self._noise(numbers, length) if self.source == "noise" else None
+        noise = self._noise(numbers) if self.source == "noise" else None
         in_base = self.direction == "denoise"
         return Prompts(
             tokens=flat[0],
             sources=np.stack(flat[1:]),
             noise=noise if in_base else None,
             source_noise=None if in_base else noise,
-            length=length,
-            base=np.concatenate([[0], np.cumsum(length)[:-1]]),
-            answers=np.array([[self.pairs[i].clean_answer, self.pairs[i].corrupted_answer] for i in numbers]),
+            shapes=PairShapes([self.runs[i] for i in numbers]),
+            targets=np.concatenate([self.continued[i].targets for i in numbers]),
             kind=self.source,
         )
 
@@ -240,21 +254,19 @@ class Job:
     def _embedding_std(self) -> float:
         return float(self.model.ends().embedding.std())
 
-    def _noise(self, numbers: list[int], length: np.ndarray) -> torch.Tensor:
+    def _noise(self, numbers: list[int]) -> torch.Tensor:
         """[base token, d_model]; each pair has a seed of its own, so passes may be cut anywhere."""
         scale = self.noise_scale * self._embedding_std
         parts = []
-        for i, n in zip(numbers, length, strict=True):
-            drawn = (
-                np.random.default_rng((self.seed, i)).standard_normal((n, self.model.spec.d_model)) * scale
-            )
-            pair = self.pairs[i]
+        for i in numbers:
+            n, pair, width = self.length[i], self.pairs[i], self.model.spec.d_model
+            drawn = np.random.default_rng((self.seed, i)).standard_normal((n, width)) * scale
             differs = np.array(pair.clean[:n]) != np.array(pair.corrupted[:n])
-            parts.append(drawn * differs[:, None])
+            parts += [drawn * differs[:, None], np.zeros((len(self.continued[i].tokens), width))]
         return torch.from_numpy(np.concatenate(parts))
 
     def _check_finite(self, part: Pass, result: PassResult, describe: Callable[[int], str]) -> None:
-        bad_pairs = ~np.isfinite(result.logit).all(axis=(1, 2))
+        bad_pairs = ~np.isfinite(result.unpatched.logp).all(axis=(1, 2))
         if bad_pairs.any():
             raise DeltapatchError(
                 f"the model's own logits are not finite for pair {part.pairs[int(np.argmax(bad_pairs))]}: "
@@ -282,6 +294,7 @@ class Job:
             "source": self.source,
             "direction": self.direction,
             "readout": self.readout,
+            "answer_tokens": max(pair.answer_tokens for pair in self.pairs),
             "precision": None if self.precision is None else self.precision.name,
             "noise_floor": self.noise_floor,
             "backend": self.backend.name,

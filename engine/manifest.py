@@ -27,7 +27,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.product import PRECISIONS
 
 FORMAT, FORMAT_VERSION = "deltapatch unfinished run", 1
-PLAN_VERSION = 1  # to be raised whenever passes are cut, or computed, in another way
+PLAN_VERSION = 2  # to be raised whenever passes are cut, or computed, in another way
 
 # What must be the same for two processes to work on one run, and what a sentence calls it.
 _WORDS = {
@@ -212,7 +212,7 @@ def _truth_as_lists(truth: Truth) -> dict[str, Any]:
         "precision": truth.precision,
         "at": truth.at.tolist(),
         "measured": {name: values.tolist() for name, values in truth.sampled.measured.items()},
-        "reference": [reference.logit.tolist(), reference.logp.tolist(), reference.prediction.tolist()],
+        "reference": {name: array.tolist() for name, array in reference.arrays().items()},
     }
 
 
@@ -220,16 +220,17 @@ def _read_truth(found: Any, metrics: tuple[str, ...]) -> Truth:
     try:
         at = np.array(found["at"], dtype=np.int64)
         measured = {name: np.array(found["measured"][name], dtype=np.float64) for name in metrics}
-        logit, logp, prediction = (np.array(a, dtype=np.float64) for a in found["reference"])
+        like = Reference.empty(len(at)).arrays()
+        arrays = {name: np.array(found["reference"][name], dtype=a.dtype) for name, a in like.items()}
         precision = found["precision"]
     except (KeyError, TypeError, OverflowError) as error:
         raise ValueError("its truth is wrong") from error
     _need(at.ndim == 1, "truth")
     n = len(at)
     _need(all(a.shape == (n,) for a in measured.values()), "truth")
-    _need(logit.shape == logp.shape == (n, 2, 2) and prediction.shape == (n, 2), "truth")
+    _need(all(arrays[name].shape == a.shape for name, a in like.items()), "truth")
     _need(precision in ("fp64", "fp32"), "truth")
-    return Truth(precision, at, Sampled(measured, Reference(logit, logp, prediction)))
+    return Truth(precision, at, Sampled(measured, Reference(**arrays)))
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -1,12 +1,16 @@
 """Metrics: what is said of one intervention's read-out distribution. Adding one is one entry of METRICS.
 
-The engine measures five numbers for each intervention (MEASURED), all as differences from the base run and
-so without cancellation; every metric follows from them and from the two unpatched runs of the pair.
+The engine measures a few numbers for each intervention (MEASURED), changes of probabilities as differences
+from the base run and so without cancellation; every metric follows from them and from the two unpatched runs
+of the pair.
+
+Probabilities are of whole answers: log P(answer) adds up over its tokens, each after the ones before it. `kl`
+and `flip` are of the distribution at the end of the prompt.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -17,21 +21,51 @@ Direction = Literal["denoise", "noise"]
 Formula = Callable[[Mapping[str, np.ndarray], "Reference", Direction], np.ndarray]
 
 # What the engine writes down of each intervention; each is itself a metric.
-MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "flip")
+MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "flip", "says_clean", "says_corrupted")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The two unpatched runs of each pair, at the read-out position.
+    """The two unpatched runs of each pair. Run and answer are (clean, corrupted), unless told otherwise.
 
     Attributes:
-        logit, logp: [pair, run, answer], float64; run and answer are (clean, corrupted).
-        prediction: [pair, run], the token with the highest logit.
+        logit: [pair, run, answer], float64: the logit of the answer's token at the position where the two
+            answers part, plus the log-probabilities of its tokens after that. Their difference is that of
+            log P(answer). Of answers of one token it is the logit.
+        logp: [pair, run, answer], float64, log P(answer).
+        prediction: [pair, run], the likeliest token at the end of the prompt.
+        says: [pair, run, answer], whether the answer is what the run says, token by token.
     """
 
     logit: np.ndarray
     logp: np.ndarray
     prediction: np.ndarray
+    says: np.ndarray
+
+    @classmethod
+    def empty(cls, n_pairs: int, n_runs: int = 2) -> "Reference":
+        """Of runs that are not known yet: NaN, and -1 for a token."""
+        each = (n_pairs, n_runs, 2)
+        return cls(
+            np.full(each, np.nan), np.full(each, np.nan), np.full(each[:2], -1), np.zeros(each, dtype=bool)
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def of(self, pairs: np.ndarray) -> "Reference":
+        """That of some pairs, which may come several times."""
+        return Reference(*(array[pairs] for array in self.arrays().values()))
+
+    def put(self, pairs: np.ndarray, other: "Reference") -> None:
+        """Write down that of some pairs."""
+        for name, array in self.arrays().items():
+            array[pairs] = getattr(other, name)
+
+    def runs(self, order: Sequence[int]) -> "Reference":
+        """The same with the runs in another order."""
+        return Reference(*(array[:, list(order)] for array in self.arrays().values()))
 
 
 @dataclass(frozen=True)
@@ -45,6 +79,7 @@ class Metric:
     needs: tuple[str, ...]
     formula: Formula
     meaning: str
+    yes_or_no: bool = False  # 1 or 0
 
 
 def _ie(m: Mapping[str, np.ndarray], ref: Reference, direction: Direction) -> np.ndarray:
@@ -77,20 +112,23 @@ def _probability_change(
     return formula
 
 
-def _as_measured(name: str, meaning: str) -> Metric:
-    return Metric((name,), lambda m, ref, direction: m[name], meaning)
+def _as_measured(name: str, meaning: str, yes_or_no: bool = False) -> Metric:
+    return Metric((name,), lambda m, ref, direction: m[name], meaning, yes_or_no)
 
 
 METRICS: dict[str, Metric] = {
     "ie": Metric(("dlogp_clean", "dlogp_corrupted"), _ie, "indirect effect (Stolfo et al. 2023)"),
-    "logit_diff": _as_measured("logit_diff", "change of logit(clean answer) - logit(corrupted answer)"),
+    # Of one token each, logits differ as log-probabilities do.
+    "logit_diff": _as_measured("logit_diff", "change of log P(clean answer) - log P(corrupted answer)"),
     "recovered": Metric(("logit_diff",), _recovered, "logit_diff over clean's minus corrupted's"),
     "dlogp_clean": _as_measured("dlogp_clean", "change of log P(clean answer)"),
     "dlogp_corrupted": _as_measured("dlogp_corrupted", "change of log P(corrupted answer)"),
     "dp_clean": Metric(("dlogp_clean",), _probability_change(0), "change of P(clean answer)"),
     "dp_corrupted": Metric(("dlogp_corrupted",), _probability_change(1), "change of P(corrupted answer)"),
-    "kl": _as_measured("kl", "KL(base || patched), nats"),
-    "flip": _as_measured("flip", "1 where the most likely token changed"),
+    "kl": _as_measured("kl", "KL(base || patched) at the end of the prompt, nats"),
+    "flip": _as_measured("flip", "1 where the likeliest token at the end of the prompt changed", True),
+    "says_clean": _as_measured("says_clean", "1 where the patched run says the clean answer", True),
+    "says_corrupted": _as_measured("says_corrupted", "1 where it says the corrupted answer", True),
 }
 
 
@@ -123,9 +161,5 @@ def compute(
             )
     arrays = {need: np.asarray(measured[need], dtype=np.float64) for need in metric.needs}
     trailing = (1,) * (next(iter(arrays.values())).ndim - 1)
-    wide = Reference(
-        reference.logit.reshape(*reference.logit.shape, *trailing),
-        reference.logp.reshape(*reference.logp.shape, *trailing),
-        reference.prediction,
-    )
+    wide = Reference(*(a.reshape(*a.shape, *trailing) for a in reference.arrays().values()))
     return metric.formula(arrays, wide, direction)

@@ -15,15 +15,16 @@ class PromptPair:
 
     Attributes:
         clean, corrupted: text, or a list of token ids.
-        clean_answer, corrupted_answer: text (tokenised in context: it must add one token), or a token id.
+        clean_answer, corrupted_answer: text (tokenised in context, to one token or several), a token id, or a
+            list of them.
         labels: name -> position, for example ``{"op1": 4, "last": -1}``.
         meta: anything else that should travel with the pair (template, operands, ...).
     """
 
     clean: str | list[int]
     corrupted: str | list[int]
-    clean_answer: str | int
-    corrupted_answer: str | int
+    clean_answer: str | int | list[int]
+    corrupted_answer: str | int | list[int]
     labels: dict[str, int] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -34,23 +35,28 @@ class EncodedPair:
 
     Attributes:
         clean, corrupted: token ids, of equal length.
-        clean_answer, corrupted_answer: token ids.
+        clean_answer, corrupted_answer: token ids, one or several.
         labels: name -> position, from 0.
         meta: as in the `PromptPair`.
         clean_text, corrupted_text: one string a token; ``str(id)`` without a tokenizer.
-        clean_answer_text, corrupted_answer_text: likewise.
+        clean_answer_text, corrupted_answer_text: likewise, in one string.
     """
 
     clean: list[int]
     corrupted: list[int]
-    clean_answer: int
-    corrupted_answer: int
+    clean_answer: list[int]
+    corrupted_answer: list[int]
     labels: dict[str, int]
     meta: dict[str, Any]
     clean_text: list[str]
     corrupted_text: list[str]
     clean_answer_text: str
     corrupted_answer_text: str
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens the longer answer has."""
+        return max(len(self.clean_answer), len(self.corrupted_answer))
 
     def resolve(self, position: int | str) -> int | None:
         """The place, from 0, of an int (from the end where negative) or a label; None where there is none."""
@@ -67,10 +73,11 @@ def encode_pairs(
 
     Prompts given as text are tokenised with the tokenizer's defaults, special tokens included (LLaMA's BOS);
     prompts given as ids are used as they are. An answer given as text is tokenised in context: the tokens of
-    prompt + answer must be those of the prompt and exactly one more. It is tried as given and then, where
-    the prompt does not end in a space and the answer does not begin with one, with a space between them. For
-    a prompt given as ids there is no text to append to: the answer alone, without special tokens, must be
-    one token, as given or else with a leading space. An unknown-word token is no answer.
+    prompt + answer must be those of the prompt and one or several more. It is tried as given and, where the
+    prompt does not end in a space and the answer does not begin with one, with a space between them; what
+    makes fewer tokens counts, as given where both make as many. For a prompt given as ids there is no text to
+    append to: the answer is tokenised alone, without special tokens, as given and with a leading space. An
+    unknown-word token is no answer.
 
     Args:
         pairs: at least one pair.
@@ -79,8 +86,9 @@ def encode_pairs(
         names: what errors call each pair, for example "pairs.jsonl, line 7"; "pair 0" and so on by default.
 
     Raises:
-        DeltapatchError: no pairs; text without a tokenizer; an empty prompt; prompts of unequal length; a
-            token id, an answer or a label position out of range; an answer that is not one token.
+        DeltapatchError: no pairs; text without a tokenizer; an empty prompt or answer; prompts of unequal
+            length; a token id or a label position out of range; an answer that changes the tokens of its
+            prompt or is unknown to the tokenizer.
     """
     if not pairs:
         raise DeltapatchError("There are no prompt pairs: give at least one.")
@@ -94,6 +102,11 @@ def read_at(readout: int | str, number: int, pair: EncodedPair) -> int:
     at = pair.resolve(readout)
     if at is None:
         raise DeltapatchError(f"pair {number} has no position {readout!r} to read the effect at")
+    if pair.answer_tokens > 1 and at < len(pair.clean) - 1:
+        raise DeltapatchError(
+            f"pair {number} has an answer of {pair.answer_tokens} tokens, and these are read from the end of "
+            f"its prompt on: leave out readout={readout!r}, or give answers of one token"
+        )
     return at
 
 
@@ -105,8 +118,8 @@ def _encode(pair: PromptPair, tokenizer: Any, d_vocab: int, name: str) -> Encode
             f"{name}: the prompts must have the same number of tokens, but clean has {len(clean)} "
             f"{_shown(clean, tokenizer)} and corrupted has {len(corrupted)} {_shown(corrupted, tokenizer)}."
         )
-    clean_answer = _answer_id(pair.clean_answer, pair.clean, clean, "clean_answer", tokenizer, d_vocab, name)
-    corrupted_answer = _answer_id(
+    clean_answer = _answer_ids(pair.clean_answer, pair.clean, clean, "clean_answer", tokenizer, d_vocab, name)
+    corrupted_answer = _answer_ids(
         pair.corrupted_answer, pair.corrupted, corrupted, "corrupted_answer", tokenizer, d_vocab, name
     )
     return EncodedPair(
@@ -118,8 +131,8 @@ def _encode(pair: PromptPair, tokenizer: Any, d_vocab: int, name: str) -> Encode
         meta=dict(pair.meta),
         clean_text=_pieces(clean, tokenizer),
         corrupted_text=_pieces(corrupted, tokenizer),
-        clean_answer_text=_pieces([clean_answer], tokenizer)[0],
-        corrupted_answer_text=_pieces([corrupted_answer], tokenizer)[0],
+        clean_answer_text=_as_one(clean_answer, tokenizer),
+        corrupted_answer_text=_as_one(corrupted_answer, tokenizer),
     )
 
 
@@ -137,27 +150,31 @@ def _prompt_ids(prompt: str | list[int], which: str, tokenizer: Any, d_vocab: in
     return ids
 
 
-def _answer_id(
-    answer: str | int,
+def _answer_ids(
+    answer: str | int | list[int],
     prompt: str | list[int],
     prompt_ids: list[int],
     which: str,
     tokenizer: Any,
     d_vocab: int,
     name: str,
-) -> int:
-    """The one token of an answer, in the context of its prompt. `encode_pairs` says how it is found."""
+) -> list[int]:
+    """The tokens of an answer, in the context of its prompt. `encode_pairs` says how they are found."""
+    if isinstance(answer, list | tuple):
+        if not answer:
+            raise DeltapatchError(f"{name}: {which} is empty; give the tokens that should follow the prompt.")
+        return [_checked_id(i, which, d_vocab, name) for i in answer]
     if not isinstance(answer, str):
-        return _checked_id(answer, which, d_vocab, name)
+        return [_checked_id(answer, which, d_vocab, name)]
     _need(tokenizer, which, name)
     if not answer:
-        raise DeltapatchError(f"{name}: {which} is empty; give the one token that should follow the prompt.")
+        raise DeltapatchError(f"{name}: {which} is empty; give what should follow the prompt.")
     # Candidates are appended to this text; a prompt of ids has none.
     text = prompt if isinstance(prompt, str) else ""
     candidates = [answer]
     if not text.endswith(" ") and not answer.startswith(" "):
         candidates.append(" " + answer)
-    seen = []
+    found, seen = [], []
     for candidate in candidates:
         if text:
             ids = _tokens(tokenizer, text + candidate)
@@ -166,17 +183,18 @@ def _answer_id(
             added = _tokens(tokenizer, candidate, add_special_tokens=False)
         if added is None:
             seen.append(f"{candidate!r} changes how the end of the prompt is tokenised")
-        elif len(added) != 1:
-            seen.append(f"{candidate!r} adds {len(added)} tokens {_shown(added, tokenizer)}")
-        elif added[0] == tokenizer.unk_token_id:
+        elif not added:
+            seen.append(f"{candidate!r} adds no token")
+        elif tokenizer.unk_token_id in added:
             seen.append(f"{candidate!r} is unknown to the tokenizer")
         else:
-            return _checked_id(added[0], which, d_vocab, name)
-    where = "after its prompt" if text else "on its own"
-    remedy = " or drop the space that ends the prompt" if text.endswith(" ") else ""
+            found.append([_checked_id(i, which, d_vocab, name) for i in added])
+    if found:
+        return min(found, key=len)
+    remedy = ", or drop the space that ends the prompt" if text.endswith(" ") else ""
     raise DeltapatchError(
-        f"{name}: {which} {answer!r} must be exactly one token {where}, but {' and '.join(seen)}; "
-        f"choose an answer that is one token{remedy}."
+        f"{name}: {which} {answer!r} must add tokens to its prompt, but {' and '.join(seen)}; "
+        f"choose another answer{remedy}."
     )
 
 
@@ -221,6 +239,11 @@ def _pieces(ids: list[int], tokenizer: Any) -> list[str]:
     if tokenizer is None:
         return [str(i) for i in ids]
     return [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+
+
+def _as_one(ids: list[int], tokenizer: Any) -> str:
+    """Tokens as one string."""
+    return (" " if tokenizer is None else "").join(_pieces(ids, tokenizer))
 
 
 def _shown(ids: list[int], tokenizer: Any) -> str:

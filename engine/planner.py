@@ -1,13 +1,14 @@
 """The planner: cuts interventions into passes that keep within a memory budget."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from deltapatch.engine.costs import layer_parameters
+from deltapatch.engine.layout import RunShape
 from deltapatch.engine.patches import PatchTable
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels import attention, readout, readout_triton
@@ -20,7 +21,7 @@ class Pass:
     """What goes through the layers together.
 
     Attributes:
-        pairs: numbers of the pairs whose runs it needs, ordered by length.
+        pairs: numbers of the pairs whose runs it needs, in the order of their shapes.
         table: the interventions, with pairs counted within `pairs`.
         out: [row], where the effects go.
     """
@@ -36,14 +37,14 @@ class Costs:
 
     Attributes:
         fixed: one layer's converted weights, the ends, and the workspace of a block.
-        pair: a pair's output distribution.
-        base_token: a token of a pair's prompts: the activations of two layers, of base and source runs.
+        read: a pair's output distribution at one position.
+        base_token: a token of a pair's runs: the activations of two layers, of base and source runs.
         row_token: a token of a row in flight, in this layer's packing and the next's.
-        row: the bookkeeping of a row.
+        row: the bookkeeping of a row that is read at one position; at several it is as many times that.
     """
 
     fixed: int
-    pair: int
+    read: int
     base_token: int
     row_token: int
     row: int
@@ -52,7 +53,7 @@ class Costs:
     def of(
         cls, model: Model, precision: Precision, block_tokens: int, n_sources: int, length: int, threads: int
     ) -> "Costs":
-        """The costs of a sweep of this model, with prompts of at most `length` tokens.
+        """The costs of a sweep of this model, with runs of at most `length` tokens.
 
         Args:
             threads: how many blocks are worked on at once (`Map.count`).
@@ -81,11 +82,11 @@ class Costs:
         return cls(fixed, spec.d_vocab * (3 * size + 40), 2 * (1 + n_sources) * widths * size,
                    2 * spec.d_model * size, 400)  # fmt: skip
 
-    def total(self, pairs: int, base_tokens: int, row_tokens: int, rows: int) -> int:
-        """Bytes of a pass."""
+    def total(self, reads: int, base_tokens: int, row_tokens: int, rows: int) -> int:
+        """Bytes of a pass; a row counts once for every position that it is read at."""
         return (
             self.fixed
-            + pairs * self.pair
+            + reads * self.read
             + base_tokens * self.base_token
             + row_tokens * self.row_token
             + rows * self.row
@@ -108,7 +109,7 @@ def default_budget(device: torch.device | None = None) -> int:
 
 def cut(
     tables: Iterable[tuple[int, PatchTable, np.ndarray]],
-    length: np.ndarray,
+    runs: Sequence[RunShape],
     costs: Costs,
     budget: int,
     share_lengths: bool,
@@ -116,11 +117,11 @@ def cut(
     """Cut interventions into passes.
 
     Args:
-        tables: (pair, its interventions, where their effects go), ordered by the pairs' lengths.
-        length: [pair], of all pairs.
+        tables: (pair, its interventions, where their effects go), in the order of the pairs' shapes.
+        runs: [pair], the shapes of all pairs.
         costs: of memory.
         budget: bytes.
-        share_lengths: a pass needs the runs of all pairs of a length (source "mean").
+        share_lengths: a pass needs the runs of all pairs with a prompt of one length (source "mean").
 
     Raises:
         DeltapatchError: not even one intervention fits.
@@ -130,26 +131,26 @@ def cut(
 
     def with_pair(used: _Used, pair: int) -> _Used:
         """What is used once a pair's runs are carried too, before any of its rows."""
-        same = int((length == length[pair]).sum()) if share_lengths else 1
-        if share_lengths and int(length[pair]) in used.lengths:
-            same = 0
+        prompt, same = runs[pair].prompt, [runs[pair]]
+        if share_lengths:
+            same = [] if prompt in used.prompts else [run for run in runs if run.prompt == prompt]
         return _Used(
-            used.pairs + same,
-            used.base_tokens + same * int(length[pair]),
+            used.reads + sum(run.reads for run in same),
+            used.base_tokens + sum(run.length for run in same),
             used.row_tokens,
             used.rows,
-            used.lengths | {int(length[pair])},
+            used.prompts | {prompt},
         )
 
     for pair, table, out in tables:
-        tokens = (length[pair] - first_positions(table)).clip(0)  # patches may lie behind the read-out
-        after = with_pair(used, pair).plus(tokens)
+        tokens, reads = row_tokens(table, runs[pair]), runs[pair].reads
+        after = with_pair(used, pair).plus(tokens, reads)
         if held and after.bytes(costs) > budget:
-            yield _join(held, length, share_lengths)
+            yield _join(held, runs, share_lengths)
             held, used = [], _Used()
-            after = with_pair(used, pair).plus(tokens)
+            after = with_pair(used, pair).plus(tokens, reads)
         room = budget - with_pair(used, pair).bytes(costs)
-        each = tokens * costs.row_token + costs.row  # [row], bytes
+        each = tokens * costs.row_token + reads * costs.row  # [row], bytes
         longest = int(each.max(initial=0))
         if room < longest:
             least = with_pair(_Used(), pair).bytes(costs) + longest
@@ -164,28 +165,29 @@ def cut(
             continue
         for piece in pieces:
             rows = np.arange(piece.start, piece.stop)
-            yield _join([(pair, take(table, rows), out[piece])], length, share_lengths)
+            yield _join([(pair, take(table, rows), out[piece])], runs, share_lengths)
     if held:
-        yield _join(held, length, share_lengths)
+        yield _join(held, runs, share_lengths)
 
 
 @dataclass(frozen=True)
 class _Used:
     """What a pass holds so far."""
 
-    pairs: int = 0
+    reads: int = 0
     base_tokens: int = 0
     row_tokens: int = 0
     rows: int = 0
-    lengths: frozenset[int] = frozenset()
+    prompts: frozenset[int] = frozenset()  # their lengths
 
-    def plus(self, tokens: np.ndarray) -> "_Used":
-        """With rows of so many tokens each."""
-        return replace(self, row_tokens=self.row_tokens + int(tokens.sum()), rows=self.rows + len(tokens))
+    def plus(self, tokens: np.ndarray, reads: int) -> "_Used":
+        """With rows of so many tokens each, read at so many positions."""
+        rows = self.rows + reads * len(tokens)
+        return replace(self, row_tokens=self.row_tokens + int(tokens.sum()), rows=rows)
 
     def bytes(self, costs: Costs) -> int:
         """What that costs."""
-        return costs.total(self.pairs, self.base_tokens, self.row_tokens, self.rows)
+        return costs.total(self.reads, self.base_tokens, self.row_tokens, self.rows)
 
 
 def first_positions(table: PatchTable) -> np.ndarray:
@@ -195,11 +197,20 @@ def first_positions(table: PatchTable) -> np.ndarray:
     return first
 
 
-def row_layers(table: PatchTable, length: int | np.ndarray, n_layers: int) -> int:
-    """Row tokens times the layers that they pass, for prompts of that length (of each row, or of all)."""
-    first_layer = np.full(table.n_rows, n_layers)
+def row_tokens(table: PatchTable, run: RunShape) -> np.ndarray:
+    """[row], tokens of each intervention's row; none where all patches lie behind the read-out."""
+    first = first_positions(table)
+    return np.where(first < run.prompt, run.length - first, 0)
+
+
+def row_layers(table: PatchTable, runs: Sequence[RunShape], n_layers: int) -> int:
+    """Row tokens times the layers that they pass, for pairs whose runs have these shapes."""
+    first_layer, first = np.full(table.n_rows, n_layers), first_positions(table)
     np.minimum.at(first_layer, table.row, table.layer)
-    return int(((length - first_positions(table)).clip(0) * (n_layers - 1 - first_layer)).sum())
+    prompt, length = (
+        np.array(sizes)[table.pair] for sizes in zip(*((r.prompt, r.length) for r in runs), strict=True)
+    )
+    return int((np.where(first < prompt, length - first, 0) * (n_layers - 1 - first_layer)).sum())
 
 
 def _pieces(each: np.ndarray, room: int) -> list[slice]:
@@ -223,12 +234,15 @@ def take(table: PatchTable, rows: np.ndarray) -> PatchTable:
     return PatchTable(len(rows), table.pair[rows], new[kept], *columns)
 
 
-def _join(parts: list[tuple[int, PatchTable, np.ndarray]], length: np.ndarray, share_lengths: bool) -> Pass:
+def _join(
+    parts: list[tuple[int, PatchTable, np.ndarray]], runs: Sequence[RunShape], share_lengths: bool
+) -> Pass:
     """One pass of several pairs' interventions."""
     pairs = [pair for pair, _, _ in parts]
     if share_lengths:
-        pairs = np.flatnonzero(np.isin(length, length[pairs])).tolist()
-        pairs.sort(key=lambda p: int(length[p]))
+        prompts = {runs[pair].prompt for pair in pairs}
+        pairs = [pair for pair, run in enumerate(runs) if run.prompt in prompts]
+        pairs.sort(key=lambda p: runs[p].order)
     number = {pair: i for i, pair in enumerate(pairs)}
     firsts = np.cumsum([0, *(t.n_rows for _, t, _ in parts)])
     tables = [t for _, t, _ in parts]

@@ -4,8 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.layout import Block, Layout, PairShapes
+from deltapatch.engine.layout import Block
+from deltapatch.engine.metrics import Reference
 from deltapatch.engine.products import taken_in
+from deltapatch.engine.reads import Reads, RowReads
 from deltapatch.engine.sources import Prompts
 from deltapatch.engine.workers import Map
 from deltapatch.kernels.backend import Backend
@@ -15,12 +17,12 @@ from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import Operand, Precision, Scaled, narrow_weight
 from deltapatch.kernels.readout import BaseReadout, vocabulary_pieces
 from deltapatch.kernels.readout_tail import Tail, make_tail, worth_a_tail
-from deltapatch.kernels.segments import Segment, keep_last, last_segments
+from deltapatch.kernels.segments import Segment, keep_reads, read_segments
 from deltapatch.models.forward import normalise
 from deltapatch.models.model import Model
 from deltapatch.models.weights import EndWeights
 
-_PAIRS = 16  # whose output distributions are looked at together
+_READS = 16  # whose output distributions are looked at together
 _BLOCKS = 4  # from which on cores have a block each
 
 
@@ -31,83 +33,95 @@ class ReadOut:
         self,
         model: Model,
         prompts: Prompts,
-        shapes: PairShapes,
-        measured: tuple[str, ...],
         precision: Precision,
         backend: Backend,
         each: Map,
     ) -> None:
-        self.model, self.prompts, self.shapes, self.measured = model, prompts, shapes, measured
+        self.model, self.prompts = model, prompts
         self.precision, self.ops, self.each = precision, backend, each
         self.exact = precision.exact
 
     def read(
-        self, ends: EndWeights, x: Tensor, dx: Tensor, rows: Tensor, layout: Layout, pair: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, ends: EndWeights, x: Tensor, dx: Tensor, rows: Tensor, row_reads: RowReads
+    ) -> tuple[np.ndarray, Reference]:
         """Measure every row and the unpatched runs. Here the host waits for the device, once a pass.
 
         Args:
             ends: final norm and unembedding in the base dtype.
             x, dx: [base token, d_model] and [source token, d_model], the unpatched runs after the last layer.
-            rows: [row, d_model], the rows' differences there, packed as
-            layout: says.
-            pair: [row id], the pair of each row.
+            rows: [read of a row, d_model], the rows' differences there, packed as
+            row_reads: says.
 
         Returns:
-            [measured, row], rows in the order of the layout; and of the pairs' runs [pair, (base, source),
-            (logits of the two answers, their log-probabilities, the likeliest token)], float64.
+            [measured, row]; and what the base and source runs say.
         """
-        exact = ends.unembedding.weight
-        base, unpatched = self._unpatched(ends, x, dx)
-        precision = taken_in(self.precision, layout.n_tokens, self.model.device)
+        exact, reads = ends.unembedding.weight, row_reads.reads
+        at = x[upload(reads.token, x.device)]  # [read, d_model]
+        base, told = self._unpatched(ends, x, dx, at, reads)
+        precision = taken_in(self.precision, row_reads.n_tokens, self.model.device)
         stored = ends if precision is self.exact else self.model.ends(None)
         weight = narrow_weight(stored.unembedding.weight, precision)
-        tails = self._tails(base, exact, weight, np.bincount(pair, minlength=len(base.p)))
-        base = base._replace(tails=tails)
-        found = x.new_empty(len(self.measured), layout.n_tokens)
+        base = base._replace(tails=self._tails(base, exact, weight, row_reads))
+        found = [x.new_empty(len(part.asked.names), part.layout.n_tokens) for part in row_reads.parts]
 
-        def take(block: Block, each: Each = in_turn) -> None:
-            dn = self._normed(ends, x, rows[block.tokens], block.segments)
+        def take(work: tuple[int, Block], each: Each = in_turn) -> None:
+            i, block = work
+            part, names = row_reads.parts[i], row_reads.parts[i].asked.names
+            dn = self._normed(ends, at, rows[part.lines][block.tokens], block.segments)
             values = self.ops.readout(
-                dn, exact, weight, precision, base, block.first_pairs, block.segments, self.measured, each
+                dn, exact, weight, precision, base, block.first_pairs, block.segments, names, each
             )
-            for i, name in enumerate(self.measured):
-                found[i, block.rows] = values[name]
+            for j, name in enumerate(names):
+                found[i][j, block.rows] = values[name]
 
+        blocks = [
+            (i, block)
+            for i, part in enumerate(row_reads.parts)
+            if part.asked.names
+            for block in part.layout.blocks
+        ]
         # Cores share the vocabulary where there are few rows: a product of few rows does little but read it.
-        if len(layout.blocks) < _BLOCKS:
-            for block in layout.blocks:
-                take(block, self.each)
+        if len(blocks) < _BLOCKS:
+            for work in blocks:
+                take(work, self.each)
         else:
-            self.each(take, layout.blocks)
-        return found.cpu().numpy(), unpatched.cpu().numpy()
+            self.each(take, blocks)
+        flat = torch.cat([values.flatten() for values in found]).cpu().numpy()
+        edges = np.cumsum([0, *(values.numel() for values in found)])
+        by_part = [flat[a:b].reshape(f.shape) for a, b, f in zip(edges[:-1], edges[1:], found, strict=True)]
+        return row_reads.together(by_part), reads.reference(told.cpu().numpy())
 
-    def _unpatched(self, ends: EndWeights, x: Tensor, dx: Tensor) -> tuple[BaseReadout, Tensor]:
-        """The base runs' distributions, and what is told of both runs of each pair."""
+    def _unpatched(
+        self, ends: EndWeights, x: Tensor, dx: Tensor, at: Tensor, reads: Reads
+    ) -> tuple[BaseReadout, Tensor]:
+        """The base runs' distributions, and what both runs of each pair say: see `Reads.reference`.
+
+        Args:
+            at: [read, d_model], of x.
+        """
         prompts, device = self.prompts, self.model.device
         exact, bias = ends.unembedding
         # The source run is a row of its own.
-        segments = self.shapes.segments(prompts.n_sources)
-        dn = self._normed(ends, x, keep_last(dx, segments), last_segments(segments))[:: prompts.n_sources]
-        last = x[upload(prompts.base + prompts.length - 1, device)]
-        n, pieces = len(last), self._vocabulary(len(exact))
-        ends_of_runs = torch.cat([normalise(last, ends.norm, self.model.spec), dn])
+        segments = prompts.shapes.segments(prompts.n_sources)
+        dn = self._normed(ends, x, keep_reads(dx, segments), read_segments(segments))[:: prompts.n_sources]
+        n, pieces = len(at), self._vocabulary(len(exact))
+        ends_of_runs = torch.cat([normalise(at, ends.norm, self.model.spec), dn])
         both = ends_of_runs.new_empty(2 * n, len(exact))
 
         def multiply(piece: slice) -> None:
             both[:, piece] = ends_of_runs @ exact[piece].T
 
         self.each(multiply, pieces)
-        logits, change = both[:n], both[n:]  # [pair, d_vocab]
+        logits, change = both[:n], both[n:]  # [read, d_vocab]
         if bias is not None:
             logits = logits + bias
-        answers = upload(prompts.answers, device)
+        answers = upload(reads.tokens, device)
         told = torch.empty(n, 2, 5, dtype=torch.float64, device=device)
-        for some in (slice(i, i + _PAIRS) for i in range(0, n, _PAIRS)):
+        for some in (slice(i, i + _READS) for i in range(0, n, _READS)):
             runs = torch.stack([logits[some], logits[some] + change[some]], 1).double()
-            at = answers[some].unsqueeze(1).expand(-1, 2, -1)  # [pair, run, answer]
-            told[some, :, 0:2] = runs.gather(-1, at)
-            told[some, :, 2:4] = runs.log_softmax(-1).gather(-1, at)
+            which = answers[some].unsqueeze(1).expand(-1, 2, -1)  # [read, run, answer]
+            told[some, :, 0:2] = runs.gather(-1, which)
+            told[some, :, 2:4] = runs.log_softmax(-1).gather(-1, which)
             told[some, :, 4] = runs.argmax(-1).double()
         p = logits.double().softmax(-1)
         means = x.new_empty(len(pieces), n, x.shape[1])
@@ -125,15 +139,17 @@ class ReadOut:
         return vocabulary_pieces(d_vocab, d_vocab)
 
     def _tails(
-        self, base: BaseReadout, exact: Tensor, weight: Operand, n_rows: np.ndarray
+        self, base: BaseReadout, exact: Tensor, weight: Operand, row_reads: RowReads
     ) -> dict[int, Tail]:
-        """Expansions for the pairs that have very many rows; see readout_tail.py."""
+        """Expansions for the reads that very many rows have; see readout_tail.py."""
         if not self.ops.expands:
             return {}
+        n_rows = np.bincount(row_reads.read, minlength=len(base.p))
         return {
             i: make_tail(base.p[i], base.mean[i], exact, weight, self.each)
-            for i, n in enumerate(n_rows.tolist())
-            if worth_a_tail(n, len(exact), exact.shape[1], weight.precision, self.measured)
+            for part in row_reads.parts
+            for i in part.asked.reads.tolist()
+            if worth_a_tail(n_rows[i], len(exact), exact.shape[1], weight.precision, part.asked.names)
         }
 
     def _normed(self, ends: EndWeights, x: Tensor, d: Tensor, segments: list[Segment]) -> Tensor:

@@ -15,7 +15,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,10 +32,15 @@ from deltapatch.engine.wholefile import flush as _flush
 from deltapatch.errors import DeltapatchError
 
 FORMAT = "deltapatch run"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: answers are single tokens, and `reference/says` is not written down
 RUN, PAIRS, EFFECTS = "run.json", "pairs.jsonl", "effects.safetensors"
 UNFINISHED, MANIFEST, LOCK = "unfinished", "manifest.json", "run.lock"
-_REFERENCE_AXES = {"logit": "pair,run,answer", "logp": "pair,run,answer", "prediction": "pair,run"}
+_REFERENCE_AXES = {
+    "logit": "pair,run,answer",
+    "logp": "pair,run,answer",
+    "prediction": "pair,run",
+    "says": "pair,run,answer",
+}
 
 
 def is_begun(path: Path) -> bool:
@@ -147,7 +152,15 @@ def pairs_as_text(pairs: Sequence[EncodedPair]) -> str:
 
 def read_pairs_text(text: str) -> list[EncodedPair]:
     """The pairs in what pairs.jsonl holds; ValueError, KeyError or TypeError where it is damaged."""
-    return [EncodedPair(**json.loads(line)) for line in text.split("\n") if line]
+    pairs = []
+    for line in text.split("\n"):
+        if line:
+            fields = json.loads(line)
+            for name in ("clean_answer", "corrupted_answer"):
+                if isinstance(fields[name], int):  # format 1
+                    fields[name] = [fields[name]]
+            pairs.append(EncodedPair(**fields))
+    return pairs
 
 
 def environment() -> dict[str, Any]:
@@ -223,8 +236,14 @@ def _read_files(path: Path, about: dict[str, Any]) -> Effects:
             sites[site] = SiteEffects(
                 site, np.array(coordinates["layers"]), coordinates["positions"], measured
             )
-        reference = Reference(*(file.get_tensor(f"reference/{f.name}") for f in fields(Reference)))
+        known = {name: file.get_tensor(f"reference/{name}") for name in _REFERENCE_AXES if name != "says"}
+        if about["format_version"] > 1:
+            known["says"] = file.get_tensor("reference/says")
     pairs = read_pairs_text((path / PAIRS).read_text(encoding="utf-8"))
+    if "says" not in known:
+        answers = np.array([[p.clean_answer[0], p.corrupted_answer[0]] for p in pairs])
+        known["says"] = known["prediction"][:, :, None] == answers[:, None, :]
+    reference = Reference(**known)
     for swept in sites.values():
         for name, array in swept.measured.items():
             if array.shape[:3] != (len(pairs), len(swept.layers), len(swept.positions)):

@@ -16,7 +16,7 @@ from deltapatch.engine.metrics import Reference
 from deltapatch.engine.tensorfile import digest, save_file
 from deltapatch.engine.wholefile import write_whole
 
-_REFERENCE = ("logit", "logp", "prediction")
+_REFERENCE = tuple(Reference.empty(0).arrays())
 
 
 class DamagedShard(Exception):
@@ -42,7 +42,7 @@ class Shards:
         """Write a shard. OSError where it cannot be written; then there is none."""
         tensors = {"out": found.out.astype(np.int64), "pairs": found.pairs.astype(np.int64)}
         tensors |= {f"measured/{name}": values for name, values in found.measured.items()}
-        tensors |= {f"reference/{name}": getattr(found.reference, name) for name in _REFERENCE}
+        tensors |= {f"reference/{name}": array for name, array in found.reference.arrays().items()}
         metadata = {"plan": self.plan, "pass": str(number), "seconds": repr(found.seconds)}
         metadata["sha256"] = digest(tensors, metadata)
         write_whole(self.path(number), lambda path: save_file(tensors, path, metadata))
@@ -86,9 +86,10 @@ def _check_shapes(found: PassEffects) -> None:
     n, pairs = found.out.shape, found.pairs.shape
     shapes = {a.shape for a in found.measured.values()} | {n}
     kinds = {a.dtype.name for a in found.measured.values()}
-    reference = [getattr(found.reference, name).shape for name in _REFERENCE]
+    like = Reference.empty(found.pairs.size).arrays()
     fits = len(n) == len(pairs) == 1 and shapes == {n} and kinds <= {"float32", "float64"}
-    fits &= reference == [(*pairs, 2, 2), (*pairs, 2, 2), (*pairs, 2)]
-    fits &= found.out.dtype == found.pairs.dtype == found.reference.prediction.dtype == np.int64
+    for name, array in found.reference.arrays().items():
+        fits &= (array.shape, array.dtype) == (like[name].shape, like[name].dtype)
+    fits &= found.out.dtype == found.pairs.dtype == np.int64
     if not fits:
         raise DamagedShard

@@ -32,16 +32,16 @@ def check_source(name: str) -> Source:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a pass, packed: pairs ordered by length, their tokens one after the other.
+    """The prompts of a pass with what their answers add, packed: the tokens of one pair after the other's.
 
     Attributes:
         tokens: [base token], the base prompts.
-        sources: [n_sources, base token], the prompts whose runs are carried as differences. The first is the
-            pair's counterpart; the last is the one that patches take from.
+        sources: [n_sources, base token], the prompts whose runs are carried as differences, and the same
+            after them. The first is the pair's counterpart; the last is the one that patches take from.
         noise: [base token, d_model] or None, added to the embeddings of the base run.
         source_noise: the same for the source run.
-        length, base: [pair], the length of each prompt and its first base token.
-        answers: [pair, 2], clean and corrupted answer.
+        shapes: of the pairs' runs, ordered by them.
+        targets: [read, 2], the next tokens of the clean and the corrupted answer (see continuation.py).
         kind: the source.
     """
 
@@ -49,9 +49,8 @@ class Prompts:
     sources: np.ndarray
     noise: Tensor | None
     source_noise: Tensor | None
-    length: np.ndarray
-    base: np.ndarray
-    answers: np.ndarray
+    shapes: PairShapes
+    targets: np.ndarray
     kind: Source
 
     @property
@@ -83,34 +82,38 @@ class Prompts:
                 d += sign * upload(noise.numpy(), d.device).to(d.dtype).unsqueeze(1)
         return d.flatten(0, 1)
 
-    def delta(self, base: Tensor, captured: Tensor, shapes: PairShapes) -> Tensor:
-        """(source - base) at one place, [source token, ...], as `source_differences` gives it for all."""
+    def delta(self, base: Tensor, captured: Tensor) -> Tensor:
+        """(source - base) at one place, [source token, ...], as `source_differences` gives it for all.
+
+        After the prompts, where nothing is patched, it may be anything.
+        """
         if self.kind == "zero":
             return -base
         if self.kind == "mean":
             out = torch.empty_like(base)
-            for s in shapes.segments(1):
-                b, d = s.prompt(base), s.prompt(captured)  # [pair, position, ...]
-                s.prompt(out).copy_((b + d / 2).mean(0, keepdim=True) - b)
+            for length in np.unique(self.shapes.prompt).tolist():
+                alike = [s for s in self.shapes.segments(1) if s.length - s.reads + 1 == length]
+                prompts = [s.run(base)[:, :length] for s in alike]  # [pair, position, ...]
+                halves = [s.run(captured)[:, :length] / 2 for s in alike]
+                mean = torch.cat([b + d for b, d in zip(prompts, halves, strict=True)]).mean(0, keepdim=True)
+                for s, b in zip(alike, prompts, strict=True):
+                    s.run(out)[:, :length] = mean - b
             return out
         return captured
 
 
-def source_differences(
-    prompts: Prompts, base: Activations, captured: dict[str, Tensor], shapes: PairShapes
-) -> dict[str, Tensor]:
+def source_differences(prompts: Prompts, base: Activations, captured: dict[str, Tensor]) -> dict[str, Tensor]:
     """(source - base) at every place of a layer.
 
     Args:
         prompts: which source, and the pairs.
         base: the base runs' activations in this layer.
         captured: place -> [base token and source, ...], the source runs' differences.
-        shapes: where pairs lie.
 
     Returns:
         place -> [source token, ...]; `Prompts.source_token` says which token is whose.
     """
-    return {place: prompts.delta(getattr(base, place), d, shapes) for place, d in captured.items()}
+    return {place: prompts.delta(getattr(base, place), d) for place, d in captured.items()}
 
 
 def partners(length: np.ndarray, seed: int) -> np.ndarray:

@@ -39,9 +39,7 @@ class Outcome:
 
     def values(self, metric: str) -> np.ndarray:
         """A metric of every intervention: float64, [intervention]."""
-        own = Reference(*(a[self.pair] for a in (self.reference.logit, self.reference.logp,
-                                                 self.reference.prediction)))  # fmt: skip
-        return compute(metric, self.measured, own, self.direction)
+        return compute(metric, self.measured, self.reference.of(self.pair), self.direction)
 
 
 def sweep(
@@ -69,7 +67,8 @@ def sweep(
 
     Args:
         model: from `load_model` or `from_transformers`.
-        pairs: prompt pairs, of any lengths.
+        pairs: prompt pairs, of any lengths. Where answers have several tokens, effects are of the probability
+            of whole answers; `positions` and labels are those of the prompt.
         sites: names of sites, for example ["mlp_out", "z", "mlp_post"].
         positions: "all", "last", or ints (negative from the end) and label names.
         layers: "all", or ints and ranges.
@@ -86,8 +85,9 @@ def sweep(
             free, at most 4 GiB, by default; on a GPU half of what is free there.
         progress: show a bar on stderr where that is a terminal.
         out: write a run folder there, which must not exist yet. What each pass finds is kept there at once.
-        metrics: which metrics will be asked for, or "all"; leaving out kl and flip saves some time.
-        readout: where the effect is read, a position or label; patches after it have no effect.
+        metrics: which metrics will be asked for, or "all"; leaving out kl, flip and says_* saves some time.
+        readout: where the effect is read, a position or label; patches after it have no effect. Answers of
+            several tokens are read from the end of the prompt on.
         seed: of "resample" and "noise".
         noise_scale: of "noise", in standard deviations of the embeddings.
         noise_sample: how many of the effects are computed again in float64, drawn by `seed`; their relative
@@ -124,9 +124,10 @@ def sweep(
     )
     grid = make_grid(sites, positions, layers, job.pairs, model.spec)
     work = Work(
-        np.argsort(job.length, kind="stable").tolist(),
+        job.ordered(range(len(job.pairs))),
         lambda pair: grid.table(pair, job.pairs[pair]),
         grid.n_effects,
+        grid.n_effects // len(job.pairs) * sum(run.reads for run in job.runs),
         _row_layers(grid, job),
         lambda i: grid.describe(i, len(job.pairs)),
     )
@@ -192,10 +193,11 @@ def run(
     )
     tables = tables_of(interventions, job.pairs, model.spec)
     work = Work(
-        sorted(tables, key=lambda pair: int(job.length[pair])),
+        job.ordered(tables),
         lambda pair: tables[pair],
         len(interventions),
-        sum(row_layers(t, job.length[p], model.spec.n_layers) for p, (t, _) in tables.items()),
+        sum(job.runs[i.pair].reads for i in interventions),
+        sum(row_layers(t, [job.runs[p]], model.spec.n_layers) for p, (t, _) in tables.items()),
         lambda i: f"intervention {i}",
     )
     measured, reference = job.carry_out(work, progress)
@@ -206,10 +208,10 @@ def run(
 def _row_layers(grid: Grid, job: Job) -> int:
     """Row tokens times the layers that they pass, over a whole sweep: what the progress bar counts."""
     total = 0
-    for length, pair in zip(job.length, job.pairs, strict=True):
+    for run, pair in zip(job.runs, job.pairs, strict=True):
         for g in grid.sites:
-            at = [p for spot in g.positions if (p := pair.resolve(spot)) is not None and p < length]
-            tokens = sum(int(length) - p for p in at)
+            at = [p for spot in g.positions if (p := pair.resolve(spot)) is not None and p < run.prompt]
+            tokens = sum(run.length - p for p in at)
             passed = np.maximum(job.model.spec.n_layers - 1 - place_of(g.site.name, g.layers)[1], 0).sum()
             total += tokens * int(passed) * max(1, g.n_indices)
     return total

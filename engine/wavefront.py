@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Layer, Swaps
-from deltapatch.engine.layout import Block, Layout, PairShapes, lay_out
+from deltapatch.engine.layout import Block, Layout, RunShape, first_tokens, lay_out
 from deltapatch.engine.metrics import Direction, Reference
 from deltapatch.engine.patches import ATTENTION, END, MIDDLE, PLACE, WHOLE, PatchTable, Rows, make_rows
 from deltapatch.engine.products import narrow_layer, taken_in
 from deltapatch.engine.readout import ReadOut
+from deltapatch.engine.reads import Reads, RowReads
 from deltapatch.engine.sites import PLACES
 from deltapatch.engine.sources import Prompts, source_differences
 from deltapatch.engine.workers import Map
@@ -27,6 +28,7 @@ from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import Precision
+from deltapatch.kernels.segments import read_segments
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 from deltapatch.models.model import Model
@@ -37,22 +39,17 @@ _SPREAD = 4  # blocks that few tokens are cut into, so that cores share them; no
 # since effects must not depend on the machine
 _ENTRY_STAGES = (ATTENTION, MIDDLE, END)
 
-Tables = dict[int, tuple[Tensor, Tensor]]  # prompt length -> rotary cos and sin, [position, rope.dim // 2]
-
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass measured, and the pairs' unpatched runs at the read-out position."""
+    """What a pass measured, and the pairs' unpatched runs."""
 
     measured: dict[str, np.ndarray]  # name -> [intervention]
-    logit: np.ndarray  # [pair, (base, source), (clean answer, corrupted answer)]
-    logp: np.ndarray
-    prediction: np.ndarray  # [pair, (base, source)]
+    unpatched: Reference  # its runs are base and source
 
     def reference(self, direction: Direction) -> Reference:
         """The unpatched runs as a reader of the results knows them: clean and corrupted."""
-        runs = [1, 0] if direction == "denoise" else [0, 1]
-        return Reference(self.logit[:, runs], self.logp[:, runs], self.prediction[:, runs])
+        return self.unpatched.runs([1, 0] if direction == "denoise" else [0, 1])
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Wavefront:
 
     Args:
         model: the model.
-        prompts: base and source prompts of the pairs in the pass, ordered by length.
+        prompts: base and source prompts of the pairs in the pass.
         table: the interventions, with pairs counted within the pass.
         measured: which of `metrics.MEASURED` to return.
         precision: of the products of differences; base and source runs are carried in its base dtype.
@@ -98,9 +95,12 @@ class Wavefront:
     ) -> None:
         self.model, self.spec, self.prompts, self.measured = model, model.spec, prompts, measured
         self.ops, self.each, self.tick = backend, each, tick
-        self.n_interventions = table.n_rows
-        self.shapes = PairShapes(prompts.length, prompts.base)
-        self.rows: Rows = make_rows(table, prompts.length, model.spec)
+        self.table, self.n_interventions = table, table.n_rows
+        self.shapes = prompts.shapes
+        self.rows: Rows = make_rows(table, self.shapes.prompt, model.spec)
+        self.row_reads = RowReads(
+            Reads(self.shapes, prompts.targets), self.rows.pair, measured, self._n_read_blocks
+        )
         self.precision, self.dtype = precision, precision.base
         self.exact = precision.exact
 
@@ -111,45 +111,44 @@ class Wavefront:
         ends = self.model.ends(self.dtype)
         x = prompts.embed(ends.embedding)  # [base token, d_model]
         dx = prompts.embed_source_difference(ends.embedding, x)  # [source token, d_model]
-        tables = {n: self._rope_tables(n) for n in sorted({int(n) for n in prompts.length})}
         rows, layout = self._enter_embedding(x, dx)  # [row token, d_model], the differences in flight
-        prepare = partial(self._prepare, tables=tables, rotary=self._rotary(tables))
+        prepare = partial(self._prepare, rotary=self._rotary())
         ahead = self.each.ahead(partial(prepare, 0, x, dx))
         for l in range(spec.n_layers):
             ready = ahead()
             x, dx = ready.x, ready.dx
             if l + 1 < spec.n_layers:
                 ahead = self.each.ahead(partial(prepare, l + 1, x, dx))
-            out_layout = self._layout(self.rows.before(l + 1), last=ready.here.last)
-            out = x.new_empty(out_layout.n_tokens, spec.d_model)
+            # After the last layer only what is read goes on, packed as it is read.
+            after = None if ready.here.last else self._layout(self.rows.before(l + 1))
+            out = x.new_empty((after or self.row_reads).n_tokens, spec.d_model)
             parts = [(WHOLE, layout)]
             parts += [(stage, self._layout(self.rows.entering(l, stage))) for stage in _ENTRY_STAGES]
-            self._advance(ready, l, parts, rows, out_layout, out)
-            rows, layout = out, out_layout
-        reader = ReadOut(self.model, prompts, self.shapes, self.measured, self.precision, self.ops, self.each)
-        by_row, unpatched = reader.read(ends, x, dx, rows, layout, self.rows.pair)
-        # Interventions that cannot reach the read-out have no row: their effect is exactly zero.
+            self._advance(ready, l, parts, rows, after, out)
+            rows, layout = out, after or layout
+        reader = ReadOut(self.model, prompts, self.precision, self.ops, self.each)
+        by_row, unpatched = reader.read(ends, x, dx, rows, self.row_reads)
+        # Interventions that cannot reach the read-out have no row: their effect is exactly zero, and what the
+        # base run says they say.
         live = self.rows.id_of >= 0
         measured = np.zeros((len(self.measured), self.n_interventions), by_row.dtype)
-        measured[:, live] = by_row[:, np.argsort(layout.rows)[self.rows.id_of[live]]]
-        return PassResult(
-            dict(zip(self.measured, measured, strict=True)),
-            unpatched[..., 0:2],
-            unpatched[..., 2:4],
-            unpatched[..., 4].astype(np.int64),
-        )
+        for i, name in enumerate(("says_clean", "says_corrupted")):
+            if name in self.measured:
+                measured[self.measured.index(name)] = unpatched.says[self.table.pair, 0, i]
+        measured[:, live] = by_row[:, self.rows.id_of[live]]
+        return PassResult(dict(zip(self.measured, measured, strict=True)), unpatched)
 
     # The layers ------------------------------------------------------------------------------------------
 
-    def _prepare(self, l: int, x: Tensor, dx: Tensor, tables: Tables, rotary: Rotary) -> "Ready":
+    def _prepare(self, l: int, x: Tensor, dx: Tensor, rotary: Rotary) -> "Ready":
         """Everything that rows meet in a layer: its weights, and the unpatched runs, x and dx before it."""
         stored = self.model.layer(l, None)
         exact = cast(stored, self.model.device, self.dtype)
-        base = self._advance_base(x, exact, tables)
+        base = self._advance_base(x, exact, rotary)
         products = narrow_layer(exact, self.exact)
         here = Layer(self.spec, self.ops, self.exact, products, exact, base, rotary, last=False)
         dx, capture = self._advance_sources(dx, here)
-        deltas = source_differences(self.prompts, base, capture, self.shapes)
+        deltas = source_differences(self.prompts, base, capture)
         precision = taken_in(self.precision, self._n_tokens(l), self.model.device)
         if precision is not self.exact:
             here = replace(here, precision=precision, weights=narrow_layer(stored, precision))
@@ -158,16 +157,17 @@ class Wavefront:
     def _n_tokens(self, l: int) -> int:
         """How many row tokens pass through a layer, or enter in it."""
         rows = np.flatnonzero(self.rows.layer <= l)
-        return int((self.prompts.length[self.rows.pair[rows]] - self.rows.start[rows]).sum())
+        return int((self.shapes.length[self.rows.pair[rows]] - self.rows.start[rows]).sum())
 
-    def _advance_base(self, x: Tensor, layer: LayerWeights, tables: Tables) -> forward.Activations:
+    def _advance_base(self, x: Tensor, layer: LayerWeights, rotary: Rotary) -> forward.Activations:
         """The plain forward of one block for all pairs: activations [base token, ...]."""
         segments = self.shapes.segments(1, self.ops.block_tokens)
         parts: list[dict[str, Tensor | None]] = [{} for _ in segments]
 
         def advance(i: int) -> None:
             s = segments[i]
-            acts = forward.block(s.prompt(x), layer, self.spec, tables[s.length])
+            tables = s.run(rotary.cos)[0], s.run(rotary.sin)[0]  # those of all its pairs
+            acts = forward.block(s.run(x), layer, self.spec, tables, s.fork)
             parts[i] = {name: None if t is None else t.flatten(0, 1) for name, t in acts._asdict().items()}
 
         self.each(advance, range(len(segments)))
@@ -193,13 +193,14 @@ class Wavefront:
         l: int,
         parts: list[tuple[int, Layout]],
         rows: Tensor,
-        out_layout: Layout,
+        after: Layout | None,
         out: Tensor,
     ) -> None:
         """Advance rows through a layer, block by block, into their places in `out`.
 
         Args:
             parts: stages, and the rows that enter there; those at WHOLE are in flight, in `rows`.
+            after: how rows are packed in `out`; None: as they are read.
         """
 
         def advance(work: tuple[int, Layout, Block]) -> None:
@@ -207,7 +208,7 @@ class Wavefront:
             here = ready.here
             ids = layout.rows[block.rows]
             swaps = self._swaps(l, layout, block, ids, ready.deltas, here.last)
-            place = _destination(block, ids, out_layout, here.last)
+            place = _adjoining((after or self.row_reads).places(block, ids))
             step = BlockStep(here, block.segments, swaps)
             dx = rows[block.tokens] if stage == WHOLE else None
             if isinstance(place, slice):
@@ -221,25 +222,28 @@ class Wavefront:
 
     # Rows and swaps --------------------------------------------------------------------------------------
 
-    def _layout(self, rows: np.ndarray, last: bool = False) -> Layout:
-        """Pack rows; after the last layer each has one token, and those of a pair lie together."""
-        start = self.rows.start
-        if last:
-            start = self.prompts.length[self.rows.pair] - 1
-            rows = rows[np.argsort(self.rows.pair[rows], kind="stable")]
-        tokens = int((self.prompts.length[self.rows.pair[rows]] - start[rows]).sum())
-        # After the last layer the vocabulary is shared among cores instead: see readout.py.
-        spread = _SPREAD if self.model.device.type == "cpu" and not last else 1
+    def _layout(self, rows: np.ndarray) -> Layout:
+        """Pack rows."""
+        tokens = int((self.shapes.length[self.rows.pair[rows]] - self.rows.start[rows]).sum())
+        spread = _SPREAD if self.model.device.type == "cpu" else 1
         n_blocks = max(round(tokens / self.ops.block_tokens), min(spread, tokens // _LEAST), 1)
-        return lay_out(rows, self.rows.pair, start, self.shapes, n_blocks)
+        return lay_out(rows, self.rows.pair, self.rows.start, self.shapes, n_blocks)
 
-    def _rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
-        cos, sin = forward.rope_tables(self.spec.rope, length, self.dtype, "cpu")
-        return upload(cos.numpy(), self.model.device), upload(sin.numpy(), self.model.device)
+    def _n_read_blocks(self, reads: int) -> int:
+        """How many blocks reads go in. Of few, cores share the vocabulary instead: see readout.py."""
+        return max(round(reads / self.ops.block_tokens), 1)
 
-    def _rotary(self, tables: Tables) -> Rotary:
+    def _rope_tables(self, run: RunShape) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [token of the run, rope.dim // 2]."""
+        position = run.positions
+        cos, sin = forward.rope_tables(self.spec.rope, int(position.max()) + 1, self.dtype, "cpu")
+        cos, sin = (table.numpy()[position] for table in (cos, sin))
+        return upload(cos, self.model.device), upload(sin, self.model.device)
+
+    def _rotary(self) -> Rotary:
         """A line of cosines and sines for every base token."""
-        parts = [tables[n] for n in self.prompts.length.tolist()]
+        tables = {run: self._rope_tables(run) for run in dict.fromkeys(self.shapes.runs)}
+        parts = [tables[run] for run in self.shapes.runs]
         cos, sin = (torch.cat([part[i] for part in parts]) for i in range(2))
         return Rotary(cos, sin, self.spec.rope.interleaved)
 
@@ -247,7 +251,7 @@ class Wavefront:
         """Rows patched at the embedding enter before the first layer."""
         layout = self._layout(self.rows.before(0))
         out = x.new_zeros(layout.n_tokens, self.spec.d_model)
-        deltas = {"resid_post": self.prompts.delta(x, dx, self.shapes)}
+        deltas = {"resid_post": self.prompts.delta(x, dx)}
         for block in layout.blocks:
             swaps = self._swaps(-1, layout, block, layout.rows[block.rows], deltas, last=False)
             entry = [Part(None, swaps.get("resid_post", []))]
@@ -272,7 +276,7 @@ class Wavefront:
             row, position, index = row[packed], position[packed], index[packed]
             name = PLACES[place]
             if last and place >= PLACE["z"]:
-                token = np.searchsorted(ids, row)
+                token = first_tokens(read_segments(block.segments))[np.searchsorted(ids, row)]
             else:
                 token = layout.token[row] + (position - self.rows.start[row]) * layout.stride[row]
                 token = token - block.tokens.start
@@ -298,20 +302,8 @@ def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {n: None if t is None else torch.cat([p[n] for p in parts]) for n, t in parts[0].items()}
 
 
-def _destination(block: Block, ids: np.ndarray, out_layout: Layout, last: bool) -> slice | np.ndarray:
-    """Where a block's differences go in the next layer's packing: [token], or a slice where they adjoin."""
-    token, stride = out_layout.token[ids], out_layout.stride[ids]
-    if last:
-        to = token
-    else:
-        parts, row = [], 0
-        for s in block.segments:
-            mine = slice(row, row + s.pairs * s.rows)
-            first = token[mine].reshape(s.pairs, 1, s.rows)
-            step = stride[mine].reshape(s.pairs, 1, s.rows)
-            parts.append((first + np.arange(s.positions)[:, None] * step).ravel())
-            row = mine.stop
-        to = np.concatenate(parts)
+def _adjoining(to: np.ndarray) -> slice | np.ndarray:
+    """Places as a slice, where each is next to the one before."""
     if to[-1] - to[0] == len(to) - 1 and (np.diff(to) == 1).all():
         return slice(int(to[0]), int(to[-1]) + 1)
     return to

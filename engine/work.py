@@ -19,9 +19,10 @@ class Work:
     """What a job carries out.
 
     Attributes:
-        order: pairs, by length.
+        order: pairs, by the shape of their runs.
         table_of: the interventions of a pair, and where their effects go.
         n_effects: of all pairs.
+        n_reads: positions that they are read at, one each where answers are single tokens.
         row_layers: row tokens times the layers that they pass.
         describe: an effect in words.
     """
@@ -29,6 +30,7 @@ class Work:
     order: list[int]
     table_of: Callable[[int], tuple[PatchTable, np.ndarray]]
     n_effects: int
+    n_reads: int
     row_layers: int
     describe: Callable[[int], str]
 

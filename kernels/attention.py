@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.product import Precision, Scaled, narrow
-from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.segments import Segment, read_segments, unseen
 from deltapatch.kernels.swap import Swap, apply_swaps
 
 HUGE = 60.0  # exp(60) is safe in float32, and p_i that float32 rounds to 0 cannot matter below it
@@ -66,7 +66,7 @@ def attention_difference(
     rotary: Rotary,
     logit_scale: float,
     segments: list[Segment],
-    last_only: bool,
+    reads_only: bool,
     swaps: dict[str, list[Swap]],
     precision: Precision,
 ) -> Scaled:
@@ -80,12 +80,12 @@ def attention_difference(
         rotary: for every base token.
         logit_scale: 1/sqrt(d_head).
         segments: where the rows lie and what their base is.
-        last_only: only the last position is wanted (the last layer).
+        reads_only: only the positions that are read out are wanted (the last layer).
         swaps: of heads, at "q", "k" and "v" (before rotary) and "z", whose tokens count lines of the result.
         precision: of the products; what reads the result.
 
     Returns:
-        [token, head * d_head]; with last_only [row, head * d_head], rows in the order of the segments.
+        [token, head * d_head]; with reads_only packed as `read_segments` says.
     """
     n_heads, d_head = dq.shape[1:]
     dq, dk, dv = (
@@ -94,30 +94,29 @@ def attention_difference(
     group = n_heads // k.shape[1]  # query heads that share keys and values
     if group > 1:
         k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-    sizes = [s.pairs * s.rows if last_only else s.n_tokens for s in segments]
-    out = dq.new_empty(sum(sizes), n_heads, d_head)
-    token = 0
-    for segment, size in zip(segments, sizes, strict=True):
-        heads = max(1, CELLS // (size * segment.length))
-        queries, rows_q, rows_k, rows_v = segment, *(segment.tokens(d) for d in (dq, dk, dv))
-        if last_only:
-            queries, rows_q = segment.last(token), rows_q[:, -1:]
+    wanted = read_segments(segments) if reads_only else segments
+    out = dq.new_empty(sum(s.n_tokens for s in wanted), n_heads, d_head)
+    for segment, queries in zip(segments, wanted, strict=True):
+        heads = max(1, CELLS // (queries.n_tokens * segment.length))
+        rows_q, rows_k, rows_v = (segment.tokens(d) for d in (dq, dk, dv))
+        rows_q = rows_q[:, segment.positions - queries.positions :]
+        hidden = unseen(queries, dq.device)
         rows_q, rows_k = (rotary.turn(d, segment) for d in (rows_q, rows_k))
         if group > 1:
             rows_k, rows_v = (d.repeat_interleave(group, dim=3) for d in (rows_k, rows_v))
         for h in range(0, n_heads, heads):
             head = slice(h, h + heads)
-            rows, prompt = (slice(None),) * 3 + (head,), (slice(None),) * 2 + (head,)
+            rows, run = (slice(None),) * 3 + (head,), (slice(None),) * 2 + (head,)
             queries.tokens(out)[rows] = _heads(
                 rows_q[rows],
                 rows_k[rows],
                 rows_v[rows],
-                segment.prompt(q)[prompt],
-                segment.prompt(k)[prompt],
-                segment.prompt(v)[prompt],
+                segment.run(q)[run],
+                segment.run(k)[run],
+                segment.run(v)[run],
+                hidden,
                 logit_scale,
             )
-        token += size
     apply_swaps(out, swaps.get("z", []))
     return narrow(out.flatten(1), precision)
 
@@ -139,19 +138,22 @@ def _heads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    hidden: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """One segment, some heads: dq, dk, dv are [pair, position, row, head, d_head], the base without `row`."""
-    m, n, length = dq.shape[1], dk.shape[1], q.shape[1]  # queries, own positions, prompt
+    """One segment, some heads: dq, dk, dv are [pair, position, row, head, d_head], the base without `row`.
+
+    `hidden` says what queries do not see, [query, key]; None: they see all.
+    """
+    m, n, length = dq.shape[1], dk.shape[1], q.shape[1]  # queries, own positions, run
     own = slice(length - n, length)
     q = q[:, length - m :]  # [pair, query, head, d_head]
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [pair, head, key, d_head]
 
-    # Base weights. A query sees no later key.
-    later = torch.ones(m, length, dtype=torch.bool, device=q.device).triu_(length - m + 1)  # [query, key]
+    # Base weights.
     logp = torch.matmul(q.transpose(1, 2), k.transpose(2, 3)).mul_(scale)  # [pair, head, query, key]
-    if m > 1:
-        logp.masked_fill_(later, -torch.inf)
+    if hidden is not None:
+        logp.masked_fill_(hidden, -torch.inf)
     logp = logp.log_softmax(-1).unsqueeze(3)  # [pair, head, query, 1, key]
     p = logp.exp()
 
@@ -160,8 +162,8 @@ def _heads(
     change = torch.matmul(flat.flatten(2, 3), k.transpose(2, 3)).unflatten(2, shape[2:4])  # [..., row, key]
     change[..., own] += _own_logits(q.unsqueeze(2) + dq, dk)
     change.mul_(scale)
-    if m > 1:
-        change.masked_fill_(later.unsqueeze(1), 0)
+    if hidden is not None:
+        change.masked_fill_(hidden.unsqueeze(1), 0)
 
     change -= (p * change).sum(-1, keepdim=True)
     direct = change.amax(-1, keepdim=True) > HUGE  # [pair, head, query, row, 1]

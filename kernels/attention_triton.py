@@ -18,7 +18,7 @@ from torch import Tensor
 from deltapatch.kernels.attention import HUGE, Rotary, attention_difference
 from deltapatch.kernels.lang import expm1, jit, next_power_of_two, on_device, tl
 from deltapatch.kernels.product import Precision, Scaled, narrow
-from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.segments import Segment, read_segments
 from deltapatch.kernels.swap import Swap
 from deltapatch.kernels.tiles import query_tiles
 
@@ -36,7 +36,7 @@ def attention_difference_triton(
     rotary: Rotary,
     logit_scale: float,
     segments: list[Segment],
-    last_only: bool,
+    reads_only: bool,
     swaps: dict[str, list[Swap]],
     precision: Precision,
 ) -> Scaled:
@@ -46,11 +46,11 @@ def attention_difference_triton(
     """
     if dq.dtype == torch.float64:
         return attention_difference(
-            dq, dk, dv, scale_of_rows, q, k, v, rotary, logit_scale, segments, last_only, swaps, precision
+            dq, dk, dv, scale_of_rows, q, k, v, rotary, logit_scale, segments, reads_only, swaps, precision
         )
     n_heads, d_head = dq.shape[1:]
     n_kv = dk.shape[1]
-    n_out = sum(s.pairs * s.rows if last_only else s.n_tokens for s in segments)
+    n_out = sum(s.n_tokens for s in (read_segments(segments) if reads_only else segments))
     dtype = torch.float32 if precision.scaled else precision.operand
     out = torch.empty(n_out, n_heads * d_head, dtype=dtype, device=dq.device)
     patches = {
@@ -64,8 +64,9 @@ def attention_difference_triton(
     }
     longest = max((s.length for s in segments), default=0)
     earlier = any(s.positions > 1 for s in segments)
+    forks = any(s.fork is not None for s in segments)
     sizes = [_sizes(by_rows, longest, d_head) for by_rows in (True, False)]
-    tables = query_tiles(segments, last_only, sizes[0]["BLOCK_Q"], sizes[1]["BLOCK_Q"], dq.device)
+    tables = query_tiles(segments, reads_only, sizes[0]["BLOCK_Q"], sizes[1]["BLOCK_Q"], dq.device)
     for tiles, by_rows, size in zip(tables, (True, False), sizes, strict=True):
         if not len(tiles):
             continue
@@ -92,6 +93,7 @@ def attention_difference_triton(
                 logit_scale,
                 BY_ROWS=by_rows,
                 HAS_EARLIER=earlier,
+                HAS_FORK=forks,
                 HAS_SCALE=scale_of_rows is not None,
                 **{f"HAS_{place.upper()}": patches[place][0] is not None for place in patches},
                 N_HEADS=n_heads,
@@ -187,6 +189,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     logit_scale,
     BY_ROWS: tl.constexpr,
     HAS_EARLIER: tl.constexpr,
+    HAS_FORK: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_Q: tl.constexpr,
     HAS_K: tl.constexpr,
@@ -208,7 +211,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     # Heads come first, so that neighbouring programs read the same rows, and groups of heads the same keys.
     i_head = tl.program_id(0) % N_HEADS
     i_kv = i_head // (N_HEADS // N_KV)
-    p_tile = p_tiles + (tl.program_id(0) // N_HEADS) * 8
+    p_tile = p_tiles + (tl.program_id(0) // N_HEADS) * 10
     query = tl.load(p_tile).to(tl.int64)
     to = tl.load(p_tile + 1).to(tl.int64)
     own = tl.load(p_tile + 2).to(tl.int64)
@@ -228,6 +231,9 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         o_row = o_q * stride
         o_at = position + o_q  # [query]
         end = position + count
+    branches = (end, end)
+    if HAS_FORK:
+        branches = (tl.load(p_tile + 8), tl.load(p_tile + 9))
     tile = (query + o_row, o_q, count, own, stride, o_at, start, position, end)
     rows_q = (p_dq + i_head * s_dq_head, s_dq_token, p_scale, p_from_q, p_new_q, i_head)
     rows_k = (p_dk + i_kv * s_dk_head, s_dk_token, p_scale, p_from_k, p_new_k, i_kv)
@@ -240,8 +246,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
 
     if WHOLE:
         logit, change = _scores(
-            tile, rows_q, rows_k, base_q, base_k, angles, logit_scale, 0,
-            BY_ROWS, HAS_EARLIER, HAS_SCALE, HAS_Q, HAS_K,
+            tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, 0,
+            BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_Q, HAS_K,
             N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
         )  # fmt: skip
         p, w = _weights(logit, change, HUGE)
@@ -283,8 +289,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         new_total = tl.zeros([BLOCK_Q], tl.float32)
         for k0 in range(0, end, BLOCK_K):
             logit, change = _scores(
-                tile, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
-                BY_ROWS, HAS_EARLIER, HAS_SCALE, HAS_Q, HAS_K,
+                tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
+                BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_Q, HAS_K,
                 N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
             )  # fmt: skip
             high = tl.maximum(high, tl.max(tl.where(logit > -1e30, change, -1e30), 1))
@@ -310,8 +316,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         z = tl.zeros([1 if BY_ROWS else BLOCK_Q, BLOCK_C], tl.float32)
         for k0 in range(0, end, BLOCK_K):
             logit, change = _scores(
-                tile, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
-                BY_ROWS, HAS_EARLIER, HAS_SCALE, HAS_Q, HAS_K,
+                tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
+                BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_Q, HAS_K,
                 N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
             )  # fmt: skip
             p = tl.exp(logit - log_total[:, None])
@@ -353,14 +359,14 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _scores(  # type: ignore[no-untyped-def]
-    tile, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
-    BY_ROWS: tl.constexpr, HAS_EARLIER: tl.constexpr,
+    tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
+    BY_ROWS: tl.constexpr, HAS_EARLIER: tl.constexpr, HAS_FORK: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
     N_HEADS: tl.constexpr, N_KV: tl.constexpr, D_HEAD: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Base logits [query or 1, key], -2e30 at keys that come later, and their changes [query, key].
+    """Base logits [query or 1, key], -2e30 at keys that queries do not see, and their changes [query, key].
 
     Dimensions go in slices: whole queries, in the two parts that float32 products take, would spill.
     """
@@ -429,6 +435,9 @@ def _scores(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
                 change = tl.dot(q + dq, tl.trans(dk), change, input_precision="tf32x3")
     seen = (o_k[None, :] <= o_at[:, None]) & m_k[None, :]
+    if HAS_FORK:  # the second branch sees nothing of the first
+        first, second = branches
+        seen &= ((o_k < first) | (o_k >= second))[None, :] | (o_at < second)[:, None]
     return tl.where(seen, logit * logit_scale, -2e30), tl.where(seen, change * logit_scale, 0.0)
 
 

@@ -3,7 +3,11 @@
 With base probabilities p, logit change D and its mean m = Σ_j p_j D_j (which no probability depends on):
     change of log P(i) = (D_i - m) - log1p(Σ_j p_j expm1(D_j - m))
 The sum is never negative, since expm1(x) >= x, so nothing cancels. The mean needs no logits: it is the row's
-product with Σ_j p_j W_j, one vector a pair.
+product with Σ_j p_j W_j, one vector a read.
+
+A read is a position of a pair whose output distribution is looked at: one of each pair, or several where the
+answers have several tokens. Here every read stands for itself, in segments as in a batch: what it says is put
+together by who asks (engine/reads.py).
 """
 
 from collections.abc import Mapping
@@ -19,17 +23,19 @@ from deltapatch.kernels.segments import Segment
 
 CELLS = 1 << 20  # logit changes held at a time: few enough to stay in the cache
 _PIECES = 8  # at least that many pieces of the vocabulary, so that cores share few rows
+# Of a row's likeliest token: whether it is not the base's, whether it is the clean or the corrupted answer's.
+_SAID = ("flip", "says_clean", "says_corrupted")
 _HUGE = 60.0  # above it exp overflows float32 too soon; below it nothing that float32 rounds to 0 matters
 
 
 class BaseReadout(NamedTuple):
-    """The base runs' output distribution at the read-out position."""
+    """The base runs' output distributions, read by read."""
 
-    logits: Tensor  # [pair, d_vocab]
-    p: Tensor  # [pair, d_vocab], float64
-    mean: Tensor  # [pair, d_model], Σ_j p_j W_j
-    answers: Tensor  # [pair, 2] int64: clean answer, corrupted answer
-    tails: Mapping[int, Tail] = {}  # of the pairs that have one; the others take every token as it is
+    logits: Tensor  # [read, d_vocab]
+    p: Tensor  # [read, d_vocab], float64
+    mean: Tensor  # [read, d_model], Σ_j p_j W_j
+    answers: Tensor  # [read, 2] int64: the next token of the clean answer, and of the corrupted one
+    tails: Mapping[int, Tail] = {}  # of the reads that have one; the others take every token as it is
 
 
 def readout(
@@ -38,7 +44,7 @@ def readout(
     weight: Operand,
     precision: Precision,
     base: BaseReadout,
-    first_pairs: list[int],
+    first_reads: list[int],
     segments: list[Segment],
     measured: tuple[str, ...],
     each: Each = in_turn,
@@ -46,13 +52,13 @@ def readout(
     """The measured numbers of each row.
 
     Args:
-        dn: [row, d_model], difference of the final norm's output at the read-out position.
+        dn: [row, d_model], difference of the final norm's output at a row's read.
         exact: [d_vocab, d_model], the unembedding in dn's dtype; the answers' logits are taken with it.
         weight: the same as the sweep's products take it.
         precision: of these products.
-        base: of every pair in the pass.
-        first_pairs: for each segment, its first pair.
-        segments: one position a row, covering all rows in order.
+        base: of every read in the pass.
+        first_reads: for each segment, its first read.
+        segments: one position a row, covering all rows in order; their pairs are reads.
         measured: which of `engine.metrics.MEASURED` to return.
         each: does pieces of the vocabulary, perhaps side by side.
 
@@ -62,14 +68,14 @@ def readout(
     out = {name: dn.new_empty(len(dn)) for name in measured}
     spans = [
         (slice(s.token + i * s.rows, s.token + (i + 1) * s.rows), first + i)
-        for s, first in zip(segments, first_pairs, strict=True)
+        for s, first in zip(segments, first_reads, strict=True)
         for i in range(s.pairs)
     ]
     mean, answer = dn.new_empty(len(dn), 1), dn.new_empty(len(dn), 2)
-    for rows, pair in spans:
-        columns = exact[base.answers[pair]]  # [2, d_model]
-        mean[rows, 0] = dn[rows] @ base.mean[pair]
-        answer[rows] = dn[rows] @ (columns - base.mean[pair]).T
+    for rows, read in spans:
+        columns = exact[base.answers[read]]  # [2, d_model]
+        mean[rows, 0] = dn[rows] @ base.mean[read]
+        answer[rows] = dn[rows] @ (columns - base.mean[read]).T
         if "logit_diff" in out:
             # One product with the difference of the columns: their common part never enters.
             out["logit_diff"][rows] = dn[rows] @ (columns[0] - columns[1])
@@ -97,15 +103,15 @@ def _expanded(
     spans: list[tuple[slice, int]],
     out: dict[str, Tensor],
 ) -> Tensor | None:
-    """Take rows of pairs with a tail by its expansion; returns the rows still to be done, None for all."""
-    if not any(pair in base.tails for _, pair in spans):
+    """Take rows of reads with a tail by its expansion; returns the rows still to be done, None for all."""
+    if not any(read in base.tails for _, read in spans):
         return None
     done = torch.zeros(len(dn), dtype=torch.bool)
-    for rows, pair in spans:
-        if pair not in base.tails:
+    for rows, read in spans:
+        if read not in base.tails:
             continue
         some = Scaled(narrowed.values[rows], None if narrowed.scale is None else narrowed.scale[rows])
-        lse, bound = expand(dn[rows], some, mean[rows], base.tails[pair])
+        lse, bound = expand(dn[rows], some, mean[rows], base.tails[read])
         done[rows] = True
         for i, name in enumerate(("dlogp_clean", "dlogp_corrupted")):
             if name in out:
@@ -122,7 +128,7 @@ def _some(spans: list[tuple[slice, int]], which: Tensor) -> list[tuple[slice, in
     """The spans of some rows, which ascend, when these stand alone."""
     edges = torch.tensor([[rows.start, rows.stop] for rows, _ in spans])
     found = torch.searchsorted(which, edges).tolist()
-    return [(slice(a, b), pair) for (a, b), (_, pair) in zip(found, spans, strict=True) if b > a]
+    return [(slice(a, b), read) for (a, b), (_, read) in zip(found, spans, strict=True) if b > a]
 
 
 def _distribution(
@@ -135,7 +141,7 @@ def _distribution(
     out: dict[str, Tensor],
     each: Each,
 ) -> None:
-    """The numbers that need every token: mean [row, 1], answer [row, 2] less it, spans (rows, their pair)."""
+    """The numbers that need every token: mean [row, 1], answer [row, 2] less it, spans (rows, their read)."""
     n_rows, d_vocab = len(mean), len(weight.values)
     pieces = vocabulary_pieces(d_vocab, max(1024, CELLS // n_rows))
     # KL is of second order in D. float64 carries it through the cancellation of its first-order part.
@@ -143,50 +149,97 @@ def _distribution(
     mass = mean.new_zeros(len(pieces), n_rows, dtype=wide)  # Σ_j p_j expm1(D_j - m), of each piece
     rest = torch.zeros_like(mass)  # Σ_j p_j (D_j - m): not quite zero, since products are rounded
     highest = mean.new_full(mass.shape, -torch.inf)
-    best = highest.clone()  # of base logit - base's top logit + D - m
-    at_top = highest[0].clone()  # the top's own
-    tops = base.logits.argmax(-1).tolist() if "flip" in out else []
+    likeliest = _Likeliest(base, spans, out, pieces, highest)
 
     def take(i: int) -> None:
-        piece = pieces[i]
-        change = product(dn, weight.rows(piece), outputs_first=True).plain().sub_(mean)  # [row, piece]
+        change = product(dn, weight.rows(pieces[i]), outputs_first=True).plain().sub_(mean)  # [row, piece]
         highest[i] = change.amax(-1)
         change_wide = change.to(wide)
         grown = torch.expm1(change_wide)
-        for rows, pair in spans:
-            p = base.p[pair, piece].to(wide)
+        for rows, read in spans:
+            p = base.p[read, pieces[i]].to(wide)
             mass[i, rows] = grown[rows] @ p
             if "kl" in out:
                 rest[i, rows] = change_wide[rows] @ p
-            if "flip" in out:
-                top = tops[pair]
-                lead = base.logits[pair, piece] - base.logits[pair, top]  # [piece], <= 0
-                best[i, rows] = (change[rows] + lead).amax(-1)
-                if piece.start <= top < piece.stop:
-                    at_top[rows] = change[rows, top - piece.start]
+            likeliest.take(i, change[rows], rows, read)
 
     each(take, range(len(pieces)))
     lse = torch.log1p(mass.sum(0))
     kl = lse - rest.sum(0)
 
-    pair_of = torch.repeat_interleave(
-        torch.tensor([pair for _, pair in spans]), torch.tensor([rows.stop - rows.start for rows, _ in spans])
+    read_of = torch.repeat_interleave(
+        torch.tensor([read for _, read in spans]), torch.tensor([rows.stop - rows.start for rows, _ in spans])
     ).to(mean.device)
     direct = (highest.amax(0) > _HUGE).nonzero().squeeze(1)
     for some in direct.split(max(1, CELLS // d_vocab)):
         # log p + D: its exponential cannot overflow once the largest is taken out, and no term is negative.
         far = product(_rows(dn, some), weight).plain().sub_(mean[some]).double()  # [row, d_vocab]
-        before = base.logits[pair_of[some]].double()
+        before = base.logits[read_of[some]].double()
         lse[some] = ((before + far).logsumexp(-1) - before.logsumexp(-1)).to(wide)
-        kl[some] = lse[some] - (far * base.p[pair_of[some]]).sum(-1).to(wide)
+        kl[some] = lse[some] - (far * base.p[read_of[some]]).sum(-1).to(wide)
 
-    if "flip" in out:
-        out["flip"].copy_(best.amax(0) > at_top)
+    likeliest.tell(out)
     if "kl" in out:
         out["kl"].copy_(kl.clamp_(min=0))
     for i, name in enumerate(("dlogp_clean", "dlogp_corrupted")):
         if name in out:
             torch.sub(answer[:, i], lse.to(mean.dtype), out=out[name])
+
+
+class _Likeliest:
+    """Whether a row's likeliest token, of equal ones the first, is a certain one: the base's, or an answer's.
+
+    Args:
+        base: of all reads.
+        spans: (rows, their read).
+        out: what is asked for, name -> [row].
+        pieces: of the vocabulary.
+        lowest: [piece, row], minus infinity.
+    """
+
+    def __init__(
+        self,
+        base: BaseReadout,
+        spans: list[tuple[slice, int]],
+        out: dict[str, Tensor],
+        pieces: list[slice],
+        lowest: Tensor,
+    ) -> None:
+        self.logits, self.pieces = base.logits, pieces
+        self.asked = [i for i, name in enumerate(_SAID) if name in out]
+        if not self.asked:
+            return
+        # [read][as _SAID]
+        self.tokens = {r: [int(base.logits[r].argmax()), *base.answers[r].tolist()] for _, r in spans}
+        # Of base logit - base's top logit + D - m: the highest of each piece; that of each token asked for,
+        # the highest before it in its piece, and which piece that is.
+        self.best = lowest.clone()
+        self.own, self.before = (lowest.new_empty(len(_SAID), lowest.shape[1]) for _ in range(2))
+        self.piece = torch.empty(self.own.shape, dtype=torch.int64, device=lowest.device)
+
+    def take(self, i: int, change: Tensor, rows: slice, read: int) -> None:
+        """Take in a piece of the vocabulary, [row, piece], of some rows of a read."""
+        if not self.asked:
+            return
+        piece, logits, tokens = self.pieces[i], self.logits[read], self.tokens[read]
+        moved = change + (logits[piece] - logits[tokens[0]])
+        self.best[i, rows] = moved.amax(-1)
+        for j in self.asked:
+            at = tokens[j] - piece.start
+            if 0 <= at < piece.stop - piece.start:
+                self.own[j, rows], self.piece[j, rows] = moved[:, at], i
+                self.before[j, rows] = moved[:, :at].amax(-1) if at else -torch.inf
+
+    def tell(self, out: dict[str, Tensor]) -> None:
+        """Write down what is asked for, once all pieces are in."""
+        if not self.asked:
+            return
+        so_far = self.best.cummax(0).values  # [piece, row]
+        earlier = torch.cat([torch.full_like(so_far[:1], -torch.inf), so_far[:-1]])
+        for j in self.asked:
+            before = torch.maximum(earlier.gather(0, self.piece[j : j + 1])[0], self.before[j])
+            is_it = (self.own[j] > before) & (self.own[j] >= so_far[-1])
+            out[_SAID[j]].copy_(~is_it if j == 0 else is_it)
 
 
 def vocabulary_pieces(d_vocab: int, most: int) -> list[slice]:

@@ -1,11 +1,12 @@
-"""Read-out of many rows of one pair: unlikely tokens by an expansion, with a bound on what it leaves out.
+"""Read-out of many rows of one read: unlikely tokens by an expansion, with a bound on what it leaves out.
 
 With the mean m of the logit changes D under the base's p taken out, x_j = D_j - m and Σ_j p_j x_j = 0, so
     Σ_j p_j expm1(x_j) = Σ_kept p_j (expm1(x_j) - x_j) + ½ dnᵀ C dn + r,   C = Σ_rest p_j c_j c_jᵀ,
 where c_j = W_j - Σ_i p_i W_i, "kept" are the likeliest tokens and "rest" all others. With R the longest c_j
 of the rest, |x_j| <= b = R |dn|, and the Taylor remainder obeys |r| <= b e^b / 6 · dnᵀ C dn. The sum is
 never negative, so the change of the log-sum-exp is off by at most |r|. Rows for which that is more than
-their precision allows go through the whole vocabulary.
+their precision allows go through the whole vocabulary. Each read (see readout.py) is held to it by itself, as
+each is rounded by itself.
 """
 
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ _MEASURED = {"logit_diff", "dlogp_clean", "dlogp_corrupted"}  # KL is itself of 
 
 
 class Tail(NamedTuple):
-    """What the expansion needs of one pair."""
+    """What the expansion needs of one read."""
 
     kept: Operand  # [kept, d_model], the unembedding of the likeliest tokens
     p: Tensor  # [kept], their probabilities
@@ -36,7 +37,7 @@ class Tail(NamedTuple):
 def worth_a_tail(
     n_rows: int, d_vocab: int, d_model: int, precision: Precision, measured: Iterable[str]
 ) -> bool:
-    """Whether a pair has so many rows that preparing its expansion costs less than it saves."""
+    """Whether a read has so many rows that preparing its expansion costs less than it saves."""
     enough = n_rows >= 4 * d_model and d_vocab >= 8 * d_model
     return enough and precision.name in TOLERANCE and set(measured) <= _MEASURED
 
@@ -48,7 +49,7 @@ def make_tail(
     weight: Operand,
     each: Each,
 ) -> Tail:
-    """Prepare the expansion of one pair.
+    """Prepare the expansion of one read.
 
     Args:
         p: [d_vocab], the base's probabilities, float64.
@@ -88,7 +89,7 @@ def expand(dn: Tensor, narrowed: Scaled, mean: Tensor, tail: Tail) -> tuple[Tens
         dn: [row, d_model], difference of the final norm's output.
         narrowed: the same as products take it.
         mean: [row, 1], m.
-        tail: of the rows' pair.
+        tail: of the rows' read.
     """
     change = product(narrowed, tail.kept).plain().sub_(mean)  # [row, kept]
     # Where a change is huge the row goes through the whole vocabulary; here it must only not overflow.

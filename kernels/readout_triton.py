@@ -29,16 +29,16 @@ def readout_triton(
     weight: Operand,
     precision: Precision,
     base: BaseReadout,
-    first_pairs: list[int],
+    first_reads: list[int],
     segments: list[Segment],
     measured: tuple[str, ...],
     each: Each = in_turn,
 ) -> dict[str, Tensor]:
     """The same as `readout`; the host never waits for the device."""
     if dn.dtype == torch.float64:
-        return readout(dn, exact, weight, precision, base, first_pairs, segments, measured, each)
-    tiles = pair_tiles(segments, first_pairs, _ROWS, dn.device)
-    columns = exact[base.answers]  # [pair, 2, d_model]
+        return readout(dn, exact, weight, precision, base, first_reads, segments, measured, each)
+    tiles = pair_tiles(segments, first_reads, _ROWS, dn.device)
+    columns = exact[base.answers]  # [read, 2, d_model]
     # One product with the difference of the columns: their common part never enters.
     vectors = torch.stack(
         [base.mean, columns[:, 0] - base.mean, columns[:, 1] - base.mean, columns[:, 0] - columns[:, 1]], 1
@@ -58,9 +58,9 @@ def readout_triton(
         )
     if all(name == "logit_diff" for name in measured):
         return dict.fromkeys(measured, dots[3])
-    pair = pair_of_rows(segments, first_pairs, dn.device)
+    read = pair_of_rows(segments, first_reads, dn.device)
     narrowed = narrow_triton(dn, precision)
-    found = _distribution(narrowed, dots[0], dots[1:3].double(), weight, base, tiles, pair)
+    found = _distribution(narrowed, dots[0], dots[1:3].double(), weight, base, tiles, read)
     found["logit_diff"] = dots[3]
     return {name: found[name].to(dn.dtype) for name in measured}
 
@@ -72,14 +72,13 @@ def _distribution(
     weight: Operand,
     base: BaseReadout,
     tiles: Tensor,
-    pair: Tensor,
+    read: Tensor,
 ) -> dict[str, Tensor]:
-    """The numbers that need every token. mean: [row]; answer: [2, row], the mean taken out; pair: [row]."""
+    """The numbers that need every token. mean: [row]; answer: [2, row], the mean taken out; read: [row]."""
     n_rows, d_vocab = len(mean), len(weight.values)
-    highest, top = base.logits.max(-1, keepdim=True)
-    lead = base.logits - highest  # [pair, d_vocab], <= 0
-    # Of no tokens yet: rest, excess, highest change, highest patched logit, sum of exp relative to it, change
-    # of the base's likeliest token.
+    lead = base.logits - base.logits.amax(-1, keepdim=True)  # [read, d_vocab], <= 0
+    # Of no tokens yet: rest, excess, highest change, highest patched logit, sum of exp relative to it, the
+    # likeliest token (float32 holds every number of a vocabulary).
     state = mean.new_zeros(n_rows, 6)
     state[:, 2:4] = -1e30
     # A multiple of 128: rows of logit changes then begin where wide loads may.
@@ -94,7 +93,6 @@ def _distribution(
                 mean,
                 base.p,
                 lead,
-                top,
                 tiles,
                 first,
                 change.shape[1],
@@ -103,14 +101,16 @@ def _distribution(
                 BLOCK_R=_ROWS,
                 BLOCK_N=128,
             )
-    rest, excess, high, best, total, at_top = state.double().unbind(1)
+    rest, excess, high, best, total, likeliest = state.double().unbind(1)
     mass = rest + excess
     direct = high > _HUGE
-    far = best + total.log() - lead.double().logsumexp(-1)[pair]
+    far = best + total.log() - lead.double().logsumexp(-1)[read]
     lse = torch.where(direct, far, mass.log1p())
     return {
         "kl": (lse - rest).clamp(min=0),
-        "flip": best > at_top,
+        "flip": likeliest != base.logits.argmax(-1)[read],
+        "says_clean": likeliest == base.answers[read, 0],
+        "says_corrupted": likeliest == base.answers[read, 1],
         "dlogp_clean": answer[0] - lse,
         "dlogp_corrupted": answer[1] - lse,
     }
@@ -164,7 +164,6 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
     p_mean,
     p_p,
     p_lead,
-    p_top,
     p_tiles,
     first,
     width,
@@ -181,7 +180,6 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
     row = tl.load(p_tile).to(tl.int64)
     count = tl.load(p_tile + 1)
     pair = tl.load(p_tile + 2).to(tl.int64)
-    top = tl.load(p_top + pair)
     p_p += pair * d_vocab + first
     p_lead += pair * d_vocab + first
     o_r = tl.arange(0, BLOCK_R)
@@ -193,10 +191,10 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
 
     rest = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     excess = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-    at_top = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     high = tl.full([BLOCK_R, BLOCK_N], -1e30, tl.float32)
     best = tl.full([BLOCK_R, BLOCK_N], -1e30, tl.float32)
+    likeliest = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
     for n0 in range(0, width, BLOCK_N):
         o_n = n0 + tl.arange(0, BLOCK_N)
         m_n = o_n < width
@@ -208,22 +206,25 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
         change -= mean[:, None]
         rest += p * change
         excess += p * expm1_minus(change)
-        at_top = tl.where((first + o_n == top)[None, :], change, at_top)
         high = tl.maximum(high, tl.where(m_n[None, :], change, -1e30))
         # One exponential both for a new maximum and for a term below the old one.
         step = lead + change - best
         less = tl.exp(-tl.abs(step))
         total = tl.where(step > 0, total * less + 1.0, total + less)
+        likeliest = tl.where(step > 0, (first + o_n)[None, :], likeliest)
         best = tl.maximum(best, lead + change)
 
     p_state += (row + o_r) * 6
     old_best = tl.load(p_state + 3, mask=m_r, other=-1e30)
     old_total = tl.load(p_state + 4, mask=m_r, other=0.0)
-    new_best = tl.maximum(old_best, tl.max(best, 1))
+    top = tl.max(best, 1)
+    likeliest = tl.min(tl.where(best == top[:, None], likeliest, 1 << 30), 1)  # of equal ones the first
+    old_likeliest = tl.load(p_state + 5, mask=m_r, other=0.0)
+    new_best = tl.maximum(old_best, top)
     new_total = old_total * tl.exp(old_best - new_best) + tl.sum(total * tl.exp(best - new_best[:, None]), 1)
     tl.store(p_state, tl.load(p_state, mask=m_r, other=0.0) + tl.sum(rest, 1), mask=m_r)
     tl.store(p_state + 1, tl.load(p_state + 1, mask=m_r, other=0.0) + tl.sum(excess, 1), mask=m_r)
     tl.store(p_state + 2, tl.maximum(tl.load(p_state + 2, mask=m_r, other=-1e30), tl.max(high, 1)), mask=m_r)
     tl.store(p_state + 3, new_best, mask=m_r)
     tl.store(p_state + 4, new_total, mask=m_r)
-    tl.store(p_state + 5, tl.load(p_state + 5, mask=m_r, other=0.0) + tl.sum(at_top, 1), mask=m_r)
+    tl.store(p_state + 5, tl.where(top > old_best, likeliest.to(tl.float32), old_likeliest), mask=m_r)

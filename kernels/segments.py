@@ -1,12 +1,16 @@
 """Segments: how the rows in flight lie in memory, and which base activations belong to them.
 
-A segment holds rows that start at one position, of consecutive pairs of one length. Its tokens are ordered
-[pair, position, row], so that tokens with one base token are neighbours: base values broadcast over rows.
+A segment holds rows that start at one position, of consecutive pairs whose runs are alike. Its tokens are
+ordered [pair, position, row], so that tokens with one base token are neighbours: base values broadcast over
+rows.
 """
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+Fork = tuple[int, int]  # where two branches of a run begin: positions of the second see none of the first
 
 
 @dataclass(frozen=True)
@@ -15,9 +19,11 @@ class Segment:
 
     Attributes:
         token: where its first token lies in the packed array.
-        pairs, positions, rows: its shape; a row's positions are the last `positions` of the prompt.
+        pairs, positions, rows: its shape; a row's positions are the last `positions` of the run.
         base: where the first pair's position 0 lies among the base tokens.
-        length: tokens of these pairs' prompts.
+        length: tokens of these pairs' runs.
+        reads: how many of the last positions are read out; rows have no fewer.
+        fork: where the run parts into two branches, if it does.
     """
 
     token: int
@@ -26,6 +32,8 @@ class Segment:
     rows: int
     base: int
     length: int
+    reads: int = 1
+    fork: Fork | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -37,34 +45,51 @@ class Segment:
         part = packed[self.token : self.token + self.n_tokens]
         return part.view(self.pairs, self.positions, self.rows, *packed.shape[1:])
 
-    def prompt(self, base: Tensor) -> Tensor:
-        """The pairs' base activations, of [base token, ...], as [pair, prompt position, ...]."""
+    def run(self, base: Tensor) -> Tensor:
+        """The pairs' base activations, of [base token, ...], as [pair, position of the run, ...]."""
         part = base[self.base : self.base + self.pairs * self.length]
         return part.view(self.pairs, self.length, *base.shape[1:])
 
     def own(self, base: Tensor) -> Tensor:
         """The base activations of the rows' own positions, as [pair, position, 1, ...]: one for all rows."""
-        return self.prompt(base)[:, self.length - self.positions :].unsqueeze(2)
+        return self.run(base)[:, self.length - self.positions :].unsqueeze(2)
 
-    def last(self, token: int) -> "Segment":
-        """The same rows with their last position alone, from `token` on."""
-        return replace(self, token=token, positions=1)
+    def read(self, token: int) -> "Segment":
+        """The same rows with the positions alone that are read out, from `token` on."""
+        return replace(self, token=token, positions=self.reads)
 
 
-def last_segments(segments: list[Segment]) -> list[Segment]:
-    """The same rows with one token each, their last position."""
+def read_segments(segments: list[Segment]) -> list[Segment]:
+    """The same rows with the positions alone that are read out."""
     out, token = [], 0
     for segment in segments:
-        out.append(segment.last(token))
+        out.append(segment.read(token))
         token += out[-1].n_tokens
     return out
 
 
-def keep_last(packed: Tensor, segments: list[Segment]) -> Tensor:
-    """The rows' last positions out of [token, ...]: [row, ...], packed as `last_segments` says."""
-    if all(s.positions == 1 for s in segments):
+def keep_reads(packed: Tensor, segments: list[Segment]) -> Tensor:
+    """The positions that are read out, of [token, ...]: [token, ...], packed as `read_segments` says."""
+    if all(s.positions == s.reads for s in segments):
         return packed
-    out = packed.new_empty(sum(s.pairs * s.rows for s in segments), *packed.shape[1:])
-    for segment, last in zip(segments, last_segments(segments), strict=True):
-        last.tokens(out).copy_(segment.tokens(packed)[:, -1:])
+    kept = read_segments(segments)
+    out = packed.new_empty(sum(s.n_tokens for s in kept), *packed.shape[1:])
+    for segment, read in zip(segments, kept, strict=True):
+        read.tokens(out).copy_(segment.tokens(packed)[:, segment.positions - segment.reads :])
     return out
+
+
+def unseen(queries: Segment, device: torch.device) -> Tensor | None:
+    """Which positions of its run each position of a segment does not attend to: bool, [query, key].
+
+    None where it is the last position alone, which attends to all of them.
+    """
+    if queries.positions == 1 and queries.fork is None:
+        return None
+    key = torch.arange(queries.length, device=device)
+    query = key[queries.length - queries.positions :, None]
+    hidden = key > query
+    if queries.fork is not None:
+        first, second = queries.fork
+        hidden |= (query >= second) & (key >= first) & (key < second)
+    return hidden

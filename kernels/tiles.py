@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.device import upload
-from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.segments import Segment, read_segments
 
 _KEPT = 128  # tables; one block of rows needs about five
 
@@ -36,21 +36,22 @@ def pair_of_rows(segments: list[Segment], first_pairs: list[int], device: torch.
 
 
 def query_tiles(
-    segments: list[Segment], last_only: bool, rows: int, queries: int, device: torch.device
+    segments: list[Segment], reads_only: bool, rows: int, queries: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Tiles of queries: of several rows at one position, and of one row at several positions.
 
     Args:
         segments: where the rows lie.
-        last_only: only the rows' last positions are queries.
+        reads_only: only the positions that are read out are queries.
         rows, queries: the most in a tile of either kind.
 
     Returns:
         Two tables [tile, (first query's token, where its output goes, token of the first own position,
         queries, tokens from a row's position to its next, base token of position 0, first own position,
-        position of the first query)] int32.
+        position of the first query, where the first branch of the run begins, and the second)] int32. The
+        branches of a run that has none begin at its end.
     """
-    return _query_tiles(tuple(segments), last_only, rows, queries, device)
+    return _query_tiles(tuple(segments), reads_only, rows, queries, device)
 
 
 def base_of_tokens(segments: list[Segment], device: torch.device) -> Tensor:
@@ -103,15 +104,14 @@ def _pair_of_rows(
 
 @lru_cache(_KEPT)
 def _query_tiles(
-    segments: tuple[Segment, ...], last_only: bool, rows: int, queries: int, device: torch.device
+    segments: tuple[Segment, ...], reads_only: bool, rows: int, queries: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     by_rows: list[np.ndarray] = []
     by_queries: list[np.ndarray] = []
-    done = 0  # rows whose output has a place, where each has one
-    for s in segments:
-        start = s.length - s.positions
-        first = s.positions - 1 if last_only else 0
-        across = s.positions < BY_ROWS_BELOW or (last_only and min(rows, s.rows) >= ROWS_FROM)
+    wanted = read_segments(list(segments)) if reads_only else segments
+    for s, to in zip(segments, wanted, strict=True):
+        first = s.positions - to.positions
+        across = s.positions < BY_ROWS_BELOW or (reads_only and min(rows, s.rows) >= ROWS_FROM)
         if across:
             pair, position, row = _axes(s.pairs, range(first, s.positions), range(0, s.rows, rows))
             count = np.minimum(rows, s.rows - row)
@@ -120,12 +120,12 @@ def _query_tiles(
             count = np.minimum(queries, s.positions - position)
         own = s.token + pair * (s.positions * s.rows) + row
         token = own + position * s.rows
-        out = done + pair * s.rows + row if last_only else token
-        base = s.base + pair * s.length
-        table = _columns(token, out, own, count, s.rows, base, start, start + position)
+        out = to.token + (pair * to.positions + position - first) * s.rows + row
+        base, start = s.base + pair * s.length, s.length - s.positions
+        branches = s.fork or (s.length, s.length)
+        table = _columns(token, out, own, count, s.rows, base, start, start + position, *branches)
         (by_rows if across else by_queries).append(table)
-        done += s.pairs * s.rows
-    return _to_device(by_rows, 8, device), _to_device(by_queries, 8, device)
+    return _to_device(by_rows, 10, device), _to_device(by_queries, 10, device)
 
 
 def _axes(*sizes: int | range) -> list[np.ndarray]:

@@ -139,10 +139,12 @@ def split_qkv(parts: list[Tensor], spec: ModelSpec) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, fork: tuple[int, int] | None = None) -> Tensor:
     """Causal attention: q [B, T, H, C] and k, v [B, T, K, C], both rotated -> z [B, T, H, C].
 
-    Softmax and products are in the inputs' dtype. Queries go in chunks, so memory grows with T, not T².
+    With a fork the tokens are a trunk and two branches, which begin at these two positions, and the second
+    branch does not attend to the first. Softmax and products are in the inputs' dtype. Queries go in chunks,
+    so memory grows with T, not T².
     """
     n_batch, length, n_heads, d_head = q.shape
     n_kv = k.shape[2]
@@ -158,26 +160,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = q[:, :, :, start:end].reshape(n_batch, n_kv, group * (end - start), d_head) * scale
         scores = rows @ k[..., :end]  # [B, K, group * chunk, end]
         scores = scores.view(n_batch, n_kv, group, end - start, end)
-        future = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
-        weights = scores.masked_fill_(future, -math.inf).softmax(-1)
+        unseen = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
+        if fork is not None:
+            unseen[max(0, fork[1] - start) :, fork[0] : fork[1]] = True
+        weights = scores.masked_fill_(unseen, -math.inf).softmax(-1)
         mixed = weights.view(n_batch, n_kv, group * (end - start), end) @ v[:, :, :end]
         mixed = mixed.view(n_batch, n_heads, end - start, d_head)
         z[:, start:end] = mixed.transpose(1, 2)
     return z
 
 
-def block(x: Tensor, layer: LayerWeights, spec: ModelSpec, rope_tables: tuple[Tensor, Tensor]) -> Activations:
+def block(
+    x: Tensor,
+    layer: LayerWeights,
+    spec: ModelSpec,
+    rope_tables: tuple[Tensor, Tensor],
+    fork: tuple[int, int] | None = None,
+) -> Activations:
     """One block over whole prompts.
 
     Args:
         x: [B, T, d_model]. There is no padding: a batch holds prompts of one length.
-        rope_tables: cos and sin of positions 0 .. T-1, as `rope_tables` gives them.
+        rope_tables: cos and sin of each token's position, 0 .. T-1 but for branches, as `rope_tables` gives
+            them.
+        fork: see `attend`.
     """
     cos, sin = (table[: x.shape[1]] for table in rope_tables)
     normed = normalise(x, layer.norm1, spec)
     q, k, v = project_qkv(normed, layer, spec)
     q_rotated, k_rotated = rotate(q, cos, sin, spec.rope), rotate(k, cos, sin, spec.rope)
-    z = attend(q_rotated, k_rotated, v)
+    z = attend(q_rotated, k_rotated, v, fork)
     attn_out = linear(z.flatten(-2), layer.out)
 
     mid = x + attn_out

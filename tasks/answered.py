@@ -1,13 +1,12 @@
 """The correctness filter: which pairs a model answers right."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltapatch.engine.pairs import PromptPair
+from deltapatch.engine.pairs import PromptPair, encode_pairs
 from deltapatch.errors import DeltapatchError
-from deltapatch.tasks.answers import answer_ids
 from deltapatch.tasks.dropped import Dropped
 
 if TYPE_CHECKING:
@@ -27,16 +26,16 @@ def answered(model: "Model", pairs: Sequence[PromptPair], among: str = "vocabula
             tokens that any of these pairs has in an answer, as the paper does with its numbers.
 
     Raises:
-        DeltapatchError: a prompt or answer that cannot be put in tokens.
+        DeltapatchError: a pair is wrong, see `encode_pairs`.
     """
     if among not in AMONG:
         raise DeltapatchError(
             f"The right answer is looked for among the {' or the '.join(AMONG)}: {among!r}."
         )
     encoded = [
-        (_ids(model, prompt), _answer(model, prompt, answer))
-        for pair in pairs
-        for prompt, answer in ((pair.clean, pair.clean_answer), (pair.corrupted, pair.corrupted_answer))
+        asked
+        for pair in encode_pairs(pairs, model.tokenizer, model.spec.d_vocab)
+        for asked in ((pair.clean, pair.clean_answer), (pair.corrupted, pair.corrupted_answer))
     ]
     some = np.array(sorted({token for _, answer in encoded for token in answer}))
     known: dict[tuple[int, ...], bool] = {}
@@ -71,26 +70,3 @@ def keep_answered(
             "The model answers both prompts of no pair right; make pairs that it can answer, or keep all."
         )
     return kept
-
-
-def _ids(model: "Model", prompt: str | list[int]) -> list[int]:
-    if not isinstance(prompt, str):
-        return list(prompt)
-    if model.tokenizer is None:
-        raise DeltapatchError("This model has no tokenizer, so prompts must be token ids.")
-    return list(model.tokenizer(prompt)["input_ids"])
-
-
-def _answer(model: "Model", prompt: str | list[int], answer: Any) -> list[int]:
-    if isinstance(answer, list):
-        return list(answer)
-    if not isinstance(answer, str):
-        return [int(answer)]
-    if not isinstance(prompt, str):
-        raise DeltapatchError("Answers to prompts of token ids must be token ids too.")
-    tries = [answer] if prompt.endswith(" ") or answer.startswith(" ") else [answer, f" {answer}"]
-    # As the engine reads it: as given if that is one token, else with a space.
-    found = [ids for text in tries if (ids := answer_ids(model.tokenizer, prompt, text)) is not None]
-    if not found:
-        raise DeltapatchError(f"The answer {answer!r} changes how its prompt {prompt!r} is tokenised.")
-    return min(found, key=len)

@@ -1,12 +1,17 @@
-"""How a pair gives its answers: one token, as the engine's read-out has it, or longer where that is asked."""
+"""How a pair gives its answers: one token, as in the paper, or of any length where that is asked."""
 
 from collections.abc import Callable
 from typing import Any
 
 from deltapatch.errors import DeltapatchError
 
-# one: answers that are one token, as text. text, ids: of any length, as text or as a list of token ids.
-ANSWERS = ("one", "text", "ids")
+# one: answers that are one token, as text. text, ids: of any length, as text or as a list of token ids. And
+# why an answer makes no pair.
+ANSWERS = {
+    "one": "an answer is not one token after its prompt",
+    "text": "an answer changes the tokens of its prompt or is unknown to the tokenizer",
+    "ids": "an answer changes the tokens of its prompt or is unknown to the tokenizer",
+}
 
 
 def check_answers(answers: str) -> None:

@@ -39,7 +39,8 @@ def arithmetic_pairs(
     repeated draws, are dropped and counted.
 
     Where a tokenizer splits numbers (LLaMA: one token a digit), operands may be several tokens, as many in
-    both prompts, and results are the numbers that remain one token (1 to 9). Where a number after a space is
+    both prompts, and results are the numbers that remain one token (1 to 9), unless answers may be of any
+    length. Where a number after a space is
     a space and a number, the prompts end in a space, as in the paper. `Dropped.notes` says so.
 
     Each operator and template has its own `random.Random` (Python's own, seeded with a text made of the

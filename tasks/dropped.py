@@ -7,7 +7,6 @@ SAME_QUESTION = "both prompts would ask the same question"
 SAME_RESULT = "both prompts have the same result"
 TWICE = "the same two questions were drawn before"
 UNEVEN = "the operands of the two prompts have different numbers of tokens"
-LONG_ANSWER = "an answer is not one token after its prompt"
 
 
 @dataclass(frozen=True)

@@ -90,13 +90,15 @@ def _pair(line: str, name: str) -> PromptPair:
             "(anything else belongs in meta)."
         )
     for field in ("clean", "corrupted"):
-        value = found[field]
-        ids = isinstance(value, list) and all(_is_int(i) for i in value)
-        if not isinstance(value, str) and not ids:
+        if not isinstance(found[field], str) and not _is_ids(found[field]):
             raise DeltapatchError(f"{name}: {field!r} must be text or a list of token ids (whole numbers).")
     for field in ("clean_answer", "corrupted_answer"):
-        if not isinstance(found[field], str) and not _is_int(found[field]):
-            raise DeltapatchError(f"{name}: {field!r} must be text or a token id, not {_kind(found[field])}.")
+        value = found[field]
+        if not isinstance(value, str) and not _is_int(value) and not _is_ids(value):
+            kind = "a list of anything else" if isinstance(value, list) else _kind(value)
+            raise DeltapatchError(
+                f"{name}: {field!r} must be text, a token id or a list of them, not {kind}."
+            )
     labels = found.get("labels", {})
     if not isinstance(labels, dict) or not all(_is_int(p) for p in labels.values()):
         raise DeltapatchError(
@@ -109,6 +111,10 @@ def _pair(line: str, name: str) -> PromptPair:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_int(i) for i in value)
 
 
 def _kind(value: Any) -> str:

@@ -51,6 +51,8 @@ class NumberRange:
                 f"This tokenizer splits numbers: {limited}operands go up to "
                 f"{self.operands} and have as many tokens in both prompts of a pair."
             )
+            if limited:
+                found.append("Answers of any length, as text, have all results.")
         elif min(self.operands, self.results) < max_number:
             found.append(
                 f"Operands and results go from 1 to {self.results}, the largest number that is one token."
@@ -104,8 +106,8 @@ def number_range(
 
 def _no_answers() -> DeltapatchError:
     return DeltapatchError(
-        "This tokenizer has no numbers that are one token after a prompt, so answers cannot be read from "
-        "one position; write your own pairs file with one-token answers instead."
+        "This tokenizer has no numbers that are one token after a prompt: ask for answers of any length, as "
+        "text, instead of one token."
     )
 
 

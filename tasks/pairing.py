@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltapatch.engine.pairs import PromptPair
-from deltapatch.tasks.answers import answer_writer
-from deltapatch.tasks.dropped import LONG_ANSWER, TWICE, UNEVEN, Dropped
+from deltapatch.tasks.answers import ANSWERS, answer_writer
+from deltapatch.tasks.dropped import TWICE, UNEVEN, Dropped
 from deltapatch.tasks.numbers import token_spans
 from deltapatch.tasks.questions import Question
 
@@ -62,7 +62,7 @@ class Pairing:
         write = answer_writer(self.tokenizer, self.answers)
         answers = [write(p, space + q.answer) for p, q in zip(prompts, (clean, corrupted), strict=True)]
         if None in answers:
-            return LONG_ANSWER
+            return ANSWERS[self.answers]
         labels["last"] = length - 1
         return PromptPair(prompts[0], prompts[1], answers[0], answers[1], labels, meta)
 

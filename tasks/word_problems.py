@@ -12,8 +12,8 @@ import numpy as np
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError
 from deltapatch.tasks.alignment import differing_labels, nearest
-from deltapatch.tasks.answers import answer_writer, check_answers, need_fast_tokenizer
-from deltapatch.tasks.dropped import LONG_ANSWER, SAME_QUESTION, SAME_RESULT, Dropped
+from deltapatch.tasks.answers import ANSWERS, answer_writer, check_answers, need_fast_tokenizer
+from deltapatch.tasks.dropped import SAME_QUESTION, SAME_RESULT, Dropped
 from deltapatch.tasks.numbers import number_range
 from deltapatch.tasks.pairing import Pairing, collect
 from deltapatch.tasks.problem_file import GivenPair, Problem, Template, read_problems
@@ -156,7 +156,7 @@ class _Builder:
         ids = [list(self.tokenizer(text)["input_ids"]) for text in texts]
         for i, problem in enumerate(problems):
             if self._answer(texts[i], problem.answer) is None:
-                self.left_out.append((problem.where, LONG_ANSWER))
+                self.left_out.append((problem.where, ANSWERS[self.pairing.answers]))
             else:
                 buckets[problem.group, len(ids[i])].append(i)
         pairs = []
@@ -188,7 +188,7 @@ class _Builder:
             return "its prompts are the same"
         given = [self._answer(text, answer) for text, answer in zip(prompts, answers, strict=True)]
         if None in given:
-            return LONG_ANSWER
+            return ANSWERS[self.pairing.answers]
         meta = {"task": "word-problems", "operator": "word-problems"} | meta
         labels["last"] = len(ids[0]) - 1
         return PromptPair(prompts[0], prompts[1], given[0], given[1], labels, meta)

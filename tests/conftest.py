@@ -22,8 +22,8 @@ def _pair(rng: np.random.Generator, length: int, labels: bool) -> EncodedPair:
     return EncodedPair(
         clean=ids,
         corrupted=ids,
-        clean_answer=5,
-        corrupted_answer=6,
+        clean_answer=[5],
+        corrupted_answer=[6],
         clean_text=clean,
         corrupted_text=corrupted,
         clean_answer_text=f" {x + y}",
@@ -44,7 +44,8 @@ def _site(
     shape = (len(pairs), n_layers, len(positions)) + ((n_index,) if n_index else ())
     measured = {m: rng.normal(size=shape).astype(np.float32) for m in MEASURED}
     measured["kl"] = np.abs(measured["kl"])
-    measured["flip"] = (measured["flip"] > 1).astype(np.float32)
+    for flag in ("flip", "says_clean", "says_corrupted"):
+        measured[flag] = (measured[flag] > 1).astype(np.float32)
     for i, pair in enumerate(pairs):
         for j, position in enumerate(positions):
             if pair.resolve(position) is None:
@@ -72,7 +73,8 @@ def make_effects() -> Callable[..., Effects]:
         sites = {name: _site(rng, name, pairs, n_layers, *rest) for name, rest in plan.items()}
         n = len(pairs)
         logit = rng.normal(size=(n, 2, 2)) + 5 * np.eye(2)
-        reference = Reference(logit, logit - 9, np.array([[5, 6]] * n))
+        says = np.broadcast_to(np.eye(2, dtype=bool), (n, 2, 2)).copy()
+        reference = Reference(logit, logit - 9, np.array([[5, 6]] * n), says)
         meta = {"model": "made-up", "precision": "fp32", "backend": "cpu"}
         return Effects(sites, pairs, reference, "denoise", meta)
 

@@ -12,7 +12,7 @@ from deltapatch.errors import DeltapatchError
 
 def classes(length: int, labels: dict[str, int]) -> list[str]:
     ids, text = [0] * length, ["a"] * length
-    pair = EncodedPair(ids, ids, 1, 2, labels, {}, text, text, "1", "2")
+    pair = EncodedPair(ids, ids, [1], [2], labels, {}, text, text, "1", "2")
     return [position_class(pair, place) for place in range(length)]
 
 

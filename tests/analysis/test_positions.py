@@ -9,7 +9,7 @@ from deltapatch.engine.pairs import EncodedPair
 
 def record(length, labels):
     ids, text = [0] * length, ["a"] * length
-    return EncodedPair(ids, ids, 1, 2, labels, {}, text, text, "1", "2")
+    return EncodedPair(ids, ids, [1], [2], labels, {}, text, text, "1", "2")
 
 
 def classes(length, labels):

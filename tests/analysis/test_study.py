@@ -19,7 +19,6 @@ from deltapatch.analysis.predictions import prediction_changes
 from deltapatch.analysis.render import render
 from deltapatch.analysis.style import figure_style, save
 from deltapatch.analysis.tables import Table
-from deltapatch.engine.metrics import Reference
 from deltapatch.errors import DeltapatchError
 
 
@@ -94,46 +93,36 @@ def test_overlaps() -> None:
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
-def test_prediction_changes_bound_what_is_true(make_effects, direction) -> None:
-    """With whole distributions at hand, the bounds hold, and are the truth where predictions are known."""
+def test_prediction_changes(make_effects, direction) -> None:
+    """Against what is said before and after, told as words."""
     rng = np.random.default_rng(0)
     effects = make_effects(lengths=(8,) * 40)
     effects.direction = direction
     site = effects.sites["mlp_out"]
-    base_run, src = (1, 0) if direction == "denoise" else (0, 1)
-    answers = [5, 6]
-    before = rng.normal(size=(40, 8)) * 2
-    shape = site.shape
-    after = before[:, None, None] + rng.normal(size=(*shape, 8)) * 2
-
-    def logp(x):
-        return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-    reference = np.zeros((40, 2, 2))
-    reference[:, base_run] = logp(before)[:, answers]
-    prediction = np.zeros((40, 2), dtype=int)
-    prediction[:, base_run] = before.argmax(-1)
-    effects.reference = Reference(reference, reference, prediction)
-    change = logp(after) - logp(before)[:, None, None]
-    site.measured["dlogp_clean"], site.measured["dlogp_corrupted"] = change[..., 5], change[..., 6]
-    site.measured["flip"] = (after.argmax(-1) != before.argmax(-1)[:, None, None]).astype(float)
-    truth = (after.argmax(-1) == answers[src]) & (site.measured["flip"] == 1)
+    answers = np.array(["clean", "corrupted", "else"])
+    src, own = ("clean", "corrupted") if direction == "denoise" else ("corrupted", "clean")
+    before, after = rng.choice(answers, 40), rng.choice(answers, site.shape)
+    run = 1 if direction == "denoise" else 0
+    for i, answer in enumerate(("clean", "corrupted")):
+        effects.reference.says[:, run, i] = before == answer
+        effects.reference.says[:, 1 - run, i] = rng.random(40) < 0.5  # of no interest
+        site.measured[f"says_{answer}"] = (after == answer).astype(np.float32)
     found = prediction_changes(effects, "mlp_out")
-    assert (found.desired <= truth).all()
-    assert (truth <= found.possible).all()
-    assert truth.sum() > found.desired.sum() > 0
-    right = before.argmax(-1) == answers[1 - src]
-    np.testing.assert_array_equal(found.undesired, found.changed * right[:, None, None])
-    site.measured["prediction"] = after.argmax(-1).astype(float)
+    was = np.broadcast_to(before[:, None, None], after.shape)
+    np.testing.assert_array_equal(found.desired, (after == src) & (was != src))
+    np.testing.assert_array_equal(found.undesired, (was == own) & (after != own))
+    assert 0 < found.desired.mean() < 1
+    assert 0 < found.undesired.mean() < 1
+
+
+def test_prediction_changes_of_positions_that_a_pair_lacks(make_effects) -> None:
+    effects = make_effects(lengths=(8, 10))
     found = prediction_changes(effects, "mlp_out")
-    np.testing.assert_array_equal(found.desired, truth)
-    np.testing.assert_array_equal(found.possible, truth)
-
-
-def test_positions_that_a_pair_lacks_have_no_prediction(make_effects) -> None:
-    found = prediction_changes(make_effects(lengths=(8, 10)), "mlp_out")
     assert np.isnan(found.desired[0, :, 8:]).all()
     assert not np.isnan(found.desired[1]).any()
+    del effects.sites["mlp_out"].measured["says_clean"]
+    with pytest.raises(DeltapatchError, match="did not measure what metric 'says_clean' needs"):
+        prediction_changes(effects, "mlp_out")
 
 
 def test_ranking(make_effects) -> None:
@@ -227,7 +216,7 @@ def test_figures(make_effects, tmp_path) -> None:
         "overlap": lambda: study_plots.overlap_matrix(overlaps(pairs, 10)),
         "curves": lambda: study_plots.faithfulness_curves({"denoise": curve, "noise": curve}),
         "predictions": lambda: study_plots.prediction_curves(
-            effects.layers_of("mlp_out"), changes.changed[:, :, -1], changes.undesired[:, :, -1], "mlp_out"
+            effects.layers_of("mlp_out"), changes.desired[:, :, -1], changes.undesired[:, :, -1], "mlp_out"
         ),
         "discoveries": lambda: study_plots.discovery_plot(table, 0.5),
     }

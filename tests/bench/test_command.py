@@ -56,6 +56,15 @@ def test_pairs_of_several_lengths_are_refused(command, tmp_path):
     assert "2, 3 tokens" in done.err
 
 
+def test_answers_of_several_tokens_are_refused(command, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pair = {"clean": [1, 2], "corrupted": [1, 3], "clean_answer": [3, 5], "corrupted_answer": 4}
+    path.write_text(json.dumps(pair))
+    done = command("bench", "compare", *TINY, "--quiet", "--pairs", path)
+    assert done.code == 2
+    assert "pair 0 has one of 2" in done.err
+
+
 @pytest.mark.parametrize("values", ["a", "8,", "0"])
 def test_growth_wants_sizes(command, values):
     done = command("bench", "growth", *TINY, "--quiet", "--values", values if values != "8," else "8,x")

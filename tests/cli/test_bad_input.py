@@ -111,7 +111,11 @@ def test_a_missing_field(command, tiny, write_pairs, ids_pair):
 
 
 def test_text_that_cannot_be_used(command, tiny, write_pairs, text_pair):
-    refuses(swept(command, tiny, write_pairs(text_pair | {"clean_answer": "7 and 8"})), "line 1", "7 and 8")
+    spaced = {"clean": f"{text_pair['clean']} ", "corrupted": f"{text_pair['corrupted']} "}
+    refuses(swept(command, tiny, write_pairs(text_pair | spaced)), "line 1", "'7' changes", "drop the space")
+    refuses(
+        swept(command, tiny, write_pairs(text_pair | {"clean_answer": []})), "line 1", "clean_answer is empty"
+    )
     longer = text_pair | {"corrupted": "Q: What is 5 plus 4 and 4? A:"}
     refuses(swept(command, tiny, write_pairs(longer)), "line 1", "same number of tokens")
     (tiny / "tokenizer.json").unlink()

@@ -18,7 +18,7 @@ import deltapatch
 NEURONS = {"sites": "mlp_post", "positions": "last"}
 EVERYWHERE = {"sites": "mlp_out,attn_out", "positions": "all"}
 MEGABYTE = 1 << 20
-# (precision, sweep, megabytes beyond the least budget, threads)
+# (precision, sweep, megabytes beyond the least budget, threads, tokens of an answer)
 CASES = [
     ("fp32", NEURONS, 16, 1),
     ("fp32", NEURONS, 64, 1),
@@ -29,6 +29,8 @@ CASES = [
     ("fp32", EVERYWHERE, 64, 1),
     ("bf16", EVERYWHERE, 16, 1),
     ("fp64", EVERYWHERE, 16, 1),
+    ("fp32", NEURONS, 16, 1, 3),
+    ("fp32", EVERYWHERE, 16, 1, 3),
 ]
 
 
@@ -63,8 +65,9 @@ def least_budget(sweep):
     raise AssertionError("a byte was enough")
 
 
-def measure(model, pairs, precision, options, spare, threads):
+def measure(model, prompts, precision, options, spare, threads, answers=1):
     torch.set_num_threads(threads)
+    pairs = [deltapatch.PromptPair(*both, [5] * answers, [6] * answers) for both in prompts]
 
     def sweep(memory_budget):
         return deltapatch.sweep(
@@ -81,6 +84,7 @@ def measure(model, pairs, precision, options, spare, threads):
         "sites": options["sites"],
         "spare": spare,
         "threads": threads,
+        "answers": answers,
         "budget": budget,
         "growth": peak - before,
         "results": results,
@@ -97,15 +101,15 @@ def main():
     model = deltapatch.from_transformers(hf)
     draw = torch.Generator().manual_seed(0)
     prompts = torch.randint(500, (16, 2, 24), generator=draw).tolist()
-    pairs = [deltapatch.PromptPair(clean, corrupted, 5, 6) for clean, corrupted in prompts]
     model.logits(prompts[0][0])
     # One small sweep loads what python and torch load late
-    deltapatch.sweep(model, pairs[:1], "attn_out", positions=[-1], layers=[1], progress=False)
+    pair = deltapatch.PromptPair(*prompts[0], 5, 6)
+    deltapatch.sweep(model, [pair], "attn_out", positions=[-1], layers=[1], progress=False)
     for case in CASES:
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            print(json.dumps(measure(model, pairs, *case)), flush=True)
+            print(json.dumps(measure(model, prompts, *case)), flush=True)
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             sys.exit(f"the sweep of {case} failed")

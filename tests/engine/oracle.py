@@ -26,7 +26,10 @@ METRICS = (
     "dp_corrupted",
     "kl",
     "flip",
+    "says_clean",
+    "says_corrupted",
 )
+FLAGS = ("flip", "says_clean", "says_corrupted")  # 1 or 0
 
 
 class Patch(NamedTuple):
@@ -39,12 +42,12 @@ class Patch(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two prompts of token ids, of one length, and their answers."""
+    """Two prompts of token ids, of one length, and their answers, of one token or several."""
 
     clean: list[int]
     corrupted: list[int]
-    clean_answer: int
-    corrupted_answer: int
+    clean_answer: int | list[int]
+    corrupted_answer: int | list[int]
     labels: dict[str, int] = {}  # noqa: RUF012  (never written to)
 
 
@@ -364,11 +367,16 @@ class TrueModel:
         return seen
 
     def patched(
-        self, base: Sequence[int], source: Activations, rows: Sequence[Sequence[Patch]]
+        self,
+        base: Sequence[int],
+        source: Activations,
+        rows: Sequence[Sequence[Patch]],
+        after: Sequence[int] = (),
     ) -> np.ndarray:
         """Read-out logits [row, vocab] of one base prompt, each row with its own set of patches.
 
-        All patches of a row act in one forward. A patched value is the source's, whatever arrived there.
+        All patches of a row act in one forward. A patched value is the source's, whatever arrived there. With
+        tokens after the prompt, [row, 1 + n, vocab]: at its end and at each of them.
         """
         todo = defaultdict(list)  # (site, layer) -> [(row, patch)]
         for r, patches in enumerate(rows):
@@ -380,11 +388,13 @@ class TrueModel:
                 return value
             value = value.copy()
             for r, patch in todo[site, layer]:
-                where = patch.position if patch.index is None else (patch.position, patch.index)
+                position = patch.position % len(base)  # of the prompt, whatever comes after it
+                where = position if patch.index is None else (position, patch.index)
                 value[r][where] = source[site, layer][where]
             return value
 
-        return self.forward(base, len(rows), swap)[:, -1]
+        read = self.forward([*base, *after], len(rows), swap)[:, len(base) - 1 :]
+        return read if len(after) else read[:, 0]
 
     def effects(
         self,
@@ -398,15 +408,21 @@ class TrueModel:
         values = self.activations(other)
         if source == "zero":
             values = {site: np.zeros_like(v) for site, v in values.items()}
-        clean, corrupted = self.logits(pair.clean)[-1], self.logits(pair.corrupted)[-1]
-        patched = [self.patched(base, values, rows[i : i + 512]) for i in range(0, len(rows), 512)]
-        return oracle_metrics(
+
+        def patched(after: Sequence[int]) -> np.ndarray:
+            some = [self.patched(base, values, rows[i : i + 512], after) for i in range(0, len(rows), 512)]
+            return np.concatenate(some)
+
+        clean, corrupted = (
+            [self.logits([*prompt, *after])[len(prompt) - 1 :] for after in continuations(pair)]
+            for prompt in (pair.clean, pair.corrupted)
+        )
+        return metrics_of_answers(
             corrupted if direction == "denoise" else clean,
-            np.concatenate(patched),
+            [patched(after).reshape(len(rows), 1 + len(after), -1) for after in continuations(pair)],
             clean,
             corrupted,
-            pair.clean_answer,
-            pair.corrupted_answer,
+            pair,
             direction,
         )
 
@@ -470,6 +486,16 @@ def _expm1_minus_x(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(x) < 1, series, np.expm1(x) - x)
 
 
+def answers_of(pair: Pair) -> list[list[int]]:
+    """Clean and corrupted answer, as lists of tokens."""
+    return [[a] if isinstance(a, int) else list(a) for a in (pair.clean_answer, pair.corrupted_answer)]
+
+
+def continuations(pair: Pair) -> list[list[int]]:
+    """What the model reads after the prompt to give each token of an answer: all tokens but the last."""
+    return [answer[:-1] for answer in answers_of(pair)]
+
+
 def oracle_metrics(
     logits_base: np.ndarray,
     logits_patched: np.ndarray,
@@ -479,50 +505,82 @@ def oracle_metrics(
     corrupted_answer: int,
     direction: str,
 ) -> dict[str, np.ndarray]:
-    """All metrics, float64 [row], from read-out logits: [row, vocab] of patched runs, [vocab] of the others.
+    """All metrics, float64 [row], of answers of one token, from logits [row, vocab] or [vocab]."""
+    runs = (logits_base, logits_patched, logits_clean_run, logits_corrupted_run)
+    pair = Pair([], [], clean_answer, corrupted_answer)
+    return metrics_of_answers(*([x[..., None, :]] * 2 for x in runs), pair, direction)
+
+
+def metrics_of_answers(
+    base: Sequence[np.ndarray],
+    patched: Sequence[np.ndarray],
+    clean_run: Sequence[np.ndarray],
+    corrupted_run: Sequence[np.ndarray],
+    pair: Pair,
+    direction: str,
+) -> dict[str, np.ndarray]:
+    """All metrics, float64 [row], from logits read at each token of both answers, each answer by itself.
 
     By definition, in 80-bit arithmetic so that the subtractions lose nothing of an effect of 1e-6. Only KL
     needs a form of its own: it is the square of a small effect.
+
+    Args:
+        base, clean_run, corrupted_run: for the clean and the corrupted answer [token, vocab].
+        patched: likewise [row, token, vocab].
+        pair: its answers.
     """
     base, patched, clean_run, corrupted_run = (
-        np.asarray(x).astype(np.longdouble)
-        for x in (logits_base, logits_patched, logits_clean_run, logits_corrupted_run)
+        [np.asarray(x).astype(np.longdouble) for x in run]
+        for run in (base, patched, clean_run, corrupted_run)
     )
+    answers = answers_of(pair)
 
     def log_softmax(x: np.ndarray) -> np.ndarray:
         x = x - x.max(-1, keepdims=True)
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
-    def answers_apart(x: np.ndarray) -> np.ndarray:
-        return x[..., clean_answer] - x[..., corrupted_answer]
+    def logp_of(run: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """log P of the clean and of the corrupted answer, by the chain rule."""
+        return [
+            sum(log_softmax(x[..., i, :])[..., token] for i, token in enumerate(answer))
+            for x, answer in zip(run, answers, strict=True)
+        ]
 
-    logp, logp_star = log_softmax(base), log_softmax(patched)
-    p, p_star = np.exp(logp), np.exp(logp_star)
-    if direction == "denoise":
-        src_answer, base_answer = clean_answer, corrupted_answer
-    else:
-        src_answer, base_answer = corrupted_answer, clean_answer
-    towards_source = (p_star[:, src_answer] - p[src_answer]) / p[src_answer]
-    away_from_base = (p[base_answer] - p_star[:, base_answer]) / p_star[:, base_answer]
-    logit_diff = answers_apart(patched) - answers_apart(base)
-    gap = answers_apart(clean_run) - answers_apart(corrupted_run)
+    def says(run: Sequence[np.ndarray], which: int) -> np.ndarray:
+        return (run[which].argmax(-1) == np.array(answers[which])).all(-1)
+
+    def apart(run: Sequence[np.ndarray]) -> np.ndarray:
+        clean, corrupted = logp_of(run)
+        return clean - corrupted
+
+    logp, logp_star = logp_of(base), logp_of(patched)
+    p, p_star = [np.exp(x) for x in logp], [np.exp(x) for x in logp_star]
+    src, own = (0, 1) if direction == "denoise" else (1, 0)
+    towards_source = (p_star[src] - p[src]) / p[src]
+    away_from_base = (p[own] - p_star[own]) / p_star[own]
+    logit_diff = apart(patched) - apart(base)
+    gap = apart(clean_run) - apart(corrupted_run)
 
     # KL = Σ p (log p - log p*) = log Σ p e^c with c the logit change centred under p; as Σ p c = 0, the sum
     # is 1 + Σ p (e^c - 1 - c), whose terms are all positive
-    change = patched - base
-    centred = change - (p * change).sum(-1, keepdims=True)
-    kl = np.log1p((p * _expm1_minus_x(centred)).sum(-1))
+    before, after = base[0][0], patched[0][:, 0]
+    p_end = np.exp(log_softmax(before))
+    change = after - before
+    centred = change - (p_end * change).sum(-1, keepdims=True)
+    kl = np.log1p((p_end * _expm1_minus_x(centred)).sum(-1))
 
     found = {
         "ie": (towards_source + away_from_base) / 2,
         "logit_diff": logit_diff,
         "recovered": logit_diff / (gap if gap else np.nan),
-        "dlogp_clean": logp_star[:, clean_answer] - logp[clean_answer],
-        "dlogp_corrupted": logp_star[:, corrupted_answer] - logp[corrupted_answer],
-        "dp_clean": p_star[:, clean_answer] - p[clean_answer],
-        "dp_corrupted": p_star[:, corrupted_answer] - p[corrupted_answer],
+        "dlogp_clean": logp_star[0] - logp[0],
+        "dlogp_corrupted": logp_star[1] - logp[1],
+        "dp_clean": p_star[0] - p[0],
+        "dp_corrupted": p_star[1] - p[1],
         "kl": kl,
-        "flip": patched.argmax(-1) != base.argmax(-1),
+        "flip": after.argmax(-1) != before.argmax(-1),
+        "says_clean": says(patched, 0),
+        "says_corrupted": says(patched, 1),
     }
     return {name: value.astype(np.float64) for name, value in found.items()}
 

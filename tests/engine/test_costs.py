@@ -1,8 +1,12 @@
 """Necessary FLOPs, counted by hand on a small shape."""
 
+import numpy as np
 import pytest
 
-from deltapatch.engine.costs import layer_parameters, necessary_flops, parameters, rows
+from deltapatch.engine.costs import layer_parameters, necessary_flops, parameters, rows, sweep_cost
+from deltapatch.engine.grid import Grid, SiteGrid
+from deltapatch.engine.pairs import EncodedPair
+from deltapatch.engine.sites import SITES
 from deltapatch.models.spec import ModelSpec, RopeSpec
 
 SPEC = ModelSpec(
@@ -44,3 +48,14 @@ def test_necessary_flops(site, positions, n_rows, row_layers, depth):
     assert rows(SPEC, site, range(3), positions) == n_rows
     expected = 2 * LAYER * row_layers * depth + 2 * 8 * 100 * n_rows
     assert necessary_flops(SPEC, site, range(3), positions, length=5) == expected
+
+
+def test_what_answers_add_is_counted():
+    """Three positions from the patch on, two more for the answers; read at the end and at both."""
+    expected = 2 * LAYER * (3 + 2) * (2 + 1 + 0) + 2 * 8 * 100 * 3 * (1 + 2)
+    assert necessary_flops(SPEC, "mlp_out", range(3), [2], length=5, continued=2) == expected
+    columns = (np.arange(3), [2], 0, 0)
+    grid = Grid([SiteGrid(SITES["mlp_out"], *columns)], 3)
+    ids = [1, 2, 3, 4, 5]
+    pair = EncodedPair(ids, ids, [7, 8], [9, 8], {}, {}, [], [], "", "")
+    assert sweep_cost(grid, [pair], SPEC) == (3, expected)

@@ -102,7 +102,7 @@ def test_repr_says_sites_shapes_and_precision(make_effects):
 def test_accuracy_counts_both_runs(make_effects):
     effects = make_effects()
     assert effects.accuracy() == 1
-    effects.reference.prediction[0, 1] = 0
+    effects.reference.says[0, 1, 1] = False
     assert effects.accuracy() == pytest.approx(0.9)
 
 
@@ -140,6 +140,33 @@ def test_the_run_folder_says_its_axes(make_effects, tmp_path):
     assert about["axes"]["mlp_post/kl"] == "pair,layer,position,index"
     with safe_open(tmp_path / "run" / "effects.safetensors", framework="numpy") as file:
         assert file.metadata()["mlp_out/dlogp_clean"] == "pair,layer,position"
+
+
+def test_a_run_folder_of_the_first_format(make_effects, tmp_path):
+    """Answers were single tokens, and what the runs say was not written down."""
+    from safetensors.numpy import load_file, save_file
+
+    effects = make_effects()
+    effects.reference.prediction[0, 1] = 0
+    effects.save(tmp_path / "run")
+    tensors = load_file(tmp_path / "run" / "effects.safetensors")
+    save_file({n: a for n, a in tensors.items() if "says" not in n}, tmp_path / "run" / "effects.safetensors")
+    about = json.loads((tmp_path / "run" / "run.json").read_text()) | {"format_version": 1}
+    for site in about["sites"].values():
+        site["measured"] = [name for name in site["measured"] if not name.startswith("says")]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "pairs.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["clean_answer"], line["corrupted_answer"] = line["clean_answer"][0], line["corrupted_answer"][0]
+    (tmp_path / "run" / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = load_effects(tmp_path / "run")
+    assert found.pairs == effects.pairs
+    assert found.accuracy() == pytest.approx(0.9)
+    np.testing.assert_array_equal(found.values("ie", "z"), effects.values("ie", "z"))
+    with pytest.raises(DeltapatchError, match="did not measure"):
+        found.values("says_clean", "z")
+    found.save(tmp_path / "new")
+    assert load_effects(tmp_path / "new").accuracy() == pytest.approx(0.9)
 
 
 def test_labels_as_positions_survive(make_effects, tmp_path):

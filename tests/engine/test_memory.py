@@ -23,8 +23,8 @@ def sweeps():
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def of(sweeps, precision, sites, spare=16, threads=1):
-    keys = {"precision": precision, "sites": sites, "spare": spare, "threads": threads}
+def of(sweeps, precision, sites, spare=16, threads=1, answers=1):
+    keys = {"precision": precision, "sites": sites, "spare": spare, "threads": threads, "answers": answers}
     (found,) = [s for s in sweeps if keys.items() <= s.items()]
     return found
 
@@ -39,6 +39,13 @@ def test_a_sweep_keeps_its_budget(sweeps, precision, sites):
 
 def test_each_thread_has_its_part_of_the_budget(sweeps):
     found = of(sweeps, "fp32", "mlp_post", threads=2)
+    assert found["growth"] - found["results"] <= found["budget"], found
+
+
+@pytest.mark.parametrize("sites", ["mlp_post", "mlp_out,attn_out"])
+def test_longer_answers_are_counted(sweeps, sites):
+    found, short = (of(sweeps, "fp32", sites, answers=n) for n in (3, 1))
+    assert found["passes"] > short["passes"], "longer rows, read at more positions"
     assert found["growth"] - found["results"] <= found["budget"], found
 
 

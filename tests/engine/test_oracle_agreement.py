@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from engine_oracle import METRICS, SITES, Patch, TrueModel, resolve
+from engine_oracle import FLAGS, METRICS, SITES, Patch, TrueModel, resolve
 from engine_tiny import (
     SEQUENTIAL,
     VARIANTS,
@@ -16,6 +16,7 @@ from engine_tiny import (
     pairs,
     random_pair,
     true_model,
+    without_overlaps,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,8 @@ SOURCES = ("counterpart", "zero")
 AXES = ("pair", "layer", "position", "index")
 # Exponentials of log-probabilities: a relative error of the exponent comes out multiplied by the exponent.
 EXPONENTIAL = ("ie", "dp_clean", "dp_corrupted")
-FIRST_ORDER = tuple(m for m in METRICS if m != "recovered")  # those that need no gap between the two runs
+SAID = ("says_clean", "says_corrupted")
+FIRST_ORDER = tuple(m for m in METRICS if m not in ("recovered", *SAID))  # of which no effect leaves nothing
 
 
 # ---------------------------------------------------------------------------------------------- helpers
@@ -87,7 +89,7 @@ def assert_agrees(values, want, tolerance, where, metrics=METRICS, nothing=1e-12
         error, scale = np.linalg.norm(off), np.linalg.norm(np.nan_to_num(right))
         if scale <= nothing:
             scale = 1.0  # no effect at all, as of a query that sees one key: what is left is rounding
-        allowed = 0 if metric == "flip" else tolerance * (2 if metric in EXPONENTIAL else 1)
+        allowed = 0 if metric in FLAGS else tolerance * (2 if metric in EXPONENTIAL else 1)
         if error > allowed * scale:
             worst = np.unravel_index(off.argmax(), off.shape)
             axes = AXES if right.ndim > 1 else ("intervention",)
@@ -109,7 +111,7 @@ def assert_sweep_agrees(variant, pairs, sites, precision, positions=None, layers
         where = f"{variant}, {site}, {precision}, {options}"
         tolerance, metrics = TOLERANCE[precision], METRICS
         if is_singular(variant, site, options):
-            tolerance, metrics = 100 * tolerance, [m for m in METRICS if m != "flip"]
+            tolerance, metrics = 100 * tolerance, [m for m in METRICS if m not in FLAGS]
         assert_agrees(
             lambda metric, site=site: effects.values(metric, site=site), want, tolerance, where, metrics
         )
@@ -176,7 +178,7 @@ def test_all_sites_in_bfloat16_products(variant):
         return [*sets, ("all sites", *together)]
 
     for metric in METRICS:
-        if metric == "flip":
+        if metric in FLAGS:
             continue  # near ties may fall either way
         for site, got, right in each_and_all(metric):
             tolerance = TOLERANCE["bf16"] * (
@@ -259,20 +261,6 @@ def test_logits(variant):
 
 
 # --------------------------------------------------------------------------------------- joint patches
-
-
-def without_overlaps(patches):
-    """Drop a patch that touches what an earlier one has already replaced."""
-    kept, taken = [], []
-    for patch in patches:
-        place = patch.site.removesuffix(".dim"), patch.layer
-        if place[0] == "resid_pre" and patch.layer:
-            place = "resid_post", patch.layer - 1
-        place = (*place, patch.position)
-        if not any(place == p and (None in (patch.index, i) or patch.index == i) for p, i in taken):
-            kept.append(patch)
-            taken.append((place, patch.index))
-    return kept
 
 
 def interventions(true, pairs):
@@ -465,9 +453,9 @@ def test_huge_effects(variant, source, precision):
         want = true.sweep(two, site, source=source)
         where = f"{variant}, {site}, {precision}, {source}"
         finite = ~np.isnan(want["kl"])
-        flips = not is_singular(variant, site, {"source": source})
+        told = not is_singular(variant, site, {"source": source})
         # ie is the exponential of a number in the hundreds
-        metrics = [m for m in METRICS if m != "ie" and (flips or m != "flip")]
+        metrics = [m for m in METRICS if m != "ie" and (told or m not in FLAGS)]
         assert all(np.isfinite(effects.values(m, site=site)[finite]).all() for m in METRICS), where
         assert_agrees(
             lambda metric, site=site: effects.values(metric, site=site),
@@ -494,6 +482,12 @@ def test_a_patch_that_changes_nothing_gives_exactly_zero(variant, precision):
                 where = f"{variant}, {site}, {metric}, {options}"
                 assert (values[1] == 0).all(), f"{where}: identical prompts"
                 assert (values[0, :, :2] == 0).all(), f"{where}: before the first difference"
+            for i, metric in enumerate(SAID):
+                base_run = 1 if direction == "denoise" else 0
+                unpatched = effects.reference.says[:, base_run, i]
+                values = effects.values(metric, site=site)
+                assert (values[1] == unpatched[1]).all()
+                assert (values[0, :, :2] == unpatched[0]).all()
             assert (effects.values("kl", site=site)[0, 0, 2] != 0).any(), f"{variant}, {site}"
 
 

@@ -48,7 +48,8 @@ def test_text_becomes_ids_and_pieces() -> None:
     (encoded,) = encode_pairs([pair(labels={"first": 0, "last": -1}, meta={"who": "me"})], TOKENIZER, D_VOCAB)
     assert encoded.clean == TOKENIZER("The city is")["input_ids"]
     assert encoded.clean_text == ["The", " city", " is"]
-    assert encoded.clean_answer == TOKENIZER.convert_tokens_to_ids("ĠParis")
+    assert encoded.clean_answer == [TOKENIZER.convert_tokens_to_ids("ĠParis")]
+    assert encoded.answer_tokens == 1
     assert (encoded.clean_answer_text, encoded.corrupted_answer_text) == (" Paris", " Rome")
     assert encoded.labels == {"first": 0, "last": 2}
     assert encoded.meta == {"who": "me"}
@@ -59,7 +60,7 @@ def test_ids_need_no_tokenizer() -> None:
     (encoded,) = encode_pairs([raw], None, 7)
     assert encoded.corrupted == [3, 4]
     assert encoded.corrupted_text == ["3", "4"]
-    assert (encoded.clean_answer, encoded.clean_answer_text) == (5, "5")
+    assert (encoded.clean_answer, encoded.clean_answer_text) == ([5], "5")
     assert encoded.labels == {"last": 0}
 
 
@@ -80,6 +81,11 @@ def test_special_tokens_are_the_tokenizers_own() -> None:
         ([1, 2], " 12", " 12"),
         ([1, 2], "12", "12"),
         ([1, 2], "Rome", " Rome"),  # only with a space is it one token
+        ("The city is", " Oslo", " Oslo"),
+        ("The city is", "Oslo", " Oslo"),
+        ("The city:", "123", "123"),  # five tokens with a space before it
+        ("The city:", " 123", " 123"),
+        ([1, 2], "Oslo", "Oslo"),
     ],
 )
 def test_answers_are_tokenised_in_context(prompt: str | list[int], answer: str, found: str) -> None:
@@ -96,6 +102,17 @@ def test_answers_are_tokenised_in_context(prompt: str | list[int], answer: str, 
     assert encode_pairs([raw], tokenizer, D_VOCAB)[0].clean_answer_text == found
 
 
+def test_answers_of_several_tokens() -> None:
+    raw = pair(clean_answer=" Oslo", corrupted_answer=[7, 8, 9])
+    (encoded,) = encode_pairs([raw], TOKENIZER, D_VOCAB)
+    assert encoded.clean_answer == TOKENIZER(" Oslo")["input_ids"]
+    assert len(encoded.clean_answer) == 5
+    assert encoded.corrupted_answer == [7, 8, 9]
+    assert encoded.answer_tokens == 5
+    (encoded,) = encode_pairs([PromptPair([1], [2], [3, 4], 5)], None, 6)
+    assert (encoded.clean_answer, encoded.clean_answer_text) == ([3, 4], "3 4")
+
+
 MISTAKES = [
     (pair(clean=""), "p: the clean prompt is empty"),
     (pair(corrupted=[]), "p: the corrupted prompt is empty"),
@@ -106,10 +123,14 @@ MISTAKES = [
     (pair(clean=[1, "2", 3]), "clean must be text or token ids"),
     (pair(clean_answer=D_VOCAB), f"token {D_VOCAB} of clean_answer is out of range"),
     (pair(clean_answer=1.5), "clean_answer must be text or token ids"),
-    (pair(corrupted_answer=" Madrid"), r"corrupted_answer ' Madrid'.*adds 7 tokens \[' ', 'M', 'a',"),
-    (pair(clean_answer="Madrid"), r"'Madrid' changes how the end of the prompt.* and ' Madrid' adds 7"),
     (pair(clean_answer=""), "clean_answer is empty"),
-    (pair(clean="The city is ", corrupted="The city is ", clean_answer="Rome"), "drop the space that ends"),
+    (pair(clean_answer=[]), "clean_answer is empty"),
+    (pair(corrupted_answer=[3, D_VOCAB]), f"token {D_VOCAB} of corrupted_answer is out of range"),
+    (pair(clean_answer=[1, True]), "clean_answer must be text or token ids"),
+    (
+        pair(clean="The city is ", corrupted="The city is ", clean_answer="Rome"),
+        "tokenised; .*drop the space that ends",
+    ),
     (pair(labels={"op1": 3}), "label 'op1' is at position 3, but the prompt has 3 tokens"),
     (pair(labels={"op1": -4}), "label 'op1' is at position -4"),
     (pair(labels={"op1": "2"}), "label 'op1' must be a position"),
@@ -148,6 +169,6 @@ def test_an_unknown_word_is_no_answer() -> None:
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
-    assert encode_pairs([PromptPair("a", "b", "a", "b")], words, 3)[0].clean_answer == 1
+    assert encode_pairs([PromptPair("a", "b", "a", "b")], words, 3)[0].clean_answer == [1]
     with pytest.raises(DeltapatchError, match="' c' is unknown to the tokenizer"):
         encode_pairs([PromptPair("a", "b", " c", "b")], words, 3)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from engine_oracle import METRICS, Patch, oracle_metrics
-from engine_tiny import hf_model, pairs, random_pair, true_model
+from engine_oracle import FLAGS, METRICS, Patch, continuations, metrics_of_answers
+from engine_tiny import hf_model, pairs, random_pair, true_model, with_long_answers
 
 import deltapatch
 
@@ -19,7 +19,12 @@ def model(variant):
 
 
 def drawn(variant):
-    return pairs(true_model(variant), LENGTHS, seed=5)
+    """Pairs whose answers are of one token and of several."""
+    true = true_model(variant)
+    found = pairs(true, LENGTHS, seed=5)
+    for i, sizes in ((1, (2, 1)), (2, (3, 2)), (4, (1, 2))):
+        found[i] = with_long_answers(true, found[i], sizes, 0, seed=i)
+    return found
 
 
 def sweep(variant, prompts, **options):
@@ -30,15 +35,16 @@ def sweep(variant, prompts, **options):
 # ----------------------------------------------------------------------------- what is right, from the oracle
 
 
-def forward(true, tokens, noise, visit):
-    """Read-out logits of a prompt with noise on its embeddings."""
+def forward(true, tokens, noise, visit, after=()):
+    """Logits [row, 1 + n, vocab] at the end of a prompt with noise on its embeddings, and after n tokens."""
 
     def noisy(site, layer, value):
         if noise is not None and (site, layer) == ("resid_pre", 0):
-            value = value + noise
+            value = value.copy()
+            value[:, : len(tokens)] += noise
         return visit(site, layer, value)
 
-    return true.forward(tokens, visit.n_rows, noisy)[:, -1]
+    return true.forward([*tokens, *after], visit.n_rows, noisy)[:, len(tokens) - 1 :]
 
 
 class Keep:
@@ -83,11 +89,12 @@ def expected(true, pair, values, site, direction, noise=None):
     n_indices = true.n_indices(site)
     shape = (true.n_layers, len(pair.clean), *([n_indices] if n_indices else []))
     cells = [Patch(site, *at) for at in np.ndindex(shape)]
-    logits = [forward(true, *run, Swap([], None))[0] for run in (base, clean, corrupted)]
-    patched = forward(true, *base, Swap(cells, values))
-    found = oracle_metrics(
-        logits[0], patched, *logits[1:], pair.clean_answer, pair.corrupted_answer, direction
-    )
+    after = continuations(pair)
+    runs = [
+        [forward(true, *run, Swap([], None), more)[0] for more in after] for run in (base, clean, corrupted)
+    ]
+    patched = [forward(true, *base, Swap(cells, values), more) for more in after]
+    found = metrics_of_answers(runs[0], patched, *runs[1:], pair, direction)
     return {name: value.reshape(shape) for name, value in found.items()}
 
 
@@ -97,7 +104,7 @@ def agrees(effects, number, site, want, metrics=METRICS):
         right = want[metric]
         got = effects.values(metric, site=site)[number][:, : right.shape[1]]
         assert got.shape == right.shape
-        if not np.linalg.norm(got - right) <= (0 if metric == "flip" else 1e-8) * np.linalg.norm(right):
+        if not np.linalg.norm(got - right) <= (0 if metric in FLAGS else 1e-8) * np.linalg.norm(right):
             return False
     return True
 

@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from engine_oracle import Pair, TrueModel
+from engine_oracle import Pair, Patch, TrueModel
 from transformers import (
     GPTJConfig,
     GPTJForCausalLM,
@@ -154,10 +154,48 @@ def with_apt_answers(true: TrueModel, pair: Pair) -> Pair:
     return pair._replace(clean_answer=int(change.argmax()), corrupted_answer=int(change.argmin()))
 
 
+def with_long_answers(true: TrueModel, pair: Pair, sizes: tuple[int, int], shared: int, seed: int) -> Pair:
+    """The same prompts with answers of so many tokens, which begin with the same ones and part at apt ones.
+
+    What they are after that is drawn; of two answers that are the same all is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    clean, corrupted = (torch.randint(VOCAB, (4,), generator=generator).tolist()[:n] for n in sizes)
+    begin = torch.randint(VOCAB, (shared,), generator=generator).tolist()
+    clean[:shared], corrupted[:shared] = begin[: sizes[0]], begin[: sizes[1]]
+    if shared < min(sizes):
+        change = true.logits([*pair.clean, *begin])[-1] - true.logits([*pair.corrupted, *begin])[-1]
+        clean[shared], corrupted[shared] = int(change.argmax()), int(change.argmin())
+    return pair._replace(clean_answer=clean, corrupted_answer=corrupted)
+
+
+def said(true: TrueModel, prompt: Sequence[int], n: int) -> list[int]:
+    """What a model says after a prompt, token by token."""
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(int(true.logits(tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
 def pairs(true: TrueModel, lengths: Sequence[int] = (5, 4), seed: int = 0) -> list[Pair]:
     """Pairs of different lengths; a prompt of one token differs in that one."""
     drawn = [random_pair(n, seed=10 * seed + i, first=min(1, n - 1)) for i, n in enumerate(lengths)]
     return [with_apt_answers(true, pair) for pair in drawn]
+
+
+def without_overlaps(patches: Sequence[Patch]) -> list[Patch]:
+    """Drop a patch that touches what an earlier one has already replaced."""
+    kept: list[Patch] = []
+    taken: list[Any] = []
+    for patch in patches:
+        site, layer = patch.site.removesuffix(".dim"), patch.layer
+        if site == "resid_pre" and layer:
+            site, layer = "resid_post", layer - 1
+        place = site, layer, patch.position
+        if not any(place == p and (None in (patch.index, i) or patch.index == i) for p, i in taken):
+            kept.append(patch)
+            taken.append((place, patch.index))
+    return kept
 
 
 def nearly_equal_tokens(variant: str, difference: float) -> tuple[Any, Pair]:

@@ -19,7 +19,7 @@ def draw_attention(
     interleaved=False,
     scaled=False,
     swapped="",
-    last_only=False,
+    reads_only=False,
 ):
     """Arguments of the attention difference, all but the precision.
 
@@ -38,9 +38,9 @@ def draw_attention(
     out["scale_of_rows"] = powers if scaled else None
     out["swaps"] = {}
     for place in swapped:
-        lines = packing.n_rows if place == "z" and last_only else n_tokens
+        lines = packing.n_reads if place == "z" and reads_only else n_tokens
         chosen = here(torch.from_numpy(rng.choice(lines * n[place], -(-lines // 3), replace=False)))
         source = here(torch.from_numpy(rng.integers(0, 7, len(chosen))))
         delta = draw(7, n[place], d_head, scale=max(scales))
         out["swaps"][place] = [Swap(chosen // n[place], source, chosen % n[place], delta)]
-    return out | {"logit_scale": d_head**-0.5, "segments": packing.segments, "last_only": last_only}
+    return out | {"logit_scale": d_head**-0.5, "segments": packing.segments, "reads_only": reads_only}

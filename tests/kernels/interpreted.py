@@ -105,7 +105,7 @@ def assert_same(name, arguments, tolerance, measure=error):
     for key in got:
         assert got[key].dtype == same[key].dtype
         assert got[key].shape == same[key].shape
-        bound = 0 if key == "flip" else tolerance
+        bound = 0 if key in SAID else tolerance
         assert measure(got[key], want[key]) <= bound, key
         assert measure(got[key], same[key]) <= 2 * bound, key
     return result
@@ -304,7 +304,8 @@ def test_narrow(width):
 
 # ---------------------------------------------------------------------------------------- read-out, columns
 
-MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "flip")
+SAID = ("flip", "says_clean", "says_corrupted")  # 1 or 0
+MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", *SAID)
 
 
 def base_of(n_pairs, draw, weight, sure=0.0):
@@ -332,7 +333,7 @@ def test_readout(scale, pieces, monkeypatch):
         got = assert_same(
             "readout", [*arguments, MEASURED if precision == "fp32" else MEASURED[:4]], tolerance
         )
-        assert all(values[1] == 0 for values in got.values())
+        assert all(values[1] == 0 for name, values in got.items() if not name.startswith("says_"))
         few = TRITON.readout(*arguments, ("logit_diff",))
         assert set(few) == {"logit_diff"}
         assert torch.equal(few["logit_diff"], got["logit_diff"])
@@ -352,6 +353,31 @@ def test_the_likely_token_taken_away_beside_a_row_that_hardly_moves():
         for row in range(3):
             assert error(got[name][row], want[name][row]) < 2e-5, name
     assert got["flip"].tolist() == [1, 0, 1]
+    assert got["says_clean"].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_of_equally_likely_tokens_the_first_is_said(pieces, monkeypatch):
+    monkeypatch.setattr("deltapatch.kernels.readout_triton.CELLS", 1024 if pieces > 1 else 1 << 20)
+    packing = pack([(2, 1)], [(0, 0, 1, 1, 3)])
+    vocab = 2500 if pieces > 1 else 300
+    tokens = torch.tensor([140, 12, vocab - 1])  # apart by lanes, steps and pieces
+    weight, dn, logits = torch.zeros(vocab, 20), torch.zeros(3, 20), torch.zeros(1, vocab)
+    weight[tokens, 0], dn[1:, 0] = 2.0, 8.0
+    weight[tokens[2], 1], dn[2, 1] = 1.0, 1.0
+    logits[0, [250, 33]] = 1.0
+    p = logits.double().softmax(-1)
+    exact = PRECISIONS["fp32"]
+    for answers, want in (
+        ((33, 250), ([1, 0, 0], [0, 0, 0])),
+        ((12, 140), ([0, 1, 0], [0, 0, 0])),
+        ((vocab - 1, 12), ([0, 0, 1], [0, 1, 0])),
+    ):
+        base = BaseReadout(logits, p, p.float() @ weight, torch.tensor([answers]))
+        arguments = [dn, weight, narrow_weight(weight, exact), exact, base, [0], packing.segments, MEASURED]
+        got = TRITON.readout(*arguments)
+        assert (got["says_clean"].tolist(), got["says_corrupted"].tolist()) == want
+        assert got["flip"].tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (1,), (3, 2), (75, 0, 10), (19,)], ids=str)
@@ -401,7 +427,11 @@ def test_a_sweep_gives_what_the_reference_gives(make, sites, precision):
         weight.data.normal_(0, 0.3)
     model = deltapatch.from_transformers(hf.eval())
     rng = np.random.default_rng(0)
-    pairs = [deltapatch.PromptPair(*rng.integers(0, 31, (2, n)).tolist(), 3, 4) for n in (4, 3)]
+    answers = [(3, 4), ([5, 1, 2], [5, 7]), ([8, 9], [10, 11, 12])]
+    pairs = [
+        deltapatch.PromptPair(*rng.integers(0, 31, (2, n)).tolist(), *both)
+        for n, both in zip((4, 3, 4), answers, strict=True)
+    ]
     options = {"sites": list(sites), "positions": [0, -1], "precision": precision, "progress": False}
     if precision == "fp16":
         options["sites"] = list(sites[:1])

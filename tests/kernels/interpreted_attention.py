@@ -18,6 +18,12 @@ ONE = pack([(3, 2), (37, 1)], [(0, 0, 2, 1, 3), (1, 0, 1, 1, 66)])
 FEW = pack([(5, 2), (4, 1)], [(0, 0, 2, 3, 3), (1, 0, 1, 2, 5)])
 MANY = pack([(11, 2), (20, 1)], [(0, 0, 2, 9, 1), (1, 0, 1, 19, 2)])
 LONG = pack([(70, 1), (66, 1)], [(0, 0, 1, 9, 1), (1, 0, 1, 2, 2)])
+# Runs that fork: with few own positions and many, beside one that does not; and beyond a block of keys.
+FORKS = pack(
+    [(8, 1, 4, (5, 6)), (14, 1, 9, (6, 10)), (5, 1)], [(0, 0, 1, 4, 2), (1, 0, 1, 11, 1), (2, 0, 1, 2, 2)]
+)
+LONG_FORKS = pack([(69, 1, 7, (63, 66)), (66, 1, 3, (64, 65))], [(0, 0, 1, 9, 1), (1, 0, 1, 3, 2)])
+MANY_FORKED_ROWS = pack([(6, 1, 3, (4, 5))], [(0, 0, 1, 4, 34)])
 PACKINGS = pytest.mark.parametrize("packing", [ONE, FEW, MANY, LONG], ids=["one", "few", "many", "long"])
 KINDS = pytest.mark.parametrize("packing", [FEW, MANY, LONG], ids=["few", "many", "long"])
 
@@ -52,20 +58,45 @@ def compare(inputs, precision="fp32"):
     return got, want, error(got, want)
 
 
-@pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
+@pytest.mark.parametrize("reads_only", [False, True], ids=["all", "read"])
 @PACKINGS
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
-def test_attention(packing, scale, last_only):
-    inputs = draw_attention(packing, 0, scales=(scale,) * 3, heads=(2, 1), d_head=20, last_only=last_only)
+def test_attention(packing, scale, reads_only):
+    inputs = draw_attention(packing, 0, scales=(scale,) * 3, heads=(2, 1), d_head=20, reads_only=reads_only)
     # Logits in the thousands carry 1e-4 themselves in float32, whatever the method
     assert compare(inputs)[2] < (1e-3 if scale == 1e3 else 1e-5)
+
+
+@pytest.mark.parametrize("reads_only", [False, True], ids=["all", "read"])
+@pytest.mark.parametrize("packing", [FORKS, LONG_FORKS, MANY_FORKED_ROWS], ids=["short", "long", "many rows"])
+@pytest.mark.parametrize("swapped", ["", "kz"])
+def test_runs_that_fork(packing, swapped, reads_only):
+    options = {"heads": (2, 1), "d_head": 12, "swapped": swapped, "reads_only": reads_only}
+    assert compare(draw_attention(packing, 12, scales=(0.3,) * 3, **options))[2] < 1e-5
+
+
+def test_a_branch_sees_nothing_of_the_other():
+    """Huge changes of the first branch's keys and values leave the second as it is, to the bit."""
+    for packing in (FORKS, LONG_FORKS):
+        inputs = draw_attention(packing, 13, scales=(0.3,) * 3, heads=(1, 1), d_head=12)
+        before = compare(inputs)[0]
+        fork = [s.fork for s in packing.segments for _ in range(s.pairs * s.rows)]
+        hidden = [
+            t.at for t in packing.tokens if fork[t.row] and fork[t.row][0] <= t.position < fork[t.row][1]
+        ]
+        second = [t.at for t in packing.tokens if fork[t.row] and t.position >= fork[t.row][1]]
+        for name in ("dk", "dv"):
+            inputs[name][hidden] *= 1e3
+        after = compare(inputs)[0]
+        assert torch.equal(after[second], before[second])
+        assert (after[hidden] != before[hidden]).any()
 
 
 @pytest.mark.parametrize("swapped", ["q", "k", "v", "z", "qkvz"])
 @KINDS
 def test_swaps_and_scales(packing, swapped):
-    last_only = swapped in ("v", "z")
-    options = {"heads": (2, 1), "d_head": 12, "interleaved": len(swapped) == 1, "last_only": last_only}
+    reads_only = swapped in ("v", "z")
+    options = {"heads": (2, 1), "d_head": 12, "interleaved": len(swapped) == 1, "reads_only": reads_only}
     inputs = draw_attention(packing, 1, scales=(0.3,) * 3, scaled=True, swapped=swapped, **options)
     assert compare(inputs)[2] < 1e-5
 
@@ -175,11 +206,11 @@ def test_the_result_is_narrowed(precision, tolerance):
     assert compare(inputs, precision)[2] < tolerance
 
 
-@pytest.mark.parametrize(("positions", "rows", "last_only"), [(1, 3, False), (9, 1, False), (40, 1, True)])
-def test_a_long_prompt(positions, rows, last_only):
+@pytest.mark.parametrize(("positions", "rows", "reads_only"), [(1, 3, False), (9, 1, False), (40, 1, True)])
+def test_a_long_prompt(positions, rows, reads_only):
     length = 2048
     packing = pack([(length, 1)], [(0, 0, 1, positions, rows)])
-    inputs = draw_attention(packing, 9, scales=(0.1,) * 3, heads=(1, 1), d_head=16, last_only=last_only)
+    inputs = draw_attention(packing, 9, scales=(0.1,) * 3, heads=(1, 1), d_head=16, reads_only=reads_only)
     assert compare(inputs)[2] < 1e-5
 
 

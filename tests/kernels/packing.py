@@ -19,6 +19,7 @@ class Token(NamedTuple):
     row: int  # rows are counted in the order of the segments
     pair: int
     position: int
+    read: int  # where it lies once only what is read out is kept; -1 for the others
 
 
 class Packing(NamedTuple):
@@ -26,7 +27,7 @@ class Packing(NamedTuple):
 
     segments: list[Segment]
     tokens: list[Token]
-    prompts: list[slice]  # [pair], its base tokens
+    prompts: list[slice]  # [pair], the base tokens of its run
     first_pairs: list[int]  # [segment]
 
     @property
@@ -37,6 +38,10 @@ class Packing(NamedTuple):
     def n_rows(self):
         return max(t.row for t in self.tokens) + 1
 
+    @property
+    def n_reads(self):
+        return max(t.read for t in self.tokens) + 1
+
     def rows(self):
         """The tokens of each row, in order of position."""
         out = [[] for _ in range(self.n_rows)]
@@ -46,38 +51,56 @@ class Packing(NamedTuple):
 
 
 def pack(groups, cuts):
-    """Prompts in groups of (length, pairs), and segments (group, first pair, pairs, positions, rows)."""
+    """Runs in groups of (length, pairs) or (length, pairs, reads, fork).
+
+    Segments are (group, first pair, pairs, positions, rows).
+    """
     prompts, firsts = [], []
-    for length, pairs in groups:
+    for length, pairs, *_ in groups:
         firsts.append(len(prompts))
         for _ in range(pairs):
             start = prompts[-1].stop if prompts else 0
             prompts.append(slice(start, start + length))
-    segments, tokens, first_pairs, row = [], [], [], 0
+    segments, tokens, first_pairs, row, kept = [], [], [], 0, 0
     for group, first, pairs, positions, rows in cuts:
         length, first = groups[group][0], firsts[group] + first
-        segments.append(Segment(len(tokens), pairs, positions, rows, prompts[first].start, length))
+        reads, fork = groups[group][2:] or (1, None)
+        segments.append(
+            Segment(len(tokens), pairs, positions, rows, prompts[first].start, length, reads, fork)
+        )
         first_pairs.append(first)
         for i in range(pairs):
             for t in range(length - positions, length):
-                base = prompts[first + i].start + t
+                base, is_read = prompts[first + i].start + t, t >= length - reads
                 tokens += [
-                    Token(len(tokens) + r, base, row + i * rows + r, first + i, t) for r in range(rows)
+                    Token(
+                        len(tokens) + r, base, row + i * rows + r, first + i, t, kept + r if is_read else -1
+                    )
+                    for r in range(rows)
                 ]
+                kept += rows if is_read else 0
         row += pairs * rows
     return Packing(segments, tokens, prompts, first_pairs)
 
 
 @st.composite
 def packings(draw, one_position=False):
-    """Up to three groups of prompts and up to two segments in each."""
-    groups = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3)), min_size=1, max_size=3))
+    """Up to three groups of runs, with and without a fork, and up to two segments in each."""
+    sizes = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3)), min_size=1, max_size=3))
+    groups = []
+    for length, pairs in sizes:
+        reads = 1 if one_position else draw(st.sampled_from([1, 1, min(2, length), max(1, length - 1)]))
+        fork = None
+        if length > 2 and draw(st.booleans()):
+            first = draw(st.integers(1, length - 2))
+            fork = first, draw(st.integers(first + 1, length - 1))
+        groups.append((length, pairs, reads, fork))
     cuts = []
-    for group, (length, pairs) in enumerate(groups):
+    for group, (length, pairs, reads, _) in enumerate(groups):
         for _ in range(draw(st.integers(1, 2))):
             first = draw(st.integers(0, pairs - 1))
             n = draw(st.integers(1, pairs - first))
-            positions = 1 if one_position else draw(st.integers(1, length))
+            positions = 1 if one_position else draw(st.integers(reads, length))
             cuts.append((group, first, n, positions, draw(st.integers(1, 4))))
     return pack(groups, cuts)
 

@@ -18,8 +18,8 @@ TOLERANCE = {
     "fp32": {1e-6: 1e-5, 1e-2: 1e-5, 1.0: 1e-5, 1e3: 1e-3},
     "fp64": dict.fromkeys((1e-6, 1e-2, 1.0, 1e3), 1e-11),
 }
-LAST_ONLY = pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
-PACKING = pack([(5, 2), (3, 1)], [(0, 0, 2, 4, 3), (1, 0, 1, 2, 2)])
+READS_ONLY = pytest.mark.parametrize("reads_only", [False, True], ids=["all", "read"])
+PACKING = pack([(5, 2, 2, (2, 4)), (3, 1)], [(0, 0, 2, 4, 3), (1, 0, 1, 2, 2)])
 
 
 def difference(inputs, precision):
@@ -28,15 +28,16 @@ def difference(inputs, precision):
     return out.unflatten(1, inputs["q"].shape[1:])
 
 
-def attend(q, k, v, scale):
-    """z [position, head, d_head] of one prompt; heads share keys and values in order."""
+def attend(q, k, v, scale, fork):
+    """z [position, head, d_head] of one run; heads share keys and values in order."""
     group = q.shape[1] // k.shape[1]
     z = np.empty_like(q)
     for t in range(len(q)):
+        seen = [i for i in range(t + 1) if fork is None or t < fork[1] or not fork[0] <= i < fork[1]]
         for h in range(q.shape[1]):
-            logits = k[: t + 1, h // group] @ q[t, h] * wide(scale)
+            logits = k[seen, h // group] @ q[t, h] * wide(scale)
             p = np.exp(logits - logits.max())
-            z[t, h] = p @ v[: t + 1, h // group] / p.sum()
+            z[t, h] = p @ v[seen, h // group] / p.sum()
     return z
 
 
@@ -57,7 +58,7 @@ def swap(d, swaps):
 
 
 def by_definition(packing, inputs):
-    last_only, swaps, scale = (inputs[name] for name in ("last_only", "swaps", "scale_of_rows"))
+    reads_only, swaps, scale = (inputs[name] for name in ("reads_only", "swaps", "scale_of_rows"))
     changes = {}
     for place in "qkv":
         d = exact(inputs[f"d{place}"])
@@ -66,28 +67,31 @@ def by_definition(packing, inputs):
         swap(d, swaps.get(place, []))
         changes[place] = d if place == "v" else turn(d, inputs["rotary"], packing.tokens)
     base = [exact(inputs[place]) for place in "qkv"]
-    out = np.empty((packing.n_rows if last_only else len(packing.tokens), *base[0].shape[1:]), dtype=wide)
+    out = np.empty((packing.n_reads if reads_only else len(packing.tokens), *base[0].shape[1:]), dtype=wide)
+    fork_of = [s.fork for s in packing.segments for _ in range(s.pairs * s.rows)]  # [row]
     for row in packing.rows():
         before = [b[packing.prompts[row[0].pair]] for b in base]
         after = [b.copy() for b in before]
         for t in row:
             for a, d in zip(after, changes.values(), strict=True):
                 a[t.position] += d[t.at]
-        change = attend(*after, inputs["logit_scale"]) - attend(*before, inputs["logit_scale"])
-        if last_only:
-            out[row[0].row] = change[-1]
-        else:
-            for t in row:
+        change = np.subtract(
+            *(attend(*values, inputs["logit_scale"], fork_of[row[0].row]) for values in (after, before))
+        )
+        for t in row:
+            if not reads_only:
                 out[t.at] = change[t.position]
+            elif t.read >= 0:
+                out[t.read] = change[t.position]
     swap(out, swaps.get("z", []))
     return out
 
 
-@LAST_ONLY
+@READS_ONLY
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 1.0, 1e3])
-def test_attention_difference(scale, precision, heads, last_only):
+def test_attention_difference(scale, precision, heads, reads_only):
     @settings(max_examples=5, deadline=None)
     @given(packings(), seeds, st.sampled_from([0, 2, 4]), st.booleans(), st.sets(st.sampled_from("qkvz")))
     def check(packing, seed, turned, interleaved, swapped):
@@ -101,7 +105,7 @@ def test_attention_difference(scale, precision, heads, last_only):
             interleaved=interleaved,
             scaled=bool(seed % 2),
             swapped=sorted(swapped),
-            last_only=last_only,
+            reads_only=reads_only,
         )
         got = difference(inputs, precision)
         assert distance(got, by_definition(packing, inputs)) < TOLERANCE[precision][scale]
@@ -109,22 +113,22 @@ def test_attention_difference(scale, precision, heads, last_only):
     check()
 
 
-@LAST_ONLY
+@READS_ONLY
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("changed", [0, 1, 2], ids=["q", "k", "v"])
-def test_one_of_three_changes(changed, precision, last_only):
+def test_one_of_three_changes(changed, precision, reads_only):
     scales = [1e-3 if i == changed else 0.0 for i in range(3)]
-    inputs = draw_attention(PACKING, 3, DTYPES[precision], scales, last_only=last_only)
+    inputs = draw_attention(PACKING, 3, DTYPES[precision], scales, reads_only=reads_only)
     want = by_definition(PACKING, inputs)
     assert distance(difference(inputs, precision), want) < TOLERANCE[precision][1e-2]
 
 
-@LAST_ONLY
+@READS_ONLY
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("place", "qkvz")
-def test_a_patch_where_nothing_has_changed(place, interleaved, last_only):
+def test_a_patch_where_nothing_has_changed(place, interleaved, reads_only):
     """One line of zeros stands for all tokens, and stays as it is."""
-    options = {"interleaved": interleaved, "swapped": place, "last_only": last_only}
+    options = {"interleaved": interleaved, "swapped": place, "reads_only": reads_only}
     inputs = draw_attention(PACKING, 4, torch.float64, heads=(4, 2), **options)
     zeros = {name: torch.zeros_like(inputs[name][:1]) for name in ("dq", "dk", "dv")}
     inputs |= {name: zero.expand(len(PACKING.tokens), -1, -1) for name, zero in zeros.items()}
@@ -183,15 +187,15 @@ def test_heads_in_pieces_give_what_all_at_once_give(monkeypatch):
     assert torch.allclose(difference(inputs, "fp64"), whole, rtol=1e-12)
 
 
-@LAST_ONLY
-def test_no_change_gives_exactly_zero(last_only):
+@READS_ONLY
+def test_no_change_gives_exactly_zero(reads_only):
     packing = pack([(5, 1)], [(0, 0, 1, 3, 3)])
-    inputs = draw_attention(packing, 6, scales=(1.0, 10.0, 1.0), scaled=True, last_only=last_only)
+    inputs = draw_attention(packing, 6, scales=(1.0, 10.0, 1.0), scaled=True, reads_only=reads_only)
     still = [t.at for t in packing.tokens if t.row == 1]
     for name in ("dq", "dk", "dv"):
         inputs[name][still] = 0
     got = difference(inputs, "fp32")
-    assert (got[1 if last_only else still] == 0).all()
+    assert (got[1 if reads_only else still] == 0).all()
     assert (got != 0).any()
 
 

@@ -10,7 +10,8 @@ from deltapatch.kernels import readout as module
 from deltapatch.kernels.product import PRECISIONS, narrow_weight
 from deltapatch.kernels.readout import BaseReadout, readout
 
-MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "flip")
+SAID = ("flip", "says_clean", "says_corrupted")  # 1 or 0
+MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", *SAID)
 VOCAB, WIDTH = 67, 11
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
 HUGE = {"fp32": 1e-3, "fp64": 1e-10}  # a log-probability near 0 of logits in the thousands has lost digits
@@ -59,7 +60,9 @@ def by_definition(packing, dn, weight, base):
             out["kl"][t.row] = np.log1p(p @ expm1_minus_x(centred))
         else:
             out["kl"][t.row] = -p @ moved
-        out["flip"][t.row] = (before + change).argmax() != before.argmax()
+        likeliest = (before + change).argmax()
+        out["flip"][t.row] = likeliest != before.argmax()
+        out["says_clean"][t.row], out["says_corrupted"][t.row] = likeliest == clean, likeliest == corrupted
     return out
 
 
@@ -69,7 +72,7 @@ def assert_right(packing, dn, weight, base, tolerance):
     assert set(found) == set(MEASURED)
     for name in MEASURED:
         # float64 sums terms of first order to a KL of second order
-        second = {"flip": 0, "kl": max(tolerance, 1e-8)}
+        second = {"kl": max(tolerance, 1e-8)} | dict.fromkeys(SAID, 0)
         bound = second.get(name, tolerance)
         assert distance(found[name], want[name]) <= bound, name
     return found
@@ -102,6 +105,7 @@ def test_the_likely_token_taken_away_beside_a_row_that_hardly_moves(precision):
     dn = torch.stack([-4 * weight[5], 1e-5 * weight[6], 200 * weight[6]])
     found = assert_right(packing, dn, weight, base, 2e-5 if precision == "fp32" else 1e-10)
     assert found["flip"].tolist() == [1, 0, 1]
+    assert found["says_clean"].tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -140,7 +144,7 @@ def test_pieces_cover_the_vocabulary():
 
 @pytest.mark.parametrize(
     "asked",
-    [("logit_diff",), ("dlogp_clean",), ("dlogp_clean", "flip"), ("kl",), ("flip",), MEASURED],
+    [("logit_diff",), ("dlogp_clean",), ("dlogp_clean", "flip"), ("kl",), ("flip",), SAID[1:], MEASURED],
     ids=str,
 )
 def test_what_is_asked_for_alone_is_what_it_is_among_all(asked):
@@ -153,6 +157,31 @@ def test_what_is_asked_for_alone_is_what_it_is_among_all(asked):
     assert all(torch.allclose(few[name], every[name], rtol=1e-5) for name in asked)
 
 
+@pytest.mark.parametrize("pieces", [1, 5, 67])
+def test_of_equally_likely_tokens_the_first_is_said(pieces, monkeypatch):
+    """As argmax has it, wherever the tokens lie; a row that changes nothing says what the base run says."""
+    monkeypatch.setattr(module, "_PIECES", pieces)
+    packing = pack([(2, 1)], [(0, 0, 1, 1, 3)])
+    weight = torch.zeros(VOCAB, WIDTH)
+    weight[[7, 40, 60], 0] = 2.0  # what the last two rows raise: all three alike
+    weight[60, 1] = 1.0  # what only the last row raises
+    dn = torch.zeros(3, WIDTH)
+    dn[1:, 0] = 8.0
+    dn[2, 1] = 1.0
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [11, 52]] = 1.0
+    p = logits.double().softmax(-1)
+    for answers, want in (
+        ((11, 52), ([1, 0, 0], [0, 0, 0])),
+        ((7, 40), ([0, 1, 0], [0, 0, 0])),
+        ((60, 7), ([0, 0, 1], [0, 1, 0])),
+    ):
+        base = BaseReadout(logits, p, p.float() @ weight, torch.tensor([answers]))
+        found = read(dn, weight, base, packing)
+        assert (found["says_clean"].tolist(), found["says_corrupted"].tolist()) == want
+        assert found["flip"].tolist() == [0, 1, 1]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "fp8"])
 def test_no_change_gives_exactly_zero(precision):
     packing = pack([(2, 1)], [(0, 0, 1, 1, 3)])
@@ -161,8 +190,11 @@ def test_no_change_gives_exactly_zero(precision):
     base, dn = base_of(1, draw, weight), draw(3, WIDTH)
     dn[1] = 0
     found = read(dn, weight, base, packing, precision=precision)
-    assert all(values[1] == 0 for values in found.values())
-    assert all(found[name][0] != 0 for name in MEASURED if name != "flip")
+    for i, name in enumerate(SAID[1:]):
+        assert found[name][1] == (base.logits[0].argmax() == base.answers[0, i])
+    changes = [name for name in MEASURED if not name.startswith("says_")]
+    assert all(found[name][1] == 0 for name in changes)
+    assert all(found[name][0] != 0 for name in changes if name != "flip")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from kernels_packing import drawer, pack, packings, seeds
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.product import PRECISIONS, Scaled, narrow, narrow_weight, product
-from deltapatch.kernels.segments import keep_last, last_segments
+from deltapatch.kernels.segments import keep_reads, read_segments
 from deltapatch.kernels.swap import Swap, apply_swaps, gather_columns
 
 
@@ -175,15 +175,16 @@ def test_uploads(array):
 
 @settings(max_examples=25, deadline=None)
 @given(packings())
-def test_last_positions(packing):
+def test_what_is_read_out_is_kept(packing):
     packed = torch.arange(len(packing.tokens))[:, None] * torch.ones(2)
-    kept = keep_last(packed, packing.segments)
-    assert kept[:, 0].tolist() == [row[-1].at for row in packing.rows()]
+    kept = keep_reads(packed, packing.segments)
+    read = sorted((t for t in packing.tokens if t.read >= 0), key=lambda t: t.read)
+    assert kept[:, 0].tolist() == [t.at for t in read]
     places = [
         torch.arange(len(kept))[s.token : s.token + s.n_tokens].tolist()
-        for s in last_segments(packing.segments)
+        for s in read_segments(packing.segments)
     ]
-    assert [i for place in places for i in place] == list(range(packing.n_rows))
+    assert [i for place in places for i in place] == list(range(packing.n_reads))
 
 
 def test_segments_say_which_base_tokens_are_theirs():

@@ -1,0 +1,68 @@
+"""Continuations: what a pair's answers add to its prompt, and which of their tokens is read where.
+
+The run of a pair is its prompt and then the tokens of its answers, all but the last of each, which is only
+read. What both answers begin with comes once. Where they part the run forks: the clean answer's own tokens
+come first, then the corrupted answer's, which see none of them and count their positions from the fork. So
+one run, and one row for each intervention, has both answers teacher-forced; each token of an answer is read
+at the position before it. Answers of one token add nothing.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from deltapatch.engine.layout import RunShape
+from deltapatch.engine.pairs import EncodedPair
+from deltapatch.errors import DeltapatchError
+from deltapatch.models.forward import rope_depends_on_length
+from deltapatch.models.spec import RopeSpec
+
+NONE = -1  # no token
+
+
+class Continuation(NamedTuple):
+    """What follows a prompt.
+
+    Attributes:
+        tokens: after the prompt.
+        fork: where two branches begin among them, if they do.
+        targets: for the end of the prompt and each of the tokens, the next token of the clean answer and of
+            the corrupted one; NONE for an answer that does not go on from there. First come the reads that
+            both answers share, the last of which is where they part; then those of one alone.
+    """
+
+    tokens: list[int]
+    fork: tuple[int, int] | None
+    targets: list[tuple[int, int]]
+
+    def shape(self, prompt: int) -> RunShape:
+        """Of the run, after a prompt of so many tokens."""
+        fork = None if self.fork is None else (prompt + self.fork[0], prompt + self.fork[1])
+        return RunShape(prompt, prompt + len(self.tokens), fork)
+
+
+def continuation(clean: Sequence[int], corrupted: Sequence[int]) -> Continuation:
+    """Of a clean and a corrupted answer, each at least one token."""
+    shared = 0
+    while shared < min(len(clean), len(corrupted)) - 1 and clean[shared] == corrupted[shared]:
+        shared += 1
+    first, second = clean[shared:-1], corrupted[shared:-1]
+    targets = list(zip(clean[: shared + 1], corrupted[: shared + 1], strict=True))
+    targets += [(token, NONE) for token in clean[shared + 1 :]]
+    targets += [(NONE, token) for token in corrupted[shared + 1 :]]
+    fork = (shared, shared + len(first)) if first and second else None
+    return Continuation([*clean[:shared], *first, *second], fork, targets)
+
+
+def check_rotary(pair: EncodedPair, number: int, rope: RopeSpec) -> None:
+    """Check that what follows a prompt leaves the prompt as it is.
+
+    Raises:
+        DeltapatchError: an answer has several tokens, and the angles of all depend on how many there are.
+    """
+    n_tokens = len(pair.clean) + pair.answer_tokens - 1
+    if pair.answer_tokens > 1 and rope_depends_on_length(rope, n_tokens):
+        raise DeltapatchError(
+            f"pair {number} has an answer of {pair.answer_tokens} tokens and goes beyond the context of a "
+            "model with dynamic rotary scaling, where each token changes all those before it: give answers "
+            "of one token, or shorter prompts"
+        )

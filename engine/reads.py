@@ -1,0 +1,180 @@
+"""Reads: the positions at which the output distributions of a pass are read, and what they say together.
+
+Every pair is read at the end of its prompt, and at each token that its answers add (see continuation.py); a
+row is read wherever its pair is. What is asked of a read depends on which answers go on from there. The
+changes of the log-probability of an answer add up over its tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from deltapatch.engine.continuation import NONE
+from deltapatch.engine.layout import Block, Layout, PairShapes, RunShape, lay_out, spread
+from deltapatch.engine.metrics import Reference
+from deltapatch.kernels.segments import read_segments
+
+_ANSWERS = ("clean", "corrupted")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Reads of which the same is asked.
+
+    Attributes:
+        reads: their numbers.
+        gives: (what is measured there, the number that it is part of, the sign with which it is).
+    """
+
+    reads: np.ndarray
+    gives: tuple[tuple[str, str, int], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is measured there."""
+        return tuple(dict.fromkeys(name for name, _, _ in self.gives))
+
+
+class Reads:
+    """The reads of a pass, pair by pair.
+
+    Args:
+        shapes: of its pairs.
+        targets: [read, (clean, corrupted)], as a `Continuation` has them.
+    """
+
+    def __init__(self, shapes: PairShapes, targets: np.ndarray) -> None:
+        self.targets = targets
+        self.pair = np.repeat(np.arange(len(shapes.runs)), shapes.reads)  # [read]
+        self.first = np.concatenate([[0], np.cumsum(shapes.reads)[:-1]])  # [pair], its first read
+        after = np.arange(len(self.pair)) - self.first[self.pair]  # tokens after the prompt
+        self.token = (shapes.base + shapes.prompt - 1)[self.pair] + after  # [read], the base token
+
+    @cached_property
+    def shared(self) -> np.ndarray:
+        """[read], whether both answers go on from there."""
+        return (self.targets != NONE).all(1)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[read, 2], the targets; where one answer alone goes on, its token twice."""
+        return np.where(self.targets == NONE, self.targets.max(1, keepdims=True), self.targets)
+
+    def asked(self, measured: Sequence[str]) -> list[Asked]:
+        """What is asked of which reads, so that these numbers follow. The end of the prompt comes first."""
+        at_end = np.zeros(len(self.pair), dtype=bool)
+        at_end[self.first] = True
+        of_tokens = tuple(name for name in measured if name.startswith(("dlogp_", "says_")))
+        parting = self.shared & (self.targets[:, 0] != self.targets[:, 1])
+        kinds = [
+            (at_end, tuple(measured)),
+            (~at_end & self.shared & ~parting, of_tokens),
+            (~at_end & parting, tuple(name for name in measured if name not in ("kl", "flip"))),
+        ]
+        found = [(np.flatnonzero(which), tuple((name, name, 1) for name in names)) for which, names in kinds]
+        for i, answer in enumerate(_ANSWERS):
+            # Where one answer alone goes on, its token stands in both columns: the first is asked for.
+            alone = [(f"dlogp_{answer}", "dlogp_clean", 1), (f"says_{answer}", "says_clean", 1)]
+            alone.append(("logit_diff", "dlogp_clean", (1, -1)[i]))
+            gives = tuple((asked, name, sign) for name, asked, sign in alone if name in measured)
+            found.append((np.flatnonzero(self.targets[:, 1 - i] == NONE), gives))
+        return [Asked(reads, gives) for reads, gives in found if len(reads)]
+
+    def reference(self, told: np.ndarray) -> Reference:
+        """What the unpatched runs say of whole answers.
+
+        Args:
+            told: [read, run, (logits of the two targets, their log-probabilities, the likeliest token)].
+        """
+        n_pairs, n_runs = len(self.first), told.shape[1]
+        out = Reference.empty(n_pairs, n_runs)
+        out.prediction[:] = told[self.first, :, 4]
+        parting = self.first + np.bincount(self.pair, self.shared, n_pairs).astype(np.int64) - 1
+        out.logit[:] = told[parting, :, 0:2]
+        out.logp[:], out.says[:] = 0, True
+        for i in range(len(_ANSWERS)):
+            mine = np.flatnonzero(self.targets[:, i] != NONE)
+            alone = mine[~self.shared[mine]]
+            np.add.at(out.logp[..., i], self.pair[mine], told[mine, :, 2 + i])
+            np.add.at(out.logit[..., i], self.pair[alone], told[alone, :, 2 + i])
+            right = told[mine, :, 4] == self.targets[mine, i, None]
+            np.logical_and.at(out.says[..., i], self.pair[mine], right)
+        return out
+
+
+class Part(NamedTuple):
+    """Reads of rows of which the same is asked: how they are packed, and where among all."""
+
+    asked: Asked
+    layout: Layout
+    lines: slice
+
+
+class RowReads:
+    """The reads of rows: every row's, numbered row by row, and where their differences are packed.
+
+    Args:
+        reads: of the pairs.
+        pair: [row], the pair of each row.
+        measured: which numbers are to follow.
+        n_blocks: into how many blocks so many reads go.
+    """
+
+    def __init__(
+        self, reads: Reads, pair: np.ndarray, measured: Sequence[str], n_blocks: Callable[[int], int]
+    ) -> None:
+        self.reads, self.measured = reads, tuple(measured)
+        n_reads = np.bincount(reads.pair, minlength=len(reads.first))[pair]
+        self.row = np.repeat(np.arange(len(pair)), n_reads)  # [read of a row]
+        self.first = np.cumsum(n_reads) - n_reads  # [row]
+        self.read = (reads.first[pair] - self.first)[self.row] + np.arange(len(self.row))  # [read of a row]
+        self.place = np.empty(len(self.row), dtype=np.int64)  # [read of a row], the line of its difference
+        self.parts: list[Part] = []
+        # A read is a run of its own here, of one token.
+        shapes, start = (
+            PairShapes([RunShape(1, 1)] * len(reads.pair)),
+            np.zeros(len(self.row), dtype=np.int64),
+        )
+        line = 0
+        order = np.argsort(self.read, kind="stable")
+        for asked in reads.asked(measured):
+            wanted = np.zeros(len(reads.pair), dtype=bool)
+            wanted[asked.reads] = True
+            mine = order[wanted[self.read[order]]]
+            layout = lay_out(mine, self.read, start, shapes, n_blocks(len(mine)))
+            self.place[mine] = line + layout.token[mine]
+            self.parts.append(Part(asked, layout, slice(line, line + layout.n_tokens)))
+            line += layout.n_tokens
+
+    @property
+    def n_tokens(self) -> int:
+        """How many lines there are."""
+        return len(self.row)
+
+    def places(self, block: Block, ids: np.ndarray) -> np.ndarray:
+        """[token], the lines of what is read of a block, with its rows' numbers."""
+        first = self.first[ids]
+        return self.place[spread(read_segments(block.segments), first, np.ones_like(first))]
+
+    def together(self, found: Sequence[np.ndarray]) -> np.ndarray:
+        """The numbers that were to follow: [measured, row].
+
+        Args:
+            found: for each part [what is measured there, read of a row in the order of its layout].
+        """
+        out = np.empty((len(self.measured), len(self.first)), found[0].dtype)
+        for number, (part, values) in enumerate(zip(self.parts, found, strict=True)):
+            rows = self.row[part.layout.rows]
+            by_name = dict(zip(part.asked.names, values, strict=True))
+            for name, of, sign in part.asked.gives:
+                total = out[self.measured.index(of)]
+                if number == 0:  # every row is read at the end of its prompt
+                    total[rows] = by_name[name]
+                elif of.startswith("says_"):
+                    np.multiply.at(total, rows, by_name[name])
+                else:
+                    np.add.at(total, rows, sign * by_name[name])
+        return out
