@@ -27,6 +27,8 @@ from deltapatch.kernels.device import float32_products
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
 
+_TOKENS = 4096  # whose embeddings are looked at together
+
 
 @dataclass
 class Job:
@@ -238,7 +240,11 @@ class Job:
 
     @cached_property
     def _embedding_std(self) -> float:
-        return float(self.model.ends().embedding.std())
+        n, total, squares = 0, 0.0, 0.0
+        for ids in torch.arange(self.model.spec.d_vocab).split(_TOKENS):  # never a wide copy of the whole
+            some = self.model.embed(ids, torch.float64)
+            n, total, squares = n + some.numel(), total + float(some.sum()), squares + float((some**2).sum())
+        return ((squares - total**2 / n) / (n - 1)) ** 0.5
 
     def _noise(self, numbers: list[int], length: np.ndarray) -> torch.Tensor:
         """[base token, d_model]; each pair has a seed of its own, so passes may be cut anywhere."""

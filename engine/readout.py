@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.layout import Block, Layout, PairShapes
+from deltapatch.engine.layout import Block, PairShapes, lay_out
 from deltapatch.engine.products import taken_in
 from deltapatch.engine.sources import Prompts
 from deltapatch.engine.workers import Map
@@ -12,16 +12,29 @@ from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.each import Each, in_turn
 from deltapatch.kernels.norm import Part
-from deltapatch.kernels.product import Operand, Precision, Scaled, narrow_weight
+from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight
 from deltapatch.kernels.readout import BaseReadout, vocabulary_pieces
 from deltapatch.kernels.readout_tail import Tail, make_tail, worth_a_tail
-from deltapatch.kernels.segments import Segment, keep_last, last_segments
+from deltapatch.kernels.segments import Segment, last_segments
 from deltapatch.models.forward import normalise
 from deltapatch.models.model import Model
-from deltapatch.models.weights import EndWeights
+from deltapatch.models.weights import EndWeights, cast
 
-_PAIRS = 16  # whose output distributions are looked at together
+_PIECE = {"cpu": 1 << 22, "cuda": 1 << 26}  # entries of the unembedding that base runs take at a time
+_HELD = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes of output distributions that are held at a time
+_PAIRS = 4  # whose output distributions a thread looks at together
 _BLOCKS = 4  # from which on cores have a block each
+
+
+def pairs_held(d_vocab: int, size: int, device: str) -> int:
+    """How many pairs' output distributions are held at a time, in numbers of so many bytes."""
+    return max(1, _HELD[device] // (d_vocab * (3 * size + 8)))
+
+
+def workspace(d_vocab: int, d_model: int, size: int, device: str, threads: int) -> int:
+    """Bytes that the unpatched runs' distributions take."""
+    held = pairs_held(d_vocab, size, device) * d_vocab * (4 * size + 8)
+    return held + threads * (_PIECE[device] * size + 2 * _PAIRS * d_vocab * 24)
 
 
 class ReadOut:
@@ -40,36 +53,73 @@ class ReadOut:
         self.model, self.prompts, self.shapes, self.measured = model, prompts, shapes, measured
         self.precision, self.ops, self.each = precision, backend, each
         self.exact = precision.exact
+        self.on = model.device.type
 
     def read(
-        self, ends: EndWeights, x: Tensor, dx: Tensor, rows: Tensor, layout: Layout, pair: np.ndarray
+        self, ends: EndWeights, x: Tensor, dx: Tensor, rows: Tensor, pair: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Measure every row and the unpatched runs. Here the host waits for the device, once a pass.
 
+        Output distributions are large: they are made for some pairs, read by the rows of these, and dropped.
+
         Args:
-            ends: final norm and unembedding in the base dtype.
+            ends: final norm and unembedding as they are stored.
             x, dx: [base token, d_model] and [source token, d_model], the unpatched runs after the last layer.
-            rows: [row, d_model], the rows' differences there, packed as
-            layout: says.
-            pair: [row id], the pair of each row.
+            rows: [row, d_model], the rows' differences there, ordered by pair.
+            pair: [row], the pair of each row.
 
         Returns:
-            [measured, row], rows in the order of the layout; and of the pairs' runs [pair, (base, source),
-            (logits of the two answers, their log-probabilities, the likeliest token)], float64.
+            [measured, row]; and of the pairs' runs [pair, (base, source), (logits of the two answers, their
+            log-probabilities, the likeliest token)], float64.
         """
-        exact = ends.unembedding.weight
-        base, unpatched = self._unpatched(ends, x, dx)
-        precision = taken_in(self.precision, layout.n_tokens, self.model.device)
-        stored = ends if precision is self.exact else self.model.ends(None)
-        weight = narrow_weight(stored.unembedding.weight, precision)
-        tails = self._tails(base, exact, weight, np.bincount(pair, minlength=len(base.p)))
-        base = base._replace(tails=tails)
-        found = x.new_empty(len(self.measured), layout.n_tokens)
+        ends = ends._replace(norm=cast(ends.norm, self.model.device, x.dtype))
+        stored = ends.unembedding.weight
+        weight = self._as_products_take_it(stored, taken_in(self.precision, len(rows), self.model.device))
+        n_pairs = len(self.shapes.length)
+        found = rows.new_empty(len(self.measured), len(rows))
+        told = torch.empty(n_pairs, 2, 5, dtype=torch.float64, device=rows.device)
+        step = pairs_held(len(stored), x.element_size(), self.on)
+        for pairs in (slice(i, min(i + step, n_pairs)) for i in range(0, n_pairs, step)):
+            mine = slice(*np.searchsorted(pair, [pairs.start, pairs.stop]).tolist())
+            number = pair[mine] - pairs.start
+            base, told[pairs] = self._unpatched(ends, x, dx, pairs)
+            tails = self._tails(base, stored, weight, np.bincount(number, minlength=len(base.p)))
+            base = base._replace(tails=tails)
+            self._read_some(ends, x, rows[mine], number, pairs, base, weight, found[:, mine])
+        return found.cpu().numpy(), told.cpu().numpy()
+
+    def _as_products_take_it(self, stored: Tensor, precision: Precision) -> Operand | Stored:
+        """The unembedding of a model in memory is narrowed once, that of a larger one piece by piece."""
+        return Stored(stored, precision) if self.model.stream else narrow_weight(stored, precision)
+
+    def _read_some(
+        self,
+        ends: EndWeights,
+        x: Tensor,
+        rows: Tensor,
+        pair: np.ndarray,
+        pairs: slice,
+        base: BaseReadout,
+        weight: Operand | Stored,
+        found: Tensor,
+    ) -> None:
+        """Measure the rows of some pairs, which are counted from the first of these: [measured, row]."""
+        shapes = PairShapes(self.shapes.length[pairs], self.shapes.base[pairs])
+        n_blocks = max(1, round(len(rows) / self.ops.block_tokens))
+        layout = lay_out(np.arange(len(rows)), pair, shapes.length[pair] - 1, shapes, n_blocks)
 
         def take(block: Block, each: Each = in_turn) -> None:
             dn = self._normed(ends, x, rows[block.tokens], block.segments)
             values = self.ops.readout(
-                dn, exact, weight, precision, base, block.first_pairs, block.segments, self.measured, each
+                dn,
+                ends.unembedding.weight,
+                weight,
+                weight.precision,
+                base,
+                block.first_pairs,
+                block.segments,
+                self.measured,
+                each,
             )
             for i, name in enumerate(self.measured):
                 found[i, block.rows] = values[name]
@@ -80,60 +130,61 @@ class ReadOut:
                 take(block, self.each)
         else:
             self.each(take, layout.blocks)
-        return found.cpu().numpy(), unpatched.cpu().numpy()
 
-    def _unpatched(self, ends: EndWeights, x: Tensor, dx: Tensor) -> tuple[BaseReadout, Tensor]:
-        """The base runs' distributions, and what is told of both runs of each pair."""
+    def _unpatched(self, ends: EndWeights, x: Tensor, dx: Tensor, pairs: slice) -> tuple[BaseReadout, Tensor]:
+        """The base runs' distributions of some pairs, and what is told of both runs of each."""
         prompts, device = self.prompts, self.model.device
-        exact, bias = ends.unembedding
+        stored, bias = ends.unembedding
+        length, first = self.shapes.length[pairs], self.shapes.base[pairs]
+        at = first + length - 1
+        last = x[upload(at, device)]
+        n, d_vocab = len(last), len(stored)
         # The source run is a row of its own.
-        segments = self.shapes.segments(prompts.n_sources)
-        dn = self._normed(ends, x, keep_last(dx, segments), last_segments(segments))[:: prompts.n_sources]
-        last = x[upload(prompts.base + prompts.length - 1, device)]
-        n, pieces = len(last), self._vocabulary(len(exact))
-        ends_of_runs = torch.cat([normalise(last, ends.norm, self.model.spec), dn])
-        both = ends_of_runs.new_empty(2 * n, len(exact))
+        segments = last_segments(PairShapes(length, first).segments(1))
+        dn = self._normed(ends, x, dx[upload(at * prompts.n_sources, device)], segments)
+        both = torch.cat([normalise(last, ends.norm, self.model.spec), dn])
+        out = x.new_empty(2 * n, d_vocab)
+        pieces = vocabulary_pieces(d_vocab, max(1024, _PIECE[self.on] // stored.shape[1]))
 
         def multiply(piece: slice) -> None:
-            both[:, piece] = ends_of_runs @ exact[piece].T
+            out[:, piece] = both @ stored[piece].to(x.dtype).T
 
         self.each(multiply, pieces)
-        logits, change = both[:n], both[n:]  # [pair, d_vocab]
+        logits, change = out[:n], out[n:]  # [pair, d_vocab]
         if bias is not None:
-            logits = logits + bias
-        answers = upload(prompts.answers, device)
+            logits += bias.to(x.dtype)
+        answers = upload(prompts.answers[pairs], device)
         told = torch.empty(n, 2, 5, dtype=torch.float64, device=device)
-        for some in (slice(i, i + _PAIRS) for i in range(0, n, _PAIRS)):
+        p = torch.empty(n, d_vocab, dtype=torch.float64, device=device)
+
+        def tell(some: slice) -> None:
             runs = torch.stack([logits[some], logits[some] + change[some]], 1).double()
-            at = answers[some].unsqueeze(1).expand(-1, 2, -1)  # [pair, run, answer]
-            told[some, :, 0:2] = runs.gather(-1, at)
-            told[some, :, 2:4] = runs.log_softmax(-1).gather(-1, at)
+            places = answers[some].unsqueeze(1).expand(-1, 2, -1)  # [pair, run, answer]
+            told[some, :, 0:2] = runs.gather(-1, places)
             told[some, :, 4] = runs.argmax(-1).double()
-        p = logits.double().softmax(-1)
-        means = x.new_empty(len(pieces), n, x.shape[1])
+            logp = runs.log_softmax(-1)
+            told[some, :, 2:4] = logp.gather(-1, places)
+            torch.exp(logp[:, 0], out=p[some])
+
+        self.each(tell, [slice(i, i + _PAIRS) for i in range(0, n, _PAIRS)])
+        parts = x.new_empty(len(pieces), n, stored.shape[1])
 
         def average(i: int) -> None:
-            torch.mm(p[:, pieces[i]].to(exact.dtype), exact[pieces[i]], out=means[i])
+            torch.mm(p[:, pieces[i]].to(x.dtype), stored[pieces[i]].to(x.dtype), out=parts[i])
 
         self.each(average, range(len(pieces)))
-        return BaseReadout(logits, p, means.sum(0), answers), told
-
-    def _vocabulary(self, d_vocab: int) -> list[slice]:
-        """The vocabulary in pieces for the cores of a CPU; whole on a GPU."""
-        if self.model.device.type != "cpu":
-            return [slice(0, d_vocab)]
-        return vocabulary_pieces(d_vocab, d_vocab)
+        return BaseReadout(logits, p, parts.sum(0), answers), told
 
     def _tails(
-        self, base: BaseReadout, exact: Tensor, weight: Operand, n_rows: np.ndarray
+        self, base: BaseReadout, stored: Tensor, weight: Operand | Stored, n_rows: np.ndarray
     ) -> dict[int, Tail]:
         """Expansions for the pairs that have very many rows; see readout_tail.py."""
         if not self.ops.expands:
             return {}
         return {
-            i: make_tail(base.p[i], base.mean[i], exact, weight, self.each)
+            i: make_tail(base.p[i], base.mean[i], stored, weight, self.each)
             for i, n in enumerate(n_rows.tolist())
-            if worth_a_tail(n, len(exact), exact.shape[1], weight.precision, self.measured)
+            if worth_a_tail(n, *stored.shape, weight.precision, self.measured)
         }
 
     def _normed(self, ends: EndWeights, x: Tensor, d: Tensor, segments: list[Segment]) -> Tensor:

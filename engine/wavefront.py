@@ -108,9 +108,9 @@ class Wavefront:
     def run(self) -> PassResult:
         """Carry every row from its entry to the read-out."""
         spec, prompts = self.spec, self.prompts
-        ends = self.model.ends(self.dtype)
-        x = prompts.embed(ends.embedding)  # [base token, d_model]
-        dx = prompts.embed_source_difference(ends.embedding, x)  # [source token, d_model]
+        embed = partial(self.model.embed, dtype=self.dtype)
+        x = prompts.embed(embed)  # [base token, d_model]
+        dx = prompts.embed_source_difference(embed)  # [source token, d_model]
         tables = {n: self._rope_tables(n) for n in sorted({int(n) for n in prompts.length})}
         rows, layout = self._enter_embedding(x, dx)  # [row token, d_model], the differences in flight
         prepare = partial(self._prepare, tables=tables, rotary=self._rotary(tables))
@@ -127,7 +127,7 @@ class Wavefront:
             self._advance(ready, l, parts, rows, out_layout, out)
             rows, layout = out, out_layout
         reader = ReadOut(self.model, prompts, self.shapes, self.measured, self.precision, self.ops, self.each)
-        by_row, unpatched = reader.read(ends, x, dx, rows, layout, self.rows.pair)
+        by_row, unpatched = reader.read(self.model.ends(None), x, dx, rows, self.rows.pair[layout.rows])
         # Interventions that cannot reach the read-out have no row: their effect is exactly zero.
         live = self.rows.id_of >= 0
         measured = np.zeros((len(self.measured), self.n_interventions), by_row.dtype)

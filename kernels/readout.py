@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.each import Each, in_turn
-from deltapatch.kernels.product import Operand, Precision, Scaled, narrow, product
+from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow, product
 from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
 
@@ -35,7 +35,7 @@ class BaseReadout(NamedTuple):
 def readout(
     dn: Tensor,
     exact: Tensor,
-    weight: Operand,
+    weight: Operand | Stored,
     precision: Precision,
     base: BaseReadout,
     first_pairs: list[int],
@@ -47,8 +47,8 @@ def readout(
 
     Args:
         dn: [row, d_model], difference of the final norm's output at the read-out position.
-        exact: [d_vocab, d_model], the unembedding in dn's dtype; the answers' logits are taken with it.
-        weight: the same as the sweep's products take it.
+        exact: [d_vocab, d_model], the unembedding; the answers' logits are taken with it in dn's dtype.
+        weight: the same as the sweep's products take it, or to be narrowed to that piece by piece.
         precision: of these products.
         base: of every pair in the pass.
         first_pairs: for each segment, its first pair.
@@ -67,7 +67,7 @@ def readout(
     ]
     mean, answer = dn.new_empty(len(dn), 1), dn.new_empty(len(dn), 2)
     for rows, pair in spans:
-        columns = exact[base.answers[pair]]  # [2, d_model]
+        columns = exact[base.answers[pair]].to(dn.dtype)  # [2, d_model]
         mean[rows, 0] = dn[rows] @ base.mean[pair]
         answer[rows] = dn[rows] @ (columns - base.mean[pair]).T
         if "logit_diff" in out:
@@ -129,7 +129,7 @@ def _distribution(
     dn: Scaled,
     mean: Tensor,
     answer: Tensor,
-    weight: Operand,
+    weight: Operand | Stored,
     base: BaseReadout,
     spans: list[tuple[slice, int]],
     out: dict[str, Tensor],
@@ -145,7 +145,9 @@ def _distribution(
     highest = mean.new_full(mass.shape, -torch.inf)
     best = highest.clone()  # of base logit - base's top logit + D - m
     at_top = highest[0].clone()  # the top's own
-    tops = base.logits.argmax(-1).tolist() if "flip" in out else []
+    first = min(pair for _, pair in spans)
+    mine = slice(first, max(pair for _, pair in spans) + 1)
+    tops = base.logits[mine].argmax(-1).tolist() if "flip" in out else []
 
     def take(i: int) -> None:
         piece = pieces[i]
@@ -159,7 +161,7 @@ def _distribution(
             if "kl" in out:
                 rest[i, rows] = change_wide[rows] @ p
             if "flip" in out:
-                top = tops[pair]
+                top = tops[pair - first]
                 lead = base.logits[pair, piece] - base.logits[pair, top]  # [piece], <= 0
                 best[i, rows] = (change[rows] + lead).amax(-1)
                 if piece.start <= top < piece.stop:
@@ -175,7 +177,9 @@ def _distribution(
     direct = (highest.amax(0) > _HUGE).nonzero().squeeze(1)
     for some in direct.split(max(1, CELLS // d_vocab)):
         # log p + D: its exponential cannot overflow once the largest is taken out, and no term is negative.
-        far = product(_rows(dn, some), weight).plain().sub_(mean[some]).double()  # [row, d_vocab]
+        few = _rows(dn, some)
+        parts = [product(few, weight.rows(piece)).plain() for piece in pieces]
+        far = torch.cat(parts, 1).sub_(mean[some]).double()  # [row, d_vocab]
         before = base.logits[pair_of[some]].double()
         lse[some] = ((before + far).logsumexp(-1) - before.logsumexp(-1)).to(wide)
         kl[some] = lse[some] - (far * base.p[pair_of[some]]).sum(-1).to(wide)
