@@ -18,23 +18,36 @@ from deltapatch.kernels.readout_tail import Tail, make_tail, worth_a_tail
 from deltapatch.kernels.segments import Segment, last_segments
 from deltapatch.models.forward import normalise
 from deltapatch.models.model import Model
-from deltapatch.models.weights import EndWeights, cast
+from deltapatch.models.weights import EndWeights, map_tensors
 
-_PIECE = {"cpu": 1 << 22, "cuda": 1 << 26}  # entries of the unembedding that base runs take at a time
-_HELD = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes of output distributions that are held at a time
+_PIECE, _PIECE_ON_CPU = 1 << 26, 1 << 22  # entries of the unembedding that base runs take at a time
+_HELD, _HELD_ON_CPU = 1 << 30, 1 << 27  # bytes of output distributions that are held at a time
 _PAIRS = 4  # whose output distributions a thread looks at together
 _BLOCKS = 4  # from which on cores have a block each
 
 
-def pairs_held(d_vocab: int, size: int, device: str) -> int:
+def pairs_held(d_vocab: int, size: int, on_cpu: bool) -> int:
     """How many pairs' output distributions are held at a time, in numbers of so many bytes."""
-    return max(1, _HELD[device] // (d_vocab * (3 * size + 8)))
+    return max(1, (_HELD_ON_CPU if on_cpu else _HELD) // _distribution_bytes(d_vocab, size))
 
 
-def workspace(d_vocab: int, d_model: int, size: int, device: str, threads: int) -> int:
-    """Bytes that the unpatched runs' distributions take."""
-    held = pairs_held(d_vocab, size, device) * d_vocab * (4 * size + 8)
-    return held + threads * (_PIECE[device] * size + 2 * _PAIRS * d_vocab * 24)
+def workspace(d_vocab: int, d_model: int, size: int, on_cpu: bool, threads: int) -> int:
+    """Bytes of the output distributions that are held, and of what making them takes."""
+    piece = _piece(d_vocab, d_model, on_cpu) * (d_model + pairs_held(d_vocab, size, on_cpu)) * size
+    means = -(-d_vocab // _piece(d_vocab, d_model, on_cpu)) * d_model * size
+    held = pairs_held(d_vocab, size, on_cpu) * (_distribution_bytes(d_vocab, size) + means)
+    return held + threads * (piece + _PAIRS * d_vocab * 80)
+
+
+def _distribution_bytes(d_vocab: int, size: int) -> int:
+    """Of a pair: logits, the source run's change of them, and probabilities."""
+    return d_vocab * (2 * size + 8)
+
+
+def _piece(d_vocab: int, d_model: int, on_cpu: bool) -> int:
+    """Tokens whose part of the unembedding is taken at a time."""
+    most = max(1024, (_PIECE_ON_CPU if on_cpu else _PIECE) // d_model)
+    return vocabulary_pieces(d_vocab, most)[0].stop
 
 
 class ReadOut:
@@ -53,7 +66,7 @@ class ReadOut:
         self.model, self.prompts, self.shapes, self.measured = model, prompts, shapes, measured
         self.precision, self.ops, self.each = precision, backend, each
         self.exact = precision.exact
-        self.on = model.device.type
+        self.on_cpu = model.device.type == "cpu"
 
     def read(
         self, ends: EndWeights, x: Tensor, dx: Tensor, rows: Tensor, pair: np.ndarray
@@ -72,13 +85,13 @@ class ReadOut:
             [measured, row]; and of the pairs' runs [pair, (base, source), (logits of the two answers, their
             log-probabilities, the likeliest token)], float64.
         """
-        ends = ends._replace(norm=cast(ends.norm, self.model.device, x.dtype))
+        ends = ends._replace(norm=map_tensors(ends.norm, lambda t: t.to(x.dtype)))
         stored = ends.unembedding.weight
         weight = self._as_products_take_it(stored, taken_in(self.precision, len(rows), self.model.device))
         n_pairs = len(self.shapes.length)
         found = rows.new_empty(len(self.measured), len(rows))
         told = torch.empty(n_pairs, 2, 5, dtype=torch.float64, device=rows.device)
-        step = pairs_held(len(stored), x.element_size(), self.on)
+        step = pairs_held(len(stored), x.element_size(), self.on_cpu)
         for pairs in (slice(i, min(i + step, n_pairs)) for i in range(0, n_pairs, step)):
             mine = slice(*np.searchsorted(pair, [pairs.start, pairs.stop]).tolist())
             number = pair[mine] - pairs.start
@@ -144,7 +157,7 @@ class ReadOut:
         dn = self._normed(ends, x, dx[upload(at * prompts.n_sources, device)], segments)
         both = torch.cat([normalise(last, ends.norm, self.model.spec), dn])
         out = x.new_empty(2 * n, d_vocab)
-        pieces = vocabulary_pieces(d_vocab, max(1024, _PIECE[self.on] // stored.shape[1]))
+        pieces = vocabulary_pieces(d_vocab, _piece(d_vocab, stored.shape[1], self.on_cpu))
 
         def multiply(piece: slice) -> None:
             out[:, piece] = both @ stored[piece].to(x.dtype).T
@@ -184,7 +197,7 @@ class ReadOut:
         return {
             i: make_tail(base.p[i], base.mean[i], stored, weight, self.each)
             for i, n in enumerate(n_rows.tolist())
-            if worth_a_tail(n, *stored.shape, weight.precision, self.measured)
+            if worth_a_tail(n, len(stored), stored.shape[1], weight.precision, self.measured)
         }
 
     def _normed(self, ends: EndWeights, x: Tensor, d: Tensor, segments: list[Segment]) -> Tensor:

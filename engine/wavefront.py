@@ -7,7 +7,6 @@ At each layer it (1) advances the base run and, as a difference of its own, the 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +15,21 @@ from torch import Tensor
 from deltapatch.engine.block import BlockStep, Layer, Swaps
 from deltapatch.engine.layout import Block, Layout, PairShapes, lay_out
 from deltapatch.engine.metrics import Direction, Reference
-from deltapatch.engine.patches import ATTENTION, END, MIDDLE, PLACE, WHOLE, PatchTable, Rows, make_rows
+from deltapatch.engine.patches import (
+    ATTENTION,
+    END,
+    MIDDLE,
+    PLACE,
+    WHOLE,
+    PatchedPlaces,
+    PatchTable,
+    Rows,
+    make_rows,
+)
 from deltapatch.engine.products import narrow_layer, taken_in
 from deltapatch.engine.readout import ReadOut
-from deltapatch.engine.sites import PLACES
 from deltapatch.engine.sources import Prompts, source_differences
+from deltapatch.engine.unpatched import Tables, Unpatched
 from deltapatch.engine.workers import Map
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import Backend
@@ -30,14 +39,12 @@ from deltapatch.kernels.product import Precision
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 from deltapatch.models.model import Model
-from deltapatch.models.weights import LayerWeights, cast
+from deltapatch.models.weights import Converter
 
 _LEAST = 64  # tokens in a block: with fewer, a product does little but read its weights
 _SPREAD = 4  # blocks that few tokens are cut into, so that cores share them; not as many as there are cores,
 # since effects must not depend on the machine
 _ENTRY_STAGES = (ATTENTION, MIDDLE, END)
-
-Tables = dict[int, tuple[Tensor, Tensor]]  # prompt length -> rotary cos and sin, [position, rope.dim // 2]
 
 
 @dataclass(frozen=True)
@@ -101,32 +108,18 @@ class Wavefront:
         self.n_interventions = table.n_rows
         self.shapes = PairShapes(prompts.length, prompts.base)
         self.rows: Rows = make_rows(table, prompts.length, model.spec)
+        self.patched = PatchedPlaces(self.rows.patches)
         self.precision, self.dtype = precision, precision.base
         self.exact = precision.exact
+        self.unpatched = Unpatched(self.spec, prompts, self.shapes, backend.block_tokens, each)
 
     @torch.no_grad()
     def run(self) -> PassResult:
         """Carry every row from its entry to the read-out."""
-        spec, prompts = self.spec, self.prompts
-        embed = partial(self.model.embed, dtype=self.dtype)
-        x = prompts.embed(embed)  # [base token, d_model]
-        dx = prompts.embed_source_difference(embed)  # [source token, d_model]
-        tables = {n: self._rope_tables(n) for n in sorted({int(n) for n in prompts.length})}
-        rows, layout = self._enter_embedding(x, dx)  # [row token, d_model], the differences in flight
-        prepare = partial(self._prepare, tables=tables, rotary=self._rotary(tables))
-        ahead = self.each.ahead(partial(prepare, 0, x, dx))
-        for l in range(spec.n_layers):
-            ready = ahead()
-            x, dx = ready.x, ready.dx
-            if l + 1 < spec.n_layers:
-                ahead = self.each.ahead(partial(prepare, l + 1, x, dx))
-            out_layout = self._layout(self.rows.before(l + 1), last=ready.here.last)
-            out = x.new_empty(out_layout.n_tokens, spec.d_model)
-            parts = [(WHOLE, layout)]
-            parts += [(stage, self._layout(self.rows.entering(l, stage))) for stage in _ENTRY_STAGES]
-            self._advance(ready, l, parts, rows, out_layout, out)
-            rows, layout = out, out_layout
-        reader = ReadOut(self.model, prompts, self.shapes, self.measured, self.precision, self.ops, self.each)
+        x, dx, rows, layout = self._through_layers()
+        reader = ReadOut(
+            self.model, self.prompts, self.shapes, self.measured, self.precision, self.ops, self.each
+        )
         by_row, unpatched = reader.read(self.model.ends(None), x, dx, rows, self.rows.pair[layout.rows])
         # Interventions that cannot reach the read-out have no row: their effect is exactly zero.
         live = self.rows.id_of >= 0
@@ -141,15 +134,54 @@ class Wavefront:
 
     # The layers ------------------------------------------------------------------------------------------
 
-    def _prepare(self, l: int, x: Tensor, dx: Tensor, tables: Tables, rotary: Rotary) -> "Ready":
+    def _through_layers(self) -> tuple[Tensor, Tensor, Tensor, Layout]:
+        """After the last layer: the unpatched runs, x and dx, and the rows' differences, packed as said."""
+        spec, prompts = self.spec, self.prompts
+        embed = partial(self.model.embed, dtype=self.dtype)
+        x = prompts.embed(embed)  # [base token, d_model]
+        dx = prompts.embed_source_difference(embed)  # [source token, d_model]
+        tables = {n: self._rope_tables(n) for n in sorted({int(n) for n in prompts.length})}
+        rows, layout = self._enter_embedding(x, dx)  # [row token, d_model], the differences in flight
+        convert = Converter(self.model.device, self.dtype)
+        prepare = partial(self._prepare, tables=tables, rotary=self._rotary(tables), convert=convert)
+        ahead = self.each.ahead(partial(prepare, 0, x, dx))
+        for l in range(spec.n_layers):
+            ready = ahead()
+            x, dx = ready.x, ready.dx
+            if l + 1 < spec.n_layers:
+                ahead = self.each.ahead(partial(prepare, l + 1, x, dx))
+            out_layout = self._layout(self.rows.before(l + 1), last=ready.here.last)
+            out = x.new_empty(out_layout.n_tokens, spec.d_model)
+            parts = [(WHOLE, layout)]
+            parts += [(stage, self._layout(self.rows.entering(l, stage))) for stage in _ENTRY_STAGES]
+            self._advance(ready, l, parts, rows, out_layout, out)
+            rows, layout = out, out_layout
+        return x, dx, rows, layout
+
+    def _prepare(
+        self, l: int, x: Tensor, dx: Tensor, tables: Tables, rotary: Rotary, convert: Converter
+    ) -> "Ready":
         """Everything that rows meet in a layer: its weights, and the unpatched runs, x and dx before it."""
         stored = self.model.layer(l, None)
-        exact = cast(stored, self.model.device, self.dtype)
-        base = self._advance_base(x, exact, tables)
+        exact = convert(stored)
+        places = self.patched.places(l)
+        base = self.unpatched.base(x, exact, tables, places)
         products = narrow_layer(exact, self.exact)
-        here = Layer(self.spec, self.ops, self.exact, products, exact, base, rotary, last=False)
-        dx, capture = self._advance_sources(dx, here)
-        deltas = source_differences(self.prompts, base, capture, self.shapes)
+        down = exact.down.weight if "mlp_post" in places else None
+        here = Layer(
+            self.spec,
+            self.ops,
+            self.exact,
+            products,
+            exact.norm1,
+            exact.norm2,
+            down,
+            base,
+            rotary,
+            last=False,
+        )
+        dx, captured = self.unpatched.sources(dx, here, places)
+        deltas = source_differences(self.prompts, base, captured, self.shapes)
         precision = taken_in(self.precision, self._n_tokens(l), self.model.device)
         if precision is not self.exact:
             here = replace(here, precision=precision, weights=narrow_layer(stored, precision))
@@ -159,33 +191,6 @@ class Wavefront:
         """How many row tokens pass through a layer, or enter in it."""
         rows = np.flatnonzero(self.rows.layer <= l)
         return int((self.prompts.length[self.rows.pair[rows]] - self.rows.start[rows]).sum())
-
-    def _advance_base(self, x: Tensor, layer: LayerWeights, tables: Tables) -> forward.Activations:
-        """The plain forward of one block for all pairs: activations [base token, ...]."""
-        segments = self.shapes.segments(1, self.ops.block_tokens)
-        parts: list[dict[str, Tensor | None]] = [{} for _ in segments]
-
-        def advance(i: int) -> None:
-            s = segments[i]
-            acts = forward.block(s.prompt(x), layer, self.spec, tables[s.length])
-            parts[i] = {name: None if t is None else t.flatten(0, 1) for name, t in acts._asdict().items()}
-
-        self.each(advance, range(len(segments)))
-        return forward.Activations(**_join(parts))
-
-    def _advance_sources(self, dx: Tensor, here: Layer) -> tuple[Tensor, dict[str, Tensor]]:
-        """The source runs, carried as differences like any row: after the layer, and at every place in it."""
-        segments = self.shapes.segments(self.prompts.n_sources, self.ops.block_tokens)
-        parts: list[dict[str, Tensor]] = [{} for _ in segments]
-        after = torch.empty_like(dx)
-
-        def advance(i: int) -> None:
-            s = segments[i]
-            mine = slice(s.token, s.token + s.n_tokens)
-            BlockStep(here, [replace(s, token=0)], {}, parts[i]).run(dx[mine], WHOLE, after[mine], None)
-
-        self.each(advance, range(len(segments)))
-        return after, _join(parts) | {"resid_post": after}
 
     def _advance(
         self,
@@ -260,18 +265,13 @@ class Wavefront:
     ) -> Swaps:
         """The patches of a layer that fall into a block."""
         p = self.rows.patches
-        lo, hi = np.searchsorted(p.layer, [l, l + 1])
         out: Swaps = {}
-        if lo == hi:
-            return out
-        for place in np.unique(p.place[lo:hi]):
-            a, b = lo + np.searchsorted(p.place[lo:hi], [place, place + 1])
-            a, b = a + np.searchsorted(p.row[a:b], [ids[0], ids[-1] + 1])
+        for name, mine in self.patched.at(l):
+            a, b = mine.start + np.searchsorted(p.row[mine], [ids[0], ids[-1] + 1])
             row, position, index = p.row[a:b], p.position[a:b], p.index[a:b]
             packed = layout.token[row] >= 0  # rows of other layouts may lie between
             row, position, index = row[packed], position[packed], index[packed]
-            name = PLACES[place]
-            if last and place >= PLACE["z"]:
+            if last and PLACE[name] >= PLACE["z"]:
                 token = np.searchsorted(ids, row)
             else:
                 token = layout.token[row] + (position - self.rows.start[row]) * layout.stride[row]
@@ -291,11 +291,6 @@ class Wavefront:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return upload(np.ascontiguousarray(array, dtype=np.int64), self.model.device)
-
-
-def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The pieces of each array, one after the other; what is None in one piece is None in all."""
-    return {n: None if t is None else torch.cat([p[n] for p in parts]) for n, t in parts[0].items()}
 
 
 def _destination(block: Block, ids: np.ndarray, out_layout: Layout, last: bool) -> slice | np.ndarray:

@@ -11,6 +11,7 @@ Changes of q and k come as the products give them, before rotary; it is linear, 
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.swap import Swap, apply_swaps
 
 HUGE = 60.0  # exp(60) is safe in float32, and p_i that float32 rounds to 0 cannot matter below it
-CELLS = 1 << 19  # logit changes held at a time, where one head has no more: few enough for the cache
+CELLS = 1 << 19  # logit changes held at a time, where one query has no more: few enough for the cache
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,24 @@ def attention_difference(
     token = 0
     for segment, size in zip(segments, sizes, strict=True):
         heads = max(1, CELLS // (size * segment.length))
+        step = max(1, CELLS // (segment.pairs * segment.rows * segment.length))  # positions of queries
         queries, rows_q, rows_k, rows_v = segment, *(segment.tokens(d) for d in (dq, dk, dv))
         if last_only:
             queries, rows_q = segment.last(token), rows_q[:, -1:]
         rows_q, rows_k = (rotary.turn(d, segment) for d in (rows_q, rows_k))
         if group > 1:
             rows_k, rows_v = (d.repeat_interleave(group, dim=3) for d in (rows_k, rows_v))
-        for h in range(0, n_heads, heads):
-            head = slice(h, h + heads)
-            rows, prompt = (slice(None),) * 3 + (head,), (slice(None),) * 2 + (head,)
-            queries.tokens(out)[rows] = _heads(
-                rows_q[rows],
-                rows_k[rows],
-                rows_v[rows],
+        n_queries, n_own = rows_q.shape[1], rows_k.shape[1]
+        for h, first in product(range(0, n_heads, heads), range(0, n_queries, step)):
+            head, last = slice(h, h + heads), min(first + step, n_queries)
+            # Queries see no key after the last of them.
+            keys, own = segment.length - n_queries + last, n_own - n_queries + last
+            at, before = (slice(None), slice(first, last)), (slice(None), slice(own))
+            prompt = (slice(None), slice(keys), head)
+            queries.tokens(out)[(*at, slice(None), head)] = _heads(
+                rows_q[(*at, slice(None), head)],
+                rows_k[(*before, slice(None), head)],
+                rows_v[(*before, slice(None), head)],
                 segment.prompt(q)[prompt],
                 segment.prompt(k)[prompt],
                 segment.prompt(v)[prompt],
@@ -148,10 +154,10 @@ def _heads(
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [pair, head, key, d_head]
 
     # Base weights. A query sees no later key.
-    later = torch.ones(m, length, dtype=torch.bool, device=q.device).triu_(length - m + 1)  # [query, key]
+    later = torch.ones(m, m, dtype=torch.bool, device=q.device).triu_(1)  # [query, one of the last keys]
     logp = torch.matmul(q.transpose(1, 2), k.transpose(2, 3)).mul_(scale)  # [pair, head, query, key]
     if m > 1:
-        logp.masked_fill_(later, -torch.inf)
+        logp[..., length - m :].masked_fill_(later, -torch.inf)
     logp = logp.log_softmax(-1).unsqueeze(3)  # [pair, head, query, 1, key]
     p = logp.exp()
 
@@ -161,7 +167,7 @@ def _heads(
     change[..., own] += _own_logits(q.unsqueeze(2) + dq, dk)
     change.mul_(scale)
     if m > 1:
-        change.masked_fill_(later.unsqueeze(1), 0)
+        change[..., length - m :].masked_fill_(later.unsqueeze(1), 0)
 
     change -= (p * change).sum(-1, keepdim=True)
     direct = change.amax(-1, keepdim=True) > HUGE  # [pair, head, query, row, 1]

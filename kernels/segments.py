@@ -60,6 +60,41 @@ def last_segments(segments: list[Segment]) -> list[Segment]:
     return out
 
 
+def cut_segments(segments: list[Segment], most: int) -> list[tuple[slice, list[Segment]]]:
+    """Segments in groups of at most `most` tokens, or of one position where that has more rows.
+
+    Only for what is done token by token: a piece of a long row looks like a row of a shorter prompt.
+
+    Args:
+        segments: they cover all tokens in order.
+        most: tokens in a group.
+
+    Returns:
+        The tokens of each group, and its segments, whose `token` counts from the first of these.
+    """
+    pieces = []
+    for s in segments:
+        if s.n_tokens <= most:
+            pieces.append(s)
+            continue
+        step = max(1, most // s.rows)
+        for pair in range(s.pairs):
+            for a in range(0, s.positions, step):
+                n = min(step, s.positions - a)
+                token = s.token + (pair * s.positions + a) * s.rows
+                base, length = s.base + pair * s.length, s.length - s.positions + a + n
+                pieces.append(Segment(token, 1, n, s.rows, base, length))
+    out: list[tuple[slice, list[Segment]]] = []
+    for piece in pieces:
+        before = out[-1][0] if out else slice(0, 0)
+        if not out or piece.token + piece.n_tokens - before.start > most:
+            out.append((slice(piece.token, piece.token + piece.n_tokens), [replace(piece, token=0)]))
+        else:
+            out[-1][1].append(replace(piece, token=piece.token - before.start))
+            out[-1] = slice(before.start, piece.token + piece.n_tokens), out[-1][1]
+    return out
+
+
 def keep_last(packed: Tensor, segments: list[Segment]) -> Tensor:
     """The rows' last positions out of [token, ...]: [row, ...], packed as `last_segments` says."""
     if all(s.positions == 1 for s in segments):
