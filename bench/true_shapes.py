@@ -66,6 +66,14 @@ class RandomTensors:
         """What a sentence calls the place that it is read from."""
         return self.where
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of all."""
+        return self._dtype
+
+    def fetch(self, name: str) -> Tensor:
+        """Drawn anew."""
+        return self.read(name)
+
     def read(self, name: str) -> Tensor:
         """Matrices that keep the size of what they multiply; scales around one; small shifts."""
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))

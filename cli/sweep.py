@@ -126,8 +126,8 @@ def sweep(
     from deltapatch.engine.audit import in_words
     from deltapatch.engine.costs import sweep_cost
     from deltapatch.engine.grid import make_grid
+    from deltapatch.engine.memory import default_budget
     from deltapatch.engine.pairs import encode_pairs
-    from deltapatch.engine.planner import default_budget
     from deltapatch.engine.sweep import sweep as run_sweep
     from deltapatch.models.model import load_model
 

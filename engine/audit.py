@@ -170,7 +170,7 @@ class Audit:
         n = len(place)
         measured = {name: np.full(n, np.nan) for name in job.measured}
         reference = Reference(np.empty((n, 2, 2)), np.empty((n, 2, 2)), np.empty((n, 2)))
-        for part, result in job.passes_of(self.sample, precision, self.each):
+        for part, result in job.passes_of(self.sample, self.work.places, precision, self.each):
             at = np.array([place[int(effect)] for effect in part.out])
             for name, values in result.measured.items():
                 measured[name][at] = values

@@ -1,7 +1,7 @@
 """A job: checked options and encoded pairs, carried out pass by pass."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,9 +11,10 @@ import torch
 
 from deltapatch.engine.audit import Audit, Truth
 from deltapatch.engine.gather import Gathered, PassEffects
+from deltapatch.engine.memory import Costs, default_budget
 from deltapatch.engine.metrics import MEASURED, Direction, Reference, measured_for
 from deltapatch.engine.pairs import EncodedPair, PromptPair, encode_pairs, read_at
-from deltapatch.engine.planner import Costs, Pass, cut, default_budget, row_layers
+from deltapatch.engine.planner import Pass, cut, row_layers
 from deltapatch.engine.products import has_float8
 from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.runfolder import environment
@@ -100,7 +101,7 @@ class Job:
             kind,
             PRECISIONS.get(precision),
             choose_backend(backend, model.device),
-            memory_budget or default_budget(model.device),
+            memory_budget or default_budget(model.device, model.stream),
             measured,
             readout,
             seed,
@@ -127,7 +128,7 @@ class Job:
                 self.precision = audit.cheapest()
             dtype = np.float64 if self.precision.name == "fp64" else np.float32
             gathered = Gathered(self.measured, dtype, work.n_effects, len(self.pairs))
-            for number, part in enumerate(self._parts(work.tables(), self.precision, each)):
+            for number, part in enumerate(self._parts(work.tables(), work.places, self.precision, each)):
                 if keeper is not None and not keeper.wants(number):
                     continue
                 found = None if keeper is None else keeper.kept(number, part, gathered)
@@ -163,21 +164,26 @@ class Job:
         with float32_products("ieee"), workers(self.model.device) as each:
             audit = Audit(self, work, each)
             self.precision = self.precision or audit.cheapest()
-            n_passes = sum(1 for _ in self._parts(work.tables(), self.precision, each))
+            n_passes = sum(1 for _ in self._parts(work.tables(), work.places, self.precision, each))
             truth = audit.truth_for(self.precision)
         self.seconds = time.perf_counter() - began
         return truth, n_passes
 
-    def passes_of(self, tables: Tables, precision: Precision, each: Map) -> Iterator[tuple[Pass, PassResult]]:
+    def passes_of(
+        self, tables: Tables, places: Collection[str], precision: Precision, each: Map
+    ) -> Iterator[tuple[Pass, PassResult]]:
         """Carry interventions, ordered by the pairs' lengths, out in some precision, pass by pass."""
-        for part in self._parts(tables, precision, each):
+        for part in self._parts(tables, places, precision, each):
             yield part, self._carry(part, precision, each)
 
-    def _parts(self, tables: Tables, precision: Precision, each: Map) -> Iterator[Pass]:
+    def _parts(
+        self, tables: Tables, places: Collection[str], precision: Precision, each: Map
+    ) -> Iterator[Pass]:
         """The passes that interventions are cut into."""
         n_sources = 1 if self.partner is None else 2
         longest, block = int(self.length.max()), self.backend.block_tokens
-        costs = Costs.of(self.model, precision, block, n_sources, longest, each.count)
+        against_base = self.source in ("zero", "mean")
+        costs = Costs.of(self.model, precision, block, n_sources, longest, each.count, places, against_base)
         return cut(tables, self.length, costs, self.budget, self.source == "mean")
 
     def _carry(

@@ -1,18 +1,13 @@
 """The planner: cuts interventions into passes that keep within a memory budget."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from deltapatch.engine.costs import layer_parameters
+from deltapatch.engine.memory import Costs
 from deltapatch.engine.patches import PatchTable
 from deltapatch.errors import DeltapatchError
-from deltapatch.kernels import attention, readout, readout_triton
-from deltapatch.kernels.product import Precision
-from deltapatch.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -28,82 +23,6 @@ class Pass:
     pairs: list[int]
     table: PatchTable
     out: np.ndarray
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What things cost in memory, in bytes. Upper estimates: a test holds them against the real peak.
-
-    Attributes:
-        fixed: one layer's converted weights, the ends, and the workspace of a block.
-        pair: a pair's output distribution.
-        base_token: a token of a pair's prompts: the activations of two layers, of base and source runs.
-        row_token: a token of a row in flight, in this layer's packing and the next's.
-        row: the bookkeeping of a row.
-    """
-
-    fixed: int
-    pair: int
-    base_token: int
-    row_token: int
-    row: int
-
-    @classmethod
-    def of(
-        cls, model: Model, precision: Precision, block_tokens: int, n_sources: int, length: int, threads: int
-    ) -> "Costs":
-        """The costs of a sweep of this model, with prompts of at most `length` tokens.
-
-        Args:
-            threads: how many blocks are worked on at once (`Map.count`).
-        """
-        spec = model.spec
-        size = precision.base.itemsize
-        layer, ends = layer_parameters(spec), 2 * spec.d_vocab * spec.d_model
-        fixed = 0
-        if model.dtype.itemsize != size:
-            fixed += (2 * layer + ends) * size  # the next layer is prepared while the rows pass through one
-        on_gpu = model.device.type == "cuda"
-        if precision.name not in ("fp64", "fp32"):
-            # Elsewhere than on a GPU what is rounded may be kept in float32.
-            fixed += (2 * layer + ends // 2) * (precision.operand.itemsize if on_gpu else size)
-        # Activations of one token in one layer, and a few copies of the widest.
-        widths = 8 * spec.d_model + (3 + spec.gated) * spec.d_mlp + 6 * spec.n_heads * spec.d_head
-        # Each thread has a block of its own, a GPU one after the other, with copies of the widest activations
-        # and of attention's logits; the read-out holds logit changes, in float64 too, and expm1 of them.
-        held = readout_triton.CELLS if on_gpu else readout.CELLS
-        tokens = block_tokens * 3 // 2 + length
-        cells = min(tokens * spec.n_heads * length, max(attention.CELLS, tokens * length))
-        step = (tokens * widths + 6 * cells) * size
-        # Half as much again stays with each thread's allocator.
-        fixed += threads * max(step, 3 * held * (size + 8)) * 3 // 2
-        fixed += 3 * spec.d_model * spec.d_mlp * size  # entries of neurons: columns, transposed and gathered
-        return cls(fixed, spec.d_vocab * (3 * size + 40), 2 * (1 + n_sources) * widths * size,
-                   2 * spec.d_model * size, 400)  # fmt: skip
-
-    def total(self, pairs: int, base_tokens: int, row_tokens: int, rows: int) -> int:
-        """Bytes of a pass."""
-        return (
-            self.fixed
-            + pairs * self.pair
-            + base_tokens * self.base_token
-            + row_tokens * self.row_token
-            + rows * self.row
-        )
-
-
-def default_budget(device: torch.device | None = None) -> int:
-    """A quarter of the memory that is free now, at most 4 GiB: more makes passes no faster.
-
-    On a GPU it is half of what is free there: the more rows in a pass, the fuller its products.
-    """
-    if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        free = 8 << 30
-    return min(free // 4, 4 << 30)
 
 
 def cut(

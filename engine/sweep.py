@@ -20,6 +20,7 @@ from deltapatch.engine.pairs import PromptPair
 from deltapatch.engine.patches import place_of
 from deltapatch.engine.planner import row_layers
 from deltapatch.engine.runfolder import RUN, check_output, is_begun, pairs_as_text
+from deltapatch.engine.sites import PLACES
 from deltapatch.engine.unfinished import unfinished
 from deltapatch.engine.work import Work
 from deltapatch.engine.workers import threads
@@ -128,6 +129,7 @@ def sweep(
         lambda pair: grid.table(pair, job.pairs[pair]),
         grid.n_effects,
         _row_layers(grid, job),
+        frozenset(g.site.place for g in grid.sites),
         lambda i: grid.describe(i, len(job.pairs)),
     )
     if out is None:
@@ -196,6 +198,7 @@ def run(
         lambda pair: tables[pair],
         len(interventions),
         sum(row_layers(t, job.length[p], model.spec.n_layers) for p, (t, _) in tables.items()),
+        frozenset(PLACES[i] for t, _ in tables.values() for i in np.unique(t.place)),
         lambda i: f"intervention {i}",
     )
     measured, reference = job.carry_out(work, progress)

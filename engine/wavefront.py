@@ -39,6 +39,7 @@ from deltapatch.kernels.product import Precision
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 from deltapatch.models.model import Model
+from deltapatch.models.stream import Reader
 from deltapatch.models.weights import Converter
 
 _LEAST = 64  # tokens in a block: with fewer, a product does little but read its weights
@@ -116,11 +117,13 @@ class Wavefront:
     @torch.no_grad()
     def run(self) -> PassResult:
         """Carry every row from its entry to the read-out."""
-        x, dx, rows, layout = self._through_layers()
+        with self.model.reading() as read:
+            x, dx, rows, layout = self._through_layers(read)
+            ends = read.ends()
         reader = ReadOut(
             self.model, self.prompts, self.shapes, self.measured, self.precision, self.ops, self.each
         )
-        by_row, unpatched = reader.read(self.model.ends(None), x, dx, rows, self.rows.pair[layout.rows])
+        by_row, unpatched = reader.read(ends, x, dx, rows, self.rows.pair[layout.rows])
         # Interventions that cannot reach the read-out have no row: their effect is exactly zero.
         live = self.rows.id_of >= 0
         measured = np.zeros((len(self.measured), self.n_interventions), by_row.dtype)
@@ -134,7 +137,7 @@ class Wavefront:
 
     # The layers ------------------------------------------------------------------------------------------
 
-    def _through_layers(self) -> tuple[Tensor, Tensor, Tensor, Layout]:
+    def _through_layers(self, read: Reader) -> tuple[Tensor, Tensor, Tensor, Layout]:
         """After the last layer: the unpatched runs, x and dx, and the rows' differences, packed as said."""
         spec, prompts = self.spec, self.prompts
         embed = partial(self.model.embed, dtype=self.dtype)
@@ -143,7 +146,9 @@ class Wavefront:
         tables = {n: self._rope_tables(n) for n in sorted({int(n) for n in prompts.length})}
         rows, layout = self._enter_embedding(x, dx)  # [row token, d_model], the differences in flight
         convert = Converter(self.model.device, self.dtype)
-        prepare = partial(self._prepare, tables=tables, rotary=self._rotary(tables), convert=convert)
+        prepare = partial(
+            self._prepare, read=read, tables=tables, rotary=self._rotary(tables), convert=convert
+        )
         ahead = self.each.ahead(partial(prepare, 0, x, dx))
         for l in range(spec.n_layers):
             ready = ahead()
@@ -156,13 +161,21 @@ class Wavefront:
             parts += [(stage, self._layout(self.rows.entering(l, stage))) for stage in _ENTRY_STAGES]
             self._advance(ready, l, parts, rows, out_layout, out)
             rows, layout = out, out_layout
+            del ready  # before the next layer is asked for: a streamed one takes its place
         return x, dx, rows, layout
 
     def _prepare(
-        self, l: int, x: Tensor, dx: Tensor, tables: Tables, rotary: Rotary, convert: Converter
+        self,
+        l: int,
+        x: Tensor,
+        dx: Tensor,
+        read: Reader,
+        tables: Tables,
+        rotary: Rotary,
+        convert: Converter,
     ) -> "Ready":
         """Everything that rows meet in a layer: its weights, and the unpatched runs, x and dx before it."""
-        stored = self.model.layer(l, None)
+        stored = read.layer(l)
         exact = convert(stored)
         places = self.patched.places(l)
         base = self.unpatched.base(x, exact, tables, places)

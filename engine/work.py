@@ -23,6 +23,7 @@ class Work:
         table_of: the interventions of a pair, and where their effects go.
         n_effects: of all pairs.
         row_layers: row tokens times the layers that they pass.
+        places: where patches go.
         describe: an effect in words.
     """
 
@@ -30,6 +31,7 @@ class Work:
     table_of: Callable[[int], tuple[PatchTable, np.ndarray]]
     n_effects: int
     row_layers: int
+    places: frozenset[str]
     describe: Callable[[int], str]
 
     def tables(self) -> Tables:

@@ -93,8 +93,6 @@ def attention_difference(
         _swapped(d, scale_of_rows, swaps.get(place, [])) for d, place in ((dq, "q"), (dk, "k"), (dv, "v"))
     )
     group = n_heads // k.shape[1]  # query heads that share keys and values
-    if group > 1:
-        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     sizes = [s.pairs * s.rows if last_only else s.n_tokens for s in segments]
     out = dq.new_empty(sum(sizes), n_heads, d_head)
     token = 0
@@ -105,20 +103,19 @@ def attention_difference(
         if last_only:
             queries, rows_q = segment.last(token), rows_q[:, -1:]
         rows_q, rows_k = (rotary.turn(d, segment) for d in (rows_q, rows_k))
-        if group > 1:
-            rows_k, rows_v = (d.repeat_interleave(group, dim=3) for d in (rows_k, rows_v))
         n_queries, n_own = rows_q.shape[1], rows_k.shape[1]
         for h, first in product(range(0, n_heads, heads), range(0, n_queries, step)):
             head, last = slice(h, h + heads), min(first + step, n_queries)
+            shared = head if group == 1 else [i // group for i in range(h, min(h + heads, n_heads))]
             # Queries see no key after the last of them.
             keys, own = segment.length - n_queries + last, n_own - n_queries + last
             at, before = (slice(None), slice(first, last)), (slice(None), slice(own))
-            prompt = (slice(None), slice(keys), head)
+            prompt = (slice(None), slice(keys), shared)
             queries.tokens(out)[(*at, slice(None), head)] = _heads(
                 rows_q[(*at, slice(None), head)],
-                rows_k[(*before, slice(None), head)],
-                rows_v[(*before, slice(None), head)],
-                segment.prompt(q)[prompt],
+                rows_k[(*before, slice(None), shared)],
+                rows_v[(*before, slice(None), shared)],
+                segment.prompt(q)[:, :keys, head],
                 segment.prompt(k)[prompt],
                 segment.prompt(v)[prompt],
                 logit_scale,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.builtin_models import BUILTIN, builtin_model_path
+from deltapatch.models.fetch import fetch, tensor_spans
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,8 +50,14 @@ class Tensors(Protocol):
     def place(self, name: str) -> str:
         """What a sentence calls the place that it is read from."""
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one, without reading it."""
+
     def read(self, name: str) -> Tensor:
         """The tensor itself, shared with where it lives."""
+
+    def fetch(self, name: str) -> Tensor:
+        """The same with its data read now; it takes no memory once it is dropped."""
 
 
 class SafetensorsFiles:
@@ -71,6 +78,7 @@ class SafetensorsFiles:
                 f"{self._paths[index[name]]} lacks tensor {name!r}, which the index promises"
             )
         self._home = index
+        self._spans: dict[str, dict[str, tuple[int, int]]] = {}
 
     def names(self) -> Iterable[str]:
         """The names of all tensors."""
@@ -84,21 +92,41 @@ class SafetensorsFiles:
         """The path of the file that holds a tensor."""
         return str(self._paths[self._home[name]])
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor, from the header.
+
+        Raises:
+            DeltapatchError: it is not a floating-point one of 16 bits or more.
+        """
+        dtype = self._files[self._home[name]].get_slice(name).get_dtype()
+        if dtype not in _DTYPES:
+            raise DeltapatchError(
+                f"{self.place(name)}: tensor {name!r} is of dtype {dtype}, and quantised weights are not "
+                "supported: float32, float16 or bfloat16 are"
+            )
+        return _DTYPES[dtype]
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, as a view of the mapped file.
 
         Raises:
             DeltapatchError: its dtype is not a floating-point one of 16 bits or more.
         """
-        file = self._files[self._home[name]]
-        dtype = file.get_slice(name).get_dtype()
-        if dtype not in _DTYPES:
-            raise DeltapatchError(
-                f"{self.place(name)}: tensor {name!r} is of dtype {dtype}, and quantised weights are not "
-                "supported: float32, float16 or bfloat16 are"
-            )
-        tensor: Tensor = file.get_tensor(name)
+        self.dtype(name)
+        tensor: Tensor = self._files[self._home[name]].get_tensor(name)
         return tensor
+
+    def fetch(self, name: str) -> Tensor:
+        """One tensor, on the CPU, read from the file now into a mapping of its own.
+
+        Raises:
+            DeltapatchError: its dtype is not a floating-point one of 16 bits or more.
+        """
+        file, dtype = self._home[name], self.dtype(name)
+        if file not in self._spans:
+            self._spans[file] = tensor_spans(self._paths[file])
+        found = fetch(self._paths[file], self._spans[file][name], dtype)
+        return self.read(name) if found is None else found.view(self.shape(name))
 
 
 class ModuleTensors:
@@ -119,6 +147,14 @@ class ModuleTensors:
     def place(self, name: str) -> str:
         """What a sentence calls the place of a tensor: the module."""
         return self.where
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor."""
+        return self._state[name].dtype
+
+    def fetch(self, name: str) -> Tensor:
+        """One tensor, which is in memory already."""
+        return self.read(name)
 
     def read(self, name: str) -> Tensor:
         """One tensor, wherever the module keeps it.

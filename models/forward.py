@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltapatch.models.spec import ModelSpec, RopeSpec
-from deltapatch.models.weights import EndWeights, LayerWeights, Linear, Norm
+from deltapatch.models.weights import EndWeights, LayerWeights, Linear, Norm, map_tensors
 
 # Attention scores that exist at once; queries are cut so that long prompts stay within it: on a CPU what its
 # cache holds, on a GPU 64 MiB in float32.
 _MAX_SCORES, _MAX_SCORES_ON_CPU = 1 << 24, 1 << 20
+
+_TOKENS = 1 << 14  # of the vocabulary, whose part of the unembedding is taken at a time
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -247,5 +249,15 @@ def block(x: Tensor, layer: LayerWeights, spec: ModelSpec, rope_tables: tuple[Te
 
 
 def readout(x: Tensor, ends: EndWeights, spec: ModelSpec) -> Tensor:
-    """Logits [..., d_vocab] of the chosen positions' last residual stream, x [..., d_model]."""
-    return linear(normalise(x, ends.norm, spec), ends.unembedding)
+    """Logits [..., d_vocab] of the chosen positions' last residual stream, x [..., d_model].
+
+    The weights may be of any dtype: they are taken in x's, never all at once.
+    """
+    normed = normalise(x, map_tensors(ends.norm, lambda t: t.to(x.dtype)), spec)
+    weight, bias = ends.unembedding
+    logits = x.new_empty(*x.shape[:-1], len(weight))
+    for a in range(0, len(weight), _TOKENS):
+        some = slice(a, a + _TOKENS)
+        part = None if bias is None else bias[some].to(x.dtype)
+        logits[..., some] = F.linear(normed, weight[some].to(x.dtype), part)
+    return logits

@@ -1,7 +1,8 @@
 """The model as users and the engine hold it: a spec, weights by layer, a tokenizer, plain logits."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from deltapatch.models.checkpoint import TOKENIZER_FILES, ModuleTensors, find_fo
 from deltapatch.models.config import Config
 from deltapatch.models.forward import block, readout, rope_tables
 from deltapatch.models.lora import read_adapter
+from deltapatch.models.memory import fits
 from deltapatch.models.registry import read_config
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.store import Store
+from deltapatch.models.stream import CudaLane, Reader, Upload, kept, streamed
 from deltapatch.models.weights import EndWeights, LayerWeights, assemble_ends, assemble_layer, cast
 
 _DTYPES = {
@@ -41,7 +44,8 @@ class Model:
         name: the path, hub id or name that it was loaded by.
         device: where the engine computes.
         dtype: what the weights are stored in (of a mixed checkpoint, its matrices).
-        stream: whether layers are read from the file each time, rather than kept.
+        stream: whether layers are read from the file in every pass, rather than kept.
+        n_bytes: of all weights, as they are stored.
     """
 
     def __init__(
@@ -62,16 +66,36 @@ class Model:
         self._given_dtype = dtype
         self._folder = folder
         self._given_tokenizer = tokenizer
-        self._ends = self._read_ends()
-        self._layers = [] if stream else [self._read_layer(l) for l in range(self.spec.n_layers)]
-        self.dtype: torch.dtype = self._ends.embedding.dtype
+        self.n_bytes = store.n_bytes(dtype)
+        self.dtype: torch.dtype = dtype or store.dtype(Slot(None, "embedding.weight"))
+        if not stream:
+            self._ends = self._read_ends()
+            self._layers = [self._read_layer(l) for l in range(self.spec.n_layers)]
 
     def __repr__(self) -> str:
         s = self.spec
         return (
             f"Model({self.name!r}, {s.architecture}, {s.n_layers} layers, d_model {s.d_model}, "
-            f"{str(self.dtype).removeprefix('torch.')} on {self.device})"
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}{', streamed' if self.stream else ''})"
         )
+
+    @property
+    def holds_what_it_reads(self) -> bool:
+        """Whether streamed layers take memory of their own, rather than being pages of a mapped file."""
+        converts = self.dtype != self._store.dtype(Slot(None, "embedding.weight"))
+        return self.stream and (self.device.type != "cpu" or converts or self._store.changes_weights)
+
+    def reading(self) -> AbstractContextManager[Reader]:
+        """One pass over the weights: all layers in order, and then the ends.
+
+        Those of a streamed model are read ahead by a thread, and the caller drops them when it is done.
+
+        Raises:
+            DeltapatchError: streamed weights hold NaN or infinity.
+        """
+        if not self.stream:
+            return kept(self._layers, self._ends)
+        return streamed(self._fetch, self.spec.n_layers, self._lane)
 
     def layer(self, index: int, dtype: torch.dtype | None = torch.float32) -> LayerWeights:
         """The weights of one block on the model's device.
@@ -90,12 +114,15 @@ class Model:
 
     def ends(self, dtype: torch.dtype | None = torch.float32) -> EndWeights:
         """Embedding, final norm and unembedding on the model's device, shared as those of `layer`."""
-        return cast(self._ends, self.device, dtype)
+        return cast(self._read_ends() if self.stream else self._ends, self.device, dtype)
 
     def embed(self, token_ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """resid_pre of layer 0, [..., d_model], for token ids [...]: converts the chosen rows only."""
+        """resid_pre of layer 0, [..., d_model], for token ids [...]: only the chosen rows are converted."""
+        if self.stream:
+            rows = self._store.rows(Slot(None, "embedding.weight"), token_ids.cpu(), self._given_dtype)
+            return _sent(rows, self.device).to(dtype)
         embedding = self._ends.embedding
-        return embedding[token_ids.to(embedding.device)].to(device=self.device, dtype=dtype)
+        return embedding[_sent(token_ids, embedding.device)].to(device=self.device, dtype=dtype)
 
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Logits of one prompt at every position.
@@ -114,9 +141,10 @@ class Model:
         with torch.no_grad():
             tables = rope_tables(self.spec.rope, len(ids), dtype, self.device)
             x = self.embed(ids, dtype)[None]  # [1, T, d_model]
-            for l in range(self.spec.n_layers):
-                x = block(x, self.layer(l, dtype), self.spec, tables).resid_post
-            return readout(x[0], self.ends(dtype), self.spec)
+            with self.reading() as read:
+                for l in range(self.spec.n_layers):
+                    x = block(x, cast(read.layer(l), self.device, dtype), self.spec, tables).resid_post
+                return readout(x[0], read.ends(), self.spec)
 
     def check_tokens(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """The prompt as int64 [T] on the model's device; one beyond the context is allowed, with a warning.
@@ -174,6 +202,26 @@ class Model:
     def _read(self, slot: Slot) -> Tensor:
         return self._store.read(slot, self.device, self._given_dtype)
 
+    @cached_property
+    def _lane(self) -> CudaLane | None:
+        return CudaLane(self.device) if self.device.type == "cuda" else None
+
+    @cached_property
+    def _move(self) -> Callable[[Tensor], Tensor]:
+        """Takes what a thread has read to the model's device."""
+        return (lambda tensor: tensor) if self._lane is None else Upload(self._lane)
+
+    def _fetch(self, part: int) -> LayerWeights | EndWeights:
+        """A layer read now, or after the last one the ends; their embedding is left out unless it is tied."""
+        if part < self.spec.n_layers:
+            return assemble_layer(self.spec, lambda name: self._fetch_slot(Slot(part, name)))
+        return assemble_ends(self.spec, lambda name: self._fetch_slot(Slot(None, name)))
+
+    def _fetch_slot(self, slot: Slot) -> Tensor:
+        if slot.name == "embedding.weight" and not self.spec.tied_embeddings:
+            return torch.empty(0, self.spec.d_model, dtype=self.dtype, device=self.device)
+        return self._store.fetch(slot, self._move, self._given_dtype)
+
 
 def load_model(
     path_or_hub_id: str | Path,
@@ -189,7 +237,9 @@ def load_model(
         device: "auto" is cuda where there is one, else the CPU.
         dtype: what weights are stored in; "auto" keeps the checkpoint's, memory-mapped on the CPU. The engine
             computes in its own precision, whatever this is. "float64" makes `logits` float64.
-        stream: read each layer's weights when they are asked for, instead of keeping all of them.
+        stream: read each layer's weights from the file in every pass, one layer ahead, instead of keeping all
+            of them. A model that does not fit is streamed all the same: one that takes more than three
+            quarters of the memory that can be had on its device (`models.memory.available`).
         adapter: folder or hub id of a LoRA adapter in PEFT's format, merged as the weights are read.
 
     Raises:
@@ -202,6 +252,7 @@ def load_model(
     architecture, spec = read_config(Config(fields, str(folder / "config.json")))
     lora = None if adapter is None else read_adapter(adapter, architecture, spec)
     store = Store(architecture, spec, tensors, lora)
+    stream = stream or not fits(store.n_bytes(given_dtype), on)
     return Model(store, str(path_or_hub_id), on, given_dtype, stream, folder=folder)
 
 
@@ -226,6 +277,13 @@ def from_transformers(hf_model: Any, tokenizer: Any = None) -> Model:
     store = Store(architecture, spec, ModuleTensors(kind, state))
     name = str(getattr(hf_model.config, "_name_or_path", "") or kind)
     return Model(store, name, hf_model.device, tokenizer=tokenizer)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; a GPU is not waited for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _device(device: str | torch.device) -> torch.device:

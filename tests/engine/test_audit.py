@@ -9,7 +9,7 @@ from engine_tiny import pairs as drawn_pairs
 import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine import audit
-from deltapatch.engine.planner import Costs
+from deltapatch.engine.memory import Costs
 
 VARIANT = "neox-parallel"
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 import deltapatch
 from deltapatch import DeltapatchError
+from deltapatch.engine.memory import Costs, default_budget
 from deltapatch.engine.metrics import MEASURED
 from deltapatch.engine.patches import PatchTable
-from deltapatch.engine.planner import Costs, cut, default_budget, first_positions
+from deltapatch.engine.planner import cut, first_positions
 
 COSTS = Costs(fixed=1000, pair=50, base_token=10, row_token=7, row=3)
 

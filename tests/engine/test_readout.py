@@ -40,7 +40,6 @@ def test_an_unembedding_that_is_narrowed_piece_by_piece(precision, monkeypatch):
     options = OPTIONS | {"precision": precision, "noise_sample": 0}
     whole = deltapatch.sweep(model, drawn, **options)
     monkeypatch.setattr(model, "stream", True)
-    monkeypatch.setattr(model, "_read_layer", lambda index: model._layers[index])
     pieces = deltapatch.sweep(model, drawn, **options)
     for site in OPTIONS["sites"]:
         for name in MEASURED:
