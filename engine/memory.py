@@ -18,6 +18,7 @@ from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 
 _SLACK = 3 / 2  # each thread's allocator keeps half as much again
+_OTHER = 8 << 20  # threads' stacks, PyTorch's own, Python's objects
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,15 @@ class Costs:
     """What things cost in memory, in bytes. Upper estimates: a test holds them against the real peak.
 
     Attributes:
-        fixed: the layers' converted weights and the workspace of blocks, or what the read-out takes.
-        pair: a pair's share of the read-out.
+        fixed: the layers' converted weights and the workspace of blocks.
+        pair: the bookkeeping of a pair.
         base_token: a token of a pair's prompts: the activations of two layers, of base and source runs.
         row_token: a token of a row in flight, in this layer's packing and the next's.
         row: the bookkeeping of a row.
+        after: the workspace of the read-out, which comes after the layers and takes their place.
+        base_token_after: what is left of a token of the unpatched runs then.
+        distribution: a pair's output distributions.
+        held: of how many pairs they are held at a time.
     """
 
     fixed: int
@@ -37,6 +42,10 @@ class Costs:
     base_token: int
     row_token: int
     row: int
+    after: int = 0
+    base_token_after: int = 0
+    distribution: int = 0
+    held: int = 0
 
     @classmethod
     def of(
@@ -58,24 +67,30 @@ class Costs:
             against_base: whether patches bring something that is not a source run (sources zero and mean).
         """
         spec, size, d = model.spec, precision.base.itemsize, model.spec.d_model
-        layers = _layers(model, precision, block_tokens, length, threads, "mlp_post" in places)
-        fixed = max(layers, _read_out(model, precision, block_tokens, threads))
         width = {name: _numbers(shape) for name, shape in widths(spec).items()}
         patched = sum(width.get(place, 0) for place in places if place != "resid_post")
         # Of one layer: what rows meet, the source runs after it and at patched places.
         kept = sum(width[name] for name in MET if name in width and name != "resid_pre") + spec.rope.dim
         kept += n_sources * (d + patched) + (2 * patched + d if against_base else 0)
-        return cls(fixed, 8 * d * size + 400, 2 * kept * size, 2 * d * size, 400)
+        on_cpu = model.device.type == "cpu"
+        return cls(
+            fixed=_layers(model, precision, block_tokens, length, threads, "mlp_post" in places),
+            pair=8 * d * size + 400,
+            base_token=2 * kept * size,
+            row_token=2 * d * size,
+            row=400,
+            after=_read_out(model, precision, block_tokens, threads),
+            base_token_after=(1 + n_sources) * d * size,
+            distribution=readout.distribution_bytes(spec.d_vocab, d, size, on_cpu),
+            held=readout.pairs_held(spec.d_vocab, size, on_cpu),
+        )
 
     def total(self, pairs: int, base_tokens: int, row_tokens: int, rows: int) -> int:
         """Bytes of a pass."""
-        return (
-            self.fixed
-            + pairs * self.pair
-            + base_tokens * self.base_token
-            + row_tokens * self.row_token
-            + rows * self.row
-        )
+        layers = self.fixed + base_tokens * self.base_token
+        held = min(pairs, self.held) * self.distribution
+        after = self.after + base_tokens * self.base_token_after + held
+        return max(layers, after) + pairs * self.pair + row_tokens * self.row_token + rows * self.row
 
 
 def default_budget(device: torch.device | None = None, stream: bool = False) -> int:
@@ -110,7 +125,7 @@ def _layers(
         each += spec.d_model * spec.d_mlp * size  # operands are widened for the product
     if neurons:  # columns of those that enter; of a narrow layer the matrix is turned
         each += spec.d_model * (3 * block_tokens + min(spec.d_mlp, 6 * block_tokens)) * size
-    return out + round(threads * each * _SLACK)
+    return _OTHER + out + round(threads * each * _SLACK)
 
 
 def _block(spec: ModelSpec, precision: Precision, block_tokens: int, length: int) -> int:
@@ -127,17 +142,18 @@ def _read_out(model: Model, precision: Precision, block_tokens: int, threads: in
     """What the read-out takes: the layers' weights are gone by then."""
     spec, size = model.spec, precision.base.itemsize
     on_cpu = model.device.type == "cpu"
-    held = readout_torch.CELLS if on_cpu else readout_triton.CELLS
-    out = readout.workspace(spec.d_vocab, spec.d_model, size, on_cpu, threads)
-    entries = spec.d_vocab * spec.d_model
+    entries, rows = spec.d_vocab * spec.d_model, block_tokens * 3 // 2
+    out = 0
     if not model.stream and (model.dtype.itemsize != size or precision.name not in ("fp64", "fp32")):
         out += entries * size
     if model.holds_what_it_reads:
         out += entries * model.dtype.itemsize
     piece = -(-entries // 8) * size if model.stream else 0  # narrowed for each block
-    cells = max(held, 1024 * block_tokens * 3 // 2)
-    each = 3 * cells * (size + 8) + 4 * block_tokens * spec.d_model * size + piece
-    return out + round(threads * each * _SLACK)
+    held = readout_torch.CELLS if on_cpu else readout_triton.CELLS
+    cells = min(max(held, 1024 * rows), rows * spec.d_vocab)  # logit changes, widened, and expm1 of them
+    block = cells * (size + 16) + 4 * rows * spec.d_model * size + piece
+    unpatched = readout.workspace(spec.d_vocab, spec.d_model, size, on_cpu)
+    return _OTHER + out + round(threads * max(block, unpatched) * _SLACK)
 
 
 def _numbers(shape: tuple[int, ...]) -> int:

@@ -28,20 +28,19 @@ _BLOCKS = 4  # from which on cores have a block each
 
 def pairs_held(d_vocab: int, size: int, on_cpu: bool) -> int:
     """How many pairs' output distributions are held at a time, in numbers of so many bytes."""
-    return max(1, (_HELD_ON_CPU if on_cpu else _HELD) // _distribution_bytes(d_vocab, size))
+    return max(1, (_HELD_ON_CPU if on_cpu else _HELD) // (d_vocab * (2 * size + 8)))
 
 
-def workspace(d_vocab: int, d_model: int, size: int, on_cpu: bool, threads: int) -> int:
-    """Bytes of the output distributions that are held, and of what making them takes."""
-    piece = _piece(d_vocab, d_model, on_cpu) * (d_model + pairs_held(d_vocab, size, on_cpu)) * size
-    means = -(-d_vocab // _piece(d_vocab, d_model, on_cpu)) * d_model * size
-    held = pairs_held(d_vocab, size, on_cpu) * (_distribution_bytes(d_vocab, size) + means)
-    return held + threads * (piece + _PAIRS * d_vocab * 80)
+def distribution_bytes(d_vocab: int, d_model: int, size: int, on_cpu: bool) -> int:
+    """Of a pair: logits, the source run's change of them, probabilities, and what their mean is made of."""
+    return d_vocab * (2 * size + 8) + -(-d_vocab // _piece(d_vocab, d_model, on_cpu)) * d_model * size
 
 
-def _distribution_bytes(d_vocab: int, size: int) -> int:
-    """Of a pair: logits, the source run's change of them, and probabilities."""
-    return d_vocab * (2 * size + 8)
+def workspace(d_vocab: int, d_model: int, size: int, on_cpu: bool) -> int:
+    """Bytes that making some distributions takes, for each thread."""
+    piece = _piece(d_vocab, d_model, on_cpu)
+    product = piece * (d_model + 2 * pairs_held(d_vocab, size, on_cpu)) * size
+    return max(product, _PAIRS * d_vocab * 2 * (2 * size + 24))
 
 
 def _piece(d_vocab: int, d_model: int, on_cpu: bool) -> int:
