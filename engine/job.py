@@ -299,6 +299,7 @@ class Job:
             "backend": self.backend.name,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "stream": self.model.stream,
             "seed": self.seed,
             "noise_scale": self.noise_scale if self.source == "noise" else None,
             "memory_budget": self.budget,

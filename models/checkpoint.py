@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.builtin_models import BUILTIN, builtin_model_path
-from deltapatch.models.fetch import fetch, tensor_spans
+from deltapatch.models.fetch import fetch, sample, tensor_spans
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,6 +58,9 @@ class Tensors(Protocol):
 
     def fetch(self, name: str) -> Tensor:
         """The same with its data read now; it takes no memory once it is dropped."""
+
+    def sample(self, name: str, step: int) -> Tensor:
+        """Every `step`th value, flat."""
 
 
 class SafetensorsFiles:
@@ -122,11 +125,24 @@ class SafetensorsFiles:
         Raises:
             DeltapatchError: its dtype is not a floating-point one of 16 bits or more.
         """
-        file, dtype = self._home[name], self.dtype(name)
+        found = fetch(*self._span(name), self.dtype(name))
+        return self.read(name) if found is None else found.view(self.shape(name))
+
+    def sample(self, name: str, step: int) -> Tensor:
+        """Every `step`th value of one tensor; little else of it is read.
+
+        Raises:
+            DeltapatchError: its dtype is not a floating-point one of 16 bits or more.
+        """
+        found = sample(*self._span(name), self.dtype(name), step)
+        return self.read(name).reshape(-1)[::step] if found is None else found
+
+    def _span(self, name: str) -> tuple[Path, tuple[int, int]]:
+        """The file of a tensor, and where it lies there."""
+        file = self._home[name]
         if file not in self._spans:
             self._spans[file] = tensor_spans(self._paths[file])
-        found = fetch(self._paths[file], self._spans[file][name], dtype)
-        return self.read(name) if found is None else found.view(self.shape(name))
+        return self._paths[file], self._spans[file][name]
 
 
 class ModuleTensors:
@@ -155,6 +171,10 @@ class ModuleTensors:
     def fetch(self, name: str) -> Tensor:
         """One tensor, which is in memory already."""
         return self.read(name)
+
+    def sample(self, name: str, step: int) -> Tensor:
+        """Every `step`th value of one tensor."""
+        return self.read(name).reshape(-1)[::step]
 
     def read(self, name: str) -> Tensor:
         """One tensor, wherever the module keeps it.

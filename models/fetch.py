@@ -28,6 +28,20 @@ def fetch(path: Path, span: tuple[int, int], dtype: torch.dtype) -> Tensor | Non
 
     Pages that are written to are copies: the file stays as it is.
     """
+    found = _mapped(path, span, dtype, "MADV_SEQUENTIAL")  # long reads, each before it is asked for
+    if found is not None:
+        # A byte of every page: whoever uses the tensor finds it in memory.
+        found.view(torch.uint8)[:: mmap.PAGESIZE].amax()
+    return found
+
+
+def sample(path: Path, span: tuple[int, int], dtype: torch.dtype, step: int) -> Tensor | None:
+    """Every `step`th of the numbers in part of a file: little else is read, and nothing stays mapped."""
+    found = _mapped(path, span, dtype, "MADV_RANDOM")
+    return None if found is None else found[::step].clone()
+
+
+def _mapped(path: Path, span: tuple[int, int], dtype: torch.dtype, advice: str) -> Tensor | None:
     first, n_bytes = span[0] // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY, span[1] - span[0]
     if not n_bytes or (span[0] - first) % dtype.itemsize:
         return None
@@ -35,8 +49,6 @@ def fetch(path: Path, span: tuple[int, int], dtype: torch.dtype) -> Tensor | Non
         if os.fstat(file.fileno()).st_size < span[1]:
             raise OSError(f"{path} has become shorter while it is in use")
         mapped = mmap.mmap(file.fileno(), span[1] - first, access=mmap.ACCESS_COPY, offset=first)
-    if hasattr(mapped, "madvise") and hasattr(mmap, "MADV_SEQUENTIAL"):
-        mapped.madvise(mmap.MADV_SEQUENTIAL)  # long reads, each before it is asked for
-    # A byte of every page: whoever uses the tensor finds it in memory.
-    torch.frombuffer(mapped, dtype=torch.uint8)[:: mmap.PAGESIZE].amax()
+    if hasattr(mapped, "madvise") and hasattr(mmap, advice):
+        mapped.madvise(getattr(mmap, advice))
     return torch.frombuffer(mapped, dtype=dtype, offset=span[0] - first, count=n_bytes // dtype.itemsize)

@@ -107,10 +107,11 @@ class Store:
         """
         digest = hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode())
         for slot in sorted(self._names, key=lambda s: (s.layer is None, s.layer or 0, s.name)):
-            tensor = self._tensors.read(self._names[slot]).reshape(-1)
-            step = max(1, tensor.numel() // _SAMPLES)
-            digest.update(f"{slot.layer} {slot.name} {tensor.numel()} {tensor.dtype}".encode())
-            digest.update(tensor[::step].to("cpu", torch.float64).numpy().tobytes())
+            name = self._names[slot]
+            n = math.prod(self._tensors.shape(name))
+            values = self._tensors.sample(name, max(1, n // _SAMPLES))
+            digest.update(f"{slot.layer} {slot.name} {n} {values.dtype}".encode())
+            digest.update(values.to("cpu", torch.float64).numpy().tobytes())
         if self._adapter is not None:
             digest.update(self._adapter.digest())
         return digest.hexdigest()[:32]

@@ -216,6 +216,7 @@ def test_fetched_tensors_are_those_of_the_file(tmp_path_factory, kinds):
         assert got.dtype == tensor.dtype
         assert torch.equal(got, tensor)
         assert torch.equal(files.read(name), tensor)
+        assert torch.equal(files.sample(name, 7), tensor.flatten()[::7])
 
 
 def test_writing_into_a_fetched_tensor_leaves_the_file(tmp_path):
