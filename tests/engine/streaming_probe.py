@@ -1,7 +1,7 @@
 """Run by test_streaming.py in a process of its own: streamed sweeps, each in a fresh fork, measured.
 
 Arguments: folders of checkpoints. Prints one JSON object for each: how far the process's own memory rose, and
-how much of the files it had mapped at once beyond what it had before.
+what it had mapped of files, libraries included.
 """
 
 import gc
@@ -31,16 +31,15 @@ def resident():
     return np.array([fields["RssAnon"] + fields["RssShmem"], fields["RssFile"]])
 
 
-def sweep(folder, **options):
+def sweep(folder):
     model = deltapatch.load_model(folder, device="cpu", stream=True)
     draw = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.spec.d_vocab, (3, 2, 12), generator=draw).tolist()
     pairs = [deltapatch.PromptPair(clean, corrupted, 5, 6) for clean, corrupted in prompts]
-    return deltapatch.sweep(model, pairs, progress=False, **OPTIONS | options)
+    return deltapatch.sweep(model, pairs, progress=False, **OPTIONS)
 
 
 def measure(folder):
-    sweep(folder, layers=[0])  # pages of libraries that a fork meets anew
     gc.collect()
     before = resident()
     peak, done = [before], threading.Event()
