@@ -57,6 +57,7 @@ class RandomTensors:
     """
 
     where = "random weights"
+    in_file = False
 
     def __init__(
         self, shapes: dict[str, tuple[int, ...]], n_layers: int, device: torch.device, dtype: torch.dtype

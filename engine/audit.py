@@ -104,6 +104,16 @@ class Audit:
                 return precision
         return PRECISIONS[safe]
 
+    def expected(self) -> Precision:
+        """What `cheapest` will choose if the first candidate is good enough."""
+        return PRECISIONS[self._candidates()[0]]
+
+    def expects(self) -> list[str]:
+        """The precisions in which the sample will then be computed."""
+        precision = self.job.precision or self.expected()
+        tried = [] if self.job.precision or len(self._candidates()) == 1 else [precision.name]
+        return tried + self.recomputed(precision)[:1]
+
     def truth_for(self, precision: Precision) -> Truth | None:
         """The truth that a run in that precision is held to.
 

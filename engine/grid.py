@@ -51,6 +51,16 @@ class SiteGrid:
             self.offset + out.ravel(),
         )
 
+    def position_tokens(self, pair: EncodedPair, length: int) -> np.ndarray:
+        """[position that the pair has], the tokens of a row that starts there, if `length` are read."""
+        at = [p for spot in self.positions if (p := pair.resolve(spot)) is not None]
+        return np.maximum(length - np.array(at, dtype=np.int64), 0)
+
+    def row_tokens(self, pair: EncodedPair, length: int) -> np.ndarray:
+        """[patch], how many tokens each row has."""
+        each = np.repeat(self.position_tokens(pair, length), max(1, self.n_indices))
+        return np.tile(each, len(self.layers))
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -68,6 +78,22 @@ class Grid:
         n = len(out)
         table = PatchTable(n, np.zeros(n, dtype=np.int64), np.arange(n), layer, place, position, index)
         return table, out
+
+    def entering(self, pair: EncodedPair, length: int, n_layers: int) -> np.ndarray:
+        """[1 + layer], the row tokens of a pair that enter at the embedding and in each layer."""
+        out = np.zeros(1 + n_layers, dtype=np.int64)
+        for g in self.sites:
+            tokens = int(g.position_tokens(pair, length).sum()) * max(1, g.n_indices)
+            np.add.at(out, 1 + np.asarray(place_of(g.site.name, g.layers)[1]), tokens)
+        return out
+
+    def in_flight(self, pair: EncodedPair, length: int, n_layers: int) -> np.ndarray:
+        """[layer], the row tokens of a pair that pass through each: those that entered before it."""
+        return np.cumsum(self.entering(pair, length, n_layers))[:-1]
+
+    def row_tokens(self, pair: EncodedPair, length: int) -> np.ndarray:
+        """[row], the tokens of each intervention of a pair, in the order of `table`."""
+        return np.concatenate([g.row_tokens(pair, length) for g in self.sites])
 
     def describe(self, effect: int, n_pairs: int) -> str:
         """Which patch an effect belongs to, in words."""

@@ -59,16 +59,16 @@ class Job:
         cls,
         model: Model,
         pairs: Sequence[PromptPair],
-        direction: Direction,
-        source: str,
-        precision: str,
-        backend: str,
-        memory_budget: int | None,
-        metrics: str | Sequence[str],
-        readout: int | str,
-        seed: int,
-        noise_scale: float,
-        noise_sample: int | None,
+        direction: Direction = "denoise",
+        source: str = "counterpart",
+        precision: str = "auto",
+        backend: str = "auto",
+        memory_budget: int | None = None,
+        metrics: str | Sequence[str] = "all",
+        readout: int | str = "last",
+        seed: int = 0,
+        noise_scale: float = 3.0,
+        noise_sample: int | None = None,
     ) -> "Job":
         """Check the options of a sweep or run, and encode its pairs.
 
@@ -109,6 +109,10 @@ class Job:
             noise_sample,
             partners(length, seed) if kind == "resample" else None,
         )
+
+    def lengths(self) -> Iterator[tuple[EncodedPair, int]]:
+        """Every pair, and its tokens up to the read-out position."""
+        return zip(self.pairs, self.length.tolist(), strict=True)
 
     def carry_out(
         self, work: Work, progress: bool, keeper: Keeper | None = None
@@ -180,11 +184,15 @@ class Job:
         self, tables: Tables, places: Collection[str], precision: Precision, each: Map
     ) -> Iterator[Pass]:
         """The passes that interventions are cut into."""
+        costs = self.costs(places, precision, each.count)
+        return cut(tables, self.length, costs, self.budget, self.source == "mean", self.model.stream)
+
+    def costs(self, places: Collection[str], precision: Precision, threads: int) -> Costs:
+        """What things cost in memory, with patches at these places and so many blocks at once."""
         n_sources = 1 if self.partner is None else 2
         longest, block = int(self.length.max()), self.backend.block_tokens
         against_base = self.source in ("zero", "mean")
-        costs = Costs.of(self.model, precision, block, n_sources, longest, each.count, places, against_base)
-        return cut(tables, self.length, costs, self.budget, self.source == "mean")
+        return Costs.of(self.model, precision, block, n_sources, longest, threads, places, against_base)
 
     def _carry(
         self, part: Pass, precision: Precision, each: Map, tick: Callable[[int], None] = lambda n: None

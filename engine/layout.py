@@ -6,6 +6,10 @@ import numpy as np
 
 from deltapatch.kernels.segments import Segment
 
+_LEAST = 64  # tokens in a block: with fewer, a product does little but read its weights
+_SPREAD = 4  # blocks that few tokens are cut into, so that cores share them; not as many as there are cores,
+# since effects must not depend on the machine
+
 
 @dataclass(frozen=True)
 class PairShapes:
@@ -62,6 +66,17 @@ class Layout:
     stride: np.ndarray
     n_tokens: int
     blocks: list[Block]
+
+
+def how_many_blocks(tokens: int, block_tokens: int, spread: bool) -> int:
+    """Into how many blocks so many row tokens go.
+
+    Args:
+        block_tokens: that a block should have.
+        spread: whether few tokens are cut too, so that the cores of a CPU share them.
+    """
+    few = min(_SPREAD, tokens // _LEAST) if spread else 1
+    return max(round(tokens / block_tokens), few, 1)
 
 
 def lay_out(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -31,6 +32,7 @@ def cut(
     costs: Costs,
     budget: int,
     share_lengths: bool,
+    few: bool = False,
 ) -> Iterator[Pass]:
     """Cut interventions into passes.
 
@@ -40,57 +42,108 @@ def cut(
         costs: of memory.
         budget: bytes.
         share_lengths: a pass needs the runs of all pairs of a length (source "mean").
+        few: see `cut_rows`.
 
     Raises:
         DeltapatchError: not even one intervention fits.
     """
-    held: list[tuple[int, PatchTable, np.ndarray]] = []
-    used = _Used()
+    known: dict[int, tuple[PatchTable, np.ndarray]] = {}
 
-    def with_pair(used: _Used, pair: int) -> _Used:
+    def tokens() -> Iterator[tuple[int, np.ndarray]]:
+        for pair, table, out in tables:
+            known[pair] = table, out
+            # Patches may lie behind the read-out.
+            yield pair, (length[pair] - first_positions(table)).clip(0)
+
+    for part, _ in cut_rows(tokens(), length, costs, budget, share_lengths, few):
+        parts = []
+        for pair, rows in part:
+            table, out = known[pair]
+            whole = len(range(*rows.indices(table.n_rows))) == table.n_rows
+            some = table if whole else take(table, np.arange(table.n_rows)[rows])
+            parts.append((pair, some, out[rows]))
+            if rows.stop >= table.n_rows:
+                del known[pair]
+        yield join(parts, length, share_lengths)
+
+
+def cut_rows(
+    tokens: Iterable[tuple[int, np.ndarray]],
+    length: np.ndarray,
+    costs: Costs,
+    budget: int,
+    share_lengths: bool,
+    few: bool = False,
+) -> Iterator[tuple[list[tuple[int, slice]], "Used"]]:
+    """Cut rows into passes: which rows of which pairs go together, and what that holds.
+
+    Args:
+        tokens: (pair, [row] how many it has), ordered by the pairs' lengths.
+        length, costs, budget, share_lengths: as for `cut`.
+        few: make passes as few as can be, though a pair's prompts are run in two of them. Else a pair is cut
+            only where it does not fit by itself, into even pieces.
+
+    Raises:
+        DeltapatchError: not even one row fits.
+    """
+    held: list[tuple[int, slice]] = []
+    used = Used()
+    counts = dict(zip(*(a.tolist() for a in np.unique(length, return_counts=True)), strict=True))
+
+    def with_pair(used: Used, pair: int) -> Used:
         """What is used once a pair's runs are carried too, before any of its rows."""
-        same = int((length == length[pair]).sum()) if share_lengths else 1
-        if share_lengths and int(length[pair]) in used.lengths:
-            same = 0
-        return _Used(
-            used.pairs + same,
-            used.base_tokens + same * int(length[pair]),
-            used.row_tokens,
-            used.rows,
-            used.lengths | {int(length[pair])},
-        )
+        n = int(length[pair])
+        same = counts[n] if share_lengths else 1
+        return used.with_pairs(0 if share_lengths and n in used.lengths else same, n)
 
-    for pair, table, out in tables:
-        tokens = (length[pair] - first_positions(table)).clip(0)  # patches may lie behind the read-out
-        after = with_pair(used, pair).plus(tokens)
-        if held and after.bytes(costs) > budget:
-            yield _join(held, length, share_lengths)
-            held, used = [], _Used()
-            after = with_pair(used, pair).plus(tokens)
-        room = budget - with_pair(used, pair).bytes(costs)
-        each = tokens * costs.row_token + costs.row  # [row], bytes
-        longest = int(each.max(initial=0))
-        if room < longest:
-            least = with_pair(_Used(), pair).bytes(costs) + longest
+    for pair, each in tokens:
+        bytes_of = each * costs.row_token + costs.row  # [row]
+        longest = int(bytes_of.max(initial=0))
+        alone = with_pair(Used(), pair)
+        if budget - alone.bytes(costs) < longest:
+            least = alone.bytes(costs) + longest
             raise DeltapatchError(
                 f"a memory budget of {budget / 1e6:,.0f} MB is too small: this model and these prompts need "
                 f"at least {least / 1e6:,.0f} MB; raise the budget, or shorten the prompts"
             )
-        pieces = _pieces(each, room)
+        ends = np.concatenate([[0], np.cumsum(bytes_of)])
+        done = 0
+        while few and held and done < len(each):
+            # What fits of this pair fills the pass that is under way.
+            room = budget - with_pair(used, pair).bytes(costs)
+            fits = int(np.searchsorted(ends, ends[done] + room, side="right")) - 1
+            if fits >= len(each):
+                break
+            if fits > done:
+                held.append((pair, slice(done, fits)))
+                used = with_pair(used, pair).plus(each[done:fits])
+                done = fits
+            yield held, used
+            held, used = [], Used()
+        left = each[done:]
+        after = with_pair(used, pair).plus(left)
+        if held and after.bytes(costs) > budget:
+            yield held, used
+            held, used = [], Used()
+            after = with_pair(used, pair).plus(left)
+        pieces = _pieces(bytes_of[done:], budget - with_pair(used, pair).bytes(costs), few)
         if len(pieces) < 2:  # a pair without interventions is run as well: its answers are part of the result
-            held.append((pair, table, out))
+            held.append((pair, slice(done, len(each))))
             used = after
             continue
         for piece in pieces:
-            rows = np.arange(piece.start, piece.stop)
-            yield _join([(pair, take(table, rows), out[piece])], length, share_lengths)
+            held = [(pair, slice(done + piece.start, done + piece.stop))]
+            used = with_pair(Used(), pair).plus(left[piece])
+            if piece is not pieces[-1] or not few:
+                yield held, used
+                held, used = [], Used()
     if held:
-        yield _join(held, length, share_lengths)
+        yield held, used
 
 
 @dataclass(frozen=True)
-class _Used:
-    """What a pass holds so far."""
+class Used:
+    """What a pass holds."""
 
     pairs: int = 0
     base_tokens: int = 0
@@ -98,7 +151,12 @@ class _Used:
     rows: int = 0
     lengths: frozenset[int] = frozenset()
 
-    def plus(self, tokens: np.ndarray) -> "_Used":
+    def with_pairs(self, n: int, length: int) -> "Used":
+        """With the runs of so many pairs more, of one length."""
+        tokens = self.base_tokens + n * length
+        return replace(self, pairs=self.pairs + n, base_tokens=tokens, lengths=self.lengths | {length})
+
+    def plus(self, tokens: np.ndarray) -> "Used":
         """With rows of so many tokens each."""
         return replace(self, row_tokens=self.row_tokens + int(tokens.sum()), rows=self.rows + len(tokens))
 
@@ -121,12 +179,17 @@ def row_layers(table: PatchTable, length: int | np.ndarray, n_layers: int) -> in
     return int(((length - first_positions(table)).clip(0) * (n_layers - 1 - first_layer)).sum())
 
 
-def _pieces(each: np.ndarray, room: int) -> list[slice]:
-    """Even runs of rows that each fit into `room` bytes."""
+def _pieces(each: np.ndarray, room: int, few: bool) -> list[slice]:
+    """Runs of rows that each fit into `room` bytes: even ones, or `few` full ones."""
+    if few:
+        ends, edges = np.concatenate([[0], np.cumsum(each)]), [0]
+        while edges[-1] < len(each):
+            edges.append(int(np.searchsorted(ends, ends[edges[-1]] + room, side="right")) - 1)
+        return [slice(a, b) for a, b in pairwise(edges)]
     n = max(1, -(-int(each.sum()) // max(1, room)))
     while True:
-        edges = np.searchsorted(np.cumsum(each), np.arange(1, n) * (each.sum() / n)).tolist()
-        pieces = [slice(a, b) for a, b in zip([0, *edges], [*edges, len(each)], strict=True) if b > a]
+        cuts = np.searchsorted(np.cumsum(each), np.arange(1, n) * (each.sum() / n)).tolist()
+        pieces = [slice(a, b) for a, b in pairwise([0, *cuts, len(each)]) if b > a]
         if all(each[p].sum() <= room for p in pieces) or not pieces:
             return pieces
         n += 1
@@ -142,7 +205,7 @@ def take(table: PatchTable, rows: np.ndarray) -> PatchTable:
     return PatchTable(len(rows), table.pair[rows], new[kept], *columns)
 
 
-def _join(parts: list[tuple[int, PatchTable, np.ndarray]], length: np.ndarray, share_lengths: bool) -> Pass:
+def join(parts: list[tuple[int, PatchTable, np.ndarray]], length: np.ndarray, share_lengths: bool) -> Pass:
     """One pass of several pairs' interventions."""
     pairs = [pair for pair, _, _ in parts]
     if share_lengths:

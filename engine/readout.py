@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.layout import Block, PairShapes, lay_out
+from deltapatch.engine.layout import Block, PairShapes, how_many_blocks, lay_out
 from deltapatch.engine.products import taken_in
 from deltapatch.engine.sources import Prompts
 from deltapatch.engine.workers import Map
@@ -117,7 +117,7 @@ class ReadOut:
     ) -> None:
         """Measure the rows of some pairs, which are counted from the first of these: [measured, row]."""
         shapes = PairShapes(self.shapes.length[pairs], self.shapes.base[pairs])
-        n_blocks = max(1, round(len(rows) / self.ops.block_tokens))
+        n_blocks = how_many_blocks(len(rows), self.ops.block_tokens, spread=False)
         layout = lay_out(np.arange(len(rows)), pair, shapes.length[pair] - 1, shapes, n_blocks)
 
         def take(block: Block, each: Each = in_turn) -> None:

@@ -17,7 +17,6 @@ from deltapatch.engine.job import Job
 from deltapatch.engine.manifest import Manifest, settings_of
 from deltapatch.engine.metrics import Direction, Reference, compute
 from deltapatch.engine.pairs import PromptPair
-from deltapatch.engine.patches import place_of
 from deltapatch.engine.planner import row_layers
 from deltapatch.engine.runfolder import RUN, check_output, is_begun, pairs_as_text
 from deltapatch.engine.sites import PLACES
@@ -124,14 +123,7 @@ def sweep(
         noise_sample,
     )
     grid = make_grid(sites, positions, layers, job.pairs, model.spec)
-    work = Work(
-        np.argsort(job.length, kind="stable").tolist(),
-        lambda pair: grid.table(pair, job.pairs[pair]),
-        grid.n_effects,
-        _row_layers(grid, job),
-        frozenset(g.site.place for g in grid.sites),
-        lambda i: grid.describe(i, len(job.pairs)),
-    )
+    work = Work.of_sweep(grid, job)
     if out is None:
         return _effects(grid, job, *job.carry_out(work, progress))
     asked = settings_of(job, grid, None if precision == "auto" else precision, memory_budget)
@@ -204,18 +196,6 @@ def run(
     measured, reference = job.carry_out(work, progress)
     pair = np.array([i.pair for i in interventions])
     return Outcome(measured, pair, reference, direction, job.meta())
-
-
-def _row_layers(grid: Grid, job: Job) -> int:
-    """Row tokens times the layers that they pass, over a whole sweep: what the progress bar counts."""
-    total = 0
-    for length, pair in zip(job.length, job.pairs, strict=True):
-        for g in grid.sites:
-            at = [p for spot in g.positions if (p := pair.resolve(spot)) is not None and p < length]
-            tokens = sum(int(length) - p for p in at)
-            passed = np.maximum(job.model.spec.n_layers - 1 - place_of(g.site.name, g.layers)[1], 0).sum()
-            total += tokens * int(passed) * max(1, g.n_indices)
-    return total
 
 
 def _effects(grid: Grid, job: Job, measured: dict[str, np.ndarray], reference: Reference) -> Effects:

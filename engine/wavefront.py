@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Layer, Swaps
-from deltapatch.engine.layout import Block, Layout, PairShapes, lay_out
+from deltapatch.engine.layout import Block, Layout, PairShapes, how_many_blocks, lay_out
 from deltapatch.engine.metrics import Direction, Reference
 from deltapatch.engine.patches import (
     ATTENTION,
@@ -42,9 +42,6 @@ from deltapatch.models.model import Model
 from deltapatch.models.stream import Reader
 from deltapatch.models.weights import Converter
 
-_LEAST = 64  # tokens in a block: with fewer, a product does little but read its weights
-_SPREAD = 4  # blocks that few tokens are cut into, so that cores share them; not as many as there are cores,
-# since effects must not depend on the machine
 _ENTRY_STAGES = (ATTENTION, MIDDLE, END)
 
 
@@ -120,10 +117,7 @@ class Wavefront:
         with self.model.reading() as read:
             x, dx, rows, layout = self._through_layers(read)
             ends = read.ends()
-        reader = ReadOut(
-            self.model, self.prompts, self.shapes, self.measured, self.precision, self.ops, self.each
-        )
-        by_row, unpatched = reader.read(ends, x, dx, rows, self.rows.pair[layout.rows])
+        by_row, unpatched = self._reader().read(ends, x, dx, rows, self.rows.pair[layout.rows])
         # Interventions that cannot reach the read-out have no row: their effect is exactly zero.
         live = self.rows.id_of >= 0
         measured = np.zeros((len(self.measured), self.n_interventions), by_row.dtype)
@@ -133,6 +127,11 @@ class Wavefront:
             unpatched[..., 0:2],
             unpatched[..., 2:4],
             unpatched[..., 4].astype(np.int64),
+        )
+
+    def _reader(self) -> ReadOut:
+        return ReadOut(
+            self.model, self.prompts, self.shapes, self.measured, self.precision, self.ops, self.each
         )
 
     # The layers ------------------------------------------------------------------------------------------
@@ -247,8 +246,8 @@ class Wavefront:
             rows = rows[np.argsort(self.rows.pair[rows], kind="stable")]
         tokens = int((self.prompts.length[self.rows.pair[rows]] - start[rows]).sum())
         # After the last layer the vocabulary is shared among cores instead: see readout.py.
-        spread = _SPREAD if self.model.device.type == "cpu" and not last else 1
-        n_blocks = max(round(tokens / self.ops.block_tokens), min(spread, tokens // _LEAST), 1)
+        spread = self.model.device.type == "cpu" and not last
+        n_blocks = how_many_blocks(tokens, self.ops.block_tokens, spread)
         return lay_out(rows, self.rows.pair, start, self.shapes, n_blocks)
 
     def _rope_tables(self, length: int) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from deltapatch.engine.audit import Truth
 from deltapatch.engine.gather import Gathered, PassEffects
+from deltapatch.engine.grid import Grid
 from deltapatch.engine.patches import PatchTable
 from deltapatch.engine.planner import Pass
+
+if TYPE_CHECKING:
+    from deltapatch.engine.job import Job
 
 Tables = Iterable[tuple[int, PatchTable, np.ndarray]]
 
@@ -33,6 +37,18 @@ class Work:
     row_layers: int
     places: frozenset[str]
     describe: Callable[[int], str]
+
+    @classmethod
+    def of_sweep(cls, grid: Grid, job: "Job") -> "Work":
+        """Every patch of a grid, each alone."""
+        return cls(
+            np.argsort(job.length, kind="stable").tolist(),
+            lambda pair: grid.table(pair, job.pairs[pair]),
+            grid.n_effects,
+            int(sum(grid.in_flight(p, n, job.model.spec.n_layers).sum() for p, n in job.lengths())),
+            frozenset(g.site.place for g in grid.sites),
+            lambda i: grid.describe(i, len(job.pairs)),
+        )
 
     def tables(self) -> Tables:
         """Of every pair: its number, interventions, and where their effects go."""

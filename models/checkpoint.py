@@ -40,6 +40,7 @@ class Tensors(Protocol):
     """Named tensors that a model is read from: files, or a model in memory."""
 
     where: str  # what a sentence calls the whole
+    in_file: bool  # whether tensors are pages of a mapped file
 
     def names(self) -> Iterable[str]:
         """The names of all tensors."""
@@ -69,6 +70,8 @@ class SafetensorsFiles:
     Raises:
         DeltapatchError: a file is missing, truncated, or lacks a tensor that the index promises.
     """
+
+    in_file = True
 
     def __init__(self, where: str, files: list[Path], index: dict[str, str] | None = None) -> None:
         self.where = where
@@ -147,6 +150,8 @@ class SafetensorsFiles:
 
 class ModuleTensors:
     """The parameters and buffers of a PyTorch module in memory, shared with it."""
+
+    in_file = False
 
     def __init__(self, where: str, state: dict[str, Tensor]) -> None:
         self.where = where

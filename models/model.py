@@ -1,8 +1,10 @@
 """The model as users and the engine hold it: a spec, weights by layer, a tokenizer, plain logits."""
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,14 @@ from deltapatch.models.registry import read_config
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.store import Store
 from deltapatch.models.stream import CudaLane, Reader, Upload, kept, streamed
-from deltapatch.models.weights import EndWeights, LayerWeights, assemble_ends, assemble_layer, cast
+from deltapatch.models.weights import (
+    EndWeights,
+    LayerWeights,
+    assemble_ends,
+    assemble_layer,
+    cast,
+    layer_shapes,
+)
 
 _DTYPES = {
     "float64": torch.float64,
@@ -82,8 +91,19 @@ class Model:
     @property
     def holds_what_it_reads(self) -> bool:
         """Whether streamed layers take memory of their own, rather than being pages of a mapped file."""
-        converts = self.dtype != self._store.dtype(Slot(None, "embedding.weight"))
-        return self.stream and (self.device.type != "cpu" or converts or self._store.changes_weights)
+        return self.stream and (self.device.type != "cpu" or self._makes_tensors)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights that are in memory of their own: none where they are pages of a mapped file."""
+        in_file = self.device.type == "cpu" and self._store.in_file and not self._makes_tensors
+        return 0 if self.stream or in_file else self.n_bytes
+
+    @property
+    def _makes_tensors(self) -> bool:
+        """Whether reading makes tensors that are not those of the file."""
+        kept = self._store.dtype(Slot(None, "embedding.weight"))
+        return self.dtype != kept or self._store.changes_weights
 
     def reading(self) -> AbstractContextManager[Reader]:
         """One pass over the weights: all layers in order, and then the ends.
@@ -96,6 +116,31 @@ class Model:
         if not self.stream:
             return kept(self._layers, self._ends)
         return streamed(self._fetch, self.spec.n_layers, self._lane)
+
+    def read_some(self, n_bytes: int) -> tuple[int, int, int]:
+        """Read about so many bytes of a streamed model, from layers that lie evenly in it, and drop them.
+
+        Returns:
+            How many were read; how many a layer has, and the ends that a pass reads.
+        """
+        slots = list(layer_shapes(self.spec))
+        layers = range(self.spec.n_layers)
+        size = sum(self._store.slot_bytes(Slot(0, name)) for name in slots)
+        largest = max(slots, key=lambda name: self._store.slot_bytes(Slot(0, name)))
+        one = self._store.slot_bytes(Slot(0, largest))
+        step = max(1, len(layers) // max(1, n_bytes // one))
+        done = 0
+        for l in layers[step // 2 :: step]:
+            self._fetch_slot(Slot(l, largest))
+            done += one
+        unembedding = "embedding.weight" if self.spec.tied_embeddings else "unembedding.weight"
+        return done, size, self._store.slot_bytes(Slot(None, unembedding))
+
+    def first_layers(self, n: int) -> "Model":
+        """The same model, sharing its weights, with only the first of its layers."""
+        part = copy.copy(self)
+        part.spec = replace(self.spec, n_layers=min(n, self.spec.n_layers))
+        return part
 
     def layer(self, index: int, dtype: torch.dtype | None = torch.float32) -> LayerWeights:
         """The weights of one block on the model's device.

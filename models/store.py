@@ -79,10 +79,20 @@ class Store:
         """What the checkpoint keeps a slot in."""
         return self._tensors.dtype(self._names[slot])
 
+    def slot_bytes(self, slot: Slot) -> int:
+        """What a slot takes in the checkpoint."""
+        name = self._names[slot]
+        return math.prod(self._tensors.shape(name)) * self._tensors.dtype(name).itemsize
+
     def n_bytes(self, dtype: torch.dtype | None = None) -> int:
         """What all tensors take, in their own dtypes unless one is given."""
         sizes = ((math.prod(self._tensors.shape(n)), self._tensors.dtype(n)) for n in self._names.values())
         return sum(count * (dtype or own).itemsize for count, own in sizes)
+
+    @property
+    def in_file(self) -> bool:
+        """Whether tensors are pages of a mapped file."""
+        return self._tensors.in_file
 
     @property
     def changes_weights(self) -> bool:

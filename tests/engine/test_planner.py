@@ -44,11 +44,11 @@ def patches_of(table, row):
 
 
 @settings(max_examples=150, deadline=None)
-@given(jobs(), st.integers(1000, 2500), st.booleans())
-def test_passes_hold_every_intervention_once_and_keep_the_budget(job, budget, share_lengths):
+@given(jobs(), st.integers(1000, 2500), st.booleans(), st.booleans())
+def test_passes_hold_every_intervention_once_and_keep_the_budget(job, budget, share_lengths, few):
     length, tables, n = job
     try:
-        passes = list(cut(tables, length, COSTS, budget, share_lengths))
+        passes = list(cut(tables, length, COSTS, budget, share_lengths, few))
     except DeltapatchError:
         # Only where some pair, with those it needs beside it, leaves no room for a row of its length
         tokens = max((int(length[p]) for p, t, _ in tables), default=0)
@@ -73,6 +73,20 @@ def test_passes_hold_every_intervention_once_and_keep_the_budget(job, budget, sh
         tokens = own[part.table.pair] - first_positions(part.table)
         total = COSTS.total(len(part.pairs), int(own.sum()), int(tokens.sum()), part.table.n_rows)
         assert total <= budget
+
+
+@settings(max_examples=100, deadline=None)
+@given(jobs(), st.integers(1200, 2500))
+def test_few_passes_are_no_more_and_all_but_full(job, budget):
+    length, tables, _ = job
+    passes = list(cut(tables, length, COSTS, budget, False, few=True))
+    assert len(passes) <= len(list(cut(tables, length, COSTS, budget, False)))
+    for part in passes[:-1]:
+        # Neither a row of the last pair nor another pair would have fitted.
+        own = length[part.pairs]
+        tokens = own[part.table.pair] - first_positions(part.table)
+        total = COSTS.total(len(part.pairs), int(own.sum()), int(tokens.sum()), part.table.n_rows)
+        assert total > budget - COSTS.pair - 6 * (COSTS.base_token + COSTS.row_token) - COSTS.row
 
 
 def test_a_larger_budget_takes_fewer_passes():
