@@ -2,22 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deltapatch.engine.audit import Audit
 from deltapatch.engine.calibration import Rates, calibrate
-from deltapatch.engine.grid import Layers, Positions, make_grid
+from deltapatch.engine.grid import Grid, Layers, Positions, listed, make_grid
 from deltapatch.engine.job import Job
 from deltapatch.engine.layout import how_many_blocks
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.engine.plan import Plan, plan
 from deltapatch.engine.planner import Used
 from deltapatch.engine.work import Work
-from deltapatch.engine.workers import workers
+from deltapatch.engine.workers import Map, workers
 from deltapatch.kernels.device import float32_products
-from deltapatch.kernels.product import PRECISIONS
+from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
 
 _DOUBLE = 2.0  # times as long as in float32 things take in float64
@@ -51,12 +51,18 @@ class Forecast:
         return found
 
 
+class Asked(NamedTuple):
+    """A sweep that could be made; as the arguments of `sweep`."""
+
+    sites: str | Sequence[str] = ("mlp_out", "attn_out")
+    positions: Positions = "all"
+    layers: Layers = "all"
+
+
 def forecast(
     model: Model,
     pairs: Sequence[PromptPair],
-    sites: str | Sequence[str] = ("mlp_out", "attn_out"),
-    positions: Positions = "all",
-    layers: Layers = "all",
+    asked: Asked,
     timed: bool = True,
     kept: bool = True,
     **options: Any,
@@ -64,7 +70,8 @@ def forecast(
     """What a sweep will do, and how long it will take.
 
     Args:
-        model, pairs, sites, positions, layers: as for `sweep`.
+        model, pairs: as for `sweep`.
+        asked: what is patched.
         timed: carry out a small piece of the plan, for a second or so, to see how fast this machine is.
         kept: the sweep will write a run folder, and plan before it begins.
         options: others of `sweep`.
@@ -72,17 +79,41 @@ def forecast(
     Raises:
         DeltapatchError: bad input, as for `sweep`; also a memory budget without room for one intervention.
     """
+    return forecasts(model, pairs, [asked], timed, kept, **options)[0]
+
+
+def forecasts(
+    model: Model,
+    pairs: Sequence[PromptPair],
+    asked: Sequence[Asked],
+    timed: bool = True,
+    kept: bool = True,
+    **options: Any,
+) -> list[Forecast]:
+    """The same for several sweeps of the same pairs, which are alike: one piece of them all is timed."""
     job = Job.of(model, pairs, **options)
-    grid = make_grid(sites, positions, layers, job.pairs, model.spec)
-    work = Work.of_sweep(grid, job)
+    grids = [make_grid(*one, job.pairs, model.spec) for one in asked]
+    out = []
     with float32_products("ieee"), workers(model.device) as each:
-        audit = Audit(job, work, each)
-        precision = job.precision or audit.expected()
-        found = plan(job, grid, precision, each.count)
-        if not timed:
-            return Forecast(found, precision.name, None)
-        rates = calibrate(job, work, found, precision, each)
-    return Forecast(found, precision.name, seconds(job, found, rates, audit, kept))
+        rates = None
+        if timed:
+            sites = [name for one in asked for name in listed(one.sites)]
+            every = make_grid(sites, asked[0].positions, asked[0].layers, job.pairs, model.spec)
+            work, precision = _expected(job, every)[:2]
+            rates = calibrate(job, work, plan(job, every, precision, each.count), precision, each)
+        for grid in grids:
+            work, precision, audit = _expected(job, grid)
+            found = plan(job, grid, precision, each.count)
+            spent = None if rates is None else seconds(job, found, rates, audit, kept)
+            out.append(Forecast(found, precision.name, spent))
+    return out
+
+
+def _expected(job: Job, grid: Grid) -> tuple[Work, Precision, Audit]:
+    """Of a sweep: its work, the precision that it will probably take, and its audit."""
+    work = Work.of_sweep(grid, job)
+    audit = Audit(job, work, Map())
+    return work, job.precision or audit.expected(), audit
 
 
 def seconds(job: Job, plan: Plan, rates: Rates, audit: Audit, kept: bool) -> dict[str, float]:
@@ -104,7 +135,7 @@ def seconds(job: Job, plan: Plan, rates: Rates, audit: Audit, kept: bool) -> dic
         entering = np.zeros_like(plan.entering)
         # Drawn at random, they are patched in the middle on average.
         entering[len(entering) // 2] = n * plan.entering.sum() / max(1, plan.rows)
-        used = Used(len(lengths), sum(lengths), int(entering.sum()), n)
+        used = Used(len(lengths), sum(lengths), int(entering.sum()), n, frozenset(lengths))
         again = sum(_of_passes(job, [used], entering, rates).values())
         found["noise floor"] = sum(
             again * (_DOUBLE if PRECISIONS[name].base.itemsize == 8 else 1) for name in audit.expects()
@@ -132,7 +163,8 @@ def _of_passes(job: Job, passes: list[Used], entering: np.ndarray, rates: Rates)
     busy = np.clip(blocks + new_blocks, 1, threads)
 
     # Of the unpatched runs: blocks of whole prompts.
-    segments = np.maximum(np.ceil(base / np.maximum(block, base / pairs)), 1)
+    lengths = np.array([len(p.lengths) for p in passes])
+    segments = np.maximum(np.ceil(base / np.maximum(block, base / pairs)), lengths)
     runs = rates.unpatched(base, segments)
     ready = rates.weights + runs / np.minimum(segments, threads)  # [pass]
     layer = ready[:, None] + work / busy

@@ -127,7 +127,7 @@ def make_grid(
     """
     chosen: dict[str, tuple[Site, list[int]]] = {}
     every = _layers(layers, spec)
-    for name in _listed(sites):
+    for name in listed(sites):
         site, layer = find_site(name)
         check_site(site, spec)
         wanted = every if layer is None else _layers([layer], spec)
@@ -145,7 +145,8 @@ def make_grid(
     return Grid(grids, offset)
 
 
-def _listed(names: str | Sequence[str]) -> list[str]:
+def listed(names: str | Sequence[str]) -> list[str]:
+    """Names, given as a list or with commas between."""
     return [n.strip() for n in names.split(",") if n.strip()] if isinstance(names, str) else list(names)
 
 

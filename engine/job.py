@@ -197,7 +197,7 @@ class Job:
     def _carry(
         self, part: Pass, precision: Precision, each: Map, tick: Callable[[int], None] = lambda n: None
     ) -> PassResult:
-        prompts = self._prompts(part.pairs)
+        prompts = self.prompts(part.pairs)
         return Wavefront(
             self.model, prompts, part.table, self.measured, precision, self.backend, each, tick
         ).run()
@@ -223,7 +223,7 @@ class Job:
         length = self.length[np.array(part.pairs)][part.table.pair]
         return row_layers(part.table, length, self.model.spec.n_layers)
 
-    def _prompts(self, numbers: list[int]) -> Prompts:
+    def prompts(self, numbers: list[int]) -> Prompts:
         """The prompts of some pairs, cut at the read-out position."""
         length = self.length[numbers]
         parts: list[list[list[int]]] = [[], [], []]  # base, counterpart, another pair's source

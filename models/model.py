@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.models.architecture import Slot
 from deltapatch.models.checkpoint import TOKENIZER_FILES, ModuleTensors, find_folder, read_checkpoint
 from deltapatch.models.config import Config
 from deltapatch.models.forward import block, readout, rope_tables
@@ -22,14 +21,12 @@ from deltapatch.models.memory import fits
 from deltapatch.models.registry import read_config
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.store import Store
-from deltapatch.models.stream import CudaLane, Reader, Upload, kept, streamed
+from deltapatch.models.stream import Reader, kept, streamed
+from deltapatch.models.weight_reader import WeightReader
 from deltapatch.models.weights import (
     EndWeights,
     LayerWeights,
-    assemble_ends,
-    assemble_layer,
     cast,
-    layer_shapes,
 )
 
 _DTYPES = {
@@ -71,15 +68,13 @@ class Model:
         self.name = name
         self.device = device
         self.stream = stream
-        self._store = store
-        self._given_dtype = dtype
+        self._reader = WeightReader(store, device, dtype)
         self._folder = folder
         self._given_tokenizer = tokenizer
-        self.n_bytes = store.n_bytes(dtype)
-        self.dtype: torch.dtype = dtype or store.dtype(Slot(None, "embedding.weight"))
+        self.n_bytes, self.dtype = self._reader.n_bytes, self._reader.dtype
         if not stream:
-            self._ends = self._read_ends()
-            self._layers = [self._read_layer(l) for l in range(self.spec.n_layers)]
+            self._ends = self._reader.ends()
+            self._layers = [self._reader.layer(l) for l in range(self.spec.n_layers)]
 
     def __repr__(self) -> str:
         s = self.spec
@@ -89,21 +84,14 @@ class Model:
         )
 
     @property
-    def holds_what_it_reads(self) -> bool:
-        """Whether streamed layers take memory of their own, rather than being pages of a mapped file."""
-        return self.stream and (self.device.type != "cpu" or self._makes_tensors)
-
-    @property
     def resident_bytes(self) -> int:
         """Bytes of weights that are in memory of their own: none where they are pages of a mapped file."""
-        in_file = self.device.type == "cpu" and self._store.in_file and not self._makes_tensors
-        return 0 if self.stream or in_file else self.n_bytes
+        return self.n_bytes if self._reader.makes_tensors and not self.stream else 0
 
     @property
-    def _makes_tensors(self) -> bool:
-        """Whether reading makes tensors that are not those of the file."""
-        kept = self._store.dtype(Slot(None, "embedding.weight"))
-        return self.dtype != kept or self._store.changes_weights
+    def holds_what_it_reads(self) -> bool:
+        """Whether streamed layers take memory of their own while they are used."""
+        return self.stream and self._reader.makes_tensors
 
     def reading(self) -> AbstractContextManager[Reader]:
         """One pass over the weights: all layers in order, and then the ends.
@@ -115,26 +103,16 @@ class Model:
         """
         if not self.stream:
             return kept(self._layers, self._ends)
-        return streamed(self._fetch, self.spec.n_layers, self._lane)
+        reader = self._reader
+
+        def fetch(part: int) -> Any:
+            return reader.fetch(part if part < self.spec.n_layers else reader.spec.n_layers)
+
+        return streamed(fetch, self.spec.n_layers, reader.lane)
 
     def read_some(self, n_bytes: int) -> tuple[int, int, int]:
-        """Read about so many bytes of a streamed model, from layers that lie evenly in it, and drop them.
-
-        Returns:
-            How many were read; how many a layer has, and the ends that a pass reads.
-        """
-        slots = list(layer_shapes(self.spec))
-        layers = range(self.spec.n_layers)
-        size = sum(self._store.slot_bytes(Slot(0, name)) for name in slots)
-        largest = max(slots, key=lambda name: self._store.slot_bytes(Slot(0, name)))
-        one = self._store.slot_bytes(Slot(0, largest))
-        step = max(1, len(layers) // max(1, n_bytes // one))
-        done = 0
-        for l in layers[step // 2 :: step]:
-            self._fetch_slot(Slot(l, largest))
-            done += one
-        unembedding = "embedding.weight" if self.spec.tied_embeddings else "unembedding.weight"
-        return done, size, self._store.slot_bytes(Slot(None, unembedding))
+        """Read part of a streamed model, to see how fast that is (see `WeightReader.read_some`)."""
+        return self._reader.read_some(n_bytes)
 
     def first_layers(self, n: int) -> "Model":
         """The same model, sharing its weights, with only the first of its layers."""
@@ -154,18 +132,17 @@ class Model:
         """
         if not 0 <= index < self.spec.n_layers:
             raise IndexError(f"layer {index} of a model with {self.spec.n_layers} layers")
-        stored = self._read_layer(index) if self.stream else self._layers[index]
+        stored = self._reader.layer(index) if self.stream else self._layers[index]
         return cast(stored, self.device, dtype)
 
     def ends(self, dtype: torch.dtype | None = torch.float32) -> EndWeights:
         """Embedding, final norm and unembedding on the model's device, shared as those of `layer`."""
-        return cast(self._read_ends() if self.stream else self._ends, self.device, dtype)
+        return cast(self._reader.ends() if self.stream else self._ends, self.device, dtype)
 
     def embed(self, token_ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """resid_pre of layer 0, [..., d_model], for token ids [...]: only the chosen rows are converted."""
         if self.stream:
-            rows = self._store.rows(Slot(None, "embedding.weight"), token_ids.cpu(), self._given_dtype)
-            return _sent(rows, self.device).to(dtype)
+            return _sent(self._reader.embeddings(token_ids), self.device).to(dtype)
         embedding = self._ends.embedding
         return embedding[_sent(token_ids, embedding.device)].to(device=self.device, dtype=dtype)
 
@@ -236,36 +213,7 @@ class Model:
 
     def fingerprint(self) -> str:
         """32 hex digits that tell models apart (see `Store.fingerprint`)."""
-        return self._store.fingerprint()
-
-    def _read_layer(self, index: int) -> LayerWeights:
-        return assemble_layer(self.spec, lambda name: self._read(Slot(index, name)))
-
-    def _read_ends(self) -> EndWeights:
-        return assemble_ends(self.spec, lambda name: self._read(Slot(None, name)))
-
-    def _read(self, slot: Slot) -> Tensor:
-        return self._store.read(slot, self.device, self._given_dtype)
-
-    @cached_property
-    def _lane(self) -> CudaLane | None:
-        return CudaLane(self.device) if self.device.type == "cuda" else None
-
-    @cached_property
-    def _move(self) -> Callable[[Tensor], Tensor]:
-        """Takes what a thread has read to the model's device."""
-        return (lambda tensor: tensor) if self._lane is None else Upload(self._lane)
-
-    def _fetch(self, part: int) -> LayerWeights | EndWeights:
-        """A layer read now, or after the last one the ends; their embedding is left out unless it is tied."""
-        if part < self.spec.n_layers:
-            return assemble_layer(self.spec, lambda name: self._fetch_slot(Slot(part, name)))
-        return assemble_ends(self.spec, lambda name: self._fetch_slot(Slot(None, name)))
-
-    def _fetch_slot(self, slot: Slot) -> Tensor:
-        if slot.name == "embedding.weight" and not self.spec.tied_embeddings:
-            return torch.empty(0, self.spec.d_model, dtype=self.dtype, device=self.device)
-        return self._store.fetch(slot, self._move, self._given_dtype)
+        return self._reader.store.fingerprint()
 
 
 def load_model(
@@ -291,7 +239,7 @@ def load_model(
         DeltapatchError: something about the checkpoint, the adapter or an argument is wrong; the message says
             what, and where.
     """
-    on, given_dtype = _device(device), _dtype(dtype)
+    on, given_dtype = choose_device(device), _dtype(dtype)
     folder = find_folder(path_or_hub_id)
     fields, tensors = read_checkpoint(folder, str(path_or_hub_id))
     architecture, spec = read_config(Config(fields, str(folder / "config.json")))
@@ -331,7 +279,12 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is cuda where there is one, else the CPU.
+
+    Raises:
+        DeltapatchError: it is unknown, or not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
