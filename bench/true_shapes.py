@@ -144,6 +144,12 @@ def write_random_model(
     (folder / "config.json").write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}))
 
 
+def config_bytes(config: dict[str, Any], dtype: torch.dtype) -> int:
+    """What a checkpoint of these shapes takes."""
+    shapes = expected_shapes(read_config(Config(config, "the benchmark's config"))[1])
+    return dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
+
+
 def _random_tensors(
     config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[Architecture, ModelSpec, RandomTensors]:
