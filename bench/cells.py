@@ -127,11 +127,15 @@ SWEEPS = {
 }
 
 
+# What growth is measured on beside them.
+MORE = {"mlp_out-last": "MLP outputs, all layers, last position"}
+
+
 def make_cells(name: str, spec: ModelSpec, n_pairs: int, length: int, seed: int = 0, k: int = 20) -> Cells:
-    """The cells of one of SWEEPS.
+    """The cells of one of SWEEPS and MORE.
 
     Args:
-        name: a key of SWEEPS.
+        name: a key of SWEEPS or MORE.
         spec: of the model.
         n_pairs, length: prompt pairs, and the tokens of each.
         seed: of the joint patches, which are drawn: whose neurons they are changes no cost.
@@ -143,12 +147,14 @@ def make_cells(name: str, spec: ModelSpec, n_pairs: int, length: int, seed: int 
     layers, everywhere, last = tuple(range(spec.n_layers)), tuple(range(length)), (length - 1,)
     if name in ("mlp_out", "attn_out", "z"):
         return grid_cells(spec, name, n_pairs, layers, everywhere)
+    if name == "mlp_out-last":
+        return grid_cells(spec, "mlp_out", n_pairs, layers, last)
     if name == "neurons-layer":
         return grid_cells(spec, "mlp_post", n_pairs, (spec.n_layers // 2,), last)
     if name == "neurons":
         return grid_cells(spec, "mlp_post", n_pairs, layers, last)
     if name != "joint":
-        raise DeltapatchError(f"unknown sweep {name!r}: choose from {', '.join(SWEEPS)}")
+        raise DeltapatchError(f"unknown sweep {name!r}: choose from {', '.join([*SWEEPS, *MORE])}")
     rng = np.random.default_rng(seed)
     n, k = 128, min(k, spec.d_mlp)
     neurons = np.stack([rng.choice(spec.n_layers * spec.d_mlp, k, replace=False) for _ in range(n)])

@@ -23,7 +23,7 @@ def draw_all(sources: Sequence[Path], folder: Path) -> list[Path]:
     Raises:
         DeltapatchError: no results, or a folder that cannot be written.
     """
-    draw = {"compare": rates, "growth": growth, "precision": precision}
+    draw = {"compare": rates, "growth": growth, "precision": precision, "stream": lambda result: None}
     paths: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,17 +28,19 @@ AXES = {
 VALUES = {
     "rows": (16, 64, 256, 1024, 4096),
     "layers": (2, 4, 8, 16),
-    "length": (8, 16, 32, 64, 128),
+    "length": (8, 32, 128, 512, 2048),
     "vocab": (1024, 4096, 16384, 65536),
-    "pairs": (1, 2, 4, 8),
+    "pairs": (1, 8, 64, 512, 4096),
 }
+# What is swept unless told: of thousands of pairs a few rows each.
+SWEEP = {"pairs": "mlp_out-last"}
 
 
 def growth(
     axes: Sequence[str],
     shape: Shape,
     length: int,
-    sweep: str,
+    sweep: str | None,
     names: Sequence[str],
     make_side: Callable[[str, Path], Held],
     options: Options,
@@ -52,7 +54,7 @@ def growth(
         axes: keys of AXES.
         shape: of the random models.
         length: tokens of the prompts.
-        sweep: what is swept; a key of SWEEPS.
+        sweep: what is swept (see `make_cells`); neurons unless given, along the pairs one site of each.
         names, make_side, options, say: as for `compare`.
         values: of the axes, in place of VALUES.
         work: further options of `make_workload`.
@@ -67,14 +69,15 @@ def growth(
     result: dict[str, Any] = {}
     for axis in axes:
         found[axis] = []
+        name = sweep or SWEEP.get(axis, "neurons")
         for value in values or VALUES[axis]:
             say(f"{axis} {value}")
             with tempfile.TemporaryDirectory(prefix="deltapatch-bench-") as folder:
-                workload, cells = _point(axis, value, shape, length, sweep, Path(folder), work or {})
-                result = compare(workload, [(sweep, cells)], names, make_side, options, say)
+                workload, cells = _point(axis, value, shape, length, name, Path(folder), work or {})
+                result = compare(workload, [(name, cells)], names, make_side, options, say)
             (measured,) = result.pop("sweeps")
             found[axis].append({"value": value, **measured})
-    return {**result, "sweep": sweep, "axes": found}
+    return {**result, "axes": found}
 
 
 def _point(

@@ -3,15 +3,20 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import Model
 
+if TYPE_CHECKING:
+    import torch
+
 ARCHITECTURES = ("gpt_neox", "gptj", "llama")
 _LOGIT_SCALE = 2.5  # standard deviation of the logits, about that of trained models
+# Matrices that write to the residual stream.
+_WRITES = ("dense_4h_to_h", "attention.dense", "out_proj", "o_proj", "fc_out", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(_draw(name, weight.shape, shape, generator))
+            weight.copy_(draw_weight(name, tuple(weight.shape), shape.layers, generator))
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     _tokenizer(shape.vocab).save_pretrained(folder)
@@ -113,21 +118,36 @@ def _build(shape: Shape) -> Any:
     )
 
 
-def _draw(name: str, size: Any, shape: Shape, generator: Any) -> Any:
-    """Weights that keep activations of order one, layers that add to the stream in equal parts."""
+def draw_weight(
+    name: str,
+    shape: tuple[int, ...],
+    n_layers: int,
+    generator: "torch.Generator",
+    dtype: "torch.dtype | None" = None,
+) -> "torch.Tensor":
+    """Weights that keep activations of order one, of layers that add to the stream in equal parts.
+
+    Args:
+        name: what Hugging Face's model calls the tensor.
+        shape: of it; matrices are [out, in].
+        n_layers: of the model.
+        generator: on the device where it is drawn.
+        dtype: PyTorch's default unless given.
+    """
     import torch
 
-    noise = torch.randn(size, generator=generator)
-    if len(size) == 1:
-        return noise * 0.1 + (1 if name.endswith("weight") else 0)  # a norm's scale; a bias
+    noise = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+    if len(shape) == 1:
+        noise *= 0.1
+        return noise.add_(1) if name.endswith("weight") else noise  # a norm's scale; a bias
     if any(part in name for part in ("embed_in", "wte", "embed_tokens")):
         return noise
+    scale = 1 / math.sqrt(shape[1])
     if any(part in name for part in ("embed_out", "lm_head")):
-        return noise * _LOGIT_SCALE / math.sqrt(shape.d_model)
-    writes = any(
-        part in name for part in ("dense_4h_to_h", "attention.dense", "out_proj", "o_proj", "fc_out", "down")
-    )
-    return noise / math.sqrt(size[1]) * (math.sqrt(2 / shape.layers) if writes else 1)
+        scale *= _LOGIT_SCALE
+    elif any(part in name for part in _WRITES):
+        scale *= math.sqrt(2 / n_layers)
+    return noise.mul_(scale)
 
 
 def make_pairs(

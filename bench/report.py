@@ -152,3 +152,41 @@ def _scaled(number: float | None) -> float | None:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def stream(result: dict[str, Any]) -> str:
+    """A line for each sweep of deltapatch alone."""
+    rows = []
+    for run in result["runs"]:
+        found, sweep = run["found"], run["sweep"]
+        lengths = sweep["lengths"]
+        tokens = str(lengths[0]) if len(set(lengths)) == 1 else f"{min(lengths)}-{max(lengths)}"
+        rows.append(
+            {
+                "pairs": str(len(lengths)),
+                "tokens": tokens,
+                "rows": f"{found['predicted']['rows']:,}",
+                "passes": str(found["run"]["passes"]),
+                "s": _number(found["seconds"], ".1f"),
+                "predicted s": _number(found["predicted"]["predicted_seconds"], ".1f"),
+                "rows/s": _number(found["rows_per_second"], ",.1f"),
+                "own GB": _number(found["peak_own_bytes"] / 1e9, ".2f"),
+                "mapped GB": _number(found["peak_mapped_bytes"] / 1e9, ".2f"),
+                "device GB": _number((found["peak_device_bytes"] or 0) / 1e9 or None, ".2f"),
+                "limit": _number(found["of_product_rate"], ".0%"),
+                "with runs": _number(found["of_product_rate_with_unpatched"], ".0%"),
+            }
+        )
+    one = result["runs"][0]["found"]
+    spec, rate = one["spec"], one["product_rate"] or float("nan")
+    head = (
+        f"{spec['architecture']}, {spec['n_layers']} layers, d_model {spec['d_model']}, "
+        f"{one['weights_bytes'] / 1e9:.1f} GB in {one['dtype']}, "
+        f"{'streamed' if one['run']['stream'] else 'in memory'}\n"
+        f"{one['machine']['processor']}, {one['threads']} threads; products {rate / 1e9:,.0f} GFLOP/s\n"
+    )
+    notes = (
+        "own: peak of the process but for pages of files, mapped: of those. limit: necessary FLOPs over the\n"
+        "measured product rate; with runs: with the products of the unpatched runs, too.\n"
+    )
+    return "\n".join([head, _text(rows, ", ".join(result["runs"][0]["sweep"]["sites"])), notes])

@@ -1,6 +1,6 @@
 """Result files: one JSON object a run, with the machine, the versions and every repeat.
 
-    format, kind         "deltapatch bench"; compare, growth or precision
+    format, kind         "deltapatch bench"; compare, growth, precision or stream
     versions, machine, date
     model, workload      shapes; pairs, length, metric, batch, device
     options, limits      how it was measured; product rates by precision, copy bandwidth, threads
@@ -8,6 +8,9 @@
     sweeps               [name, interventions, necessary_flops, oracle, columns]
       columns            side -> status (measured, missing, lacks, failed, disagrees), reason, rates, rate,
                          spread, seconds, first_seconds, peak_bytes, agreement, sampled, of_product_rate
+
+A result of kind "stream" has `runs` instead: what was swept, what `forecast` predicted, and what it took, as
+`stream.carry_out` returns it.
 
 A side that disagrees with the oracle has no times and no rates in the file either.
 """
@@ -21,7 +24,7 @@ from typing import Any
 from deltapatch.errors import DeltapatchError
 
 FORMAT = "deltapatch bench"
-KINDS = ("compare", "growth", "precision")
+KINDS = ("compare", "growth", "precision", "stream")
 
 
 def stamp(kind: str, result: dict[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,22 @@
-"""Models of true shapes with random weights, made where they are used: speed hardly depends on the values."""
+"""Models of true shapes with random weights, in memory or on disk: speed hardly depends on the values."""
 
+import json
+import math
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from deltapatch.models.architecture import expected_shapes
+from deltapatch.bench.random_models import draw_weight
+from deltapatch.models.architecture import Architecture, expected_shapes
 from deltapatch.models.config import Config
 from deltapatch.models.model import Model
 from deltapatch.models.registry import read_config
+from deltapatch.models.spec import ModelSpec
 from deltapatch.models.store import Store
 
 # config.json of the models that the tables name, as their checkpoints have it
@@ -46,13 +52,17 @@ class RandomTensors:
 
     Args:
         shapes: name -> shape.
+        n_layers: of the model.
         device, dtype: where and as what they are drawn.
     """
 
     where = "random weights"
+    in_file = False
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> None:
-        self._shapes, self._device, self._dtype = shapes, device, dtype
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], n_layers: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._shapes, self._n_layers, self._device, self._dtype = shapes, n_layers, device, dtype
 
     def names(self) -> Iterable[str]:
         """The names of all tensors."""
@@ -66,14 +76,22 @@ class RandomTensors:
         """What a sentence calls the place that it is read from."""
         return self.where
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of all."""
+        return self._dtype
+
+    def fetch(self, name: str) -> Tensor:
+        """Drawn anew."""
+        return self.read(name)
+
+    def sample(self, name: str, step: int) -> Tensor:
+        """Every `step`th value."""
+        return self.read(name).reshape(-1)[::step]
+
     def read(self, name: str) -> Tensor:
-        """Matrices that keep the size of what they multiply; scales around one; small shifts."""
+        """Drawn as `draw_weight` has it."""
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
-        shape = self._shapes[name]
-        drawn = torch.randn(shape, generator=generator, device=self._device, dtype=self._dtype)
-        if len(shape) == 2:
-            return drawn.mul_(shape[1] ** -0.5)
-        return drawn.mul_(0.02) if name.endswith("bias") else drawn.mul_(0.1).add_(1)
+        return draw_weight(name, self._shapes[name], self._n_layers, generator, self._dtype)
 
 
 def random_model(config: dict[str, Any], device: str | torch.device, dtype: torch.dtype) -> Model:
@@ -87,8 +105,54 @@ def random_model(config: dict[str, Any], device: str | torch.device, dtype: torc
     Raises:
         DeltapatchError: the config is not one of a supported model.
     """
-    on = torch.device(device)
+    architecture, spec, tensors = _random_tensors(config, torch.device(device), dtype)
+    store = Store(architecture, spec, tensors)
+    return Model(store, f"random {config['model_type']}", torch.device(device))
+
+
+def write_random_model(
+    config: dict[str, Any], folder: Path, dtype: torch.dtype, shard_bytes: int = 1 << 30
+) -> None:
+    """Write a checkpoint of these shapes, in shards; no more than one of them is in memory.
+
+    Args:
+        config: the fields of a config.json, for example one of CONFIGS.
+        folder: where it goes; made if it is not there.
+        dtype: of the weights.
+        shard_bytes: the most in a file, unless a tensor has more.
+
+    Raises:
+        DeltapatchError: the config is not one of a supported model.
+    """
+    _, _, tensors = _random_tensors(config, torch.device("cpu"), dtype)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in tensors.names():
+        n_bytes = math.prod(tensors.shape(name)) * dtype.itemsize
+        if shards[-1] and size + n_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += n_bytes
+    folder.mkdir(parents=True, exist_ok=True)
+    home: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file({n: tensors.read(n) for n in names}, folder / file, metadata={"format": "pt"})
+        home |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": home}))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}))
+
+
+def config_bytes(config: dict[str, Any], dtype: torch.dtype) -> int:
+    """What a checkpoint of these shapes takes."""
+    shapes = expected_shapes(read_config(Config(config, "the benchmark's config"))[1])
+    return dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
+
+
+def _random_tensors(
+    config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> tuple[Architecture, ModelSpec, RandomTensors]:
     architecture, spec = read_config(Config(config, "the benchmark's config"))
     shapes = {architecture.tensor_name(slot): shape for slot, shape in expected_shapes(spec).items()}
-    store = Store(architecture, spec, RandomTensors(shapes, on, dtype))
-    return Model(store, f"random {config['model_type']}", on)
+    return architecture, spec, RandomTensors(shapes, spec.n_layers, device, dtype)

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from deltapatch.cli.bench_stream import stream
+from deltapatch.cli.delivery import deliver, out_file, read_sizes
 from deltapatch.cli.options import as_json, print_json, quiet, read_names, say
 from deltapatch.errors import DeltapatchError
 
@@ -19,6 +21,8 @@ Examples:
   deltapatch bench compare --model builtin:llama-arithmetic --metric logit_diff
   deltapatch bench precision --out precision.json
   deltapatch bench growth --axes rows,length --out growth.json
+  deltapatch bench stream --shape gptj-6b --folder /tmp/gptj-6b --memory-budget 3GB --out stream.json
+  deltapatch bench stream --shape pythia-2.8b --layers 4 --n-pairs 10,100,1000 --length 8-64
   deltapatch bench figures result.json precision.json --out figures
 """
 
@@ -66,7 +70,6 @@ _measure = _options(
     click.option("--isolate", is_flag=True, help="Give peers that are not installed an environment."),
     click.option("--cache", type=_file, help="Where environments are kept; ~/.cache/deltapatch/bench."),
 )
-_out = click.option("--out", type=_file, help="Write the result, a JSON file; one of that name is replaced.")
 
 
 @click.group(short_help="Measure against the tools of others.", epilog=EXAMPLES)
@@ -83,7 +86,7 @@ def bench() -> None:
 @click.option("--sweeps", default="all", show_default=True, help="Of bench peers' second list, with commas.")
 @_work
 @_measure
-@_out
+@out_file
 @as_json
 @quiet
 def compare(sweeps: str, out: Path | None, as_json: bool, quiet: bool, **chosen: Any) -> None:
@@ -112,21 +115,27 @@ def compare(sweeps: str, out: Path | None, as_json: bool, quiet: bool, **chosen:
         result["model"]["name"] = chosen["model"]
     else:
         result["model"]["name"] = "random weights"
-    _deliver("compare", result, out, as_json, comparison)
+    deliver("compare", result, out, as_json, comparison)
 
 
 @bench.command()
 @_shape
 @click.option("--axes", default="all", show_default=True, help="rows, layers, length, vocab, pairs.")
 @click.option("--values", help="Sizes along the axes, with commas; usual ones unless given.")
-@click.option("--sweep", default="neurons", show_default=True, help="What is swept.")
+@click.option("--sweep", help="What is swept.  [default: neurons; along pairs, mlp_out-last]")
 @_work
 @_measure
-@_out
+@out_file
 @as_json
 @quiet
 def growth(
-    axes: str, values: str | None, sweep: str, out: Path | None, as_json: bool, quiet: bool, **chosen: Any
+    axes: str,
+    values: str | None,
+    sweep: str | None,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **chosen: Any,
 ) -> None:
     """Measure how cost grows with rows, layers, prompt length, vocabulary and pairs, on random models."""
     from deltapatch.bench.growth import AXES
@@ -136,11 +145,7 @@ def growth(
 
     check_free(out)
     names, options, make_side = _measurement(chosen, quiet)
-    sizes = None
-    if values is not None:
-        if not all(v.isdigit() and int(v) for v in read_names(values)) or not read_names(values):
-            raise DeltapatchError(f"--values {values!r} is not a list of sizes such as 8,16,32")
-        sizes = [int(v) for v in read_names(values)]
+    sizes = None if values is None else read_sizes("--values", values)
     result = run_growth(
         list(AXES) if axes == "all" else read_names(axes),
         _shape_of(chosen),
@@ -153,7 +158,7 @@ def growth(
         {name: chosen[name] for name in ("metric", "device", "batch", "threads", "seed")},
         lambda text: say(text, quiet),
     )
-    _deliver("growth", result, out, as_json, table)
+    deliver("growth", result, out, as_json, table)
 
 
 @bench.command()
@@ -163,7 +168,7 @@ def growth(
 @_shape
 @click.option("--layer", type=int, help="Whose neurons are patched; the middle one unless given.")
 @_work
-@_out
+@out_file
 @as_json
 @quiet
 def precision(layer: int | None, out: Path | None, as_json: bool, quiet: bool, **chosen: Any) -> None:
@@ -179,7 +184,10 @@ def precision(layer: int | None, out: Path | None, as_json: bool, quiet: bool, *
     with tempfile.TemporaryDirectory(prefix="deltapatch-bench-") as folder:
         result = run_precision(_workload(chosen, Path(folder)), layer, lambda text: say(text, quiet))
     result["model"]["name"] = chosen["model"]
-    _deliver("precision", result, out, as_json, table)
+    deliver("precision", result, out, as_json, table)
+
+
+bench.add_command(stream)
 
 
 @bench.command()
@@ -251,17 +259,3 @@ def _workload(chosen: dict[str, Any], folder: Path) -> Any:
         folder,
         *(chosen[name] for name in ("metric", "device", "batch", "threads", "seed")),
     )
-
-
-def _deliver(
-    kind: str, result: dict[str, Any], out: Path | None, as_json: bool, table: Callable[[Any], str]
-) -> None:
-    """Write the file; print the table, or the object on the last line."""
-    from deltapatch.bench.results import stamp, write
-
-    result = stamp(kind, result)
-    if out is not None:
-        write(out, result)
-    click.echo(table(result), err=as_json, nl=False)
-    if as_json:
-        print_json(result)

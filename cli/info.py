@@ -1,17 +1,21 @@
 """`deltapatch info`: what a model is, what memory it takes, what sweeps of it would cost."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltapatch.cli.options import as_json, in_bytes, in_flops, print_json
+from deltapatch.cli.options import as_json, in_bytes, in_flops, in_seconds, print_json, read_bytes, stream
 from deltapatch.errors import DeltapatchError
+
+if TYPE_CHECKING:
+    from deltapatch.models.model import Model
 
 EXAMPLES = """\b
 Examples:
   deltapatch info builtin:gpt-neox-arithmetic
-  deltapatch info EleutherAI/gpt-j-6b --length 24
+  deltapatch info EleutherAI/gpt-j-6b --length 24 --stream
+  deltapatch info MODEL --n-pairs 1000 --json
 """
 
 # site, positions and what a reader calls the sweep
@@ -29,54 +33,95 @@ SWEEPS = (
 @click.command(short_help="Say what a model is and what sweeps cost.", epilog=EXAMPLES)
 @click.argument("model", metavar="MODEL")
 @click.option("--length", default=16, show_default=True, help="Tokens of a prompt, for what sweeps cost.")
+@click.option("--n-pairs", default=1, show_default=True, help="Prompt pairs, for what sweeps cost.")
+@click.option("--memory-budget", help="Memory that a sweep may use beside the model: 2GB, 512MiB.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@stream
+@click.option("--untimed", is_flag=True, help="Do not time anything: say no times.")
 @as_json
-def info(model: str, length: int, as_json: bool) -> None:
-    """Say what MODEL is: its shapes, its memory, and what sweeps over all layers cost for one prompt pair.
+def info(
+    model: str,
+    length: int,
+    n_pairs: int,
+    memory_budget: str | None,
+    device: str,
+    stream: bool,
+    untimed: bool,
+    as_json: bool,
+) -> None:
+    """Say what MODEL is: its shapes, its memory, and what sweeps over all layers take.
 
-    Only config.json is read. FLOPs are the necessary ones: products of the layers after each patch, from its
-    position on, and the read-out.
+    Only config.json is needed; weights are read where they are streamed and here. FLOPs are the necessary
+    ones: products of the layers after each patch, from its position on, and the read-out. Times are those of
+    this machine: a small piece of each kind of sweep is timed.
     """
-    if length < 1:
-        raise DeltapatchError(f"--length {length} is not a number of tokens: give at least 1")
-    facts = _facts(model, length)
+    for option, value in (("--length", length), ("--n-pairs", n_pairs)):
+        if value < 1:
+            raise DeltapatchError(f"{option} {value} is too few: give at least 1")
+    budget = read_bytes(memory_budget)
+    facts = _facts(model, length, n_pairs, budget, device, stream, not untimed)
     if as_json:
         print_json(facts)
     else:
         click.echo(_text(facts), nl=False)
 
 
-def _facts(name: str, length: int) -> dict[str, Any]:
-    from deltapatch.engine.costs import necessary_flops, parameters, rows
-    from deltapatch.models.checkpoint import find_folder, read_json
-    from deltapatch.models.config import Config
-    from deltapatch.models.registry import read_config
+def _facts(
+    name: str, length: int, n_pairs: int, budget: int | None, device: str, stream: bool, timed: bool
+) -> dict[str, Any]:
+    from deltapatch.engine.costs import parameters
+    from deltapatch.engine.forecast import Asked, forecasts
 
-    path = find_folder(name, ("config.json",)) / "config.json"
-    if not path.is_file():
-        raise DeltapatchError(f"{path.parent} has no config.json: it is not a model folder")
-    spec = read_config(Config(read_json(path), str(path)))[1]
-    layers, everywhere = range(spec.n_layers), range(length)
-    sweeps = []
-    for site, positions, what in SWEEPS:
-        places = everywhere if positions == "all" else [-1]
-        sweeps.append(
-            {
-                "what": what,
-                "site": site,
-                "positions": positions,
-                "rows": rows(spec, site, layers, places),
-                "necessary_flops": necessary_flops(spec, site, layers, places, length),
-            }
-        )
+    model = _model(name, device, stream)
+    spec, pairs = model.spec, _pairs(n_pairs, length, model.spec.d_vocab)
+    sweeps: list[dict[str, Any]] = []
+    for positions in ("all", "last"):  # rows of one kind
+        asked = [Asked(site, at) for site, at, _ in SWEEPS if at == positions]
+        found = forecasts(model, pairs, asked, timed=timed, memory_budget=budget)
+        sweeps += [
+            {"site": a.sites, "positions": positions} | f.as_dict() for a, f in zip(asked, found, strict=True)
+        ]
+    by = {(s["site"], s["positions"]): s for s in sweeps}
     n = parameters(spec)
     return {
         "model": name,
         "spec": asdict(spec),
         "parameters": n,
-        "memory_bytes": {"float32": 4 * n, "bfloat16": 2 * n},
+        "memory_bytes": {"float32": 4 * n, "bfloat16": 2 * n, "weights": model.n_bytes},
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "stream": model.stream,
         "length": length,
-        "sweeps": sweeps,
+        "n_pairs": n_pairs,
+        "sweeps": [{"what": what} | by[site, positions] for site, positions, what in SWEEPS],
     }
+
+
+def _model(name: str, device: str, stream: bool) -> "Model":
+    """The model where it is streamed and its weights are here; else one of its shapes."""
+    from deltapatch.models.checkpoint import find_folder, read_json
+    from deltapatch.models.memory import fits
+    from deltapatch.models.model import choose_device, load_model
+    from deltapatch.models.stand_in import stand_in
+
+    folder = find_folder(name, ("config.json",))
+    if not (folder / "config.json").is_file():
+        raise DeltapatchError(f"{folder} has no config.json: it is not a model folder")
+    on = choose_device(device)
+    model = stand_in(read_json(folder / "config.json"), str(folder / "config.json"), on, None, stream)
+    model.stream = stream or not fits(model.n_bytes, on)
+    if model.stream and any(folder.glob("*.safetensors")):
+        return load_model(folder, device=device, stream=True)
+    return model
+
+
+def _pairs(n: int, length: int, d_vocab: int) -> list[Any]:
+    import numpy as np
+
+    from deltapatch.engine.pairs import PromptPair
+
+    drawn = np.random.default_rng(0).integers(0, d_vocab, (n, 2, length)).tolist()
+    return [PromptPair(clean, corrupted, 0, d_vocab - 1) for clean, corrupted in drawn]
 
 
 def _text(facts: dict[str, Any]) -> str:
@@ -103,15 +148,22 @@ def _text(facts: dict[str, Any]) -> str:
         "rotary": f"{rope['dim']} of {spec['d_head']}{turns}{scaling}",
         "parameters": f"{facts['parameters']:,} in matrices",
         "memory": f"{in_bytes(memory['float32'])} in float32, {in_bytes(memory['bfloat16'])} in 16 bits",
+        "here": f"{in_bytes(memory['weights'])} in {facts['dtype']} on {facts['device']}"
+        + (", streamed: every pass reads the file" if facts["stream"] else ""),
     }
     sweeps = facts["sweeps"]
     columns = {
         "sweep": np.array([s["what"] for s in sweeps], dtype=object),
         "site": np.array([s["site"] for s in sweeps], dtype=object),
         "rows": np.array([s["rows"] for s in sweeps]),
+        "passes": np.array([s["passes"] for s in sweeps]),
         "necessary": np.array([in_flops(s["necessary_flops"]) for s in sweeps], dtype=object),
-        "s at 1 TFLOP/s": np.array([s["necessary_flops"] / 1e12 for s in sweeps]),
+        "memory": np.array([in_bytes(s["memory_bytes"]["pass"]) for s in sweeps], dtype=object),
     }
+    if "predicted_seconds" in sweeps[0]:
+        times = [f"about {in_seconds(s['predicted_seconds'])}" for s in sweeps]
+        columns["time here"] = np.array(times, dtype=object)
     head = "".join(f"{name:<15} {value}\n" for name, value in lines.items())
-    title = f"Sweeps over all layers, for one pair of {facts['length']} tokens"
+    of = "one pair" if facts["n_pairs"] == 1 else f"{facts['n_pairs']:,} pairs"
+    title = f"Sweeps over all layers, for {of} of {facts['length']} tokens"
     return f"{facts['model']}\n\n{head}\n{as_text(Table(columns, 'rows'), title)}"

@@ -16,6 +16,12 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 model = click.option(
     "--model", required=True, help="A model folder, a Hugging Face hub id, or builtin:gpt-neox-arithmetic."
 )
+stream = click.option(
+    "--stream",
+    is_flag=True,
+    help="Read weights from the file layer by layer in every pass, and keep none: for models larger than the "
+    "memory, which are streamed without asking.",
+)
 adapter = click.option("--adapter", help="A LoRA adapter (PEFT, safetensors) to merge into the model.")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -24,6 +30,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 def loading(command: Command) -> Command:
     """The options that say which model is loaded, and how."""
     for option in (
+        stream,
         adapter,
         click.option(
             "--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, ..."
@@ -100,6 +107,14 @@ def _scaled(number: float, units: tuple[str, ...]) -> str:
     while round(number, 0) >= 1000 and power < len(units) - 1:
         number, power = number / 1000, power + 1
     return f"{number:.3g} {units[power]}"
+
+
+def in_seconds(number: float) -> str:
+    """A time for people: 0.3 s, 12 s, 4 min, 3.5 h."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if number >= 1.5 * size:
+            return f"{number / size:.2g} {unit}"
+    return f"{number:.2g} s" if number < 10 else f"{number:.0f} s"
 
 
 def say(text: str, quiet: bool = False) -> None:

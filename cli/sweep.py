@@ -1,7 +1,7 @@
 """`deltapatch sweep`: every chosen site, layer, position and index of every pair, into a run folder."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,6 +9,7 @@ from deltapatch.cli.options import (
     as_json,
     in_bytes,
     in_flops,
+    in_seconds,
     loading,
     print_json,
     quiet,
@@ -20,6 +21,9 @@ from deltapatch.cli.options import (
     say,
 )
 from deltapatch.errors import DeltapatchError
+
+if TYPE_CHECKING:
+    from deltapatch.engine.forecast import Forecast
 
 EXAMPLES = """\b
 Examples:
@@ -78,7 +82,11 @@ Examples:
     metavar="I/N",
     help="Do part I of N only: N processes share the folder --out, and `deltapatch merge` finishes it.",
 )
-@click.option("--dry-run", is_flag=True, help="Check everything, say what it would cost, and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything, say what it would take, and stop.",
+)
 @as_json
 @quiet
 def sweep(
@@ -86,6 +94,7 @@ def sweep(
     device: str,
     dtype: str,
     adapter: str | None,
+    stream: bool,
     pairs_file: str,
     sites: str,
     positions: str,
@@ -125,38 +134,39 @@ def sweep(
 
     from deltapatch.engine.audit import in_words
     from deltapatch.engine.costs import sweep_cost
+    from deltapatch.engine.forecast import Asked, forecast
     from deltapatch.engine.grid import make_grid
     from deltapatch.engine.pairs import encode_pairs
-    from deltapatch.engine.planner import default_budget
     from deltapatch.engine.sweep import sweep as run_sweep
     from deltapatch.models.model import load_model
 
-    loaded = load_model(model, device=device, dtype=dtype, adapter=adapter)
+    loaded = load_model(model, device=device, dtype=dtype, stream=stream, adapter=adapter)
     say(f"{loaded!r}", quiet)
+    if loaded.stream and not stream:
+        size = in_bytes(loaded.n_bytes)
+        say(f"its {size} do not fit into the memory: every pass reads them from the file", quiet)
     encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names)
-    rows, flops = sweep_cost(
-        make_grid(read_names(sites), at, which, encoded, loaded.spec), encoded, loaded.spec
-    )
+    grid = make_grid(read_names(sites), at, which, encoded, loaded.spec)
+    rows, flops = sweep_cost(grid, encoded, loaded.spec)
     say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", quiet)
     longest = max(pair.answer_tokens for pair in encoded)
     if longest > 1:
         say(f"answers have up to {longest} tokens: effects are of the probability of whole answers", quiet)
-    plan: dict[str, Any] = {
-        "model": loaded.name,
-        "pairs": len(pairs),
-        "answer_tokens": longest,
-        "rows": rows,
-        "necessary_flops": flops,
-        "memory_budget": budget or default_budget(loaded.device),
+    options: dict[str, Any] = {
+        "direction": direction,
+        "source": source,
+        "precision": precision,
+        "backend": backend,
+        "memory_budget": budget,
+        "metrics": measured,
+        "seed": seed,
     }
     if dry_run:
+        found = forecast(loaded, pairs, Asked(read_names(sites), at, which), **options)
         if as_json:
-            print_json(plan)
+            print_json({"model": loaded.name, "stream": loaded.stream, **found.as_dict()})
         else:
-            click.echo(
-                f"{rows:,} interventions on {len(pairs)} pairs, {in_flops(flops)} necessary, "
-                f"at most {in_bytes(plan['memory_budget'])} at a time; nothing was run"
-            )
+            click.echo(_plan(found, loaded.stream))
         return
     effects = run_sweep(
         loaded,
@@ -164,17 +174,11 @@ def sweep(
         sites=read_names(sites),
         positions=at,
         layers=which,
-        direction=direction,
-        source=source,
-        precision=precision,
-        backend=backend,
-        memory_budget=budget,
         progress=not quiet,
         out=out,
-        metrics=measured,
-        seed=seed,
         resume=resume,
         shard=part,
+        **options,
     )
     if part is not None:
         say(f"part {shard} is done; when all are: deltapatch merge {out}", quiet)
@@ -188,6 +192,36 @@ def sweep(
     )
     if as_json:
         shapes = {name: dict(zip(s.axes, s.shape, strict=True)) for name, s in effects.sites.items()}
-        print_json({"out": out, **plan, "accuracy": effects.accuracy(), "sites": shapes, "run": effects.meta})
+        print_json(
+            {
+                "out": out,
+                "model": loaded.name,
+                "pairs": len(pairs),
+                "rows": rows,
+                "necessary_flops": flops,
+                "memory_budget": effects.meta["memory_budget"],
+                "accuracy": effects.accuracy(),
+                "sites": shapes,
+                "run": effects.meta,
+            }
+        )
     else:
         click.echo(out)
+
+
+def _plan(found: "Forecast", stream: bool) -> str:
+    """A plan in words."""
+    plan, memory = found.plan, found.plan.memory
+    passes = f"{len(plan.passes):,} pass{'' if len(plan.passes) == 1 else 'es'}"
+    seconds = found.total
+    assert seconds is not None
+    lines = {
+        "interventions": f"{plan.rows:,} on {plan.pairs:,} pairs, in {passes}, {found.precision}",
+        "necessary": in_flops(plan.flops),
+        "model": in_bytes(memory["model"]) + (", read from the file in every pass" if stream else ""),
+        "memory": f"{in_bytes(memory['pass'])} beside the model, {in_bytes(memory['rows'])} of it rows; "
+        f"at most {in_bytes(plan.budget)}",
+        "results": in_bytes(memory["results"]),
+        "time": f"about {in_seconds(seconds)} on this machine",
+    }
+    return "\n".join(f"{name:<15}{text}" for name, text in lines.items()) + "\nnothing was run"

@@ -1,5 +1,6 @@
 """The audit: a sample of the run's effects in float64, for the noise floor and the choice of precision."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from deltapatch.engine.costs import flops
+from deltapatch.engine.costs import flops, parameters
 from deltapatch.engine.metrics import METRICS, Direction, Reference, compute
 from deltapatch.engine.patches import PatchTable
 from deltapatch.engine.planner import take
@@ -27,6 +28,10 @@ _LONG = 1e12  # necessary FLOPs of a run beside which two runs in float64 are li
 _PAIRS = 4  # that the sample is drawn from: each costs two unpatched runs in float64
 # Below so many necessary FLOPs, choosing would take longer than it saves.
 _WORTH_CHOOSING = {"cpu": 2e12, "cuda": 2e13}
+# Reading a streamed model takes about as long as taking so many tokens through all layers. Each precision in
+# which a sample is computed reads all of it: a run beside which that is little needs so many times more.
+_READING = {"cpu": 1 << 10, "cuda": 1 << 15}
+_READINGS = 16
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Audit:
 
     def __init__(self, job: "Job", work: "Work", each: Map) -> None:
         self.job, self.work, self.each = job, work, each
+        self._found: dict[str, Truth | None] = {}
 
     def cheapest(self) -> Precision:
         """The cheapest precision whose effects are within TOLERANCE of the truth, in every metric."""
@@ -95,25 +101,53 @@ class Audit:
                 got = self._recompute(precision)
             except DeltapatchError:  # a weight that this precision cannot hold, or too little memory
                 continue
-            truth = self.truth
+            truth = self.truth_for(precision)
             if truth is not None and not self._worst(got.measured, truth.sampled) > TOLERANCE:
                 return precision
         return PRECISIONS[safe]
 
+    def expected(self) -> Precision:
+        """What `cheapest` will choose if the first candidate is good enough."""
+        return PRECISIONS[self._candidates()[0]]
+
+    def expects(self) -> list[str]:
+        """The precisions in which the sample will then be computed."""
+        precision = self.job.precision or self.expected()
+        tried = [] if self.job.precision or len(self._candidates()) == 1 else [precision.name]
+        return tried + self.recomputed(precision)[:1]
+
     def truth_for(self, precision: Precision) -> Truth | None:
         """The truth that a run in that precision is held to.
 
-        None where the run is itself float64 or a short one in float32, and where there is no `truth`.
+        It is in float64, or in float32 where the run is short or memory has no room for that. None where the
+        run is itself as precise, where no sample was asked for, and where the memory budget has no room.
         """
-        short = self.job.noise_sample is None and self._flops < _LONG
-        if precision.name == "fp64" or (precision.name == "fp32" and short):
-            return None
-        return self.truth
+        found = (self._truth(name) for name in self.recomputed(precision))
+        return next((truth for truth in found if truth is not None), None)
+
+    def recomputed(self, precision: Precision) -> list[str]:
+        """What the truth for a run in that precision is computed in: the first that memory has room for."""
+        if not self._size or precision.name == "fp64":
+            return []
+        exact = ["fp64"] if self.job.noise_sample is not None or self._is_long else []
+        return exact if precision.name == "fp32" else [*exact, "fp32"]
 
     @cached_property
     def _flops(self) -> int:
         """What the whole run needs."""
         return flops(self.job.model.spec, self.work.row_layers, self.work.n_reads)
+
+    @property
+    def _is_long(self) -> bool:
+        """Whether two more runs, in float64, are little beside this one."""
+        return self._flops >= max(_LONG, self._reading)
+
+    @property
+    def _reading(self) -> float:
+        """FLOPs of a run beside which reading a streamed model once or twice more is little; 0 in memory."""
+        model = self.job.model
+        tokens = _READING.get(model.device.type, 0) if model.stream else 0
+        return 2.0 * tokens * _READINGS * parameters(model.spec)
 
     @property
     def _size(self) -> int:
@@ -136,22 +170,16 @@ class Audit:
             out.append((pair, take(table, rows), effects[rows]))
         return [part for part in out if part[1].n_rows]
 
-    @cached_property
-    def truth(self) -> Truth | None:
-        """The sample in float64; in float32 where the run is short or memory has no room for that.
-
-        None where nothing can be recomputed: no sample was asked for, or the memory budget has no room.
-        """
-        if not self.sample:
-            return None
-        asked = self.job.noise_sample is not None
-        for name in ("fp64", "fp32") if asked or self._flops >= _LONG else ("fp32",):
-            try:
-                sampled = self._recompute(PRECISIONS[name])
-            except DeltapatchError:
-                continue
-            return Truth(name, np.concatenate([out for _, _, out in self.sample]), sampled)
-        return None
+    def _truth(self, name: str) -> Truth | None:
+        """The sample in that precision; None where there is no sample, or the memory budget has no room."""
+        if name not in self._found:
+            self._found[name] = None
+            if self.sample:
+                with contextlib.suppress(DeltapatchError):
+                    sampled = self._recompute(PRECISIONS[name])
+                    at = np.concatenate([out for _, _, out in self.sample])
+                    self._found[name] = Truth(name, at, sampled)
+        return self._found[name]
 
     def _candidates(self) -> Sequence[str]:
         """Precisions from the cheapest on; the last one is taken without a test."""
@@ -159,7 +187,7 @@ class Audit:
         if model.dtype == torch.float64:
             return ["fp64"]
         on = model.device.type
-        if not self._size or self._flops < _WORTH_CHOOSING.get(on, 0):
+        if not self._size or self._flops < max(_WORTH_CHOOSING.get(on, 0), self._reading):
             return ["fp32"]
         if on == "cuda":
             return ["fp16", "bf16", "tf32", "fp32"]
@@ -172,7 +200,7 @@ class Audit:
         n = len(place)
         measured = {name: np.full(n, np.nan) for name in job.measured}
         reference = Reference.empty(n)
-        for part, result in job.passes_of(self.sample, precision, self.each):
+        for part, result in job.passes_of(self.sample, self.work.places, precision, self.each):
             at = np.array([place[int(effect)] for effect in part.out])
             for name, values in result.measured.items():
                 measured[name][at] = values

@@ -11,11 +11,11 @@ from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import Precision, Scaled, product
-from deltapatch.kernels.segments import Segment, keep_reads, read_segments
-from deltapatch.kernels.swap import Swap
+from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
+from deltapatch.kernels.swap import Swap, within
 from deltapatch.models import forward
 from deltapatch.models.spec import ModelSpec
-from deltapatch.models.weights import LayerWeights, Norm
+from deltapatch.models.weights import Norm
 
 Swaps = dict[str, list[Swap]]  # place -> the patches there
 
@@ -28,7 +28,8 @@ class Layer:
         spec, ops: the model and the operations.
         precision: of the products of differences.
         weights: the matrices of these products, in that precision.
-        exact: norms and entries with these, in the dtype of the base runs.
+        norm1, norm2: in the dtype of the base runs.
+        down: [d_model, d_mlp] in that dtype, for neurons that enter here; None where none do.
         base: activations of the base runs, [base token, ...].
         rotary: for every base token.
         last: after this layer's attention only the positions that are read go on.
@@ -38,7 +39,9 @@ class Layer:
     ops: Backend
     precision: Precision
     weights: ProductWeights
-    exact: LayerWeights
+    norm1: Norm
+    norm2: Norm | None
+    down: Tensor | None
     base: forward.Activations
     rotary: Rotary
     last: bool
@@ -53,7 +56,7 @@ class BlockStep:
         layer: what it meets.
         segments: where its rows lie.
         swaps: its patches in this layer. In the last layer, those after the attention count what goes on.
-        capture: receives the difference at every place, where given; there are no swaps then.
+        capture: place -> what receives the difference there, [token, ...]; there are no swaps then.
     """
 
     def __init__(
@@ -74,13 +77,13 @@ class BlockStep:
             out: [any, d_model], receives the difference at
             to: [token] int64, these lines; None: the first ones, in order.
         """
-        layer, exact = self.layer, self.layer.exact
+        layer = self.layer
         stream = [] if dx is None else [Part(Scaled(dx, None), [])]  # what adds up to the residual stream
         normed: Scaled | None = None  # what attention reads
         mlp_input: Scaled | None = None
         if stage == WHOLE:
-            second = exact.norm2 if layer.spec.parallel else None
-            normed, *other = self._add_norm(stream, "", layer.base.resid_pre, [exact.norm1, second])
+            second = layer.norm2 if layer.spec.parallel else None
+            normed, *other = self._add_norm(stream, "", layer.base.resid_pre, [layer.norm1, second])
             mlp_input = other[0] if other else normed
         if stage <= ATTENTION:
             z = self._attention(normed)
@@ -97,7 +100,7 @@ class BlockStep:
             through_mlp = stage <= MIDDLE
             if through_mlp:
                 mid = torch.empty(self._n_tokens, layer.spec.d_model, dtype=out.dtype, device=out.device)
-                (mlp_input,) = self._add_norm(stream, "resid_mid", layer.base.resid_mid, [exact.norm2], mid)
+                (mlp_input,) = self._add_norm(stream, "resid_mid", layer.base.resid_mid, [layer.norm2], mid)
                 self._note("resid_mid", mid)
                 stream = [Part(Scaled(mid, None), [])]
         stream.append(self._part("mlp_out", self._mlp(mlp_input) if through_mlp else self._neurons()))
@@ -116,7 +119,7 @@ class BlockStep:
             q, k, v = forward.split_qkv([part.values for part in parts], spec)
             scale = parts[0].scale
         else:
-            q, k, v = (self._zeros(b) for b in (base.q, base.k, base.v))
+            q, k, v = (self._zeros(b) for b in (base.q_rotated, base.k_rotated, base.v))
         for place, d in (("q", q), ("k", k), ("v", v)):
             self._note(place, d)
         z = layer.ops.attention_difference(
@@ -140,27 +143,52 @@ class BlockStep:
     def _mlp(self, normed: Scaled | None) -> Scaled:
         """Difference of mlp_out, [token, d_model], from that of the MLP's input."""
         assert normed is not None
+        n, most = self._n_tokens, self.layer.ops.block_tokens
+        swaps = self.swaps.get("mlp_post", [])
+        captured = None if self.capture is None else self.capture.get("mlp_post")
+        if n <= 2 * most:
+            return self._hidden(normed, self.segments, swaps, captured)
+        # Hidden neurons are many, and rows of long prompts are long: some of their tokens at a time.
+        out, scale = None, None
+        for tokens, segments in cut_segments(self.segments, most):
+            some = Scaled(normed.values[tokens], None if normed.scale is None else normed.scale[tokens])
+            there = None if captured is None else captured[tokens]
+            part = self._hidden(some, segments, within(swaps, tokens), there)
+            if out is None:
+                out = part.values.new_empty(n, part.values.shape[1])
+                scale = None if part.scale is None else part.scale.new_empty(n)
+            out[tokens] = part.values
+            if scale is not None and part.scale is not None:
+                scale[tokens] = part.scale
+        assert out is not None
+        return Scaled(out, scale)
+
+    def _hidden(
+        self, normed: Scaled, segments: list[Segment], swaps: list[Swap], captured: Tensor | None
+    ) -> Scaled:
+        """The same for tokens whose hidden neurons are all held."""
         layer, base = self.layer, self.layer.base
         gate = layer.weights.gate
         post = layer.ops.activation_difference(
             forward.activation(layer.spec.activation),
             product(normed, layer.weights.up),
             base.up,
-            self.segments,
+            segments,
             None if gate is None else product(normed, gate),
             base.gate,
-            self.swaps.get("mlp_post", []),
+            swaps,
             layer.precision,
         )
-        self._note("mlp_post", post.values)
+        if captured is not None:
+            captured.copy_(post.values)
         return product(post, layer.weights.down)
 
     def _neurons(self) -> Scaled | None:
         """The same for rows whose MLP input is unchanged and whose neurons are patched: no matrix product."""
         if "mlp_post" not in self.swaps:
             return None
-        down = self.layer.exact.down.weight
-        return Scaled(self.layer.ops.gather_columns(self.swaps["mlp_post"], down, self._n_tokens), None)
+        columns = self.layer.ops.gather_columns(self.swaps["mlp_post"], self.layer.down, self._n_tokens)
+        return Scaled(columns, None)
 
     def _part(self, place: str, d: Scaled | None) -> Part:
         """What a place adds to the residual stream."""
@@ -196,8 +224,8 @@ class BlockStep:
 
     def _note(self, place: str, d: Tensor) -> None:
         # Differences are kept for their places in source runs only, which are carried without scales.
-        if self.capture is not None:
-            self.capture[place] = d
+        if self.capture is not None and place in self.capture:
+            self.capture[place].copy_(d)
 
     def _keep_reads(self, d: Scaled | None) -> Scaled | None:
         if d is None:

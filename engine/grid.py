@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deltapatch.engine.layout import RunShape
 from deltapatch.engine.pairs import EncodedPair
 from deltapatch.engine.patches import PatchTable, place_of
 from deltapatch.engine.sites import Site, check_site, find_site
@@ -51,6 +52,17 @@ class SiteGrid:
             self.offset + out.ravel(),
         )
 
+    def position_tokens(self, pair: EncodedPair, run: RunShape) -> np.ndarray:
+        """[position that the pair has], the tokens of a row that starts there; none behind the read-out."""
+        at = [p for spot in self.positions if (p := pair.resolve(spot)) is not None]
+        first = np.array(at, dtype=np.int64)
+        return np.where(first < run.prompt, run.length - first, 0)
+
+    def row_tokens(self, pair: EncodedPair, run: RunShape) -> np.ndarray:
+        """[patch], how many tokens each row has."""
+        each = np.repeat(self.position_tokens(pair, run), max(1, self.n_indices))
+        return np.tile(each, len(self.layers))
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -68,6 +80,22 @@ class Grid:
         n = len(out)
         table = PatchTable(n, np.zeros(n, dtype=np.int64), np.arange(n), layer, place, position, index)
         return table, out
+
+    def entering(self, pair: EncodedPair, run: RunShape, n_layers: int) -> np.ndarray:
+        """[1 + layer], the row tokens of a pair that enter at the embedding and in each layer."""
+        out = np.zeros(1 + n_layers, dtype=np.int64)
+        for g in self.sites:
+            tokens = int(g.position_tokens(pair, run).sum()) * max(1, g.n_indices)
+            np.add.at(out, 1 + np.asarray(place_of(g.site.name, g.layers)[1]), tokens)
+        return out
+
+    def in_flight(self, pair: EncodedPair, run: RunShape, n_layers: int) -> np.ndarray:
+        """[layer], the row tokens of a pair that pass through each: those that entered before it."""
+        return np.cumsum(self.entering(pair, run, n_layers))[:-1]
+
+    def row_tokens(self, pair: EncodedPair, run: RunShape) -> np.ndarray:
+        """[row], the tokens of each intervention of a pair, in the order of `table`."""
+        return np.concatenate([g.row_tokens(pair, run) for g in self.sites])
 
     def describe(self, effect: int, n_pairs: int) -> str:
         """Which patch an effect belongs to, in words."""
@@ -101,7 +129,7 @@ def make_grid(
     """
     chosen: dict[str, tuple[Site, list[int]]] = {}
     every = _layers(layers, spec)
-    for name in _listed(sites):
+    for name in listed(sites):
         site, layer = find_site(name)
         check_site(site, spec)
         wanted = every if layer is None else _layers([layer], spec)
@@ -119,7 +147,8 @@ def make_grid(
     return Grid(grids, offset)
 
 
-def _listed(names: str | Sequence[str]) -> list[str]:
+def listed(names: str | Sequence[str]) -> list[str]:
+    """Names, given as a list or with commas between."""
     return [n.strip() for n in names.split(",") if n.strip()] if isinstance(names, str) else list(names)
 
 

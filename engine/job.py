@@ -1,7 +1,7 @@
 """A job: checked options and encoded pairs, carried out pass by pass."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,10 @@ from deltapatch.engine.audit import Audit, Truth
 from deltapatch.engine.continuation import Continuation, check_rotary, continuation
 from deltapatch.engine.gather import Gathered, PassEffects
 from deltapatch.engine.layout import PairShapes, RunShape
+from deltapatch.engine.memory import Costs, default_budget
 from deltapatch.engine.metrics import MEASURED, Direction, Reference, measured_for
 from deltapatch.engine.pairs import EncodedPair, PromptPair, encode_pairs, read_at
-from deltapatch.engine.planner import Costs, Pass, cut, default_budget, row_layers
+from deltapatch.engine.planner import Pass, cut, row_layers
 from deltapatch.engine.products import has_float8
 from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.runfolder import environment
@@ -28,6 +29,8 @@ from deltapatch.kernels.backend import Backend, choose_backend
 from deltapatch.kernels.device import float32_products
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
+
+_TOKENS = 4096  # whose embeddings are looked at together
 
 
 @dataclass
@@ -59,16 +62,16 @@ class Job:
         cls,
         model: Model,
         pairs: Sequence[PromptPair],
-        direction: Direction,
-        source: str,
-        precision: str,
-        backend: str,
-        memory_budget: int | None,
-        metrics: str | Sequence[str],
-        readout: int | str,
-        seed: int,
-        noise_scale: float,
-        noise_sample: int | None,
+        direction: Direction = "denoise",
+        source: str = "counterpart",
+        precision: str = "auto",
+        backend: str = "auto",
+        memory_budget: int | None = None,
+        metrics: str | Sequence[str] = "all",
+        readout: int | str = "last",
+        seed: int = 0,
+        noise_scale: float = 3.0,
+        noise_sample: int | None = None,
     ) -> "Job":
         """Check the options of a sweep or run, and encode its pairs.
 
@@ -105,7 +108,7 @@ class Job:
             kind,
             PRECISIONS.get(precision),
             choose_backend(backend, model.device),
-            memory_budget or default_budget(model.device),
+            memory_budget or default_budget(model.device, model.stream),
             measured,
             readout,
             seed,
@@ -118,6 +121,10 @@ class Job:
     def runs(self) -> list[RunShape]:
         """[pair], the shapes of their runs."""
         return [c.shape(n) for c, n in zip(self.continued, self.length.tolist(), strict=True)]
+
+    def shapes(self) -> Iterator[tuple[EncodedPair, RunShape]]:
+        """Every pair, and the shape of its run."""
+        return zip(self.pairs, self.runs, strict=True)
 
     def ordered(self, pairs: Iterable[int]) -> list[int]:
         """Pairs in the order in which passes take them."""
@@ -141,7 +148,7 @@ class Job:
                 self.precision = audit.cheapest()
             dtype = np.float64 if self.precision.name == "fp64" else np.float32
             gathered = Gathered(self.measured, dtype, work.n_effects, len(self.pairs))
-            for number, part in enumerate(self._parts(work.tables(), self.precision, each)):
+            for number, part in enumerate(self._parts(work.tables(), work.places, self.precision, each)):
                 if keeper is not None and not keeper.wants(number):
                     continue
                 found = None if keeper is None else keeper.kept(number, part, gathered)
@@ -177,27 +184,36 @@ class Job:
         with float32_products("ieee"), workers(self.model.device) as each:
             audit = Audit(self, work, each)
             self.precision = self.precision or audit.cheapest()
-            n_passes = sum(1 for _ in self._parts(work.tables(), self.precision, each))
+            n_passes = sum(1 for _ in self._parts(work.tables(), work.places, self.precision, each))
             truth = audit.truth_for(self.precision)
         self.seconds = time.perf_counter() - began
         return truth, n_passes
 
-    def passes_of(self, tables: Tables, precision: Precision, each: Map) -> Iterator[tuple[Pass, PassResult]]:
-        """Carry interventions, ordered by the pairs' lengths, out in some precision, pass by pass."""
-        for part in self._parts(tables, precision, each):
+    def passes_of(
+        self, tables: Tables, places: Collection[str], precision: Precision, each: Map
+    ) -> Iterator[tuple[Pass, PassResult]]:
+        """Carry interventions, in the order of the pairs' shapes, out in some precision, pass by pass."""
+        for part in self._parts(tables, places, precision, each):
             yield part, self._carry(part, precision, each)
 
-    def _parts(self, tables: Tables, precision: Precision, each: Map) -> Iterator[Pass]:
+    def _parts(
+        self, tables: Tables, places: Collection[str], precision: Precision, each: Map
+    ) -> Iterator[Pass]:
         """The passes that interventions are cut into."""
+        costs = self.costs(places, precision, each.count)
+        return cut(tables, self.runs, costs, self.budget, self.source == "mean", self.model.stream)
+
+    def costs(self, places: Collection[str], precision: Precision, threads: int) -> Costs:
+        """What things cost in memory, with patches at these places and so many blocks at once."""
         n_sources = 1 if self.partner is None else 2
         longest, block = max(run.length for run in self.runs), self.backend.block_tokens
-        costs = Costs.of(self.model, precision, block, n_sources, longest, each.count)
-        return cut(tables, self.runs, costs, self.budget, self.source == "mean")
+        against_base = self.source in ("zero", "mean")
+        return Costs.of(self.model, precision, block, n_sources, longest, threads, places, against_base)
 
     def _carry(
         self, part: Pass, precision: Precision, each: Map, tick: Callable[[int], None] = lambda n: None
     ) -> PassResult:
-        prompts = self._prompts(part.pairs)
+        prompts = self.prompts(part.pairs)
         return Wavefront(
             self.model, prompts, part.table, self.measured, precision, self.backend, each, tick
         ).run()
@@ -222,7 +238,7 @@ class Job:
         """What a pass adds to the progress bar."""
         return row_layers(part.table, [self.runs[pair] for pair in part.pairs], self.model.spec.n_layers)
 
-    def _prompts(self, numbers: list[int]) -> Prompts:
+    def prompts(self, numbers: list[int]) -> Prompts:
         """The prompts of some pairs, cut at the read-out position, and what their answers add."""
         parts: list[list[list[int]]] = [[], [], []]  # base, counterpart, another pair's source
         for i in numbers:
@@ -252,7 +268,11 @@ class Job:
 
     @cached_property
     def _embedding_std(self) -> float:
-        return float(self.model.ends().embedding.std())
+        n, total, squares = 0, 0.0, 0.0
+        for ids in torch.arange(self.model.spec.d_vocab).split(_TOKENS):  # never a wide copy of the whole
+            some = self.model.embed(ids, torch.float64)
+            n, total, squares = n + some.numel(), total + float(some.sum()), squares + float((some**2).sum())
+        return ((squares - total**2 / n) / (n - 1)) ** 0.5
 
     def _noise(self, numbers: list[int]) -> torch.Tensor:
         """[base token, d_model]; each pair has a seed of its own, so passes may be cut anywhere."""
@@ -300,6 +320,7 @@ class Job:
             "backend": self.backend.name,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "stream": self.model.stream,
             "seed": self.seed,
             "noise_scale": self.noise_scale if self.source == "noise" else None,
             "memory_budget": self.budget,

@@ -1,13 +1,17 @@
 """Layout: how the rows in flight at one layer are packed into segments, and these into blocks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import numpy as np
 
 from deltapatch.kernels.segments import Fork, Segment
+
+_LEAST = 64  # tokens in a block: with fewer, a product does little but read its weights
+_SPREAD = 4  # blocks that few tokens are cut into, so that cores share them; not as many as there are cores,
+# since effects must not depend on the machine
 
 
 class RunShape(NamedTuple):
@@ -49,10 +53,13 @@ class PairShapes:
         runs: [pair], in their order.
         prompt, length: [pair], as of a `RunShape`.
         base: [pair], a run's first base token.
+        kind: [pair], a number for each shape of runs.
     """
 
     def __init__(self, runs: Sequence[RunShape]) -> None:
         self.runs = list(runs)
+        number = {run: i for i, run in enumerate(dict.fromkeys(runs))}
+        self.kind = np.array([number[run] for run in runs], dtype=np.int64)
         self.prompt = np.array([run.prompt for run in runs], dtype=np.int64)
         self.length = np.array([run.length for run in runs], dtype=np.int64)
         self.base = np.array([0, *accumulate(run.length for run in runs)], dtype=np.int64)[:-1]
@@ -139,6 +146,17 @@ def first_tokens(segments: list[Segment]) -> np.ndarray:
     )
 
 
+def how_many_blocks(tokens: int, block_tokens: int, spread: bool) -> int:
+    """Into how many blocks so many row tokens go.
+
+    Args:
+        block_tokens: that a block should have.
+        spread: whether few tokens are cut too, so that the cores of a CPU share them.
+    """
+    few = min(_SPREAD, tokens // _LEAST) if spread else 1
+    return max(round(tokens / block_tokens), few, 1)
+
+
 def lay_out(
     rows: np.ndarray, pair: np.ndarray, start: np.ndarray, shapes: PairShapes, n_blocks: int
 ) -> Layout:
@@ -153,66 +171,48 @@ def lay_out(
     """
     token = np.full(len(pair), -1, dtype=np.int64)
     stride = np.full(len(pair), -1, dtype=np.int64)
-    blocks: list[Block] = []
-    left = int((shapes.length[pair[rows]] - start[rows]).sum())  # tokens of this block and the next ones
-    done = n_tokens = 0  # rows and tokens packed
-    draft = _Draft()
-    for first, count in _alike(rows, pair, start):
-        run, base = shapes.runs[first], int(shapes.base[first])
-        width = run.length - int(start[rows[done]])
-        while count:
-            share = -(-left // max(1, n_blocks - len(blocks)))
-            some = min(count, -(-(share - draft.n_tokens) // width))
-            ids = rows[done : done + some]
-            token[ids] = n_tokens + np.arange(some)
-            stride[ids] = some
-            draft.add(Segment(0, 1, width, some, base, run.length, run.reads, run.fork), first)
-            done, count, n_tokens = done + some, count - some, n_tokens + some * width
-            if draft.n_tokens >= share:
-                blocks.append(draft.block(done, n_tokens))
-                left, draft = left - draft.n_tokens, _Draft()
-    return Layout(rows, token, stride, n_tokens, blocks)
-
-
-class _Draft:
-    """A block that is being filled."""
-
-    def __init__(self) -> None:
-        self.segments: list[Segment] = []
-        self.first_pairs: list[int] = []
-        self.n_tokens = self.n_rows = 0
-
-    def add(self, s: Segment, pair: int) -> None:
-        """Add rows of one pair; they join those of the pair before, where these are alike."""
-        before = self.segments[-1] if self.segments else None
-        if (
-            before is not None
-            and (before.positions, before.rows, before.length) == (s.positions, s.rows, s.length)
-            and (before.reads, before.fork) == (s.reads, s.fork)
-            and self.first_pairs[-1] + before.pairs == pair
-        ):
-            self.segments[-1] = replace(before, pairs=before.pairs + 1)
-        else:
-            self.segments.append(replace(s, token=self.n_tokens))
-            self.first_pairs.append(pair)
-        self.n_tokens += s.n_tokens
-        self.n_rows += s.rows
-
-    def block(self, row: int, token: int) -> Block:
-        """The block, whose last row and token come before these."""
-        return Block(
-            slice(row - self.n_rows, row),
-            slice(token - self.n_tokens, token),
-            self.segments,
-            self.first_pairs,
-        )
-
-
-def _alike(rows: np.ndarray, pair: np.ndarray, start: np.ndarray) -> list[tuple[int, int]]:
-    """Rows that start at one position of one pair, as (pair, how many)."""
     if not len(rows):
-        return []
-    p, s = pair[rows], start[rows]
-    firsts = np.concatenate([[0], np.flatnonzero((np.diff(p) != 0) | (np.diff(s) != 0)) + 1])
-    counts = np.diff(np.concatenate([firsts, [len(rows)]]))
-    return list(zip(p[firsts].tolist(), counts.tolist(), strict=True))
+        return Layout(rows, token, stride, 0, [])
+    own, at = pair[rows], start[rows]
+    width = shapes.length[own] - at  # [row in layout], its tokens
+    tokens = np.concatenate([[0], np.cumsum(width)])  # before each row, and in all
+    ends = _block_ends(tokens, n_blocks)
+    # A piece is a run of rows that start at one position of one pair, or what a block has of it.
+    cuts = np.flatnonzero((np.diff(own) != 0) | (np.diff(at) != 0)) + 1
+    first = np.unique(np.concatenate([[0], cuts, ends[:-1]]))
+    count = np.diff(np.concatenate([first, [len(rows)]]))
+    token[rows] = np.repeat(tokens[first], count) + np.arange(len(rows)) - np.repeat(first, count)
+    stride[rows] = np.repeat(count, count)
+    # Pieces of consecutive pairs that are alike make one segment.
+    block, pairs, widths = np.searchsorted(ends, first, side="right"), own[first], width[first]
+    alike = np.diff(pairs) == 1
+    for column in (block, count, widths, shapes.kind[pairs]):
+        alike &= np.diff(column) == 0
+    new = np.flatnonzero(np.concatenate([[True], ~alike]))
+    n_pairs = np.diff(np.concatenate([new, [len(first)]]))
+    begins = np.concatenate([[0], ends[:-1]])  # [block], its first row
+    of = pairs[new].tolist()
+    columns = (tokens[first[new]] - tokens[begins[block[new]]], n_pairs, widths[new], count[new],
+               shapes.base[pairs[new]])  # fmt: skip
+    segments = []
+    for p, (at, n, positions, n_rows, base) in zip(
+        of, zip(*(c.tolist() for c in columns), strict=True), strict=True
+    ):
+        run = shapes.runs[p]
+        segments.append(Segment(at, n, positions, n_rows, base, run.length, run.reads, run.fork))
+    edges = np.searchsorted(block[new], np.arange(len(ends) + 1)).tolist()
+    blocks = [
+        Block(slice(a, b), slice(int(tokens[a]), int(tokens[b])), segments[i:j], of[i:j])
+        for a, b, i, j in zip(begins.tolist(), ends.tolist(), edges[:-1], edges[1:], strict=True)
+    ]
+    return Layout(rows, token, stride, int(tokens[-1]), blocks)
+
+
+def _block_ends(tokens: np.ndarray, n_blocks: int) -> np.ndarray:
+    """[block], the row after its last one: a block takes rows until it has its share of the tokens left."""
+    ends = [0]
+    while ends[-1] < len(tokens) - 1:
+        done = int(tokens[ends[-1]])
+        share = -(-(int(tokens[-1]) - done) // max(1, n_blocks - len(ends) + 1))
+        ends.append(int(np.searchsorted(tokens, done + share)))
+    return np.array(ends[1:])

@@ -94,7 +94,8 @@ def encode_pairs(
         raise DeltapatchError("There are no prompt pairs: give at least one.")
     if names is None:
         names = [f"pair {i}" for i in range(len(pairs))]
-    return [_encode(pair, tokenizer, d_vocab, name) for pair, name in zip(pairs, names, strict=True)]
+    texts: dict[int, str] = {}
+    return [_encode(pair, tokenizer, d_vocab, name, texts) for pair, name in zip(pairs, names, strict=True)]
 
 
 def read_at(readout: int | str, number: int, pair: EncodedPair) -> int:
@@ -110,7 +111,8 @@ def read_at(readout: int | str, number: int, pair: EncodedPair) -> int:
     return at
 
 
-def _encode(pair: PromptPair, tokenizer: Any, d_vocab: int, name: str) -> EncodedPair:
+def _encode(pair: PromptPair, tokenizer: Any, d_vocab: int, name: str, texts: dict[int, str]) -> EncodedPair:
+    """The checked form of a pair; `texts` keeps the text of every token that was met."""
     clean = _prompt_ids(pair.clean, "clean", tokenizer, d_vocab, name)
     corrupted = _prompt_ids(pair.corrupted, "corrupted", tokenizer, d_vocab, name)
     if len(clean) != len(corrupted):
@@ -129,10 +131,10 @@ def _encode(pair: PromptPair, tokenizer: Any, d_vocab: int, name: str) -> Encode
         corrupted_answer=corrupted_answer,
         labels={label: _position(label, p, len(clean), name) for label, p in pair.labels.items()},
         meta=dict(pair.meta),
-        clean_text=_pieces(clean, tokenizer),
-        corrupted_text=_pieces(corrupted, tokenizer),
-        clean_answer_text=_as_one(clean_answer, tokenizer),
-        corrupted_answer_text=_as_one(corrupted_answer, tokenizer),
+        clean_text=_pieces(clean, tokenizer, texts),
+        corrupted_text=_pieces(corrupted, tokenizer, texts),
+        clean_answer_text=_as_one(clean_answer, tokenizer, texts),
+        corrupted_answer_text=_as_one(corrupted_answer, tokenizer, texts),
     )
 
 
@@ -234,18 +236,20 @@ def _position(label: str, position: Any, length: int, name: str) -> int:
     return int(position) % length
 
 
-def _pieces(ids: list[int], tokenizer: Any) -> list[str]:
+def _pieces(ids: list[int], tokenizer: Any, texts: dict[int, str]) -> list[str]:
     """One string a token."""
     if tokenizer is None:
         return [str(i) for i in ids]
-    return [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+    for i in set(ids) - texts.keys():
+        texts[i] = tokenizer.decode([i], clean_up_tokenization_spaces=False)
+    return [texts[i] for i in ids]
 
 
-def _as_one(ids: list[int], tokenizer: Any) -> str:
+def _as_one(ids: list[int], tokenizer: Any, texts: dict[int, str]) -> str:
     """Tokens as one string."""
-    return (" " if tokenizer is None else "").join(_pieces(ids, tokenizer))
+    return (" " if tokenizer is None else "").join(_pieces(ids, tokenizer, texts))
 
 
 def _shown(ids: list[int], tokenizer: Any) -> str:
     """Tokens as an error message shows them, for example ['Q', ':', ' 12']."""
-    return str(_pieces(ids, tokenizer))
+    return str(_pieces(ids, tokenizer, {}))

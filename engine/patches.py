@@ -1,6 +1,7 @@
 """Patch tables: interventions as arrays, and what the wavefront derives from them before it starts."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -73,6 +74,30 @@ class Rows:
     def before(self, layer: int) -> np.ndarray:
         """Ids of the rows that are in flight when a layer begins, ascending."""
         return np.flatnonzero(self.layer < layer)
+
+
+class PatchedPlaces:
+    """Which places the patches of a pass are at, layer by layer.
+
+    Args:
+        patches: sorted by (layer, place, row).
+    """
+
+    def __init__(self, patches: PatchTable) -> None:
+        first = np.flatnonzero(np.diff(patches.layer * len(PLACES) + patches.place, prepend=-(1 << 40)))
+        edges = [*first.tolist(), len(patches.layer)]
+        self._found: dict[int, list[tuple[str, slice]]] = {}
+        for a, b in pairwise(edges):
+            there = self._found.setdefault(int(patches.layer[a]), [])
+            there.append((PLACES[patches.place[a]], slice(a, b)))
+
+    def at(self, layer: int) -> list[tuple[str, slice]]:
+        """The patched places of a layer, in the order of PLACES, and which patches are there."""
+        return self._found.get(layer, [])
+
+    def places(self, layer: int) -> list[str]:
+        """Their names."""
+        return [name for name, _ in self.at(layer)]
 
 
 def make_rows(table: PatchTable, length: np.ndarray, spec: ModelSpec) -> Rows:

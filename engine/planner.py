@@ -1,19 +1,15 @@
 """The planner: cuts interventions into passes that keep within a memory budget."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
-import torch
 
-from deltapatch.engine.costs import layer_parameters
 from deltapatch.engine.layout import RunShape
+from deltapatch.engine.memory import Costs
 from deltapatch.engine.patches import PatchTable
 from deltapatch.errors import DeltapatchError
-from deltapatch.kernels import attention, readout, readout_triton
-from deltapatch.kernels.product import Precision
-from deltapatch.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -31,88 +27,13 @@ class Pass:
     out: np.ndarray
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What things cost in memory, in bytes. Upper estimates: a test holds them against the real peak.
-
-    Attributes:
-        fixed: one layer's converted weights, the ends, and the workspace of a block.
-        read: a pair's output distribution at one position.
-        base_token: a token of a pair's runs: the activations of two layers, of base and source runs.
-        row_token: a token of a row in flight, in this layer's packing and the next's.
-        row: the bookkeeping of a row that is read at one position; at several it is as many times that.
-    """
-
-    fixed: int
-    read: int
-    base_token: int
-    row_token: int
-    row: int
-
-    @classmethod
-    def of(
-        cls, model: Model, precision: Precision, block_tokens: int, n_sources: int, length: int, threads: int
-    ) -> "Costs":
-        """The costs of a sweep of this model, with runs of at most `length` tokens.
-
-        Args:
-            threads: how many blocks are worked on at once (`Map.count`).
-        """
-        spec = model.spec
-        size = precision.base.itemsize
-        layer, ends = layer_parameters(spec), 2 * spec.d_vocab * spec.d_model
-        fixed = 0
-        if model.dtype.itemsize != size:
-            fixed += (2 * layer + ends) * size  # the next layer is prepared while the rows pass through one
-        on_gpu = model.device.type == "cuda"
-        if precision.name not in ("fp64", "fp32"):
-            # Elsewhere than on a GPU what is rounded may be kept in float32.
-            fixed += (2 * layer + ends // 2) * (precision.operand.itemsize if on_gpu else size)
-        # Activations of one token in one layer, and a few copies of the widest.
-        widths = 8 * spec.d_model + (3 + spec.gated) * spec.d_mlp + 6 * spec.n_heads * spec.d_head
-        # Each thread has a block of its own, a GPU one after the other, with copies of the widest activations
-        # and of attention's logits; the read-out holds logit changes, in float64 too, and expm1 of them.
-        held = readout_triton.CELLS if on_gpu else readout.CELLS
-        tokens = block_tokens * 3 // 2 + length
-        cells = min(tokens * spec.n_heads * length, max(attention.CELLS, tokens * length))
-        step = (tokens * widths + 6 * cells) * size
-        # Half as much again stays with each thread's allocator.
-        fixed += threads * max(step, 3 * held * (size + 8)) * 3 // 2
-        fixed += 3 * spec.d_model * spec.d_mlp * size  # entries of neurons: columns, transposed and gathered
-        return cls(fixed, spec.d_vocab * (3 * size + 40), 2 * (1 + n_sources) * widths * size,
-                   2 * spec.d_model * size, 400)  # fmt: skip
-
-    def total(self, reads: int, base_tokens: int, row_tokens: int, rows: int) -> int:
-        """Bytes of a pass; a row counts once for every position that it is read at."""
-        return (
-            self.fixed
-            + reads * self.read
-            + base_tokens * self.base_token
-            + row_tokens * self.row_token
-            + rows * self.row
-        )
-
-
-def default_budget(device: torch.device | None = None) -> int:
-    """A quarter of the memory that is free now, at most 4 GiB: more makes passes no faster.
-
-    On a GPU it is half of what is free there: the more rows in a pass, the fuller its products.
-    """
-    if device is not None and device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        free = 8 << 30
-    return min(free // 4, 4 << 30)
-
-
 def cut(
     tables: Iterable[tuple[int, PatchTable, np.ndarray]],
     runs: Sequence[RunShape],
     costs: Costs,
     budget: int,
     share_lengths: bool,
+    few: bool = False,
 ) -> Iterator[Pass]:
     """Cut interventions into passes.
 
@@ -122,72 +43,147 @@ def cut(
         costs: of memory.
         budget: bytes.
         share_lengths: a pass needs the runs of all pairs with a prompt of one length (source "mean").
+        few: see `cut_rows`.
 
     Raises:
         DeltapatchError: not even one intervention fits.
     """
-    held: list[tuple[int, PatchTable, np.ndarray]] = []
-    used = _Used()
+    known: dict[int, tuple[PatchTable, np.ndarray]] = {}
 
-    def with_pair(used: _Used, pair: int) -> _Used:
+    def tokens() -> Iterator[tuple[int, np.ndarray]]:
+        for pair, table, out in tables:
+            known[pair] = table, out
+            yield pair, row_tokens(table, runs[pair])
+
+    for part, _ in cut_rows(tokens(), runs, costs, budget, share_lengths, few):
+        parts = []
+        for pair, rows in part:
+            table, out = known[pair]
+            whole = len(range(*rows.indices(table.n_rows))) == table.n_rows
+            some = table if whole else take(table, np.arange(table.n_rows)[rows])
+            parts.append((pair, some, out[rows]))
+            if rows.stop >= table.n_rows:
+                del known[pair]
+        yield join(parts, runs, share_lengths)
+
+
+def cut_rows(
+    tokens: Iterable[tuple[int, np.ndarray]],
+    runs: Sequence[RunShape],
+    costs: Costs,
+    budget: int,
+    share_lengths: bool,
+    few: bool = False,
+) -> Iterator[tuple[list[tuple[int, slice]], "Used"]]:
+    """Cut rows into passes: which rows of which pairs go together, and what that holds.
+
+    Args:
+        tokens: (pair, [row] how many it has), in the order of the pairs' shapes.
+        runs, costs, budget, share_lengths: as for `cut`.
+        few: make passes as few as can be, though a pair's prompts are run in two of them. Else a pair is cut
+            only where it does not fit by itself, into even pieces.
+
+    Raises:
+        DeltapatchError: not even one row fits.
+    """
+    held: list[tuple[int, slice]] = []
+    used = Used()
+    alike: dict[int, list[RunShape]] = {}
+    for run in runs if share_lengths else ():
+        alike.setdefault(run.prompt, []).append(run)
+
+    def with_pair(used: Used, pair: int) -> Used:
         """What is used once a pair's runs are carried too, before any of its rows."""
-        prompt, same = runs[pair].prompt, [runs[pair]]
-        if share_lengths:
-            same = [] if prompt in used.prompts else [run for run in runs if run.prompt == prompt]
-        return _Used(
-            used.reads + sum(run.reads for run in same),
-            used.base_tokens + sum(run.length for run in same),
-            used.row_tokens,
-            used.rows,
-            used.prompts | {prompt},
-        )
+        run = runs[pair]
+        same = alike[run.prompt] if share_lengths else [run]
+        return used.with_runs([] if share_lengths and run.prompt in used.prompts else same)
 
-    for pair, table, out in tables:
-        tokens, reads = row_tokens(table, runs[pair]), runs[pair].reads
-        after = with_pair(used, pair).plus(tokens, reads)
-        if held and after.bytes(costs) > budget:
-            yield _join(held, runs, share_lengths)
-            held, used = [], _Used()
-            after = with_pair(used, pair).plus(tokens, reads)
-        room = budget - with_pair(used, pair).bytes(costs)
-        each = tokens * costs.row_token + reads * costs.row  # [row], bytes
-        longest = int(each.max(initial=0))
-        if room < longest:
-            least = with_pair(_Used(), pair).bytes(costs) + longest
+    for pair, each in tokens:
+        reads = runs[pair].reads
+        bytes_of = each * costs.row_token + reads * costs.row  # [row]
+        longest = int(bytes_of.max(initial=0))
+        alone = with_pair(Used(), pair)
+        if budget - alone.bytes(costs) < longest:
+            least = alone.bytes(costs) + longest
             raise DeltapatchError(
                 f"a memory budget of {budget / 1e6:,.0f} MB is too small: this model and these prompts need "
                 f"at least {least / 1e6:,.0f} MB; raise the budget, or shorten the prompts"
             )
-        pieces = _pieces(each, room)
+        ends = np.concatenate([[0], np.cumsum(bytes_of)])
+        done = 0
+        while few and held and done < len(each):
+            # What fits of this pair fills the pass that is under way.
+            room = budget - with_pair(used, pair).bytes(costs)
+            fits = int(np.searchsorted(ends, ends[done] + room, side="right")) - 1
+            if fits >= len(each):
+                break
+            if fits > done:
+                held.append((pair, slice(done, fits)))
+                used = with_pair(used, pair).plus(each[done:fits], reads)
+                done = fits
+            yield held, used
+            held, used = [], Used()
+        left = each[done:]
+        after = with_pair(used, pair).plus(left, reads)
+        if held and after.bytes(costs) > budget:
+            yield held, used
+            held, used = [], Used()
+            after = with_pair(used, pair).plus(left, reads)
+        pieces = _pieces(bytes_of[done:], budget - with_pair(used, pair).bytes(costs), few)
         if len(pieces) < 2:  # a pair without interventions is run as well: its answers are part of the result
-            held.append((pair, table, out))
+            held.append((pair, slice(done, len(each))))
             used = after
             continue
         for piece in pieces:
-            rows = np.arange(piece.start, piece.stop)
-            yield _join([(pair, take(table, rows), out[piece])], runs, share_lengths)
+            held = [(pair, slice(done + piece.start, done + piece.stop))]
+            used = with_pair(Used(), pair).plus(left[piece], reads)
+            if piece is not pieces[-1] or not few:
+                yield held, used
+                held, used = [], Used()
     if held:
-        yield _join(held, runs, share_lengths)
+        yield held, used
 
 
 @dataclass(frozen=True)
-class _Used:
-    """What a pass holds so far."""
+class Used:
+    """What a pass holds.
 
+    Attributes:
+        pairs, reads, base_tokens: of the unpatched runs; a run is read at one position or several.
+        rows, row_reads, row_tokens: of the interventions.
+        prompts: lengths of the prompts.
+    """
+
+    pairs: int = 0
     reads: int = 0
     base_tokens: int = 0
-    row_tokens: int = 0
     rows: int = 0
-    prompts: frozenset[int] = frozenset()  # their lengths
+    row_reads: int = 0
+    row_tokens: int = 0
+    prompts: frozenset[int] = frozenset()
 
-    def plus(self, tokens: np.ndarray, reads: int) -> "_Used":
+    def with_runs(self, runs: Sequence[RunShape]) -> "Used":
+        """With these runs more."""
+        return replace(
+            self,
+            pairs=self.pairs + len(runs),
+            reads=self.reads + sum(run.reads for run in runs),
+            base_tokens=self.base_tokens + sum(run.length for run in runs),
+            prompts=self.prompts | {run.prompt for run in runs},
+        )
+
+    def plus(self, tokens: np.ndarray, reads: int) -> "Used":
         """With rows of so many tokens each, read at so many positions."""
-        rows = self.rows + reads * len(tokens)
-        return replace(self, row_tokens=self.row_tokens + int(tokens.sum()), rows=rows)
+        return replace(
+            self,
+            rows=self.rows + len(tokens),
+            row_reads=self.row_reads + reads * len(tokens),
+            row_tokens=self.row_tokens + int(tokens.sum()),
+        )
 
     def bytes(self, costs: Costs) -> int:
         """What that costs."""
-        return costs.total(self.reads, self.base_tokens, self.row_tokens, self.rows)
+        return costs.total(self.reads, self.base_tokens, self.row_tokens, self.row_reads)
 
 
 def first_positions(table: PatchTable) -> np.ndarray:
@@ -213,12 +209,17 @@ def row_layers(table: PatchTable, runs: Sequence[RunShape], n_layers: int) -> in
     return int((np.where(first < prompt, length - first, 0) * (n_layers - 1 - first_layer)).sum())
 
 
-def _pieces(each: np.ndarray, room: int) -> list[slice]:
-    """Even runs of rows that each fit into `room` bytes."""
+def _pieces(each: np.ndarray, room: int, few: bool) -> list[slice]:
+    """Runs of rows that each fit into `room` bytes: even ones, or `few` full ones."""
+    if few:
+        ends, edges = np.concatenate([[0], np.cumsum(each)]), [0]
+        while edges[-1] < len(each):
+            edges.append(int(np.searchsorted(ends, ends[edges[-1]] + room, side="right")) - 1)
+        return [slice(a, b) for a, b in pairwise(edges)]
     n = max(1, -(-int(each.sum()) // max(1, room)))
     while True:
-        edges = np.searchsorted(np.cumsum(each), np.arange(1, n) * (each.sum() / n)).tolist()
-        pieces = [slice(a, b) for a, b in zip([0, *edges], [*edges, len(each)], strict=True) if b > a]
+        cuts = np.searchsorted(np.cumsum(each), np.arange(1, n) * (each.sum() / n)).tolist()
+        pieces = [slice(a, b) for a, b in pairwise([0, *cuts, len(each)]) if b > a]
         if all(each[p].sum() <= room for p in pieces) or not pieces:
             return pieces
         n += 1
@@ -234,7 +235,7 @@ def take(table: PatchTable, rows: np.ndarray) -> PatchTable:
     return PatchTable(len(rows), table.pair[rows], new[kept], *columns)
 
 
-def _join(
+def join(
     parts: list[tuple[int, PatchTable, np.ndarray]], runs: Sequence[RunShape], share_lengths: bool
 ) -> Pass:
     """One pass of several pairs' interventions."""

@@ -4,26 +4,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.layout import Block
+from deltapatch.engine.layout import Block, PairShapes, RunShape, how_many_blocks, lay_out
 from deltapatch.engine.metrics import Reference
 from deltapatch.engine.products import taken_in
-from deltapatch.engine.reads import Reads, RowReads
+from deltapatch.engine.reads import RowReads
 from deltapatch.engine.sources import Prompts
 from deltapatch.engine.workers import Map
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.each import Each, in_turn
 from deltapatch.kernels.norm import Part
-from deltapatch.kernels.product import Operand, Precision, Scaled, narrow_weight
+from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight
 from deltapatch.kernels.readout import BaseReadout, vocabulary_pieces
 from deltapatch.kernels.readout_tail import Tail, make_tail, worth_a_tail
-from deltapatch.kernels.segments import Segment, keep_reads, read_segments
+from deltapatch.kernels.segments import Segment
 from deltapatch.models.forward import normalise
 from deltapatch.models.model import Model
-from deltapatch.models.weights import EndWeights
+from deltapatch.models.weights import EndWeights, map_tensors
 
-_READS = 16  # whose output distributions are looked at together
+_PIECE, _PIECE_ON_CPU = 1 << 26, 1 << 22  # entries of the unembedding that base runs take at a time
+_HELD, _HELD_ON_CPU = 1 << 30, 1 << 27  # bytes of output distributions that are held at a time
+_READS = 4  # whose output distributions a thread looks at together
 _BLOCKS = 4  # from which on cores have a block each
+
+
+def reads_held(d_vocab: int, size: int, on_cpu: bool) -> int:
+    """How many reads' output distributions are held at a time, in numbers of so many bytes."""
+    return max(1, (_HELD_ON_CPU if on_cpu else _HELD) // (d_vocab * (2 * size + 8)))
+
+
+def distribution_bytes(d_vocab: int, d_model: int, size: int, on_cpu: bool) -> int:
+    """Of a read: logits, the source run's change of them, probabilities, and what their mean is made of."""
+    return d_vocab * (2 * size + 8) + -(-d_vocab // _piece(d_vocab, d_model, on_cpu)) * d_model * size
+
+
+def workspace(d_vocab: int, d_model: int, size: int, on_cpu: bool) -> int:
+    """Bytes that making some distributions takes, for each thread."""
+    piece = _piece(d_vocab, d_model, on_cpu)
+    product = piece * (d_model + 2 * reads_held(d_vocab, size, on_cpu)) * size
+    return max(product, _READS * d_vocab * 2 * (2 * size + 24))
+
+
+def _piece(d_vocab: int, d_model: int, on_cpu: bool) -> int:
+    """Tokens whose part of the unembedding is taken at a time."""
+    most = max(1024, (_PIECE_ON_CPU if on_cpu else _PIECE) // d_model)
+    return vocabulary_pieces(d_vocab, most)[0].stop
 
 
 class ReadOut:
@@ -40,14 +65,17 @@ class ReadOut:
         self.model, self.prompts = model, prompts
         self.precision, self.ops, self.each = precision, backend, each
         self.exact = precision.exact
+        self.on_cpu = model.device.type == "cpu"
 
     def read(
         self, ends: EndWeights, x: Tensor, dx: Tensor, rows: Tensor, row_reads: RowReads
     ) -> tuple[np.ndarray, Reference]:
         """Measure every row and the unpatched runs. Here the host waits for the device, once a pass.
 
+        Output distributions are large: they are made for some reads, looked at by the rows, and dropped.
+
         Args:
-            ends: final norm and unembedding in the base dtype.
+            ends: final norm and unembedding as they are stored.
             x, dx: [base token, d_model] and [source token, d_model], the unpatched runs after the last layer.
             rows: [read of a row, d_model], the rows' differences there, packed as
             row_reads: says.
@@ -55,101 +83,155 @@ class ReadOut:
         Returns:
             [measured, row]; and what the base and source runs say.
         """
-        exact, reads = ends.unembedding.weight, row_reads.reads
-        at = x[upload(reads.token, x.device)]  # [read, d_model]
-        base, told = self._unpatched(ends, x, dx, at, reads)
+        ends = ends._replace(norm=map_tensors(ends.norm, lambda t: t.to(x.dtype)))
+        stored, reads = ends.unembedding.weight, row_reads.reads
         precision = taken_in(self.precision, row_reads.n_tokens, self.model.device)
-        stored = ends if precision is self.exact else self.model.ends(None)
-        weight = narrow_weight(stored.unembedding.weight, precision)
-        base = base._replace(tails=self._tails(base, exact, weight, row_reads))
-        found = [x.new_empty(len(part.asked.names), part.layout.n_tokens) for part in row_reads.parts]
+        weight = self._as_products_take_it(stored, precision)
+        found = [rows.new_empty(len(part.asked.names), len(part.rows)) for part in row_reads.parts]
+        n_reads = len(reads.token)
+        told = torch.empty(n_reads, 2, 5, dtype=torch.float64, device=rows.device)
+        step = reads_held(len(stored), x.element_size(), self.on_cpu)
+        for some in (slice(i, min(i + step, n_reads)) for i in range(0, n_reads, step)):
+            token = reads.token[some]
+            at = x[upload(token, x.device)]  # [read, d_model]
+            change = dx[upload(token * self.prompts.n_sources, dx.device)]
+            base, told[some] = self._unpatched(ends, at, change, reads.tokens[some])
+            self._read_some(ends, at, rows, some, base, weight, row_reads, found)
+        flat = torch.cat([values.flatten() for values in found]).cpu().numpy()
+        edges = np.cumsum([0, *(values.numel() for values in found)])
+        by_part = [flat[a:b].reshape(f.shape) for a, b, f in zip(edges[:-1], edges[1:], found, strict=True)]
+        return row_reads.together(by_part), reads.reference(told.cpu().numpy())
 
-        def take(work: tuple[int, Block], each: Each = in_turn) -> None:
-            i, block = work
-            part, names = row_reads.parts[i], row_reads.parts[i].asked.names
-            dn = self._normed(ends, at, rows[part.lines][block.tokens], block.segments)
+    def _as_products_take_it(self, stored: Tensor, precision: Precision) -> Operand | Stored:
+        """The unembedding of a model in memory is narrowed once, that of a larger one piece by piece."""
+        return Stored(stored, precision) if self.model.stream else narrow_weight(stored, precision)
+
+    def _read_some(
+        self,
+        ends: EndWeights,
+        at: Tensor,
+        rows: Tensor,
+        some: slice,
+        base: BaseReadout,
+        weight: Operand | Stored,
+        row_reads: RowReads,
+        found: list[Tensor],
+    ) -> None:
+        """Measure the rows at some reads, into [measured, read of a row] of each part.
+
+        Args:
+            at: [read, d_model], the base runs there.
+            base: their distributions.
+        """
+        shapes = PairShapes([RunShape(1, 1)] * len(at))  # a read is a run of its own here, of one token
+        n_rows, names = np.zeros(len(at), dtype=np.int64), dict[int, tuple[str, ...]]()
+        blocks: list[tuple[Tensor, Tensor, tuple[str, ...], Block]] = []
+        for part, values in zip(row_reads.parts, found, strict=True):
+            if not part.asked.names:
+                continue
+            of = row_reads.read[part.rows]
+            mine = slice(*np.searchsorted(of, [some.start, some.stop]).tolist())
+            number = of[mine] - some.start
+            n_rows += np.bincount(number, minlength=len(at))
+            names |= dict.fromkeys(number.tolist(), part.asked.names)
+            n_blocks = how_many_blocks(len(number), self.ops.block_tokens, spread=False)
+            layout = lay_out(np.arange(len(number)), number, np.zeros_like(number), shapes, n_blocks)
+            d = rows[part.lines][mine]
+            blocks += [(d[b.tokens], values[:, mine][:, b.rows], part.asked.names, b) for b in layout.blocks]
+        tails = self._tails(base, ends.unembedding.weight, weight, n_rows, names)
+        base = base._replace(tails=tails)
+
+        def take(work: tuple[Tensor, Tensor, tuple[str, ...], Block], each: Each = in_turn) -> None:
+            d, out, asked, block = work
             values = self.ops.readout(
-                dn, exact, weight, precision, base, block.first_pairs, block.segments, names, each
+                self._normed(ends, at, d, block.segments),
+                ends.unembedding.weight,
+                weight,
+                weight.precision,
+                base,
+                block.first_pairs,
+                block.segments,
+                asked,
+                each,
             )
-            for j, name in enumerate(names):
-                found[i][j, block.rows] = values[name]
+            for i, name in enumerate(asked):
+                out[i] = values[name]
 
-        blocks = [
-            (i, block)
-            for i, part in enumerate(row_reads.parts)
-            if part.asked.names
-            for block in part.layout.blocks
-        ]
         # Cores share the vocabulary where there are few rows: a product of few rows does little but read it.
         if len(blocks) < _BLOCKS:
             for work in blocks:
                 take(work, self.each)
         else:
             self.each(take, blocks)
-        flat = torch.cat([values.flatten() for values in found]).cpu().numpy()
-        edges = np.cumsum([0, *(values.numel() for values in found)])
-        by_part = [flat[a:b].reshape(f.shape) for a, b, f in zip(edges[:-1], edges[1:], found, strict=True)]
-        return row_reads.together(by_part), reads.reference(told.cpu().numpy())
 
     def _unpatched(
-        self, ends: EndWeights, x: Tensor, dx: Tensor, at: Tensor, reads: Reads
+        self, ends: EndWeights, at: Tensor, change: Tensor, tokens: np.ndarray
     ) -> tuple[BaseReadout, Tensor]:
-        """The base runs' distributions, and what both runs of each pair say: see `Reads.reference`.
+        """The base runs' distributions at some reads, and what both runs say there: see `Reads.reference`.
 
         Args:
-            at: [read, d_model], of x.
+            at, change: [read, d_model], the base run there, and the source run's difference.
+            tokens: [read, 2], those of the answers.
         """
-        prompts, device = self.prompts, self.model.device
-        exact, bias = ends.unembedding
+        device = self.model.device
+        stored, bias = ends.unembedding
+        n, d_vocab = len(at), len(stored)
         # The source run is a row of its own.
-        segments = prompts.shapes.segments(prompts.n_sources)
-        dn = self._normed(ends, x, keep_reads(dx, segments), read_segments(segments))[:: prompts.n_sources]
-        n, pieces = len(at), self._vocabulary(len(exact))
-        ends_of_runs = torch.cat([normalise(at, ends.norm, self.model.spec), dn])
-        both = ends_of_runs.new_empty(2 * n, len(exact))
+        segments = PairShapes([RunShape(1, 1)] * n).segments(1)
+        dn = self._normed(ends, at, change, segments)
+        both = torch.cat([normalise(at, ends.norm, self.model.spec), dn])
+        out = at.new_empty(2 * n, d_vocab)
+        pieces = vocabulary_pieces(d_vocab, _piece(d_vocab, stored.shape[1], self.on_cpu))
 
         def multiply(piece: slice) -> None:
-            both[:, piece] = ends_of_runs @ exact[piece].T
+            out[:, piece] = both @ stored[piece].to(at.dtype).T
 
         self.each(multiply, pieces)
-        logits, change = both[:n], both[n:]  # [read, d_vocab]
+        logits, changed = out[:n], out[n:]  # [read, d_vocab]
         if bias is not None:
-            logits = logits + bias
-        answers = upload(reads.tokens, device)
+            logits += bias.to(at.dtype)
+        answers = upload(tokens, device)
         told = torch.empty(n, 2, 5, dtype=torch.float64, device=device)
-        for some in (slice(i, i + _READS) for i in range(0, n, _READS)):
-            runs = torch.stack([logits[some], logits[some] + change[some]], 1).double()
+        p = torch.empty(n, d_vocab, dtype=torch.float64, device=device)
+
+        def tell(some: slice) -> None:
+            runs = torch.stack([logits[some], logits[some] + changed[some]], 1).double()
             which = answers[some].unsqueeze(1).expand(-1, 2, -1)  # [read, run, answer]
             told[some, :, 0:2] = runs.gather(-1, which)
-            told[some, :, 2:4] = runs.log_softmax(-1).gather(-1, which)
             told[some, :, 4] = runs.argmax(-1).double()
-        p = logits.double().softmax(-1)
-        means = x.new_empty(len(pieces), n, x.shape[1])
+            logp = runs.log_softmax(-1)
+            told[some, :, 2:4] = logp.gather(-1, which)
+            torch.exp(logp[:, 0], out=p[some])
+
+        self.each(tell, [slice(i, i + _READS) for i in range(0, n, _READS)])
+        parts = at.new_empty(len(pieces), n, stored.shape[1])
 
         def average(i: int) -> None:
-            torch.mm(p[:, pieces[i]].to(exact.dtype), exact[pieces[i]], out=means[i])
+            torch.mm(p[:, pieces[i]].to(at.dtype), stored[pieces[i]].to(at.dtype), out=parts[i])
 
         self.each(average, range(len(pieces)))
-        return BaseReadout(logits, p, means.sum(0), answers), told
-
-    def _vocabulary(self, d_vocab: int) -> list[slice]:
-        """The vocabulary in pieces for the cores of a CPU; whole on a GPU."""
-        if self.model.device.type != "cpu":
-            return [slice(0, d_vocab)]
-        return vocabulary_pieces(d_vocab, d_vocab)
+        return BaseReadout(logits, p, parts.sum(0), answers), told
 
     def _tails(
-        self, base: BaseReadout, exact: Tensor, weight: Operand, row_reads: RowReads
+        self,
+        base: BaseReadout,
+        stored: Tensor,
+        weight: Operand | Stored,
+        n_rows: np.ndarray,
+        names: dict[int, tuple[str, ...]],
     ) -> dict[int, Tail]:
-        """Expansions for the reads that very many rows have; see readout_tail.py."""
+        """Expansions for the reads that very many rows have; see readout_tail.py.
+
+        Args:
+            n_rows: [read], how many rows there are.
+            names: read -> what is measured there.
+        """
         if not self.ops.expands:
             return {}
-        n_rows = np.bincount(row_reads.read, minlength=len(base.p))
         return {
-            i: make_tail(base.p[i], base.mean[i], exact, weight, self.each)
-            for part in row_reads.parts
-            for i in part.asked.reads.tolist()
-            if worth_a_tail(n_rows[i], len(exact), exact.shape[1], weight.precision, part.asked.names)
+            i: make_tail(base.p[i], base.mean[i], stored, weight, self.each)
+            for i, asked in names.items()
+            if worth_a_tail(int(n_rows[i]), len(stored), stored.shape[1], weight.precision, asked)
         }
 
     def _normed(self, ends: EndWeights, x: Tensor, d: Tensor, segments: list[Segment]) -> Tensor:

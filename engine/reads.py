@@ -5,7 +5,7 @@ row is read wherever its pair is. What is asked of a read depends on which answe
 changes of the log-probability of an answer add up over its tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deltapatch.engine.continuation import NONE
-from deltapatch.engine.layout import Block, Layout, PairShapes, RunShape, lay_out, spread
+from deltapatch.engine.layout import Block, PairShapes, spread
 from deltapatch.engine.metrics import Reference
 from deltapatch.kernels.segments import read_segments
 
@@ -106,10 +106,15 @@ class Reads:
 
 
 class Part(NamedTuple):
-    """Reads of rows of which the same is asked: how they are packed, and where among all."""
+    """Reads of rows of which the same is asked.
+
+    Attributes:
+        rows: their numbers, those of one read of a pair together, read after read.
+        lines: where they are packed, in this order.
+    """
 
     asked: Asked
-    layout: Layout
+    rows: np.ndarray
     lines: slice
 
 
@@ -120,12 +125,9 @@ class RowReads:
         reads: of the pairs.
         pair: [row], the pair of each row.
         measured: which numbers are to follow.
-        n_blocks: into how many blocks so many reads go.
     """
 
-    def __init__(
-        self, reads: Reads, pair: np.ndarray, measured: Sequence[str], n_blocks: Callable[[int], int]
-    ) -> None:
+    def __init__(self, reads: Reads, pair: np.ndarray, measured: Sequence[str]) -> None:
         self.reads, self.measured = reads, tuple(measured)
         n_reads = np.bincount(reads.pair, minlength=len(reads.first))[pair]
         self.row = np.repeat(np.arange(len(pair)), n_reads)  # [read of a row]
@@ -133,21 +135,15 @@ class RowReads:
         self.read = (reads.first[pair] - self.first)[self.row] + np.arange(len(self.row))  # [read of a row]
         self.place = np.empty(len(self.row), dtype=np.int64)  # [read of a row], the line of its difference
         self.parts: list[Part] = []
-        # A read is a run of its own here, of one token.
-        shapes, start = (
-            PairShapes([RunShape(1, 1)] * len(reads.pair)),
-            np.zeros(len(self.row), dtype=np.int64),
-        )
         line = 0
         order = np.argsort(self.read, kind="stable")
         for asked in reads.asked(measured):
             wanted = np.zeros(len(reads.pair), dtype=bool)
             wanted[asked.reads] = True
             mine = order[wanted[self.read[order]]]
-            layout = lay_out(mine, self.read, start, shapes, n_blocks(len(mine)))
-            self.place[mine] = line + layout.token[mine]
-            self.parts.append(Part(asked, layout, slice(line, line + layout.n_tokens)))
-            line += layout.n_tokens
+            self.place[mine] = np.arange(line, line + len(mine))
+            self.parts.append(Part(asked, mine, slice(line, line + len(mine))))
+            line += len(mine)
 
     @property
     def n_tokens(self) -> int:
@@ -163,11 +159,11 @@ class RowReads:
         """The numbers that were to follow: [measured, row].
 
         Args:
-            found: for each part [what is measured there, read of a row in the order of its layout].
+            found: for each part [what is measured there, read of a row in the order of its lines].
         """
         out = np.empty((len(self.measured), len(self.first)), found[0].dtype)
         for number, (part, values) in enumerate(zip(self.parts, found, strict=True)):
-            rows = self.row[part.layout.rows]
+            rows = self.row[part.rows]
             by_name = dict(zip(part.asked.names, values, strict=True))
             for name, of, sign in part.asked.gives:
                 total = out[self.measured.index(of)]

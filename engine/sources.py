@@ -1,5 +1,6 @@
 """Sources: what a patched activation is replaced by, as (source - base) at every place of a layer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,18 +65,18 @@ class Prompts:
             return base_token
         return base_token * self.n_sources + (self.n_sources - 1)
 
-    def embed(self, embedding: Tensor) -> Tensor:
-        """The base runs' embeddings, [base token, d_model]."""
-        x = embedding[upload(self.tokens, embedding.device)]
+    def embed(self, look_up: Callable[[Tensor], Tensor]) -> Tensor:
+        """The base runs' embeddings, [base token, d_model]; `look_up` gives those of token ids [...]."""
+        x = look_up(torch.from_numpy(self.tokens))
         return x if self.noise is None else x + upload(self.noise.numpy(), x.device).to(x.dtype)
 
-    def embed_source_difference(self, embedding: Tensor, x: Tensor) -> Tensor:
+    def embed_source_difference(self, look_up: Callable[[Tensor], Tensor]) -> Tensor:
         """The source runs' embeddings minus the base's, [base token and source, d_model].
 
         Equal tokens give exactly zero, and so does everything that only depends on them.
         """
-        base = embedding[upload(self.tokens, embedding.device)]
-        source = embedding[upload(self.sources.T, embedding.device)]
+        base = look_up(torch.from_numpy(self.tokens))
+        source = look_up(torch.from_numpy(np.ascontiguousarray(self.sources.T)))
         d = source - base.unsqueeze(1)  # [base token, source, d_model]
         for noise, sign in ((self.source_noise, 1), (self.noise, -1)):
             if noise is not None:

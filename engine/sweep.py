@@ -17,9 +17,9 @@ from deltapatch.engine.job import Job
 from deltapatch.engine.manifest import Manifest, settings_of
 from deltapatch.engine.metrics import Direction, Reference, compute
 from deltapatch.engine.pairs import PromptPair
-from deltapatch.engine.patches import place_of
 from deltapatch.engine.planner import row_layers
 from deltapatch.engine.runfolder import RUN, check_output, is_begun, pairs_as_text
+from deltapatch.engine.sites import PLACES
 from deltapatch.engine.unfinished import unfinished
 from deltapatch.engine.work import Work
 from deltapatch.engine.workers import threads
@@ -123,14 +123,7 @@ def sweep(
         noise_sample,
     )
     grid = make_grid(sites, positions, layers, job.pairs, model.spec)
-    work = Work(
-        job.ordered(range(len(job.pairs))),
-        lambda pair: grid.table(pair, job.pairs[pair]),
-        grid.n_effects,
-        grid.n_effects // len(job.pairs) * sum(run.reads for run in job.runs),
-        _row_layers(grid, job),
-        lambda i: grid.describe(i, len(job.pairs)),
-    )
+    work = Work.of_sweep(grid, job)
     if out is None:
         return _effects(grid, job, *job.carry_out(work, progress))
     asked = settings_of(job, grid, None if precision == "auto" else precision, memory_budget)
@@ -198,23 +191,12 @@ def run(
         len(interventions),
         sum(job.runs[i.pair].reads for i in interventions),
         sum(row_layers(t, [job.runs[p]], model.spec.n_layers) for p, (t, _) in tables.items()),
+        frozenset(PLACES[i] for t, _ in tables.values() for i in np.unique(t.place)),
         lambda i: f"intervention {i}",
     )
     measured, reference = job.carry_out(work, progress)
     pair = np.array([i.pair for i in interventions])
     return Outcome(measured, pair, reference, direction, job.meta())
-
-
-def _row_layers(grid: Grid, job: Job) -> int:
-    """Row tokens times the layers that they pass, over a whole sweep: what the progress bar counts."""
-    total = 0
-    for run, pair in zip(job.runs, job.pairs, strict=True):
-        for g in grid.sites:
-            at = [p for spot in g.positions if (p := pair.resolve(spot)) is not None and p < run.prompt]
-            tokens = sum(run.length - p for p in at)
-            passed = np.maximum(job.model.spec.n_layers - 1 - place_of(g.site.name, g.layers)[1], 0).sum()
-            total += tokens * int(passed) * max(1, g.n_indices)
-    return total
 
 
 def _effects(grid: Grid, job: Job, measured: dict[str, np.ndarray], reference: Reference) -> Effects:

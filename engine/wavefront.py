@@ -7,21 +7,30 @@ At each layer it (1) advances the base run and, as a difference of its own, the 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Layer, Swaps
-from deltapatch.engine.layout import Block, Layout, RunShape, first_tokens, lay_out
+from deltapatch.engine.layout import Block, Layout, RunShape, first_tokens, how_many_blocks, lay_out
 from deltapatch.engine.metrics import Direction, Reference
-from deltapatch.engine.patches import ATTENTION, END, MIDDLE, PLACE, WHOLE, PatchTable, Rows, make_rows
+from deltapatch.engine.patches import (
+    ATTENTION,
+    END,
+    MIDDLE,
+    PLACE,
+    WHOLE,
+    PatchedPlaces,
+    PatchTable,
+    Rows,
+    make_rows,
+)
 from deltapatch.engine.products import narrow_layer, taken_in
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.reads import Reads, RowReads
-from deltapatch.engine.sites import PLACES
 from deltapatch.engine.sources import Prompts, source_differences
+from deltapatch.engine.unpatched import Unpatched
 from deltapatch.engine.workers import Map
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import Backend
@@ -32,11 +41,9 @@ from deltapatch.kernels.segments import read_segments
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 from deltapatch.models.model import Model
-from deltapatch.models.weights import LayerWeights, cast
+from deltapatch.models.stream import Reader
+from deltapatch.models.weights import Converter
 
-_LEAST = 64  # tokens in a block: with fewer, a product does little but read its weights
-_SPREAD = 4  # blocks that few tokens are cut into, so that cores share them; not as many as there are cores,
-# since effects must not depend on the machine
 _ENTRY_STAGES = (ATTENTION, MIDDLE, END)
 
 
@@ -98,21 +105,43 @@ class Wavefront:
         self.table, self.n_interventions = table, table.n_rows
         self.shapes = prompts.shapes
         self.rows: Rows = make_rows(table, self.shapes.prompt, model.spec)
-        self.row_reads = RowReads(
-            Reads(self.shapes, prompts.targets), self.rows.pair, measured, self._n_read_blocks
-        )
+        self.patched = PatchedPlaces(self.rows.patches)
+        self.row_reads = RowReads(Reads(self.shapes, prompts.targets), self.rows.pair, measured)
         self.precision, self.dtype = precision, precision.base
         self.exact = precision.exact
+        self.unpatched = Unpatched(self.spec, prompts, backend.block_tokens, each)
 
     @torch.no_grad()
     def run(self) -> PassResult:
         """Carry every row from its entry to the read-out."""
+        with self.model.reading() as read:
+            x, dx, rows = self._through_layers(read)
+            ends = read.ends()
+        by_row, unpatched = self._reader().read(ends, x, dx, rows, self.row_reads)
+        # Interventions that cannot reach the read-out have no row: their effect is exactly zero, and what the
+        # base run says they say.
+        live = self.rows.id_of >= 0
+        measured = np.zeros((len(self.measured), self.n_interventions), by_row.dtype)
+        for i, name in enumerate(("says_clean", "says_corrupted")):
+            if name in self.measured:
+                measured[self.measured.index(name)] = unpatched.says[self.table.pair, 0, i]
+        measured[:, live] = by_row[:, self.rows.id_of[live]]
+        return PassResult(dict(zip(self.measured, measured, strict=True)), unpatched)
+
+    def _reader(self) -> ReadOut:
+        return ReadOut(self.model, self.prompts, self.precision, self.ops, self.each)
+
+    # The layers ------------------------------------------------------------------------------------------
+
+    def _through_layers(self, read: Reader) -> tuple[Tensor, Tensor, Tensor]:
+        """After the last layer: the unpatched runs, x and dx, and the rows' differences where read."""
         spec, prompts = self.spec, self.prompts
-        ends = self.model.ends(self.dtype)
-        x = prompts.embed(ends.embedding)  # [base token, d_model]
-        dx = prompts.embed_source_difference(ends.embedding, x)  # [source token, d_model]
+        embed = partial(self.model.embed, dtype=self.dtype)
+        x = prompts.embed(embed)  # [base token, d_model]
+        dx = prompts.embed_source_difference(embed)  # [source token, d_model]
         rows, layout = self._enter_embedding(x, dx)  # [row token, d_model], the differences in flight
-        prepare = partial(self._prepare, rotary=self._rotary())
+        convert = Converter(self.model.device, self.dtype)
+        prepare = partial(self._prepare, read=read, rotary=self._rotary(), convert=convert)
         ahead = self.each.ahead(partial(prepare, 0, x, dx))
         for l in range(spec.n_layers):
             ready = ahead()
@@ -126,29 +155,33 @@ class Wavefront:
             parts += [(stage, self._layout(self.rows.entering(l, stage))) for stage in _ENTRY_STAGES]
             self._advance(ready, l, parts, rows, after, out)
             rows, layout = out, after or layout
-        reader = ReadOut(self.model, prompts, self.precision, self.ops, self.each)
-        by_row, unpatched = reader.read(ends, x, dx, rows, self.row_reads)
-        # Interventions that cannot reach the read-out have no row: their effect is exactly zero, and what the
-        # base run says they say.
-        live = self.rows.id_of >= 0
-        measured = np.zeros((len(self.measured), self.n_interventions), by_row.dtype)
-        for i, name in enumerate(("says_clean", "says_corrupted")):
-            if name in self.measured:
-                measured[self.measured.index(name)] = unpatched.says[self.table.pair, 0, i]
-        measured[:, live] = by_row[:, self.rows.id_of[live]]
-        return PassResult(dict(zip(self.measured, measured, strict=True)), unpatched)
+            del ready  # before the next layer is asked for: a streamed one takes its place
+        return x, dx, rows
 
-    # The layers ------------------------------------------------------------------------------------------
-
-    def _prepare(self, l: int, x: Tensor, dx: Tensor, rotary: Rotary) -> "Ready":
+    def _prepare(
+        self, l: int, x: Tensor, dx: Tensor, read: Reader, rotary: Rotary, convert: Converter
+    ) -> "Ready":
         """Everything that rows meet in a layer: its weights, and the unpatched runs, x and dx before it."""
-        stored = self.model.layer(l, None)
-        exact = cast(stored, self.model.device, self.dtype)
-        base = self._advance_base(x, exact, rotary)
+        stored = read.layer(l)
+        exact = convert(stored)
+        places = self.patched.places(l)
+        base = self.unpatched.base(x, exact, rotary, places)
         products = narrow_layer(exact, self.exact)
-        here = Layer(self.spec, self.ops, self.exact, products, exact, base, rotary, last=False)
-        dx, capture = self._advance_sources(dx, here)
-        deltas = source_differences(self.prompts, base, capture)
+        down = exact.down.weight if "mlp_post" in places else None
+        here = Layer(
+            self.spec,
+            self.ops,
+            self.exact,
+            products,
+            exact.norm1,
+            exact.norm2,
+            down,
+            base,
+            rotary,
+            last=False,
+        )
+        dx, captured = self.unpatched.sources(dx, here, places)
+        deltas = source_differences(self.prompts, base, captured)
         precision = taken_in(self.precision, self._n_tokens(l), self.model.device)
         if precision is not self.exact:
             here = replace(here, precision=precision, weights=narrow_layer(stored, precision))
@@ -158,34 +191,6 @@ class Wavefront:
         """How many row tokens pass through a layer, or enter in it."""
         rows = np.flatnonzero(self.rows.layer <= l)
         return int((self.shapes.length[self.rows.pair[rows]] - self.rows.start[rows]).sum())
-
-    def _advance_base(self, x: Tensor, layer: LayerWeights, rotary: Rotary) -> forward.Activations:
-        """The plain forward of one block for all pairs: activations [base token, ...]."""
-        segments = self.shapes.segments(1, self.ops.block_tokens)
-        parts: list[dict[str, Tensor | None]] = [{} for _ in segments]
-
-        def advance(i: int) -> None:
-            s = segments[i]
-            tables = s.run(rotary.cos)[0], s.run(rotary.sin)[0]  # those of all its pairs
-            acts = forward.block(s.run(x), layer, self.spec, tables, s.fork)
-            parts[i] = {name: None if t is None else t.flatten(0, 1) for name, t in acts._asdict().items()}
-
-        self.each(advance, range(len(segments)))
-        return forward.Activations(**_join(parts))
-
-    def _advance_sources(self, dx: Tensor, here: Layer) -> tuple[Tensor, dict[str, Tensor]]:
-        """The source runs, carried as differences like any row: after the layer, and at every place in it."""
-        segments = self.shapes.segments(self.prompts.n_sources, self.ops.block_tokens)
-        parts: list[dict[str, Tensor]] = [{} for _ in segments]
-        after = torch.empty_like(dx)
-
-        def advance(i: int) -> None:
-            s = segments[i]
-            mine = slice(s.token, s.token + s.n_tokens)
-            BlockStep(here, [replace(s, token=0)], {}, parts[i]).run(dx[mine], WHOLE, after[mine], None)
-
-        self.each(advance, range(len(segments)))
-        return after, _join(parts) | {"resid_post": after}
 
     def _advance(
         self,
@@ -225,13 +230,8 @@ class Wavefront:
     def _layout(self, rows: np.ndarray) -> Layout:
         """Pack rows."""
         tokens = int((self.shapes.length[self.rows.pair[rows]] - self.rows.start[rows]).sum())
-        spread = _SPREAD if self.model.device.type == "cpu" else 1
-        n_blocks = max(round(tokens / self.ops.block_tokens), min(spread, tokens // _LEAST), 1)
+        n_blocks = how_many_blocks(tokens, self.ops.block_tokens, spread=self.model.device.type == "cpu")
         return lay_out(rows, self.rows.pair, self.rows.start, self.shapes, n_blocks)
-
-    def _n_read_blocks(self, reads: int) -> int:
-        """How many blocks reads go in. Of few, cores share the vocabulary instead: see readout.py."""
-        return max(round(reads / self.ops.block_tokens), 1)
 
     def _rope_tables(self, run: RunShape) -> tuple[Tensor, Tensor]:
         """Cosines and sines, [token of the run, rope.dim // 2]."""
@@ -264,18 +264,13 @@ class Wavefront:
     ) -> Swaps:
         """The patches of a layer that fall into a block."""
         p = self.rows.patches
-        lo, hi = np.searchsorted(p.layer, [l, l + 1])
         out: Swaps = {}
-        if lo == hi:
-            return out
-        for place in np.unique(p.place[lo:hi]):
-            a, b = lo + np.searchsorted(p.place[lo:hi], [place, place + 1])
-            a, b = a + np.searchsorted(p.row[a:b], [ids[0], ids[-1] + 1])
+        for name, mine in self.patched.at(l):
+            a, b = mine.start + np.searchsorted(p.row[mine], [ids[0], ids[-1] + 1])
             row, position, index = p.row[a:b], p.position[a:b], p.index[a:b]
             packed = layout.token[row] >= 0  # rows of other layouts may lie between
             row, position, index = row[packed], position[packed], index[packed]
-            name = PLACES[place]
-            if last and place >= PLACE["z"]:
+            if last and PLACE[name] >= PLACE["z"]:
                 token = first_tokens(read_segments(block.segments))[np.searchsorted(ids, row)]
             else:
                 token = layout.token[row] + (position - self.rows.start[row]) * layout.stride[row]
@@ -295,11 +290,6 @@ class Wavefront:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return upload(np.ascontiguousarray(array, dtype=np.int64), self.model.device)
-
-
-def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The pieces of each array, one after the other; what is None in one piece is None in all."""
-    return {n: None if t is None else torch.cat([p[n] for p in parts]) for n, t in parts[0].items()}
 
 
 def _adjoining(to: np.ndarray) -> slice | np.ndarray:

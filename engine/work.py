@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from deltapatch.engine.audit import Truth
 from deltapatch.engine.gather import Gathered, PassEffects
+from deltapatch.engine.grid import Grid
 from deltapatch.engine.patches import PatchTable
 from deltapatch.engine.planner import Pass
+
+if TYPE_CHECKING:
+    from deltapatch.engine.job import Job
 
 Tables = Iterable[tuple[int, PatchTable, np.ndarray]]
 
@@ -24,6 +28,7 @@ class Work:
         n_effects: of all pairs.
         n_reads: positions that they are read at, one each where answers are single tokens.
         row_layers: row tokens times the layers that they pass.
+        places: where patches go.
         describe: an effect in words.
     """
 
@@ -32,7 +37,21 @@ class Work:
     n_effects: int
     n_reads: int
     row_layers: int
+    places: frozenset[str]
     describe: Callable[[int], str]
+
+    @classmethod
+    def of_sweep(cls, grid: Grid, job: "Job") -> "Work":
+        """Every patch of a grid, each alone."""
+        return cls(
+            job.ordered(range(len(job.pairs))),
+            lambda pair: grid.table(pair, job.pairs[pair]),
+            grid.n_effects,
+            grid.n_effects // len(job.pairs) * sum(run.reads for run in job.runs),
+            int(sum(grid.in_flight(p, n, job.model.spec.n_layers).sum() for p, n in job.shapes())),
+            frozenset(g.site.place for g in grid.sites),
+            lambda i: grid.describe(i, len(job.pairs)),
+        )
 
     def tables(self) -> Tables:
         """Of every pair: its number, interventions, and where their effects go."""

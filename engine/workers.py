@@ -20,10 +20,17 @@ class Map:
     Args:
         pool: threads, or None to do everything in this one.
         count: how many.
+        helper: one thread more, for what is begun ahead: it waits for blocks of its own, and must not keep a
+            core from them.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor | None = None, count: int = 1) -> None:
-        self.pool, self.count = pool, count
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor | None = None,
+        count: int = 1,
+        helper: ThreadPoolExecutor | None = None,
+    ) -> None:
+        self.pool, self.count, self.helper = pool, count, helper
 
     def __call__(self, work: Callable[[Any], None], items: Iterable[Any]) -> None:
         """Return when all are done; raise what one of them raised."""
@@ -41,9 +48,9 @@ class Map:
 
     def ahead(self, work: Callable[[], Result]) -> Callable[[], Result]:
         """Begin work whose result is needed later; call what is returned for it. Without threads it waits."""
-        if self.pool is None:
+        if self.helper is None:
             return work
-        return self.pool.submit(torch.no_grad()(work)).result
+        return self.helper.submit(torch.no_grad()(work)).result
 
 
 @contextmanager
@@ -53,10 +60,10 @@ def workers(device: torch.device) -> Iterator[Map]:
     if device.type != "cpu" or threads == 1:
         yield Map()
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as helper:
         torch.set_num_threads(1)
         try:
-            yield Map(pool, threads)
+            yield Map(pool, threads, helper)
         finally:
             torch.set_num_threads(threads)
 

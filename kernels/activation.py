@@ -1,6 +1,7 @@
 """Activation difference: act(h + dh) - act(h), and act(g + dg)(u + du) - act(g) u where the MLP is gated."""
 
 from collections.abc import Callable
+from itertools import product
 
 from torch import Tensor
 
@@ -8,7 +9,7 @@ from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.swap import Swap, apply_swaps
 
-_CELLS = 1 << 17  # neurons worked on at a time: 1 MiB in float64, which stays in the cache
+CELLS = 1 << 17  # neurons worked on at a time: 1 MiB in float64, which stays in the cache
 
 
 def activation_difference(
@@ -39,24 +40,36 @@ def activation_difference(
         [token, d_mlp].
     """
     du, dg = up.plain(), None if gate is None else gate.plain()
+    cells = CELLS if du.device.type == "cpu" else 1 << 25
     for segment in segments:
         d_up, base_up = segment.tokens(du), segment.own(u)  # [pair, position, row or 1, d_mlp]
-        if dg is None or g is None:
-            base, d_act = base_up.double(), d_up
-        else:
-            base, d_act = segment.own(g).double(), segment.tokens(dg)
-        at_base = act(base)
-        rows = max(1, _CELLS // (segment.pairs * segment.positions * du.shape[1]))
-        for some in (slice(r, r + rows) for r in range(0, segment.rows, rows)):
-            d = d_act[:, :, some]
-            change = act(base + d).sub_(at_base)
-            # The same number may round differently twice, depending on where it lies in memory.
-            change.masked_fill_(d == 0, 0)
-            if dg is None:
-                d.copy_(change)
-            else:
-                # act(g + dg)(u + du) - act(g) u = act(g + dg) du + change u: a closed gate leaves no huge du.
-                mine = d_up[:, :, some]
-                mine.copy_((at_base + change).mul_(mine).add_(change.mul_(base_up)))
+        d_act, base_act = (d_up, base_up) if dg is None or g is None else (segment.tokens(dg), segment.own(g))
+        steps = _steps(segment, du.shape[1], cells)
+        for own in product(_slices(segment.pairs, steps[0]), _slices(segment.positions, steps[1])):
+            base = base_act[own].double()
+            at_base = act(base)
+            for some in _slices(segment.rows, steps[2]):
+                d = d_act[(*own, some)]
+                change = act(base + d).sub_(at_base)
+                # The same number may round differently twice, depending on where it lies in memory.
+                change.masked_fill_(d == 0, 0)
+                if dg is None:
+                    d.copy_(change)
+                else:
+                    # act(g + dg)(u + du) - act(g) u = act(g + dg) du + change u: no huge du is left where
+                    # the gate is closed.
+                    mine = d_up[(*own, some)]
+                    mine.copy_((at_base + change).mul_(mine).add_(change.mul_(base_up[own])))
     apply_swaps(du, swaps)
     return narrow(du, precision)
+
+
+def _steps(segment: Segment, d_mlp: int, cells: int) -> tuple[int, int, int]:
+    """How many pairs, positions and rows of a segment are worked on together."""
+    rows = max(1, min(segment.rows, cells // d_mlp))
+    positions = max(1, min(segment.positions, cells // (d_mlp * rows)))
+    return max(1, cells // (d_mlp * rows * positions)), positions, rows
+
+
+def _slices(n: int, step: int) -> list[slice]:
+    return [slice(a, a + step) for a in range(0, n, step)]

@@ -20,7 +20,7 @@ from deltapatch.kernels.segments import Segment, read_segments, unseen
 from deltapatch.kernels.swap import Swap, apply_swaps
 
 HUGE = 60.0  # exp(60) is safe in float32, and p_i that float32 rounds to 0 cannot matter below it
-CELLS = 1 << 19  # logit changes held at a time, where one head has no more: few enough for the cache
+CELLS = 1 << 19  # logit changes held at a time, where one query has no more: few enough for the cache
 
 
 @dataclass(frozen=True)
@@ -92,31 +92,33 @@ def attention_difference(
         _swapped(d, scale_of_rows, swaps.get(place, [])) for d, place in ((dq, "q"), (dk, "k"), (dv, "v"))
     )
     group = n_heads // k.shape[1]  # query heads that share keys and values
-    if group > 1:
-        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     wanted = read_segments(segments) if reads_only else segments
     out = dq.new_empty(sum(s.n_tokens for s in wanted), n_heads, d_head)
     for segment, queries in zip(segments, wanted, strict=True):
         heads = max(1, CELLS // (queries.n_tokens * segment.length))
+        step = max(1, CELLS // (segment.pairs * segment.rows * segment.length))  # positions of queries
         rows_q, rows_k, rows_v = (segment.tokens(d) for d in (dq, dk, dv))
         rows_q = rows_q[:, segment.positions - queries.positions :]
-        hidden = unseen(queries, dq.device)
         rows_q, rows_k = (rotary.turn(d, segment) for d in (rows_q, rows_k))
-        if group > 1:
-            rows_k, rows_v = (d.repeat_interleave(group, dim=3) for d in (rows_k, rows_v))
-        for h in range(0, n_heads, heads):
-            head = slice(h, h + heads)
-            rows, run = (slice(None),) * 3 + (head,), (slice(None),) * 2 + (head,)
-            queries.tokens(out)[rows] = _heads(
-                rows_q[rows],
-                rows_k[rows],
-                rows_v[rows],
-                segment.run(q)[run],
-                segment.run(k)[run],
-                segment.run(v)[run],
-                hidden,
-                logit_scale,
-            )
+        n_queries, n_own = queries.positions, segment.positions
+        for first in range(0, n_queries, step):
+            some = slice(first, min(first + step, n_queries))
+            hidden = unseen(queries, some, dq.device)
+            # Queries see no key after the last of them.
+            keys, own = (slice(n - n_queries + some.stop) for n in (segment.length, n_own))
+            for h in range(0, n_heads, heads):
+                head = slice(h, h + heads)
+                shared = head if group == 1 else [i // group for i in range(h, min(h + heads, n_heads))]
+                queries.tokens(out)[:, some, :, head] = _heads(
+                    rows_q[:, some, :, head],
+                    rows_k[:, own, :, shared],
+                    rows_v[:, own, :, shared],
+                    segment.run(q)[:, keys, head],
+                    segment.run(k)[:, keys, shared],
+                    segment.run(v)[:, keys, shared],
+                    hidden,
+                    logit_scale,
+                )
     apply_swaps(out, swaps.get("z", []))
     return narrow(out.flatten(1), precision)
 

@@ -94,6 +94,17 @@ class Operand(NamedTuple):
         return Operand(self.values[which], scale, self.precision)
 
 
+class Stored(NamedTuple):
+    """A weight matrix as the model keeps it, narrowed where a product takes it: never a copy of the whole."""
+
+    values: Tensor  # [out, in]
+    precision: Precision
+
+    def rows(self, which: slice | Tensor) -> Operand:
+        """Some of the outputs."""
+        return narrow_weight(self.values[which], self.precision)
+
+
 def narrow(d: Tensor, precision: Precision) -> Scaled:
     """A difference in the dtype that products take.
 

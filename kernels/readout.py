@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.each import Each, in_turn
-from deltapatch.kernels.product import Operand, Precision, Scaled, narrow, product
+from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow, product
 from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
 
@@ -41,7 +41,7 @@ class BaseReadout(NamedTuple):
 def readout(
     dn: Tensor,
     exact: Tensor,
-    weight: Operand,
+    weight: Operand | Stored,
     precision: Precision,
     base: BaseReadout,
     first_reads: list[int],
@@ -53,8 +53,8 @@ def readout(
 
     Args:
         dn: [row, d_model], difference of the final norm's output at a row's read.
-        exact: [d_vocab, d_model], the unembedding in dn's dtype; the answers' logits are taken with it.
-        weight: the same as the sweep's products take it.
+        exact: [d_vocab, d_model], the unembedding; the answers' logits are taken with it in dn's dtype.
+        weight: the same as the sweep's products take it, or to be narrowed to that piece by piece.
         precision: of these products.
         base: of every read in the pass.
         first_reads: for each segment, its first read.
@@ -73,7 +73,7 @@ def readout(
     ]
     mean, answer = dn.new_empty(len(dn), 1), dn.new_empty(len(dn), 2)
     for rows, read in spans:
-        columns = exact[base.answers[read]]  # [2, d_model]
+        columns = exact[base.answers[read]].to(dn.dtype)  # [2, d_model]
         mean[rows, 0] = dn[rows] @ base.mean[read]
         answer[rows] = dn[rows] @ (columns - base.mean[read]).T
         if "logit_diff" in out:
@@ -135,7 +135,7 @@ def _distribution(
     dn: Scaled,
     mean: Tensor,
     answer: Tensor,
-    weight: Operand,
+    weight: Operand | Stored,
     base: BaseReadout,
     spans: list[tuple[slice, int]],
     out: dict[str, Tensor],
@@ -173,7 +173,9 @@ def _distribution(
     direct = (highest.amax(0) > _HUGE).nonzero().squeeze(1)
     for some in direct.split(max(1, CELLS // d_vocab)):
         # log p + D: its exponential cannot overflow once the largest is taken out, and no term is negative.
-        far = product(_rows(dn, some), weight).plain().sub_(mean[some]).double()  # [row, d_vocab]
+        few = _rows(dn, some)
+        parts = [product(few, weight.rows(piece)).plain() for piece in pieces]
+        far = torch.cat(parts, 1).sub_(mean[some]).double()  # [row, d_vocab]
         before = base.logits[read_of[some]].double()
         lse[some] = ((before + far).logsumexp(-1) - before.logsumexp(-1)).to(wide)
         kl[some] = lse[some] - (far * base.p[read_of[some]]).sum(-1).to(wide)

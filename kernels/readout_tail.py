@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.each import Each
-from deltapatch.kernels.product import Operand, Precision, Scaled, narrow, narrow_weight, product
+from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow, narrow_weight, product
 
 # What may be left out, relative to each effect: about what the products' own rounding leaves uncertain.
 TOLERANCE = {"bf16": 2e-3, "fp16": 2.5e-4, "tf32": 2.5e-4, "fp8": 1e-2}
@@ -46,7 +46,7 @@ def make_tail(
     p: Tensor,
     mean: Tensor,
     exact: Tensor,
-    weight: Operand,
+    weight: Operand | Stored,
     each: Each,
 ) -> Tail:
     """Prepare the expansion of one read.
@@ -54,19 +54,19 @@ def make_tail(
     Args:
         p: [d_vocab], the base's probabilities, float64.
         mean: [d_model], Σ_j p_j W_j.
-        exact: [d_vocab, d_model], the unembedding in the base dtype.
+        exact: [d_vocab, d_model], the unembedding; it is taken in the mean's dtype.
         weight: the same as the sweep's products take it.
         each: does pieces of the vocabulary, perhaps side by side.
     """
     kept = p.topk(max(1, len(p) // KEPT)).indices
-    rest = p.to(exact.dtype, copy=True)
+    rest = p.to(mean.dtype, copy=True)
     rest[kept] = 0
     pieces = [slice(a, a + _PIECE) for a in range(0, len(p), _PIECE)]
     moments: list[Tensor] = [mean] * len(pieces)
     radii: list[Tensor] = [mean] * len(pieces)
 
     def take(i: int) -> None:
-        centred = exact[pieces[i]] - mean
+        centred = exact[pieces[i]].to(mean.dtype) - mean
         there = rest[pieces[i]]
         radii[i] = torch.where(there > 0, torch.linalg.vector_norm(centred, dim=1), 0).max()
         half = (centred * there.sqrt().unsqueeze(1)).T.contiguous()  # [d_model, token]
@@ -76,7 +76,7 @@ def make_tail(
     each(take, range(len(pieces)))
     return Tail(
         weight.rows(kept),
-        p[kept].to(exact.dtype),
+        p[kept].to(mean.dtype),
         torch.stack(moments).sum(0),
         torch.stack(radii).max(),
     )

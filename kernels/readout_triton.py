@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltapatch.kernels.each import Each, in_turn
 from deltapatch.kernels.lang import expm1_minus, jit, on_device, tl
-from deltapatch.kernels.product import Operand, Precision, Scaled, narrow_triton, product
+from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_triton, product
 from deltapatch.kernels.readout import BaseReadout, readout
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.tiles import pair_of_rows, pair_tiles
@@ -26,7 +26,7 @@ _HUGE = 60.0  # as in readout.py: beyond it the patched distribution is taken di
 def readout_triton(
     dn: Tensor,
     exact: Tensor,
-    weight: Operand,
+    weight: Operand | Stored,
     precision: Precision,
     base: BaseReadout,
     first_reads: list[int],
@@ -38,7 +38,7 @@ def readout_triton(
     if dn.dtype == torch.float64:
         return readout(dn, exact, weight, precision, base, first_reads, segments, measured, each)
     tiles = pair_tiles(segments, first_reads, _ROWS, dn.device)
-    columns = exact[base.answers]  # [read, 2, d_model]
+    columns = exact[base.answers].to(dn.dtype)  # [read, 2, d_model]
     # One product with the difference of the columns: their common part never enters.
     vectors = torch.stack(
         [base.mean, columns[:, 0] - base.mean, columns[:, 1] - base.mean, columns[:, 0] - columns[:, 1]], 1
@@ -69,7 +69,7 @@ def _distribution(
     dn: Scaled,
     mean: Tensor,
     answer: Tensor,
-    weight: Operand,
+    weight: Operand | Stored,
     base: BaseReadout,
     tiles: Tensor,
     read: Tensor,

@@ -68,6 +68,41 @@ def read_segments(segments: list[Segment]) -> list[Segment]:
     return out
 
 
+def cut_segments(segments: list[Segment], most: int) -> list[tuple[slice, list[Segment]]]:
+    """Segments in groups of at most `most` tokens, or of one position where that has more rows.
+
+    Only for what is done token by token: a piece of a long row looks like a row of a shorter prompt.
+
+    Args:
+        segments: they cover all tokens in order.
+        most: tokens in a group.
+
+    Returns:
+        The tokens of each group, and its segments, whose `token` counts from the first of these.
+    """
+    pieces = []
+    for s in segments:
+        if s.n_tokens <= most:
+            pieces.append(s)
+            continue
+        step = max(1, most // s.rows)
+        for pair in range(s.pairs):
+            for a in range(0, s.positions, step):
+                n = min(step, s.positions - a)
+                token = s.token + (pair * s.positions + a) * s.rows
+                base, length = s.base + pair * s.length, s.length - s.positions + a + n
+                pieces.append(Segment(token, 1, n, s.rows, base, length))
+    out: list[tuple[slice, list[Segment]]] = []
+    for piece in pieces:
+        before = out[-1][0] if out else slice(0, 0)
+        if not out or piece.token + piece.n_tokens - before.start > most:
+            out.append((slice(piece.token, piece.token + piece.n_tokens), [replace(piece, token=0)]))
+        else:
+            out[-1][1].append(replace(piece, token=piece.token - before.start))
+            out[-1] = slice(before.start, piece.token + piece.n_tokens), out[-1][1]
+    return out
+
+
 def keep_reads(packed: Tensor, segments: list[Segment]) -> Tensor:
     """The positions that are read out, of [token, ...]: [token, ...], packed as `read_segments` says."""
     if all(s.positions == s.reads for s in segments):
@@ -79,15 +114,19 @@ def keep_reads(packed: Tensor, segments: list[Segment]) -> Tensor:
     return out
 
 
-def unseen(queries: Segment, device: torch.device) -> Tensor | None:
-    """Which positions of its run each position of a segment does not attend to: bool, [query, key].
+def unseen(queries: Segment, some: slice, device: torch.device) -> Tensor | None:
+    """Which positions of its run, up to its own last one, each query does not attend to: bool, [query, key].
 
-    None where it is the last position alone, which attends to all of them.
+    None where it is one position that attends to all of them.
+
+    Args:
+        queries: a segment; `some` of its positions are the queries.
     """
-    if queries.positions == 1 and queries.fork is None:
+    first = queries.length - queries.positions
+    if some.stop - some.start == 1 and queries.fork is None:
         return None
-    key = torch.arange(queries.length, device=device)
-    query = key[queries.length - queries.positions :, None]
+    key = torch.arange(first + some.stop, device=device)
+    query = key[first + some.start :, None]
     hidden = key > query
     if queries.fork is not None:
         first, second = queries.fork

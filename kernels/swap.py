@@ -17,6 +17,16 @@ class Swap(NamedTuple):
     delta: Tensor  # [source token, ...] with the site's own trailing shape
 
 
+def within(swaps: list[Swap], tokens: slice) -> list[Swap]:
+    """The swaps that fall into some of the tokens, which are counted from the first of these."""
+    out = []
+    for swap in swaps:
+        mine = (swap.token >= tokens.start) & (swap.token < tokens.stop)
+        at = None if swap.at is None else swap.at[mine]
+        out.append(Swap(swap.token[mine] - tokens.start, swap.source[mine], at, swap.delta))
+    return [swap for swap in out if len(swap.token)]
+
+
 def apply_swaps(d: Tensor, swaps: list[Swap]) -> None:
     """Write the swaps of a site into its difference, in place.
 

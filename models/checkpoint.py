@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.builtin_models import BUILTIN, builtin_model_path
+from deltapatch.models.fetch import fetch, sample, tensor_spans
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,6 +40,7 @@ class Tensors(Protocol):
     """Named tensors that a model is read from: files, or a model in memory."""
 
     where: str  # what a sentence calls the whole
+    in_file: bool  # whether tensors are pages of a mapped file
 
     def names(self) -> Iterable[str]:
         """The names of all tensors."""
@@ -49,8 +51,17 @@ class Tensors(Protocol):
     def place(self, name: str) -> str:
         """What a sentence calls the place that it is read from."""
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one, without reading it."""
+
     def read(self, name: str) -> Tensor:
         """The tensor itself, shared with where it lives."""
+
+    def fetch(self, name: str) -> Tensor:
+        """The same with its data read now; it takes no memory once it is dropped."""
+
+    def sample(self, name: str, step: int) -> Tensor:
+        """Every `step`th value, flat."""
 
 
 class SafetensorsFiles:
@@ -59,6 +70,8 @@ class SafetensorsFiles:
     Raises:
         DeltapatchError: a file is missing, truncated, or lacks a tensor that the index promises.
     """
+
+    in_file = True
 
     def __init__(self, where: str, files: list[Path], index: dict[str, str] | None = None) -> None:
         self.where = where
@@ -71,6 +84,7 @@ class SafetensorsFiles:
                 f"{self._paths[index[name]]} lacks tensor {name!r}, which the index promises"
             )
         self._home = index
+        self._spans: dict[str, dict[str, tuple[int, int]]] = {}
 
     def names(self) -> Iterable[str]:
         """The names of all tensors."""
@@ -84,25 +98,60 @@ class SafetensorsFiles:
         """The path of the file that holds a tensor."""
         return str(self._paths[self._home[name]])
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor, from the header.
+
+        Raises:
+            DeltapatchError: it is not a floating-point one of 16 bits or more.
+        """
+        dtype = self._files[self._home[name]].get_slice(name).get_dtype()
+        if dtype not in _DTYPES:
+            raise DeltapatchError(
+                f"{self.place(name)}: tensor {name!r} is of dtype {dtype}, and quantised weights are not "
+                "supported: float32, float16 or bfloat16 are"
+            )
+        return _DTYPES[dtype]
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, as a view of the mapped file.
 
         Raises:
             DeltapatchError: its dtype is not a floating-point one of 16 bits or more.
         """
-        file = self._files[self._home[name]]
-        dtype = file.get_slice(name).get_dtype()
-        if dtype not in _DTYPES:
-            raise DeltapatchError(
-                f"{self.place(name)}: tensor {name!r} is of dtype {dtype}, and quantised weights are not "
-                "supported: float32, float16 or bfloat16 are"
-            )
-        tensor: Tensor = file.get_tensor(name)
+        self.dtype(name)
+        tensor: Tensor = self._files[self._home[name]].get_tensor(name)
         return tensor
+
+    def fetch(self, name: str) -> Tensor:
+        """One tensor, on the CPU, read from the file now into a mapping of its own.
+
+        Raises:
+            DeltapatchError: its dtype is not a floating-point one of 16 bits or more.
+        """
+        found = fetch(*self._span(name), self.dtype(name))
+        return self.read(name) if found is None else found.view(self.shape(name))
+
+    def sample(self, name: str, step: int) -> Tensor:
+        """Every `step`th value of one tensor; little else of it is read.
+
+        Raises:
+            DeltapatchError: its dtype is not a floating-point one of 16 bits or more.
+        """
+        found = sample(*self._span(name), self.dtype(name), step)
+        return self.read(name).reshape(-1)[::step] if found is None else found
+
+    def _span(self, name: str) -> tuple[Path, tuple[int, int]]:
+        """The file of a tensor, and where it lies there."""
+        file = self._home[name]
+        if file not in self._spans:
+            self._spans[file] = tensor_spans(self._paths[file])
+        return self._paths[file], self._spans[file][name]
 
 
 class ModuleTensors:
     """The parameters and buffers of a PyTorch module in memory, shared with it."""
+
+    in_file = False
 
     def __init__(self, where: str, state: dict[str, Tensor]) -> None:
         self.where = where
@@ -119,6 +168,18 @@ class ModuleTensors:
     def place(self, name: str) -> str:
         """What a sentence calls the place of a tensor: the module."""
         return self.where
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor."""
+        return self._state[name].dtype
+
+    def fetch(self, name: str) -> Tensor:
+        """One tensor, which is in memory already."""
+        return self.read(name)
+
+    def sample(self, name: str, step: int) -> Tensor:
+        """Every `step`th value of one tensor."""
+        return self.read(name).reshape(-1)[::step]
 
     def read(self, name: str) -> Tensor:
         """One tensor, wherever the module keeps it.

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltapatch.models.spec import ModelSpec, RopeSpec
-from deltapatch.models.weights import EndWeights, LayerWeights, Linear, Norm
+from deltapatch.models.weights import EndWeights, LayerWeights, Linear, Norm, map_tensors
 
-# Attention scores that exist at once; queries are cut so that long prompts stay within it (64 MiB, float32).
-_MAX_SCORES = 1 << 24
+# Attention scores that exist at once; queries are cut so that long prompts stay within it: on a CPU what its
+# cache holds, on a GPU 64 MiB in float32.
+_MAX_SCORES, _MAX_SCORES_ON_CPU = 1 << 24, 1 << 20
+
+_TOKENS = 1 << 14  # of the vocabulary, whose part of the unembedding is taken at a time
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -44,6 +47,21 @@ class Activations(NamedTuple):
     mlp_post: Tensor  # [B, T, d_mlp], the input of down
     mlp_out: Tensor  # [B, T, d_model]
     resid_post: Tensor  # [B, T, d_model]
+
+
+def widths(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """The shape of each of a model's `Activations` at one token."""
+    whole, hidden = (spec.d_model,), (spec.d_mlp,)
+    queries, keys = (spec.n_heads, spec.d_head), (spec.n_kv_heads, spec.d_head)
+    shapes = {
+        "resid_pre": whole, "q": queries, "k": keys, "v": keys, "q_rotated": queries, "k_rotated": keys,
+        "z": queries, "attn_out": whole, "resid_mid": whole, "gate": hidden, "up": hidden,
+        "mlp_post": hidden, "mlp_out": whole, "resid_post": whole,
+    }  # fmt: skip
+    for name, there in (("resid_mid", not spec.parallel), ("gate", spec.gated)):
+        if not there:
+            del shapes[name]
+    return shapes
 
 
 def rope_tables(
@@ -154,20 +172,69 @@ def attend(q: Tensor, k: Tensor, v: Tensor, fork: tuple[int, int] | None = None)
     v = v.transpose(1, 2)  # [B, K, T, C]
     z = q.new_empty(n_batch, length, n_heads, d_head)
     scale = 1 / math.sqrt(d_head)
-    chunk = max(1, _MAX_SCORES // (n_batch * n_heads * length))
+    most = _MAX_SCORES_ON_CPU if q.device.type == "cpu" else _MAX_SCORES
+    chunk = max(1, most // (n_batch * n_heads * length))
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
         rows = q[:, :, :, start:end].reshape(n_batch, n_kv, group * (end - start), d_head) * scale
         scores = rows @ k[..., :end]  # [B, K, group * chunk, end]
         scores = scores.view(n_batch, n_kv, group, end - start, end)
-        unseen = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
+        future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
+        scores[..., start:].masked_fill_(future, -math.inf)
         if fork is not None:
-            unseen[max(0, fork[1] - start) :, fork[0] : fork[1]] = True
-        weights = scores.masked_fill_(unseen, -math.inf).softmax(-1)
+            scores[..., max(0, fork[1] - start) :, fork[0] : fork[1]] = -math.inf
+        weights = scores.softmax(-1)
         mixed = weights.view(n_batch, n_kv, group * (end - start), end) @ v[:, :, :end]
         mixed = mixed.view(n_batch, n_heads, end - start, d_head)
         z[:, start:end] = mixed.transpose(1, 2)
     return z
+
+
+class Attended(NamedTuple):
+    """A block's attention, under the names of `Activations`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_rotated: Tensor
+    k_rotated: Tensor
+    z: Tensor
+    attn_out: Tensor
+
+
+class Hidden(NamedTuple):
+    """A block's MLP, under the names of `Activations`."""
+
+    gate: Tensor | None
+    up: Tensor
+    mlp_post: Tensor
+    mlp_out: Tensor
+
+
+def attention(
+    x: Tensor,
+    layer: LayerWeights,
+    spec: ModelSpec,
+    rope_tables: tuple[Tensor, Tensor],
+    fork: tuple[int, int] | None = None,
+) -> Attended:
+    """The attention of one block over whole prompts; arguments are those of `block`."""
+    cos, sin = (table[: x.shape[1]] for table in rope_tables)
+    q, k, v = project_qkv(normalise(x, layer.norm1, spec), layer, spec)
+    q_rotated, k_rotated = rotate(q, cos, sin, spec.rope), rotate(k, cos, sin, spec.rope)
+    z = attend(q_rotated, k_rotated, v, fork)
+    return Attended(q, k, v, q_rotated, k_rotated, z, linear(z.flatten(-2), layer.out))
+
+
+def mlp(x: Tensor, attn_out: Tensor, layer: LayerWeights, spec: ModelSpec) -> Hidden:
+    """The MLP of one block, of any tokens: x [..., d_model] before the block, attn_out likewise."""
+    norm = layer.norm1 if layer.norm2 is None else layer.norm2
+    normed = normalise(x if spec.parallel else x + attn_out, norm, spec)
+    act = activation(spec.activation)
+    up = linear(normed, layer.up)
+    gate = None if layer.gate is None else linear(normed, layer.gate)
+    mlp_post = act(up) if gate is None else act(gate) * up
+    return Hidden(gate, up, mlp_post, linear(mlp_post, layer.down))
 
 
 def block(
@@ -185,39 +252,28 @@ def block(
             them.
         fork: see `attend`.
     """
-    cos, sin = (table[: x.shape[1]] for table in rope_tables)
-    normed = normalise(x, layer.norm1, spec)
-    q, k, v = project_qkv(normed, layer, spec)
-    q_rotated, k_rotated = rotate(q, cos, sin, spec.rope), rotate(k, cos, sin, spec.rope)
-    z = attend(q_rotated, k_rotated, v, fork)
-    attn_out = linear(z.flatten(-2), layer.out)
-
-    mid = x + attn_out
-    if layer.norm2 is not None:
-        normed = normalise(x if spec.parallel else mid, layer.norm2, spec)
-    act = activation(spec.activation)
-    up = linear(normed, layer.up)
-    gate = None if layer.gate is None else linear(normed, layer.gate)
-    mlp_post = act(up) if gate is None else act(gate) * up
-    mlp_out = linear(mlp_post, layer.down)
+    attended = attention(x, layer, spec, rope_tables, fork)
+    hidden = mlp(x, attended.attn_out, layer, spec)
+    mid = x + attended.attn_out
     return Activations(
         resid_pre=x,
-        q=q,
-        k=k,
-        v=v,
-        q_rotated=q_rotated,
-        k_rotated=k_rotated,
-        z=z,
-        attn_out=attn_out,
+        **attended._asdict(),
         resid_mid=None if spec.parallel else mid,
-        gate=gate,
-        up=up,
-        mlp_post=mlp_post,
-        mlp_out=mlp_out,
-        resid_post=mid + mlp_out,
+        **hidden._asdict(),
+        resid_post=mid + hidden.mlp_out,
     )
 
 
 def readout(x: Tensor, ends: EndWeights, spec: ModelSpec) -> Tensor:
-    """Logits [..., d_vocab] of the chosen positions' last residual stream, x [..., d_model]."""
-    return linear(normalise(x, ends.norm, spec), ends.unembedding)
+    """Logits [..., d_vocab] of the chosen positions' last residual stream, x [..., d_model].
+
+    The weights may be of any dtype: they are taken in x's, never all at once.
+    """
+    normed = normalise(x, map_tensors(ends.norm, lambda t: t.to(x.dtype)), spec)
+    weight, bias = ends.unembedding
+    logits = x.new_empty(*x.shape[:-1], len(weight))
+    for a in range(0, len(weight), _TOKENS):
+        some = slice(a, a + _TOKENS)
+        part = None if bias is None else bias[some].to(x.dtype)
+        logits[..., some] = F.linear(normed, weight[some].to(x.dtype), part)
+    return logits

@@ -39,6 +39,8 @@ _UNSUPPORTED = (
 # Ways to initialise that leave the base weights alone; others (PiSSA, OLoRA, LoftQ, CorDA, ...) change them.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+_ROWS = 4096  # merged at a time
+
 
 class _Update(NamedTuple):
     a: Tensor  # [r, in]
@@ -57,10 +59,14 @@ class Adapter:
         update = self._updates.get(slot)
         if update is None:
             return weight
-        # At least float32 inside: rounding happens once, at the end.
+        # At least float32 inside: rounding happens once, at the end. Never a wide copy of the whole.
         wide = torch.promote_types(weight.dtype, torch.float32)
         a, b = (t.to(weight.device, wide) for t in (update.a, update.b))
-        return torch.addmm(weight.to(wide), b, a, alpha=update.scale).to(weight.dtype)
+        out = torch.empty_like(weight)
+        for some in torch.arange(len(weight)).split(_ROWS):
+            rows = slice(int(some[0]), int(some[-1]) + 1)
+            out[rows] = torch.addmm(weight[rows].to(wide), b[rows], a, alpha=update.scale)
+        return out
 
     def digest(self) -> bytes:
         """A hash of all that the adapter adds."""

@@ -1,7 +1,10 @@
 """The model as users and the engine hold it: a spec, weights by layer, a tokenizer, plain logits."""
 
+import copy
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,21 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.models.architecture import Slot
 from deltapatch.models.checkpoint import TOKENIZER_FILES, ModuleTensors, find_folder, read_checkpoint
 from deltapatch.models.config import Config
 from deltapatch.models.forward import block, readout, rope_tables
 from deltapatch.models.lora import read_adapter
+from deltapatch.models.memory import fits
 from deltapatch.models.registry import read_config
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.store import Store
-from deltapatch.models.weights import EndWeights, LayerWeights, assemble_ends, assemble_layer, cast
+from deltapatch.models.stream import Reader, kept, streamed
+from deltapatch.models.weight_reader import WeightReader
+from deltapatch.models.weights import (
+    EndWeights,
+    LayerWeights,
+    cast,
+)
 
 _DTYPES = {
     "float64": torch.float64,
@@ -41,7 +50,8 @@ class Model:
         name: the path, hub id or name that it was loaded by.
         device: where the engine computes.
         dtype: what the weights are stored in (of a mixed checkpoint, its matrices).
-        stream: whether layers are read from the file each time, rather than kept.
+        stream: whether layers are read from the file in every pass, rather than kept.
+        n_bytes: of all weights, as they are stored.
     """
 
     def __init__(
@@ -58,20 +68,57 @@ class Model:
         self.name = name
         self.device = device
         self.stream = stream
-        self._store = store
-        self._given_dtype = dtype
+        self._reader = WeightReader(store, device, dtype)
         self._folder = folder
         self._given_tokenizer = tokenizer
-        self._ends = self._read_ends()
-        self._layers = [] if stream else [self._read_layer(l) for l in range(self.spec.n_layers)]
-        self.dtype: torch.dtype = self._ends.embedding.dtype
+        self.n_bytes, self.dtype = self._reader.n_bytes, self._reader.dtype
+        if not stream:
+            self._ends = self._reader.ends()
+            self._layers = [self._reader.layer(l) for l in range(self.spec.n_layers)]
 
     def __repr__(self) -> str:
         s = self.spec
         return (
             f"Model({self.name!r}, {s.architecture}, {s.n_layers} layers, d_model {s.d_model}, "
-            f"{str(self.dtype).removeprefix('torch.')} on {self.device})"
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}{', streamed' if self.stream else ''})"
         )
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights that are in memory of their own: none where they are pages of a mapped file."""
+        return self.n_bytes if self._reader.makes_tensors and not self.stream else 0
+
+    @property
+    def holds_what_it_reads(self) -> bool:
+        """Whether streamed layers take memory of their own while they are used."""
+        return self.stream and self._reader.makes_tensors
+
+    def reading(self) -> AbstractContextManager[Reader]:
+        """One pass over the weights: all layers in order, and then the ends.
+
+        Those of a streamed model are read ahead by a thread, and the caller drops them when it is done.
+
+        Raises:
+            DeltapatchError: streamed weights hold NaN or infinity.
+        """
+        if not self.stream:
+            return kept(self._layers, self._ends)
+        reader = self._reader
+
+        def fetch(part: int) -> Any:
+            return reader.fetch(part if part < self.spec.n_layers else reader.spec.n_layers)
+
+        return streamed(fetch, self.spec.n_layers, reader.lane)
+
+    def read_some(self, n_bytes: int) -> tuple[int, int, int]:
+        """Read part of a streamed model, to see how fast that is (see `WeightReader.read_some`)."""
+        return self._reader.read_some(n_bytes)
+
+    def first_layers(self, n: int) -> "Model":
+        """The same model, sharing its weights, with only the first of its layers."""
+        part = copy.copy(self)
+        part.spec = replace(self.spec, n_layers=min(n, self.spec.n_layers))
+        return part
 
     def layer(self, index: int, dtype: torch.dtype | None = torch.float32) -> LayerWeights:
         """The weights of one block on the model's device.
@@ -85,17 +132,19 @@ class Model:
         """
         if not 0 <= index < self.spec.n_layers:
             raise IndexError(f"layer {index} of a model with {self.spec.n_layers} layers")
-        stored = self._read_layer(index) if self.stream else self._layers[index]
+        stored = self._reader.layer(index) if self.stream else self._layers[index]
         return cast(stored, self.device, dtype)
 
     def ends(self, dtype: torch.dtype | None = torch.float32) -> EndWeights:
         """Embedding, final norm and unembedding on the model's device, shared as those of `layer`."""
-        return cast(self._ends, self.device, dtype)
+        return cast(self._reader.ends() if self.stream else self._ends, self.device, dtype)
 
     def embed(self, token_ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """resid_pre of layer 0, [..., d_model], for token ids [...]: converts the chosen rows only."""
+        """resid_pre of layer 0, [..., d_model], for token ids [...]: only the chosen rows are converted."""
+        if self.stream:
+            return _sent(self._reader.embeddings(token_ids), self.device).to(dtype)
         embedding = self._ends.embedding
-        return embedding[token_ids.to(embedding.device)].to(device=self.device, dtype=dtype)
+        return embedding[_sent(token_ids, embedding.device)].to(device=self.device, dtype=dtype)
 
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Logits of one prompt at every position.
@@ -114,9 +163,10 @@ class Model:
         with torch.no_grad():
             tables = rope_tables(self.spec.rope, len(ids), dtype, self.device)
             x = self.embed(ids, dtype)[None]  # [1, T, d_model]
-            for l in range(self.spec.n_layers):
-                x = block(x, self.layer(l, dtype), self.spec, tables).resid_post
-            return readout(x[0], self.ends(dtype), self.spec)
+            with self.reading() as read:
+                for l in range(self.spec.n_layers):
+                    x = block(x, cast(read.layer(l), self.device, dtype), self.spec, tables).resid_post
+                return readout(x[0], read.ends(), self.spec)
 
     def check_tokens(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """The prompt as int64 [T] on the model's device; one beyond the context is allowed, with a warning.
@@ -163,16 +213,7 @@ class Model:
 
     def fingerprint(self) -> str:
         """32 hex digits that tell models apart (see `Store.fingerprint`)."""
-        return self._store.fingerprint()
-
-    def _read_layer(self, index: int) -> LayerWeights:
-        return assemble_layer(self.spec, lambda name: self._read(Slot(index, name)))
-
-    def _read_ends(self) -> EndWeights:
-        return assemble_ends(self.spec, lambda name: self._read(Slot(None, name)))
-
-    def _read(self, slot: Slot) -> Tensor:
-        return self._store.read(slot, self.device, self._given_dtype)
+        return self._reader.store.fingerprint()
 
 
 def load_model(
@@ -189,19 +230,22 @@ def load_model(
         device: "auto" is cuda where there is one, else the CPU.
         dtype: what weights are stored in; "auto" keeps the checkpoint's, memory-mapped on the CPU. The engine
             computes in its own precision, whatever this is. "float64" makes `logits` float64.
-        stream: read each layer's weights when they are asked for, instead of keeping all of them.
+        stream: read each layer's weights from the file in every pass, one layer ahead, instead of keeping all
+            of them. A model that does not fit is streamed all the same: one that takes more than three
+            quarters of the memory that can be had on its device (`models.memory.available`).
         adapter: folder or hub id of a LoRA adapter in PEFT's format, merged as the weights are read.
 
     Raises:
         DeltapatchError: something about the checkpoint, the adapter or an argument is wrong; the message says
             what, and where.
     """
-    on, given_dtype = _device(device), _dtype(dtype)
+    on, given_dtype = choose_device(device), _dtype(dtype)
     folder = find_folder(path_or_hub_id)
     fields, tensors = read_checkpoint(folder, str(path_or_hub_id))
     architecture, spec = read_config(Config(fields, str(folder / "config.json")))
     lora = None if adapter is None else read_adapter(adapter, architecture, spec)
     store = Store(architecture, spec, tensors, lora)
+    stream = stream or not fits(store.n_bytes(given_dtype), on)
     return Model(store, str(path_or_hub_id), on, given_dtype, stream, folder=folder)
 
 
@@ -228,7 +272,19 @@ def from_transformers(hf_model: Any, tokenizer: Any = None) -> Model:
     return Model(store, name, hf_model.device, tokenizer=tokenizer)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; a GPU is not waited for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is cuda where there is one, else the CPU.
+
+    Raises:
+        DeltapatchError: it is unknown, or not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

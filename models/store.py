@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -30,7 +32,7 @@ class Store:
         self.spec = spec
         self._tensors = tensors
         self._adapter = adapter
-        self._checked: set[Slot] = set()
+        self._found_finite: set[Slot] = set()
         self._names = assign(architecture, tensors.names(), tensors.where)
         shapes = expected_shapes(spec)
         for slot, shape in shapes.items():
@@ -54,12 +56,57 @@ class Store:
         Raises:
             DeltapatchError: it holds NaN or infinity, or is quantised.
         """
+        tensor = self._checked(slot, self._tensors.read(self._names[slot]))
+        return self._merged(slot, tensor.to(device=device, dtype=dtype))
+
+    def fetch(self, slot: Slot, move: Callable[[Tensor], Tensor], dtype: torch.dtype | None) -> Tensor:
+        """The same, read from the file now; `move` takes it to where it is used."""
+        tensor = self._checked(slot, self._tensors.fetch(self._names[slot]))
+        return self._merged(slot, move(tensor).to(dtype=dtype))
+
+    def rows(self, slot: Slot, which: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Some rows of a matrix that no adapter changes: nothing else is read.
+
+        Raises:
+            DeltapatchError: they hold NaN or infinity, or the tensor is quantised.
+        """
         name = self._names[slot]
-        tensor = self._tensors.read(name)
-        if slot not in self._checked:
+        rows = self._tensors.read(name)[which]
+        check_finite(rows, name, self._tensors.place(name))
+        return rows.to(dtype=dtype)
+
+    def dtype(self, slot: Slot) -> torch.dtype:
+        """What the checkpoint keeps a slot in."""
+        return self._tensors.dtype(self._names[slot])
+
+    def slot_bytes(self, slot: Slot) -> int:
+        """What a slot takes in the checkpoint."""
+        name = self._names[slot]
+        return math.prod(self._tensors.shape(name)) * self._tensors.dtype(name).itemsize
+
+    def n_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """What all tensors take, in their own dtypes unless one is given."""
+        sizes = ((math.prod(self._tensors.shape(n)), self._tensors.dtype(n)) for n in self._names.values())
+        return sum(count * (dtype or own).itemsize for count, own in sizes)
+
+    @property
+    def in_file(self) -> bool:
+        """Whether tensors are pages of a mapped file."""
+        return self._tensors.in_file
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether there is an adapter, and reading makes new tensors."""
+        return self._adapter is not None
+
+    def _checked(self, slot: Slot, tensor: Tensor) -> Tensor:
+        if slot not in self._found_finite:
+            name = self._names[slot]
             check_finite(tensor, name, self._tensors.place(name))
-            self._checked.add(slot)
-        tensor = tensor.to(device=device, dtype=dtype)
+            self._found_finite.add(slot)
+        return tensor
+
+    def _merged(self, slot: Slot, tensor: Tensor) -> Tensor:
         return tensor if self._adapter is None else self._adapter.merge(slot, tensor)
 
     def fingerprint(self) -> str:
@@ -70,10 +117,11 @@ class Store:
         """
         digest = hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode())
         for slot in sorted(self._names, key=lambda s: (s.layer is None, s.layer or 0, s.name)):
-            tensor = self._tensors.read(self._names[slot]).reshape(-1)
-            step = max(1, tensor.numel() // _SAMPLES)
-            digest.update(f"{slot.layer} {slot.name} {tensor.numel()} {tensor.dtype}".encode())
-            digest.update(tensor[::step].to("cpu", torch.float64).numpy().tobytes())
+            name = self._names[slot]
+            n = math.prod(self._tensors.shape(name))
+            values = self._tensors.sample(name, max(1, n // _SAMPLES))
+            digest.update(f"{slot.layer} {slot.name} {n} {values.dtype}".encode())
+            digest.update(values.to("cpu", torch.float64).numpy().tobytes())
         if self._adapter is not None:
             digest.update(self._adapter.digest())
         return digest.hexdigest()[:32]

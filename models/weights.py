@@ -107,19 +107,53 @@ def cast(weights: Weights, device: torch.device, dtype: torch.dtype | None) -> W
 
     Without a dtype each tensor keeps its own.
     """
-    moved: Weights = _cast(weights, device, dtype, {})
+    done: dict[int, Tensor] = {}  # a tensor that is used twice (tied embeddings) is converted once
+
+    def convert(tensor: Tensor) -> Tensor:
+        if id(tensor) not in done:
+            done[id(tensor)] = tensor.to(device=device, dtype=dtype)
+        return done[id(tensor)]
+
+    moved: Weights = map_tensors(weights, convert)
     return moved
 
 
-def _cast(part: Any, device: torch.device, dtype: torch.dtype | None, done: dict[int, Tensor]) -> Any:
-    # Not a function inside `cast`: calling itself it would be a reference cycle that holds on to `done`, and
-    # converted layers would pile up until the garbage collector happens to come by.
+class Converter:
+    """Converts layers one after the other into the same memory: fresh memory costs more than converting.
+
+    What the last but one call returned is overwritten; what need not be converted is shared, never written.
+    On a GPU, whose memory PyTorch keeps and writes in order, every layer has memory of its own.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._memory: tuple[dict[int, Tensor], ...] = ({}, {})
+
+    def __call__(self, weights: LayerWeights) -> LayerWeights:
+        """The same weights in the dtype."""
+        if self.device.type != "cpu":
+            return cast(weights, self.device, self.dtype)
+        self._memory = self._memory[::-1]
+        memory, number = self._memory[0], iter(range(1 << 10))
+
+        def convert(tensor: Tensor) -> Tensor:
+            i = next(number)
+            if tensor.dtype == self.dtype:
+                return tensor
+            if i not in memory or memory[i].shape != tensor.shape:
+                memory[i] = torch.empty_like(tensor, dtype=self.dtype)
+            return memory[i].copy_(tensor)
+
+        converted: LayerWeights = map_tensors(weights, convert)
+        return converted
+
+
+def map_tensors(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Weights with every tensor changed, in order."""
     if isinstance(part, Tensor):
-        if id(part) not in done:  # a tensor that is used twice (tied embeddings) is converted once
-            done[id(part)] = part.to(device=device, dtype=dtype)
-        return done[id(part)]
+        return change(part)
     if isinstance(part, tuple):
-        parts = [_cast(p, device, dtype, done) for p in part]
+        parts = [map_tensors(p, change) for p in part]
         return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
     return part
 

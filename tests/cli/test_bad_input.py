@@ -168,6 +168,8 @@ def test_missing_options_and_unknown_commands(command):
     refuses(command("dance"), "dance")
     refuses(command("pairs", "--model", "x", "--task", "poetry", "--out", "y"), "poetry", "arithmetic")
     refuses(command("info", "builtin:gpt-neox-arithmetic", "--length", "0"), "--length")
+    refuses(command("info", "builtin:gpt-neox-arithmetic", "--n-pairs", "0"), "--n-pairs")
+    refuses(command("info", "builtin:gpt-neox-arithmetic", "--memory-budget", "1kB"), "memory budget")
 
 
 def test_output_paths_that_are_taken(command, tiny, write_pairs, ids_pair, tmp_path):

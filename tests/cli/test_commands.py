@@ -108,8 +108,35 @@ def test_a_dry_run_says_the_cost_and_writes_nothing(command, tiny, write_pairs, 
     plan = json.loads(command(*args, "--json", "--out", tmp_path / "run").out)
     assert plan["rows"] == 2 * 2 * 4 * (64 // 2 + 2)
     assert plan["necessary_flops"] > 0
-    assert "nothing was run" in command(*args).out
+    assert plan["passes"] == 1
+    assert plan["memory_bytes"]["pass"] < plan["memory_budget"]
+    assert 0 < plan["predicted_seconds"] < 60
+    assert plan["predicted_seconds"] == pytest.approx(sum(plan["seconds_by_part"].values()), abs=0.1)
+    said = command(*args).out
+    assert "544 on 2 pairs, in 1 pass, fp32" in said
+    assert "on this machine" in said
+    assert "nothing was run" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_streamed_sweep(command, tiny, write_pairs, ids_pair, tmp_path, monkeypatch):
+    args = ("sweep", "--model", tiny, "--pairs", write_pairs(ids_pair), "--sites", "z")
+    kept = command(*args, "--out", tmp_path / "kept", "--json")
+    streamed = command(*args, "--out", tmp_path / "streamed", "--json", "--stream")
+    assert "streamed)" in streamed.err
+    assert "streamed)" not in kept.err
+    assert json.loads(streamed.out)["run"]["stream"]
+    values = [deltapatch.load_effects(tmp_path / name).values("ie") for name in ("kept", "streamed")]
+    assert np.array_equal(*values)
+    plan = json.loads(command(*args, "--dry-run", "--json", "--stream").out)
+    assert plan["stream"]
+    assert "waiting for the file" in plan["seconds_by_part"]
+    assert "read from the file in every pass" in command(*args, "--dry-run", "--stream").out
+
+    monkeypatch.setattr("deltapatch.models.model.fits", lambda n_bytes, device: False)
+    by_itself = command(*args, "--out", tmp_path / "by itself")
+    assert by_itself.code == 0
+    assert "do not fit into the memory: every pass reads them from the file" in by_itself.err
 
 
 @pytest.mark.parametrize("format_", ["table", "csv", "json", "parquet"])
@@ -164,11 +191,27 @@ def test_info(command, tiny):
     assert facts["spec"]["n_layers"] == 2
     neurons = next(s for s in facts["sweeps"] if s["site"] == "mlp_post" and s["positions"] == "last")
     assert neurons["rows"] == 64
+    assert neurons["passes"] == 1
+    assert 0 < neurons["predicted_seconds"] < 60
+    assert neurons["memory_bytes"]["pass"] < neurons["memory_budget"]
+    assert not facts["stream"]
     text = command("info", tiny).out
     assert "gpt_neox" in text
     assert "hidden neurons, last position" in text
+    assert "time here" in text
+    streamed = json.loads(command("info", tiny, "--json", "--stream", "--untimed", "--n-pairs", 3).out)
+    assert streamed["stream"]
+    assert streamed["memory_bytes"]["weights"] == deltapatch.load_model(tiny).n_bytes
+    assert streamed["sweeps"][0]["pairs"] == 3
+    assert "predicted_seconds" not in streamed["sweeps"][0]
     (tiny / "model.safetensors").unlink()  # the config is enough
-    assert command("info", tiny).code == 0
+    for option in ((), ("--stream",), ("--untimed",)):
+        assert command("info", tiny, *option).code == 0
+
+
+def test_a_time_for_people():
+    said = [options.in_seconds(s) for s in (0.042, 3.21, 42.4, 100, 4000, 20_000, 200_000)]
+    assert said == ["0.042 s", "3.2 s", "42 s", "1.7 min", "67 min", "5.6 h", "2.3 d"]
 
 
 def test_convert(command, tiny, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from deltapatch.engine.shards import Shards
 
 ONE_PAIR_A_PASS = """
-from deltapatch.engine.planner import Costs
+from deltapatch.engine.memory import Costs
 Costs.of = classmethod(lambda cls, *rest: Costs(0, 10**6, 0, 0, 0))
 """
 SLOWLY = """
@@ -37,7 +37,7 @@ def args(tiny, write_pairs, ids_pair):
 
 @pytest.fixture
 def one_pair_a_pass(monkeypatch):
-    from deltapatch.engine.planner import Costs
+    from deltapatch.engine.memory import Costs
 
     monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *rest: Costs(0, 10**6, 0, 0, 0)))
 

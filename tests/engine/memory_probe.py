@@ -9,34 +9,63 @@ import os
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import deltapatch
 
+MEGABYTE = 1 << 20
 NEURONS = {"sites": "mlp_post", "positions": "last"}
 EVERYWHERE = {"sites": "mlp_out,attn_out", "positions": "all"}
-MEGABYTE = 1 << 20
-# (precision, sweep, megabytes beyond the least budget, threads, tokens of an answer)
+SOME = {"sites": "mlp_out,z", "positions": [0, -1]}
+ZERO = {"sites": "mlp_out,q", "positions": [0, -1], "source": "zero"}
+
+
+class Case(NamedTuple):
+    """A sweep and how it is measured."""
+
+    precision: str
+    sweep: dict
+    spare: int  # megabytes beyond the least budget
+    threads: int = 1
+    prompts: str = "short"
+    vocab: int = 500
+    answers: int = 1  # tokens of an answer
+
+
+LENGTHS = {
+    "short": [24] * 16,
+    "long": [1500] * 2,
+    "mixed": [8] * 40 + [24] * 20 + [100] * 10 + [300] * 3,
+    "many": [12] * 1000,
+}
 CASES = [
-    ("fp32", NEURONS, 16, 1),
-    ("fp32", NEURONS, 64, 1),
-    ("bf16", NEURONS, 16, 1),
-    ("fp64", NEURONS, 16, 1),
-    ("fp32", NEURONS, 16, 2),
-    ("fp32", EVERYWHERE, 16, 1),
-    ("fp32", EVERYWHERE, 64, 1),
-    ("bf16", EVERYWHERE, 16, 1),
-    ("fp64", EVERYWHERE, 16, 1),
-    ("fp32", NEURONS, 16, 1, 3),
-    ("fp32", EVERYWHERE, 16, 1, 3),
+    Case("fp32", NEURONS, 16),
+    Case("fp32", NEURONS, 64),
+    Case("bf16", NEURONS, 16),
+    Case("fp64", NEURONS, 16),
+    Case("fp32", NEURONS, 16, threads=2),
+    Case("fp32", EVERYWHERE, 16),
+    Case("fp32", EVERYWHERE, 64),
+    Case("bf16", EVERYWHERE, 16),
+    Case("fp64", EVERYWHERE, 16),
+    Case("fp32", SOME, 8, prompts="long"),
+    Case("fp32", SOME, 8, threads=2, prompts="long"),
+    Case("fp32", SOME, 16, prompts="mixed"),
+    Case("fp32", ZERO, 16, prompts="mixed"),
+    Case("fp32", SOME, 4, prompts="many"),
+    Case("fp32", SOME, 16, threads=2, vocab=40_000),
+    Case("fp32", NEURONS, 16, answers=3),
+    Case("fp32", EVERYWHERE, 16, answers=3),
 ]
 
 
 def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Memory of the process itself; pages of files, as of libraries that a fork meets anew, do not count."""
+    with open("/proc/self/status") as file:
+        return sum(int(line.split()[1]) << 10 for line in file if line.startswith(("RssAnon", "RssShmem")))
 
 
 def peak_of(work):
@@ -65,26 +94,29 @@ def least_budget(sweep):
     raise AssertionError("a byte was enough")
 
 
-def measure(model, prompts, precision, options, spare, threads, answers=1):
-    torch.set_num_threads(threads)
-    pairs = [deltapatch.PromptPair(*both, [5] * answers, [6] * answers) for both in prompts]
+def measure(model, prompts, case):
+    torch.set_num_threads(case.threads)
+    pairs = [deltapatch.PromptPair(*both, [5] * case.answers, [6] * case.answers) for both in prompts]
 
     def sweep(memory_budget):
         return deltapatch.sweep(
-            model, pairs, precision=precision, progress=False, memory_budget=memory_budget, **options
+            model,
+            pairs,
+            precision=case.precision,
+            progress=False,
+            memory_budget=memory_budget,
+            noise_sample=0,
+            **case.sweep,
         )
 
-    budget = least_budget(sweep) + spare * MEGABYTE
+    budget = least_budget(sweep) + case.spare * MEGABYTE
     gc.collect()
     before = resident()
     peak, effects = peak_of(lambda: sweep(budget))
     results = sum(a.nbytes for s in effects.sites.values() for a in s.measured.values())
     return {
-        "precision": precision,
-        "sites": options["sites"],
-        "spare": spare,
-        "threads": threads,
-        "answers": answers,
+        **case._asdict(),
+        "sweep": case.sweep["sites"],
         "budget": budget,
         "growth": peak - before,
         "results": results,
@@ -93,23 +125,32 @@ def measure(model, prompts, precision, options, spare, threads, answers=1):
     }
 
 
+def random_model(vocab):
+    sizes = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 1024}
+    config = GPTNeoXConfig(vocab_size=vocab, max_position_embeddings=64, **sizes)
+    return deltapatch.from_transformers(GPTNeoXForCausalLM(config))
+
+
 def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 1024}
-    hf = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=500, max_position_embeddings=64, **sizes))
-    model = deltapatch.from_transformers(hf)
+    models = {vocab: random_model(vocab) for vocab in {case.vocab for case in CASES}}
     draw = torch.Generator().manual_seed(0)
-    prompts = torch.randint(500, (16, 2, 24), generator=draw).tolist()
-    model.logits(prompts[0][0])
-    # One small sweep loads what python and torch load late
-    pair = deltapatch.PromptPair(*prompts[0], 5, 6)
-    deltapatch.sweep(model, [pair], "attn_out", positions=[-1], layers=[1], progress=False)
+    prompts = {
+        name: [torch.randint(500, (2, n), generator=draw).tolist() for n in lengths]
+        for name, lengths in LENGTHS.items()
+    }
+    for model in models.values():
+        model.logits(prompts["short"][0][0])
+        # One small sweep loads what python and torch load late
+        options = {"positions": [-1], "layers": [1], "progress": False}
+        pair = deltapatch.PromptPair(*prompts["short"][0], 5, 6)
+        deltapatch.sweep(model, [pair], "attn_out", **options)
     for case in CASES:
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            print(json.dumps(measure(model, prompts, *case)), flush=True)
+            print(json.dumps(measure(models[case.vocab], prompts[case.prompts], case)), flush=True)
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             sys.exit(f"the sweep of {case} failed")

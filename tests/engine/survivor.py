@@ -9,7 +9,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import deltapatch
 from deltapatch.engine import products
-from deltapatch.engine.planner import Costs
+from deltapatch.engine.memory import Costs
 from deltapatch.engine.shards import Shards
 from deltapatch.kernels.product import PRECISIONS
 

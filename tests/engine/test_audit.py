@@ -1,5 +1,7 @@
 """The noise floor that a run reports, and the precision that "auto" chooses by it."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,8 @@ from engine_tiny import pairs as drawn_pairs
 import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine import audit
+from deltapatch.engine.memory import Costs
 from deltapatch.engine.metrics import METRICS
-from deltapatch.engine.planner import Costs
 
 VARIANT = "neox-parallel"
 
@@ -156,6 +158,42 @@ def test_a_short_run_has_a_small_sample(model, monkeypatch):
     assert deltapatch.sweep(model, given, progress=False).meta["noise_floor"] is None
     monkeypatch.setattr(audit, "_LONG", 0)
     assert deltapatch.sweep(model, given, progress=False).meta["noise_floor"]["precision"] == "fp64"
+
+
+def test_a_streamed_model_is_read_again_only_beside_a_long_run(model, monkeypatch):
+    """The sample of a run in float32 is left out, and that of a lossy run taken once."""
+    given, read = pairs(VARIANT, [6] * 3), []
+    streamed = copy.copy(model)
+    streamed.stream = True
+    reading = type(model).reading
+    monkeypatch.setattr(type(model), "reading", lambda self: read.append(self.stream) or reading(self))
+    monkeypatch.setattr(audit, "_LONG", 0)
+
+    def passes(of, precision):
+        read.clear()
+        floor = deltapatch.sweep(of, given, precision=precision, progress=False).meta["noise_floor"]
+        return floor and floor["precision"], len(read)
+
+    assert passes(model, "fp32") == ("fp64", 2)
+    assert passes(streamed, "fp32") == (None, 1)
+    assert passes(streamed, "bf16") == ("fp32", 2)
+    monkeypatch.setattr(audit, "_READING", {"cpu": 0})
+    assert passes(streamed, "fp32") == ("fp64", 2)
+
+
+def test_no_room_for_float64_is_no_reason_to_compute_float32_again(model, monkeypatch):
+    monkeypatch.setattr(audit, "_LONG", 0)
+    monkeypatch.setattr(audit.Audit, "_recompute", lambda self, precision: _no_room(precision))
+    with pytest.raises(AssertionError, match="fp32"):
+        deltapatch.sweep(model, pairs(VARIANT, [5]), precision="bf16", progress=False)
+    effects = deltapatch.sweep(model, pairs(VARIANT, [5]), precision="fp32", progress=False)
+    assert effects.meta["noise_floor"] is None
+
+
+def _no_room(precision):
+    if precision.name == "fp64":
+        raise DeltapatchError("too little memory")
+    raise AssertionError(precision.name)
 
 
 def test_what_is_said():

@@ -23,8 +23,16 @@ def sweeps():
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def of(sweeps, precision, sites, spare=16, threads=1, answers=1):
-    keys = {"precision": precision, "sites": sites, "spare": spare, "threads": threads, "answers": answers}
+def of(sweeps, precision, sites, spare=16, threads=1, prompts="short", answers=1):
+    keys = {
+        "precision": precision,
+        "sweep": sites,
+        "spare": spare,
+        "threads": threads,
+        "prompts": prompts,
+        "vocab": 500,
+        "answers": answers,
+    }
     (found,) = [s for s in sweeps if keys.items() <= s.items()]
     return found
 
@@ -35,6 +43,17 @@ def test_a_sweep_keeps_its_budget(sweeps, precision, sites):
     assert found["passes"] > 1, "the budget did not have to cut anything"
     assert found["growth"] - found["results"] <= found["budget"], found
     assert found["growth"] > found["budget"] / 8, f"the estimate is so high that it tests nothing: {found}"
+
+
+def test_long_mixed_and_many_prompts_and_large_vocabularies_keep_it_too(sweeps):
+    hard = [s for s in sweeps if s["prompts"] != "short" or s["vocab"] != 500]
+    assert len(hard) == 6
+    for found in hard:
+        assert found["growth"] - found["results"] <= found["budget"], found
+        assert found["growth"] > found["budget"] / 8, (
+            f"the estimate is so high that it tests nothing: {found}"
+        )
+        assert found["passes"] > 1 or found["prompts"] == "short", found
 
 
 def test_each_thread_has_its_part_of_the_budget(sweeps):

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine.layout import RunShape
+from deltapatch.engine.memory import Costs, default_budget
 from deltapatch.engine.metrics import MEASURED
 from deltapatch.engine.patches import PatchTable
-from deltapatch.engine.planner import Costs, cut, default_budget, row_tokens
+from deltapatch.engine.planner import cut, row_tokens, take
 
 COSTS = Costs(fixed=1000, read=50, base_token=10, row_token=7, row=3)
 
@@ -47,11 +48,11 @@ def patches_of(table, row):
 
 
 @settings(max_examples=150, deadline=None)
-@given(jobs(), st.integers(1000, 2500), st.booleans())
-def test_passes_hold_every_intervention_once_and_keep_the_budget(job, budget, share_lengths):
+@given(jobs(), st.integers(1000, 2500), st.booleans(), st.booleans())
+def test_passes_hold_every_intervention_once_and_keep_the_budget(job, budget, share_lengths, few):
     runs, tables, n = job
     try:
-        passes = list(cut(tables, runs, COSTS, budget, share_lengths))
+        passes = list(cut(tables, runs, COSTS, budget, share_lengths, few))
     except DeltapatchError:
         # Only where some pair, with those it needs beside it, leaves no room for a row of its length
         tokens, reads = max(run.length for run in runs), max(run.reads for run in runs)
@@ -90,6 +91,25 @@ def test_a_rows_tokens_go_to_the_end_of_its_run():
     table = PatchTable(3, np.zeros(3, dtype=np.int64), np.arange(3), *columns)
     assert row_tokens(table, RunShape(5, 7)).tolist() == [7, 3, 0]
     assert row_tokens(table, RunShape(5, 5)).tolist() == [5, 1, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(jobs(), st.integers(1400, 2500))
+def test_few_passes_are_no_more_and_all_but_full(job, budget):
+    runs, tables, _ = job
+    passes = list(cut(tables, runs, COSTS, budget, False, few=True))
+    assert len(passes) <= len(list(cut(tables, runs, COSTS, budget, False)))
+    longest, most = max(run.length for run in runs), max(run.reads for run in runs)
+    for part in passes[:-1]:
+        # Neither a row of the last pair nor another pair would have fitted.
+        own = [runs[pair] for pair in part.pairs]
+        tokens = sum(int(row_tokens(take(part.table, np.array([i])), own[p]).sum())
+                     for i, p in enumerate(part.table.pair))  # fmt: skip
+        reads = sum(own[p].reads for p in part.table.pair)
+        base = sum(run.length for run in own)
+        total = COSTS.total(sum(run.reads for run in own), base, tokens, reads)
+        spare = most * (COSTS.read + COSTS.row) + longest * (COSTS.base_token + COSTS.row_token)
+        assert total > budget - spare
 
 
 def test_a_larger_budget_takes_fewer_passes():

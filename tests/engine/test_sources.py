@@ -154,7 +154,7 @@ def test_noise_on_the_embeddings_where_the_prompts_differ(variant, direction):
     """As in ROME: the corrupted run is the clean prompt with noise. A pair's noise has a seed of its own."""
     true, prompts = true_model(variant), drawn(variant)
     effects = sweep(variant, prompts, source="noise", direction=direction, seed=9, noise_scale=0.7)
-    scale = 0.7 * float(hf_model(variant).get_input_embeddings().weight.detach().std())
+    scale = 0.7 * float(hf_model(variant).get_input_embeddings().weight.detach().double().std())
     for number, pair in enumerate(prompts):
         differs = np.array(pair.clean) != np.array(pair.corrupted)
         noise = np.random.default_rng((9, number)).standard_normal((len(pair.clean), true.embedding.shape[1]))

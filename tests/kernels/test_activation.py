@@ -71,15 +71,16 @@ def test_activation_difference(name, scale, precision, gated):
     check()
 
 
+@pytest.mark.parametrize("cells", [1, 2, 7, 14, 28])  # one neuron vector, some rows, positions, pairs
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_pieces_give_what_the_whole_gives(gated, monkeypatch):
+def test_pieces_give_what_the_whole_gives(gated, cells, monkeypatch):
     packing = pack([(3, 2)], [(0, 0, 2, 2, 7)])
     draw = drawer(0, torch.float32)
     du, u = draw(len(packing.tokens), 9), draw(packing.n_base, 9)
     dg, g = (draw(*du.shape), draw(*u.shape)) if gated else (None, None)
     act = forward.activation("gelu")
     whole = difference(act, du.clone(), u, packing.segments, dg, g).values
-    monkeypatch.setattr(activation, "_CELLS", 2 * 2 * 9 * 2)  # two of the seven rows at a time
+    monkeypatch.setattr(activation, "CELLS", 9 * cells)
     assert torch.allclose(difference(act, du, u, packing.segments, dg, g).values, whole, rtol=1e-6)
 
 

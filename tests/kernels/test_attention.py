@@ -188,6 +188,23 @@ def test_heads_in_pieces_give_what_all_at_once_give(monkeypatch):
 
 
 @READS_ONLY
+@pytest.mark.parametrize("cells", [1, 40, 150])
+def test_queries_in_pieces_give_what_all_at_once_give(cells, reads_only, monkeypatch):
+    @settings(max_examples=40, deadline=None)
+    @given(packings(), seeds, st.sets(st.sampled_from("qkvz")))
+    def check(packing, seed, swapped):
+        inputs = draw_attention(
+            packing, seed, torch.float64, heads=(4, 2), swapped=sorted(swapped), reads_only=reads_only
+        )
+        with monkeypatch.context() as patch:
+            whole = difference(inputs, "fp64")
+            patch.setattr(attention, "CELLS", cells)
+            assert torch.allclose(difference(inputs, "fp64"), whole, rtol=1e-12, atol=1e-14)
+
+    check()
+
+
+@READS_ONLY
 def test_no_change_gives_exactly_zero(reads_only):
     packing = pack([(5, 1)], [(0, 0, 1, 3, 3)])
     inputs = draw_attention(packing, 6, scales=(1.0, 10.0, 1.0), scaled=True, reads_only=reads_only)

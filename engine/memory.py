@@ -1,0 +1,163 @@
+"""What a pass costs in memory, and how much it may use."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from deltapatch.engine import readout
+from deltapatch.engine.costs import layer_parameters
+from deltapatch.engine.sites import PLACES
+from deltapatch.engine.unpatched import MET
+from deltapatch.kernels import activation, attention, readout_triton
+from deltapatch.kernels import readout as readout_torch
+from deltapatch.kernels.product import Precision
+from deltapatch.models.forward import widths
+from deltapatch.models.memory import available
+from deltapatch.models.model import Model
+from deltapatch.models.spec import ModelSpec
+
+_SLACK = 3 / 2  # each thread's allocator keeps half as much again
+_OTHER = 8 << 20  # threads' stacks, PyTorch's own, Python's objects
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What things cost in memory, in bytes. Upper estimates: a test holds them against the real peak.
+
+    Attributes:
+        fixed: the layers' converted weights and the workspace of blocks.
+        read: what a pair needs at each position that it is read at.
+        base_token: a token of a pair's runs: the activations of two layers, of base and source runs.
+        row_token: a token of a row in flight, in this layer's packing and the next's.
+        row: the bookkeeping of a row that is read at one position; at several it is as many times that.
+        after: the workspace of the read-out, which comes after the layers and takes their place.
+        base_token_after: what is left of a token of the unpatched runs then.
+        distribution: a pair's output distributions at one position.
+        held: how many are held at a time.
+    """
+
+    fixed: int
+    read: int
+    base_token: int
+    row_token: int
+    row: int
+    after: int = 0
+    base_token_after: int = 0
+    distribution: int = 0
+    held: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        precision: Precision,
+        block_tokens: int,
+        n_sources: int,
+        length: int,
+        threads: int,
+        places: Collection[str] = PLACES,
+        against_base: bool = True,
+    ) -> "Costs":
+        """The costs of a sweep of this model, with runs of at most `length` tokens.
+
+        Args:
+            threads: how many blocks are worked on at once (`Map.count`).
+            places: where patches go.
+            against_base: whether patches bring something that is not a source run (sources zero and mean).
+        """
+        spec, size, d = model.spec, precision.base.itemsize, model.spec.d_model
+        width = {name: _numbers(shape) for name, shape in widths(spec).items()}
+        patched = sum(width.get(place, 0) for place in places if place != "resid_post")
+        # Of one layer: what rows meet, the source runs after it and at patched places.
+        kept = sum(width[name] for name in MET if name in width and name != "resid_pre") + spec.rope.dim
+        kept += n_sources * (d + patched) + (2 * patched + d if against_base else 0)
+        on_cpu = model.device.type == "cpu"
+        return cls(
+            fixed=_layers(model, precision, block_tokens, length, threads, "mlp_post" in places),
+            read=8 * d * size + 400,
+            base_token=2 * kept * size,
+            row_token=2 * d * size,
+            row=400,
+            after=_read_out(model, precision, block_tokens, threads),
+            base_token_after=(1 + n_sources) * d * size,
+            distribution=readout.distribution_bytes(spec.d_vocab, d, size, on_cpu),
+            held=readout.reads_held(spec.d_vocab, size, on_cpu),
+        )
+
+    def total(self, reads: int, base_tokens: int, row_tokens: int, rows: int) -> int:
+        """Bytes of a pass; a row counts once for every position that it is read at."""
+        layers = self.fixed + base_tokens * self.base_token
+        held = min(reads, self.held) * self.distribution
+        after = self.after + base_tokens * self.base_token_after + held
+        return max(layers, after) + reads * self.read + row_tokens * self.row_token + rows * self.row
+
+
+def default_budget(device: torch.device | None = None, stream: bool = False) -> int:
+    """A quarter of the memory that can be had now, at most 4 GiB: more makes passes no faster.
+
+    On a GPU it is half of what is free there: the more rows in a pass, the fuller its products. Of a streamed
+    model every pass reads all weights: half of what can be had makes passes few.
+    """
+    free = available(device)
+    if stream or (device is not None and device.type == "cuda"):
+        return free // 2
+    return min(free // 4, 4 << 30)
+
+
+def _layers(
+    model: Model, precision: Precision, block_tokens: int, length: int, threads: int, neurons: bool
+) -> int:
+    """Weights of the layers that are in memory together, and the workspace of blocks."""
+    spec, size = model.spec, precision.base.itemsize
+    layer, on_gpu = layer_parameters(spec), model.device.type == "cuda"
+    exact = precision.name in ("fp64", "fp32")
+    out = 0
+    if model.dtype.itemsize != size:
+        out += 2 * layer * size  # the next layer is prepared while the rows pass through one
+    if not exact:
+        # Elsewhere than on a GPU what is rounded may be kept in float32.
+        out += 2 * layer * (precision.operand.itemsize if on_gpu else size)
+    if model.holds_what_it_reads:
+        out += 3 * layer * model.dtype.itemsize
+    each = _block(spec, precision, block_tokens, length) * size
+    if not on_gpu and precision.operand.itemsize < size:
+        each += spec.d_model * spec.d_mlp * size  # operands are widened for the product
+    if neurons:  # columns of those that enter; of a narrow layer the matrix is turned
+        each += spec.d_model * (3 * block_tokens + min(spec.d_mlp, 6 * block_tokens)) * size
+    return _OTHER + out + round(threads * each * _SLACK)
+
+
+def _block(spec: ModelSpec, precision: Precision, block_tokens: int, length: int) -> int:
+    """Numbers that a block takes on its way through a layer, or whole prompts of the unpatched runs."""
+    queries, keys = spec.n_heads * spec.d_head, spec.n_kv_heads * spec.d_head
+    tokens = block_tokens * 3 // 2 + length
+    through_attention = 7 * spec.d_model + 5 * queries + 6 * keys
+    hidden = min(tokens, 2 * block_tokens) * (3 + spec.gated) * spec.d_mlp
+    logits = 6 * max(attention.CELLS, (block_tokens * 3 // 2 + 1) * length)
+    return tokens * through_attention + max(hidden + 10 * max(activation.CELLS, spec.d_mlp), logits)
+
+
+def _read_out(model: Model, precision: Precision, block_tokens: int, threads: int) -> int:
+    """What the read-out takes: the layers' weights are gone by then."""
+    spec, size = model.spec, precision.base.itemsize
+    on_cpu = model.device.type == "cpu"
+    entries, rows = spec.d_vocab * spec.d_model, block_tokens * 3 // 2
+    out = 0
+    if not model.stream and (model.dtype.itemsize != size or precision.name not in ("fp64", "fp32")):
+        out += entries * size
+    if model.holds_what_it_reads:
+        out += entries * model.dtype.itemsize
+    piece = -(-entries // 8) * size if model.stream else 0  # narrowed for each block
+    held = readout_torch.CELLS if on_cpu else readout_triton.CELLS
+    cells = min(max(held, 1024 * rows), rows * spec.d_vocab)  # logit changes, widened, and expm1 of them
+    block = cells * (2 * size + 16) + 4 * rows * spec.d_model * size + piece
+    unpatched = readout.workspace(spec.d_vocab, spec.d_model, size, on_cpu)
+    return _OTHER + out + round(threads * max(block, unpatched) * _SLACK)
+
+
+def _numbers(shape: tuple[int, ...]) -> int:
+    n = 1
+    for length in shape:
+        n *= length
+    return n

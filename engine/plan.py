@@ -1,0 +1,95 @@
+"""The plan of a sweep before it runs: rows, passes, FLOPs and memory, from shapes alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deltapatch.engine.costs import sweep_cost
+from deltapatch.engine.grid import Grid
+from deltapatch.engine.job import Job
+from deltapatch.engine.planner import Used, cut_rows
+from deltapatch.engine.work import Work
+from deltapatch.kernels.product import Precision
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep will do.
+
+    Attributes:
+        pairs, rows: prompt pairs and interventions.
+        answer_tokens: of the longest answer.
+        flops: the necessary ones (`costs.py`).
+        passes: what each holds.
+        entering: [1 + layer], row tokens that enter at the embedding and in each layer, over all passes.
+        budget: bytes that a pass may take.
+        memory: bytes: `model`, its weights, which are not in memory as a whole where it is streamed; `rows`,
+            of the largest pass; `pass`, the whole of it; `results`; `peak`, what the process takes at most:
+            weights in a mapped file, which the system drops where it needs room, are not in it.
+    """
+
+    pairs: int
+    answer_tokens: int
+    rows: int
+    flops: int
+    passes: list[Used]
+    entering: np.ndarray
+    budget: int
+    memory: Mapping[str, int]
+
+    @property
+    def in_flight(self) -> np.ndarray:
+        """[layer], row tokens that pass through each."""
+        return np.cumsum(self.entering)[:-1]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For people and programs."""
+        return {
+            "pairs": self.pairs,
+            "answer_tokens": self.answer_tokens,
+            "rows": self.rows,
+            "passes": len(self.passes),
+            "necessary_flops": self.flops,
+            "memory_budget": self.budget,
+            "memory_bytes": dict(self.memory),
+        }
+
+
+def plan(job: Job, grid: Grid, precision: Precision, threads: int) -> Plan:
+    """The plan of a sweep.
+
+    Args:
+        job: its options.
+        grid: what it patches.
+        precision: that it is expected to take.
+        threads: how many blocks are worked on at once.
+
+    Raises:
+        DeltapatchError: the memory budget has no room for one intervention.
+    """
+    work, spec = Work.of_sweep(grid, job), job.model.spec
+    costs = job.costs(work.places, precision, threads)
+    tokens = ((i, grid.row_tokens(job.pairs[i], job.runs[i])) for i in work.order)
+    share = job.source == "mean"
+    passes = [used for _, used in cut_rows(tokens, job.runs, costs, job.budget, share, job.model.stream)]
+    rows, flops = sweep_cost(grid, job.pairs, spec)
+    largest = max(used.bytes(costs) for used in passes)
+    model = job.model
+    return Plan(
+        len(job.pairs),
+        max(pair.answer_tokens for pair in job.pairs),
+        rows,
+        flops,
+        passes,
+        np.sum([grid.entering(pair, n, spec.n_layers) for pair, n in job.shapes()], axis=0),
+        job.budget,
+        {
+            "model": model.n_bytes,
+            "rows": max(used.row_tokens * costs.row_token + used.row_reads * costs.row for used in passes),
+            "pass": largest,
+            "results": work.n_effects * len(job.measured) * precision.base.itemsize,
+            "peak": largest + model.resident_bytes,
+        },
+    )

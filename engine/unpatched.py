@@ -1,0 +1,105 @@
+"""The unpatched runs through a layer: base runs in full, source runs as differences from them."""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from deltapatch.engine.block import BlockStep, Layer
+from deltapatch.engine.patches import WHOLE
+from deltapatch.engine.sources import Prompts
+from deltapatch.engine.workers import Map
+from deltapatch.kernels.attention import Rotary
+from deltapatch.kernels.segments import Segment
+from deltapatch.models import forward
+from deltapatch.models.spec import ModelSpec
+from deltapatch.models.weights import LayerWeights
+
+# What rows meet of the base runs, whatever they patch.
+MET = ("resid_pre", "q_rotated", "k_rotated", "v", "resid_mid", "gate", "up", "resid_post")
+
+
+class Unpatched:
+    """Advances the base and source runs of a pass.
+
+    Args:
+        spec: the model.
+        prompts: the pairs.
+        block_tokens: how many go through a layer together; a run that is longer goes alone.
+        each: does blocks, perhaps side by side.
+    """
+
+    def __init__(self, spec: ModelSpec, prompts: Prompts, block_tokens: int, each: Map) -> None:
+        self.spec, self.prompts, self.shapes = spec, prompts, prompts.shapes
+        self.block_tokens, self.each = block_tokens, each
+        self.widths = forward.widths(spec)
+
+    def base(
+        self, x: Tensor, layer: LayerWeights, rotary: Rotary, places: Collection[str]
+    ) -> forward.Activations:
+        """The plain forward of one block for all pairs.
+
+        Args:
+            x: [base token, d_model], before the layer.
+            layer: its weights, in x's dtype.
+            rotary: for every base token.
+            places: that are patched here. What neither `MET` nor these name is not kept, and None.
+
+        Returns:
+            activations [base token, ...].
+        """
+        kept = {"resid_pre": x} | {
+            name: x.new_empty(len(x), *self.widths[name])
+            for name in {*MET, *(places if self.prompts.kind in ("zero", "mean") else ())}
+            if name in self.widths and name != "resid_pre"
+        }
+
+        def advance(segment: Segment) -> None:
+            first, n = segment.base, segment.pairs * segment.length
+
+            def keep(part: forward.Attended | forward.Hidden, at: int, count: int) -> None:
+                for name, value in part._asdict().items():
+                    if name in kept:
+                        kept[name][at : at + count] = value.reshape(count, *self.widths[name])
+
+            tables = segment.run(rotary.cos)[0], segment.run(rotary.sin)[0]  # those of all its pairs
+            attended = forward.attention(segment.run(x), layer, self.spec, tables, segment.fork)
+            keep(attended, first, n)
+            attn_out = attended.attn_out.flatten(0, 1)
+            del attended
+            for a in range(0, n, self.block_tokens):  # hidden neurons are many: those of some tokens
+                some = slice(a, min(a + self.block_tokens, n))
+                here = slice(first + some.start, first + some.stop)
+                hidden = forward.mlp(x[here], attn_out[some], layer, self.spec)
+                keep(hidden, here.start, some.stop - some.start)
+                mid = x[here] + attn_out[some]
+                if "resid_mid" in kept:
+                    kept["resid_mid"][here] = mid
+                torch.add(mid, hidden.mlp_out, out=kept["resid_post"][here])
+
+        self.each(advance, self.shapes.segments(1, self.block_tokens))
+        return forward.Activations(**{name: kept.get(name) for name in forward.Activations._fields})  # type: ignore[arg-type]
+
+    def sources(self, dx: Tensor, here: Layer, places: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The source runs, carried as differences like any row.
+
+        Args:
+            dx: [source token, d_model], before the layer.
+            here: the layer.
+            places: that are patched here.
+
+        Returns:
+            The same after the layer, and the differences at these places: [source token, ...].
+        """
+        after = torch.empty_like(dx)
+        found = {name: dx.new_empty(len(dx), *self.widths[name]) for name in places if name != "resid_post"}
+
+        def advance(segment: Segment) -> None:
+            mine = slice(segment.token, segment.token + segment.n_tokens)
+            capture = {name: whole[mine] for name, whole in found.items()}
+            step = BlockStep(here, [replace(segment, token=0)], {}, capture)
+            step.run(dx[mine], WHOLE, after[mine], None)
+
+        self.each(advance, self.shapes.segments(self.prompts.n_sources, self.block_tokens))
+        return after, found | {"resid_post": after}

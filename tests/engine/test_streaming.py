@@ -1,0 +1,66 @@
+"""Streamed sweeps: the same bits as of a model in memory, in memory that does not grow with the layers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import deltapatch
+from deltapatch.bench.true_shapes import CONFIGS, write_random_model
+from deltapatch.engine.metrics import MEASURED
+
+GPTJ = CONFIGS["gptj-6b"]
+SMALL = {"n_embd": 64, "n_head": 4, "rotary_dim": 8, "vocab_size": 3000, "n_layer": 3}
+WIDE = {"n_embd": 640, "n_head": 8, "rotary_dim": 16, "vocab_size": 4000}
+LAYER = 12 * 640 * 640  # entries of a layer of these
+SITES = ["mlp_out", "z", "mlp_post"]
+
+
+def checkpoint(folder, dtype=torch.float16, **sizes):
+    write_random_model(GPTJ | sizes, folder, dtype, shard_bytes=1 << 22)
+    return folder
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float16, "fp32"), (torch.float16, "fp64"), (torch.bfloat16, "bf16"), (torch.float32, "fp32")],
+)
+def test_streamed_effects_are_those_of_a_model_in_memory(dtype, precision, threads, tmp_path):
+    torch.set_num_threads(threads)
+    folder = checkpoint(tmp_path / "model", dtype, **SMALL)
+    draw = torch.Generator().manual_seed(0)
+    pairs = [
+        deltapatch.PromptPair(*torch.randint(3000, (2, n), generator=draw).tolist(), 5, 6) for n in (5, 7, 5)
+    ]
+    found = []
+    for stream in (False, True):
+        model = deltapatch.load_model(folder, device="cpu", stream=stream)
+        options = {"precision": precision, "memory_budget": 1 << 28, "positions": [0, -1]}
+        found.append(deltapatch.sweep(model, pairs, SITES, progress=False, **options))
+    kept, streamed = found
+    assert streamed.meta["stream"]
+    assert not kept.meta["stream"]
+    assert kept.meta["fingerprint"] == streamed.meta["fingerprint"]
+    for site in SITES:
+        for name in MEASURED:
+            assert np.array_equal(kept.values(name, site), streamed.values(name, site), equal_nan=True)
+            assert np.nan_to_num(kept.values(name, site)).any() or name == "flip"
+    assert np.array_equal(kept.reference.logp, streamed.reference.logp)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_memory_does_not_grow_with_the_layers(tmp_path):
+    folders = [checkpoint(tmp_path / f"{n}", n_layer=n, **WIDE) for n in (8, 24)]
+    probe = Path(__file__).with_name("streaming_probe.py")
+    done = subprocess.run([sys.executable, probe, *folders], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    few, many = (json.loads(line) for line in done.stdout.splitlines())
+    # Of sixteen layers more not one, as it is computed with, whatever allocators keep.
+    for memory in ("own", "mapped"):
+        assert abs(many[memory] - few[memory]) < 4 * LAYER, (few, many)
+    assert few["own"] > 2 * 4 * LAYER, "two layers are converted to float32: this measures nothing"

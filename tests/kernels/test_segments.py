@@ -1,0 +1,36 @@
+"""Segments in groups of few tokens: the same tokens, each over its own base token."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels_packing import drawer, packings, random_swaps, seeds
+
+from deltapatch.kernels.segments import cut_segments
+from deltapatch.kernels.swap import apply_swaps, within
+from deltapatch.kernels.tiles import base_of_tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(packings(), st.integers(1, 30))
+def test_groups_cover_all_tokens_with_their_base(packing, most):
+    whole = base_of_tokens(packing.segments, torch.device("cpu")).tolist()
+    groups = cut_segments(packing.segments, most)
+    assert [t for tokens, _ in groups for t in range(tokens.start, tokens.stop)] == list(range(len(whole)))
+    widest = max(s.rows for s in packing.segments)
+    for tokens, segments in groups:
+        assert base_of_tokens(segments, torch.device("cpu")).tolist() == whole[tokens]
+        assert tokens.stop - tokens.start <= max(most, widest)
+        assert segments[0].token == 0
+        assert all(s.positions <= s.length for s in segments)
+
+
+@settings(max_examples=50, deadline=None)
+@given(packings(), st.integers(1, 30), seeds)
+def test_swaps_within_groups_are_the_swaps(packing, most, seed):
+    n = len(packing.tokens)
+    swaps = random_swaps(seed, torch.float64, n, 5, [True, False, False])
+    whole, pieces = (drawer(seed, torch.float64)(n, 5) for _ in range(2))
+    apply_swaps(whole, swaps)
+    for tokens, _ in cut_segments(packing.segments, most):
+        apply_swaps(pieces[tokens], within(swaps, tokens))
+    assert torch.equal(pieces, whole)
