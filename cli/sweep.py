@@ -26,6 +26,7 @@ Examples:
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_out,attn_out --out RUN
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_post --positions last --out NEURONS
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_post --positions last --out NEURONS --resume
+  deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_post --out NEURONS --ray head:6379
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites z --positions op1,last --layers 0-5,9 --dry-run
 """
 
@@ -78,6 +79,15 @@ Examples:
     metavar="I/N",
     help="Do part I of N only: N processes share the folder --out, and `deltapatch merge` finishes it.",
 )
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS]",
+    help="Spread the sweep over a Ray cluster, one worker a GPU: that at ADDRESS (host:port), or else that "
+    "of RAY_ADDRESS, one that runs on this machine, or one that is started here until the end.",
+)
+@click.option("--ray-cpus", type=click.IntRange(1), help="With --ray: workers of so many CPUs each, no GPUs.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what it would cost, and stop.")
 @as_json
 @quiet
@@ -100,6 +110,8 @@ def sweep(
     out: str | None,
     resume: bool,
     shard: str | None,
+    ray: str | None,
+    ray_cpus: int | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -108,6 +120,11 @@ def sweep(
     if not out and not dry_run:
         raise DeltapatchError("Missing option '--out': the run folder to make (or --dry-run to make none)")
     part = read_shard(shard)
+    for given, option in ((part, "--shard"), (dry_run, "--dry-run")):
+        if ray is not None and given:
+            raise DeltapatchError(f"--ray and {option} do not go together: leave one out")
+    if ray_cpus and ray is None:
+        raise DeltapatchError("--ray-cpus says of how many CPUs the workers of --ray are: give --ray as well")
     at, which, budget = read_positions(positions), read_layers(layers), read_bytes(memory_budget)
     measured = "all" if metrics == "all" else read_names(metrics)
 
@@ -123,6 +140,19 @@ def sweep(
     named = read_named_pairs(pairs_file)
     names, pairs = [name for name, _ in named], [pair for _, pair in named]
 
+    options: dict[str, Any] = {
+        "sites": read_names(sites),
+        "positions": at,
+        "layers": which,
+        "direction": direction,
+        "source": source,
+        "precision": precision,
+        "backend": backend,
+        "memory_budget": budget,
+        "metrics": measured,
+        "seed": seed,
+    }
+
     from deltapatch.engine.audit import in_words
     from deltapatch.engine.costs import sweep_cost
     from deltapatch.engine.grid import make_grid
@@ -131,47 +161,49 @@ def sweep(
     from deltapatch.engine.sweep import sweep as run_sweep
     from deltapatch.models.model import load_model
 
-    loaded = load_model(model, device=device, dtype=dtype, adapter=adapter)
-    say(f"{loaded!r}", quiet)
-    encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names)
-    rows, flops = sweep_cost(
-        make_grid(read_names(sites), at, which, encoded, loaded.spec), encoded, loaded.spec
-    )
-    say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", quiet)
-    plan: dict[str, Any] = {
-        "model": loaded.name,
-        "pairs": len(pairs),
-        "rows": rows,
-        "necessary_flops": flops,
-        "memory_budget": budget or default_budget(loaded.device),
-    }
-    if dry_run:
-        if as_json:
-            print_json(plan)
-        else:
-            click.echo(
-                f"{rows:,} interventions on {len(pairs)} pairs, {in_flops(flops)} necessary, "
-                f"at most {in_bytes(plan['memory_budget'])} at a time; nothing was run"
-            )
-        return
-    effects = run_sweep(
-        loaded,
-        pairs,
-        sites=read_names(sites),
-        positions=at,
-        layers=which,
-        direction=direction,
-        source=source,
-        precision=precision,
-        backend=backend,
-        memory_budget=budget,
-        progress=not quiet,
-        out=out,
-        metrics=measured,
-        seed=seed,
-        resume=resume,
-        shard=part,
-    )
+    loading = {"device": device, "dtype": dtype, "adapter": adapter}
+    plan: dict[str, Any] = {"model": model, "pairs": len(pairs)}
+
+    def planned(loaded: str, rows: int, flops: float) -> None:
+        plan.update(rows=rows, necessary_flops=flops)
+        say(loaded, quiet)
+        say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", quiet)
+
+    if ray is not None:
+        from deltapatch.engine.ray_sweep import ray_sweep
+
+        assert out is not None
+        effects = ray_sweep(
+            model,
+            pairs,
+            out,
+            ray or None,
+            ray_cpus,
+            loading,
+            resume,
+            not quiet,
+            names,
+            lambda report: planned(report.model, report.rows, report.flops),
+            **options,
+        )
+        plan["memory_budget"] = effects.meta["memory_budget"]
+    else:
+        loaded = load_model(model, **loading)
+        encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names)
+        grid = make_grid(options["sites"], at, which, encoded, loaded.spec)
+        planned(repr(loaded), *sweep_cost(grid, encoded, loaded.spec))
+        plan["memory_budget"] = budget or default_budget(loaded.device)
+        if dry_run:
+            if as_json:
+                print_json(plan)
+            else:
+                click.echo(
+                    f"{plan['rows']:,} interventions on {len(pairs)} pairs, "
+                    f"{in_flops(plan['necessary_flops'])} necessary, "
+                    f"at most {in_bytes(plan['memory_budget'])} at a time; nothing was run"
+                )
+            return
+        effects = run_sweep(loaded, pairs, progress=not quiet, out=out, resume=resume, shard=part, **options)
     if part is not None:
         say(f"part {shard} is done; when all are: deltapatch merge {out}", quiet)
         click.echo(out)
@@ -179,7 +211,8 @@ def sweep(
     say(in_words(effects.meta), quiet)
     seconds = effects.meta["seconds"]
     say(
-        f"{rows:,} interventions in {seconds:.1f} s; accuracy of the unpatched runs {effects.accuracy():.1%}",
+        f"{plan['rows']:,} interventions in {seconds:.1f} s; "
+        f"accuracy of the unpatched runs {effects.accuracy():.1%}",
         quiet,
     )
     if as_json:

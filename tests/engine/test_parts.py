@@ -156,5 +156,5 @@ def test_a_lock_that_is_a_link_leads_nowhere(tmp_path):
     folder.mkdir(parents=True)
     (tmp_path / "elsewhere").touch()
     (folder / "run.lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DeltapatchError, match="cannot write .*run: Too many levels of symbolic links"):
+    with pytest.raises(DeltapatchError, match=r"cannot write .*run: Too many levels of symbolic links"):
         sweep(tmp_path / "run", resume=True)
