@@ -118,7 +118,11 @@ def _connected(address: str | None) -> Iterator[Any]:
         raise DeltapatchError(
             "a sweep on Ray needs Ray, which is not installed: pip install 'deltapatch[ray]'"
         ) from error
+    _check_reachable(address)
     if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", here):
+            raise DeltapatchError(f"this process is connected to another Ray cluster already, at {here}")
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS") or None

@@ -22,10 +22,14 @@ OPTIONS = {"sites": "mlp_out,z", "positions": [1, -1], "noise_sample": 4, "preci
 
 def make_model() -> deltapatch.Model:
     torch.set_num_threads(1)
+    return deltapatch.from_transformers(make_hf_model())
+
+
+def make_hf_model() -> GPTNeoXForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     config = GPTNeoXConfig(vocab_size=61, max_position_embeddings=32, initializer_range=0.5, **sizes)
-    return deltapatch.from_transformers(GPTNeoXForCausalLM(config).eval())
+    return GPTNeoXForCausalLM(config).eval()
 
 
 def make_pairs(n: int = 6) -> list[deltapatch.PromptPair]:
@@ -45,7 +49,7 @@ def budget(model: deltapatch.Model) -> int:
 
 
 def sweep(run: Path | str | None, **options: object) -> deltapatch.Effects:
-    model = make_model()
+    model = options.pop("model", None) or make_model()
     given = OPTIONS | {"memory_budget": budget(model), "out": run, "progress": False} | options
     few, products.FEW = products.FEW, 0  # bfloat16 for few tokens too
     try:
