@@ -161,7 +161,7 @@ def sweep(
     from deltapatch.engine.sweep import sweep as run_sweep
     from deltapatch.models.model import load_model
 
-    loading = {"device": device, "dtype": dtype, "adapter": adapter}
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "adapter": adapter}
     plan: dict[str, Any] = {"model": model, "pairs": len(pairs)}
 
     def planned(loaded: str, rows: int, flops: float) -> None:

@@ -74,13 +74,14 @@ def ray_sweep(
         raise DeltapatchError(f"run {path} is finished already: load_effects reads it")
     if not resume:
         check_output(path)
-    loading = dict(loading or {}) | {"device": _device((loading or {}).get("device", "auto"), cpus)}
-    request = Request(
-        _everywhere(model), _adapter_everywhere(loading), pairs, names, Options(**options), cpus
-    )
+    loading = dict(loading or {})
+    loading["device"] = _device(loading.get("device", "auto"), cpus)
+    if loading.get("adapter") is not None:
+        loading["adapter"] = _everywhere(loading["adapter"])
+    request = Request(_everywhere(model), loading, pairs, names, Options(**options), cpus)
     with _connected(address) as ray:
         size, share = _room(ray, cpus)
-        resources = {"num_gpus": 1, "num_cpus": 1} if cpus is None else {"num_cpus": cpus}
+        resources: dict[str, float] = {"num_gpus": 1, "num_cpus": 1} if cpus is None else {"num_cpus": cpus}
         with (
             unfinished(path, resume) as run,
             closing(Team(ray, request, resources, size, run.state)) as team,
@@ -190,8 +191,3 @@ def _device(device: object, cpus: int | None) -> str:
 def _everywhere(model: str | PathLike[str]) -> str:
     """A local folder by its whole path: workers have working folders of their own."""
     return str(Path(model).expanduser().resolve()) if Path(model).expanduser().exists() else str(model)
-
-
-def _adapter_everywhere(loading: dict[str, Any]) -> dict[str, Any]:
-    adapter = loading.get("adapter")
-    return loading if adapter is None else loading | {"adapter": _everywhere(adapter)}
