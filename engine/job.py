@@ -12,6 +12,7 @@ import torch
 
 from deltapatch.engine.audit import Audit, Truth
 from deltapatch.engine.gather import Gathered, PassEffects
+from deltapatch.engine.limit import Limit
 from deltapatch.engine.metrics import MEASURED, Direction, Reference, measured_for
 from deltapatch.engine.pairs import EncodedPair, PromptPair, encode_pairs, read_at
 from deltapatch.engine.planner import Costs, Pass, cut, default_budget, row_layers
@@ -188,7 +189,8 @@ class Job:
         n_sources = 1 if self.partner is None else 2
         longest, block = int(self.length.max()), self.backend.block_tokens
         costs = Costs.of(self.model, precision, block, n_sources, longest, each.count)
-        return cut(tables, self.length, costs, self.budget, self.source == "mean")
+        limit = Limit.of(self.model, each.count, 1 + n_sources)
+        return cut(tables, self.length, costs, self.budget, self.source == "mean", limit)
 
     def _carry(
         self, part: Pass, precision: Precision, each: Map, tick: Callable[[int], None] = lambda n: None

@@ -27,7 +27,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.product import PRECISIONS
 
 FORMAT, FORMAT_VERSION = "deltapatch unfinished run", 1
-PLAN_VERSION = 1  # to be raised whenever passes are cut, or computed, in another way
+PLAN_VERSION = 2  # to be raised whenever passes are cut, or computed, in another way
 
 # What must be the same for two processes to work on one run, and what a sentence calls it.
 _WORDS = {

@@ -1,5 +1,6 @@
-"""The planner: cuts interventions into passes that keep within a memory budget."""
+"""The planner: cuts interventions into passes that keep within a memory budget, and a few minutes."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 from deltapatch.engine.costs import layer_parameters
+from deltapatch.engine.limit import Limit
 from deltapatch.engine.patches import PatchTable
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels import attention, readout, readout_triton
@@ -112,6 +114,7 @@ def cut(
     costs: Costs,
     budget: int,
     share_lengths: bool,
+    limit: Limit | None = None,
 ) -> Iterator[Pass]:
     """Cut interventions into passes.
 
@@ -121,6 +124,7 @@ def cut(
         costs: of memory.
         budget: bytes.
         share_lengths: a pass needs the runs of all pairs of a length (source "mean").
+        limit: of the work of a pass, if there is one.
 
     Raises:
         DeltapatchError: not even one intervention fits.
@@ -138,16 +142,27 @@ def cut(
             used.base_tokens + same * int(length[pair]),
             used.row_tokens,
             used.rows,
+            used.work,
             used.lengths | {int(length[pair])},
         )
 
+    def too_much(used: _Used) -> bool:
+        """Whether a pass has to end before that."""
+        if used.bytes(costs) > budget:
+            return True
+        if limit is None:
+            return False
+        unpatched = limit.of_unpatched(used.pairs, used.base_tokens)
+        return used.work > (limit.most_beside(unpatched) if share_lengths else limit.most - unpatched)
+
     for pair, table, out in tables:
         tokens = (length[pair] - first_positions(table)).clip(0)  # patches may lie behind the read-out
-        after = with_pair(used, pair).plus(tokens)
-        if held and after.bytes(costs) > budget:
+        work = np.zeros(len(tokens)) if limit is None else limit.of_rows(table, tokens)  # [row]
+        after = with_pair(used, pair).plus(tokens, work)
+        if held and too_much(after):
             yield _join(held, length, share_lengths)
             held, used = [], _Used()
-            after = with_pair(used, pair).plus(tokens)
+            after = with_pair(used, pair).plus(tokens, work)
         room = budget - with_pair(used, pair).bytes(costs)
         each = tokens * costs.row_token + costs.row  # [row], bytes
         longest = int(each.max(initial=0))
@@ -158,6 +173,11 @@ def cut(
                 f"at least {least / 1e6:,.0f} MB; raise the budget, or shorten the prompts"
             )
         pieces = _pieces(each, room)
+        if limit is not None:
+            least = with_pair(_Used(), pair)
+            most = limit.most_beside(limit.of_unpatched(least.pairs, least.base_tokens))
+            if work.sum() > most:
+                pieces = _pieces(np.maximum(each / room, work / most), 1)
         if len(pieces) < 2:  # a pair without interventions is run as well: its answers are part of the result
             held.append((pair, table, out))
             used = after
@@ -177,11 +197,17 @@ class _Used:
     base_tokens: int = 0
     row_tokens: int = 0
     rows: int = 0
+    work: float = 0.0
     lengths: frozenset[int] = frozenset()
 
-    def plus(self, tokens: np.ndarray) -> "_Used":
-        """With rows of so many tokens each."""
-        return replace(self, row_tokens=self.row_tokens + int(tokens.sum()), rows=self.rows + len(tokens))
+    def plus(self, tokens: np.ndarray, work: np.ndarray) -> "_Used":
+        """With rows of so many tokens and so much work each."""
+        return replace(
+            self,
+            row_tokens=self.row_tokens + int(tokens.sum()),
+            rows=self.rows + len(tokens),
+            work=self.work + float(work.sum()),
+        )
 
     def bytes(self, costs: Costs) -> int:
         """What that costs."""
@@ -203,8 +229,8 @@ def row_layers(table: PatchTable, length: int | np.ndarray, n_layers: int) -> in
 
 
 def _pieces(each: np.ndarray, room: int) -> list[slice]:
-    """Even runs of rows that each fit into `room` bytes."""
-    n = max(1, -(-int(each.sum()) // max(1, room)))
+    """Even runs of rows that each fit into `room`."""
+    n = max(1, math.ceil(each.sum() / max(1, room)))
     while True:
         edges = np.searchsorted(np.cumsum(each), np.arange(1, n) * (each.sum() / n)).tolist()
         pieces = [slice(a, b) for a, b in zip([0, *edges], [*edges, len(each)], strict=True) if b > a]

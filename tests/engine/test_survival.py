@@ -126,8 +126,8 @@ def test_nothing_else_is_mixed_in(cut, changes, what, monkeypatch):
 
 
 def test_another_model_or_version_is_not_mixed_in(cut, monkeypatch):
-    monkeypatch.setattr(manifests, "PLAN_VERSION", 2)
-    with pytest.raises(DeltapatchError, match="different version of the plan: 1 there, 2 here"):
+    monkeypatch.setattr(manifests, "PLAN_VERSION", 0)
+    with pytest.raises(DeltapatchError, match="different version of the plan: 2 there, 0 here"):
         sweep(cut, resume=True)
     monkeypatch.undo()
     monkeypatch.setattr(deltapatch.Model, "fingerprint", lambda self: "00ff")
