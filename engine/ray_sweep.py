@@ -132,9 +132,10 @@ def _connected(address: str | None) -> Iterator[Any]:
     try:
         ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-        why = str(error).strip().split("\n")[0]
+        where = f"at {address}" if address else "on this machine"
         raise DeltapatchError(
-            f"the Ray cluster {address or 'on this machine'} cannot be used: {why}"
+            f"the Ray cluster {where} cannot be used ({str(error).strip().splitlines()[0]}): "
+            "see that it has the same version of Ray and, where it wants a token, set RAY_AUTH_MODE=token"
         ) from error
     try:
         yield ray
