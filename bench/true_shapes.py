@@ -89,6 +89,6 @@ def random_model(config: dict[str, Any], device: str | torch.device, dtype: torc
     """
     on = torch.device(device)
     architecture, spec = read_config(Config(config, "the benchmark's config"))
-    shapes = {architecture.tensor_name(slot): shape for slot, shape in expected_shapes(spec).items()}
+    shapes = {architecture.tensor_name(slot): shape for slot, shape in expected_shapes(spec)}
     store = Store(architecture, spec, RandomTensors(shapes, on, dtype))
     return Model(store, f"random {config['model_type']}", on)

@@ -11,7 +11,8 @@ from deltapatch.engine.gather import Gathered, PassEffects, split
 from deltapatch.engine.grid import Grid
 from deltapatch.engine.manifest import Manifest, digest_of
 from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.runfolder import PAIRS, RUN, UNFINISHED, is_begun, read_pairs_text
+from deltapatch.engine.readrun import read_pairs_text
+from deltapatch.engine.runfolder import PAIRS, RUN, UNFINISHED, is_begun
 from deltapatch.engine.shards import DamagedShard, Shards
 from deltapatch.engine.unfinished import Unfinished, read_plan, unfinished
 from deltapatch.errors import DeltapatchError

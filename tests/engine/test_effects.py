@@ -218,7 +218,10 @@ def _edit(**changes):
         (_edit(sites={"mlp_out": {}}), "is damaged"),
         (_break("effects.safetensors", lambda b: b[:-100]), "is damaged"),
         (_break("pairs.jsonl", lambda b: b[: len(b) // 2]), "is damaged"),
-        (_break("pairs.jsonl", lambda b: b[: b.index(b"\n") + 1]), "is damaged .* does not fit"),
+        (
+            _break("pairs.jsonl", lambda b: b[: b.index(b"\n") + 1]),
+            "is damaged .its files are not those that were written",
+        ),
         (lambda run: (run / "effects.safetensors").unlink(), "is damaged"),
     ],
 )
