@@ -146,13 +146,13 @@ def write_random_model(
 
 def config_bytes(config: dict[str, Any], dtype: torch.dtype) -> int:
     """What a checkpoint of these shapes takes."""
-    shapes = expected_shapes(read_config(Config(config, "the benchmark's config"))[1])
-    return dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
+    spec = read_config(Config(config, "the benchmark's config"))[1]
+    return dtype.itemsize * sum(math.prod(shape) for _, shape in expected_shapes(spec))
 
 
 def _random_tensors(
     config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[Architecture, ModelSpec, RandomTensors]:
     architecture, spec = read_config(Config(config, "the benchmark's config"))
-    shapes = {architecture.tensor_name(slot): shape for slot, shape in expected_shapes(spec).items()}
+    shapes = {architecture.tensor_name(slot): shape for slot, shape in expected_shapes(spec)}
     return architecture, spec, RandomTensors(shapes, spec.n_layers, device, dtype)

@@ -30,6 +30,7 @@ Examples:
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_out,attn_out --out RUN
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_post --positions last --out NEURONS
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_post --positions last --out NEURONS --resume
+  deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_post --out NEURONS --ray head:6379
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites z --positions op1,last --layers 0-5,9 --dry-run
 """
 
@@ -83,10 +84,15 @@ Examples:
     help="Do part I of N only: N processes share the folder --out, and `deltapatch merge` finishes it.",
 )
 @click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Check everything, say what it would take, and stop.",
+    "--ray",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS]",
+    help="Spread the sweep over a Ray cluster, one worker a GPU: that at ADDRESS (host:port), or else that "
+    "of RAY_ADDRESS, one that runs on this machine, or one that is started here until the end.",
 )
+@click.option("--ray-cpus", type=click.IntRange(1), help="With --ray: workers of so many CPUs each, no GPUs.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what it would take, and stop.")
 @as_json
 @quiet
 def sweep(
@@ -109,6 +115,8 @@ def sweep(
     out: str | None,
     resume: bool,
     shard: str | None,
+    ray: str | None,
+    ray_cpus: int | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -117,6 +125,11 @@ def sweep(
     if not out and not dry_run:
         raise DeltapatchError("Missing option '--out': the run folder to make (or --dry-run to make none)")
     part = read_shard(shard)
+    for given, option in ((part, "--shard"), (dry_run, "--dry-run")):
+        if ray is not None and given:
+            raise DeltapatchError(f"--ray and {option} do not go together: leave one out")
+    if ray_cpus and ray is None:
+        raise DeltapatchError("--ray-cpus says of how many CPUs the workers of --ray are: give --ray as well")
     at, which, budget = read_positions(positions), read_layers(layers), read_bytes(memory_budget)
     measured = "all" if metrics == "all" else read_names(metrics)
 
@@ -132,27 +145,10 @@ def sweep(
     named = read_named_pairs(pairs_file)
     names, pairs = [name for name, _ in named], [pair for _, pair in named]
 
-    from deltapatch.engine.audit import in_words
-    from deltapatch.engine.costs import sweep_cost
-    from deltapatch.engine.forecast import Asked, forecast
-    from deltapatch.engine.grid import make_grid
-    from deltapatch.engine.pairs import encode_pairs
-    from deltapatch.engine.sweep import sweep as run_sweep
-    from deltapatch.models.model import load_model
-
-    loaded = load_model(model, device=device, dtype=dtype, stream=stream, adapter=adapter)
-    say(f"{loaded!r}", quiet)
-    if loaded.stream and not stream:
-        size = in_bytes(loaded.n_bytes)
-        say(f"its {size} do not fit into the memory: every pass reads them from the file", quiet)
-    encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names)
-    grid = make_grid(read_names(sites), at, which, encoded, loaded.spec)
-    rows, flops = sweep_cost(grid, encoded, loaded.spec)
-    say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", quiet)
-    longest = max(pair.answer_tokens for pair in encoded)
-    if longest > 1:
-        say(f"answers have up to {longest} tokens: effects are of the probability of whole answers", quiet)
     options: dict[str, Any] = {
+        "sites": read_names(sites),
+        "positions": at,
+        "layers": which,
         "direction": direction,
         "source": source,
         "precision": precision,
@@ -161,25 +157,63 @@ def sweep(
         "metrics": measured,
         "seed": seed,
     }
-    if dry_run:
-        found = forecast(loaded, pairs, Asked(read_names(sites), at, which), **options)
-        if as_json:
-            print_json({"model": loaded.name, "stream": loaded.stream, **found.as_dict()})
-        else:
-            click.echo(_plan(found, loaded.stream))
-        return
-    effects = run_sweep(
-        loaded,
-        pairs,
-        sites=read_names(sites),
-        positions=at,
-        layers=which,
-        progress=not quiet,
-        out=out,
-        resume=resume,
-        shard=part,
-        **options,
-    )
+
+    from deltapatch.engine.audit import in_words
+    from deltapatch.engine.costs import sweep_cost
+    from deltapatch.engine.forecast import Asked, forecast
+    from deltapatch.engine.grid import make_grid
+    from deltapatch.engine.pairs import encode_pairs
+    from deltapatch.engine.sweep import sweep as run_sweep
+    from deltapatch.models.model import load_model
+
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "stream": stream, "adapter": adapter}
+
+    plan: dict[str, Any] = {"model": model, "pairs": len(pairs)}
+
+    def planned(loaded: str, rows: int, flops: float) -> None:
+        plan.update(rows=rows, necessary_flops=flops)
+        say(loaded, quiet)
+        say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", quiet)
+
+    if ray is not None:
+        from deltapatch.engine.ray_sweep import ray_sweep
+
+        assert out is not None
+        effects = ray_sweep(
+            model,
+            pairs,
+            out,
+            ray or None,
+            ray_cpus,
+            loading,
+            resume,
+            not quiet,
+            names,
+            lambda report: planned(report.model, report.rows, report.flops),
+            **options,
+        )
+    else:
+        loaded = load_model(model, **loading)
+        encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names)
+        grid = make_grid(options["sites"], at, which, encoded, loaded.spec)
+        planned(repr(loaded), *sweep_cost(grid, encoded, loaded.spec))
+        longest = max(pair.answer_tokens for pair in encoded)
+        if longest > 1:
+            say(
+                f"answers have up to {longest} tokens: effects are of the probability of whole answers", quiet
+            )
+        if loaded.stream and not stream:
+            size = in_bytes(loaded.n_bytes)
+            say(f"its {size} do not fit into the memory: every pass reads them from the file", quiet)
+        if dry_run:
+            rest = {k: v for k, v in options.items() if k not in ("sites", "positions", "layers")}
+            found = forecast(loaded, pairs, Asked(options["sites"], at, which), **rest)
+            if as_json:
+                print_json({"model": loaded.name, "stream": loaded.stream, **found.as_dict()})
+            else:
+                click.echo(_plan(found, loaded.stream))
+            return
+        effects = run_sweep(loaded, pairs, progress=not quiet, out=out, resume=resume, shard=part, **options)
     if part is not None:
         say(f"part {shard} is done; when all are: deltapatch merge {out}", quiet)
         click.echo(out)
@@ -187,7 +221,8 @@ def sweep(
     say(in_words(effects.meta), quiet)
     seconds = effects.meta["seconds"]
     say(
-        f"{rows:,} interventions in {seconds:.1f} s; accuracy of the unpatched runs {effects.accuracy():.1%}",
+        f"{plan['rows']:,} interventions in {seconds:.1f} s; "
+        f"accuracy of the unpatched runs {effects.accuracy():.1%}",
         quiet,
     )
     if as_json:
@@ -195,10 +230,7 @@ def sweep(
         print_json(
             {
                 "out": out,
-                "model": loaded.name,
-                "pairs": len(pairs),
-                "rows": rows,
-                "necessary_flops": flops,
+                **plan,
                 "memory_budget": effects.meta["memory_budget"],
                 "accuracy": effects.accuracy(),
                 "sites": shapes,

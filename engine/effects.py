@@ -205,7 +205,7 @@ class Effects:
 
 def load_effects(path: str | PathLike[str]) -> Effects:
     """The effects in a run folder. DeltapatchError where it is none, is damaged, or is of a newer format."""
-    from deltapatch.engine.runfolder import read_run
+    from deltapatch.engine.readrun import read_run
 
     return read_run(path)
 

@@ -136,7 +136,7 @@ def seconds(job: Job, plan: Plan, rates: Rates, audit: Audit, kept: bool) -> dic
         entering[len(entering) // 2] = n * plan.entering.sum() / max(1, plan.rows)
         for pair, table, _ in sample:
             run = job.runs[pair]
-            used = used.with_runs([run]).plus(np.zeros(table.n_rows), run.reads)
+            used = used.with_runs([run]).plus(np.zeros(table.n_rows), run.reads, np.zeros(1))
         used = replace(used, row_tokens=int(entering.sum()))
         again = sum(_of_passes(job, [used], entering, rates).values())
         found["noise floor"] = sum(

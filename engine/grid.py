@@ -58,10 +58,11 @@ class SiteGrid:
         first = np.array(at, dtype=np.int64)
         return np.where(first < run.prompt, run.length - first, 0)
 
-    def row_tokens(self, pair: EncodedPair, run: RunShape) -> np.ndarray:
-        """[patch], how many tokens each row has."""
+    def row_sizes(self, pair: EncodedPair, run: RunShape) -> tuple[np.ndarray, np.ndarray]:
+        """[patch] twice, how many tokens each row has, and where it enters."""
         each = np.repeat(self.position_tokens(pair, run), max(1, self.n_indices))
-        return np.tile(each, len(self.layers))
+        layers = np.asarray(place_of(self.site.name, self.layers)[1])
+        return np.tile(each, len(self.layers)), np.repeat(layers, len(each))
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,10 @@ class Grid:
         """[layer], the row tokens of a pair that pass through each: those that entered before it."""
         return np.cumsum(self.entering(pair, run, n_layers))[:-1]
 
-    def row_tokens(self, pair: EncodedPair, run: RunShape) -> np.ndarray:
-        """[row], the tokens of each intervention of a pair, in the order of `table`."""
-        return np.concatenate([g.row_tokens(pair, run) for g in self.sites])
+    def row_sizes(self, pair: EncodedPair, run: RunShape) -> tuple[np.ndarray, np.ndarray]:
+        """[row] twice, the tokens and the layer of each intervention of a pair, in the order of `table`."""
+        tokens, layers = zip(*(g.row_sizes(pair, run) for g in self.sites), strict=True)
+        return np.concatenate(tokens), np.concatenate(layers)
 
     def describe(self, effect: int, n_pairs: int) -> str:
         """Which patch an effect belongs to, in words."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from deltapatch.engine.audit import Audit, Truth
 from deltapatch.engine.continuation import Continuation, check_rotary, continuation
 from deltapatch.engine.gather import Gathered, PassEffects
 from deltapatch.engine.layout import PairShapes, RunShape
+from deltapatch.engine.limit import Limit
 from deltapatch.engine.memory import Costs, default_budget
 from deltapatch.engine.metrics import MEASURED, Direction, Reference, measured_for
 from deltapatch.engine.pairs import EncodedPair, PromptPair, encode_pairs, read_at
@@ -142,22 +144,22 @@ class Job:
         """
         began = time.perf_counter()
         bar = progress_bar("patching", work.row_layers, progress)
-        with bar as tick, float32_products("ieee"), workers(self.model.device) as each:
+        with bar as tick, self.at_work() as each:
             audit = Audit(self, work, each)
             if self.precision is None:
                 self.precision = audit.cheapest()
             dtype = np.float64 if self.precision.name == "fp64" else np.float32
             gathered = Gathered(self.measured, dtype, work.n_effects, len(self.pairs))
-            for number, part in enumerate(self._parts(work.tables(), work.places, self.precision, each)):
+            for number, part in enumerate(self.parts(work, each)):
                 if keeper is not None and not keeper.wants(number):
                     continue
                 found = None if keeper is None else keeper.kept(number, part, gathered)
                 if found is None:
-                    found = self._found(part, self.precision, each, tick, work.describe)
+                    found = self.found(part, each, tick, work.describe)
                     if keeper is not None:
                         keeper.keep(number, found)
                 else:
-                    tick(self._row_layers(part))
+                    tick(self.row_layers(part))
                 gathered.add(found)
             if keeper is None:
                 truth = audit.truth_for(self.precision)
@@ -170,6 +172,17 @@ class Job:
         self.seconds += time.perf_counter() - began + (0.0 if keeper is None else keeper.seconds_kept)
         return gathered.measured, gathered.reference
 
+    @contextmanager
+    def at_work(self) -> Iterator[Map]:
+        """Products of float32 as they are promised, and threads; all that computes does so within."""
+        with float32_products("ieee"), workers(self.model.device) as each:
+            yield each
+
+    def parts(self, work: Work, each: Map) -> Iterator[Pass]:
+        """The passes of some work, once the precision is chosen."""
+        assert self.precision is not None
+        return self._parts(work.tables(), work.places, self.precision, each)
+
     def adopt(self, settings: Mapping[str, Any]) -> None:
         """Take what a run decided when it began."""
         self.precision, self.budget = PRECISIONS[settings["precision"]], settings["memory_budget"]
@@ -181,10 +194,10 @@ class Job:
             DeltapatchError: the memory budget has no room for one intervention.
         """
         began = time.perf_counter()
-        with float32_products("ieee"), workers(self.model.device) as each:
+        with self.at_work() as each:
             audit = Audit(self, work, each)
             self.precision = self.precision or audit.cheapest()
-            n_passes = sum(1 for _ in self._parts(work.tables(), work.places, self.precision, each))
+            n_passes = sum(1 for _ in self.parts(work, each))
             truth = audit.truth_for(self.precision)
         self.seconds = time.perf_counter() - began
         return truth, n_passes
@@ -201,7 +214,12 @@ class Job:
     ) -> Iterator[Pass]:
         """The passes that interventions are cut into."""
         costs = self.costs(places, precision, each.count)
-        return cut(tables, self.runs, costs, self.budget, self.source == "mean", self.model.stream)
+        limit, share = self.limit(each.count), self.source == "mean"
+        return cut(tables, self.runs, costs, self.budget, share, limit, self.model.stream)
+
+    def limit(self, threads: int) -> Limit:
+        """How much work a pass may be."""
+        return Limit.of(self.model, threads, 2 if self.partner is None else 3)
 
     def costs(self, places: Collection[str], precision: Precision, threads: int) -> Costs:
         """What things cost in memory, with patches at these places and so many blocks at once."""
@@ -218,23 +236,23 @@ class Job:
             self.model, prompts, part.table, self.measured, precision, self.backend, each, tick
         ).run()
 
-    def _found(
-        self,
-        part: Pass,
-        precision: Precision,
-        each: Map,
-        tick: Callable[[int], None],
-        describe: Callable[[int], str],
+    def found(
+        self, part: Pass, each: Map, tick: Callable[[int], None], describe: Callable[[int], str]
     ) -> PassEffects:
-        """Carry a pass out, and check what it found."""
+        """What a pass finds.
+
+        Raises:
+            DeltapatchError: it is not finite.
+        """
+        assert self.precision is not None
         began = time.perf_counter()
-        result = self._carry(part, precision, each, tick)
+        result = self._carry(part, self.precision, each, tick)
         self._check_finite(part, result, describe)
         reference = result.reference(self.direction)
         seconds = round(time.perf_counter() - began, 3)
         return PassEffects(part.out, np.array(part.pairs), result.measured, reference, seconds)
 
-    def _row_layers(self, part: Pass) -> int:
+    def row_layers(self, part: Pass) -> int:
         """What a pass adds to the progress bar."""
         return row_layers(part.table, [self.runs[pair] for pair in part.pairs], self.model.spec.n_layers)
 

@@ -27,7 +27,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.product import PRECISIONS
 
 FORMAT, FORMAT_VERSION = "deltapatch unfinished run", 1
-PLAN_VERSION = 2  # to be raised whenever passes are cut, or computed, in another way
+PLAN_VERSION = 3  # to be raised whenever passes are cut, or computed, in another way
 
 # What must be the same for two processes to work on one run, and what a sentence calls it.
 _WORDS = {
@@ -135,7 +135,7 @@ def settings_of(
         "torch": str(torch.__version__),
         "model": job.model.fingerprint(),
         "dtype": str(job.model.dtype).removeprefix("torch."),
-        "device": job.model.device.type,
+        "device": device_kind(job.model.device),
         "backend": job.backend.name,
         "pairs": digest_of(job.pairs),
         "sites": [
@@ -153,6 +153,13 @@ def settings_of(
         "memory_budget": budget,
         "threads": threads,
     }
+
+
+def device_kind(device: torch.device) -> str:
+    """What must be the same for the same bits: "cuda 9.0", "cpu AVX512"."""
+    if device.type == "cuda":
+        return "cuda {}.{}".format(*torch.cuda.get_device_capability(device))
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
 def digest_of(pairs: list[EncodedPair]) -> str:

@@ -1,5 +1,6 @@
 """Merging: the shards of a run whose parts are all done become the run folder of one process."""
 
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from deltapatch.engine.gather import Gathered, PassEffects, split
 from deltapatch.engine.grid import Grid
 from deltapatch.engine.manifest import Manifest, digest_of
 from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.runfolder import PAIRS, RUN, UNFINISHED, is_begun, read_pairs_text
+from deltapatch.engine.readrun import read_pairs_text
+from deltapatch.engine.runfolder import PAIRS, RUN, UNFINISHED, is_begun
 from deltapatch.engine.shards import DamagedShard, Shards
-from deltapatch.engine.unfinished import read_plan, unfinished
+from deltapatch.engine.unfinished import Unfinished, read_plan, unfinished
 from deltapatch.errors import DeltapatchError
+
+_NAMED = 10_000  # missing passes that are looked up for a message
 
 
 def merge(path: str | PathLike[str]) -> bool:
@@ -36,24 +40,36 @@ def merge(path: str | PathLike[str]) -> bool:
     with unfinished(path, resume=True) as run:
         if run.finished:
             return False
-        manifest = run.manifest or read_plan(path)
-        pairs = _pairs(path, manifest)
-        grid = manifest.grid()
-        _check_complete(path, run.shards, manifest, grid, pairs)
-        gathered = _gather(path, run.shards, manifest, grid, pairs)
-        settings = manifest.settings
-        meta = manifest.meta | {
-            "passes": gathered.passes,
-            "rows": gathered.rows,
-            "seconds": round(gathered.seconds, 3),
-        }
-        if manifest.truth is not None:
-            meta["noise_floor"] = manifest.truth.noise_floor(
-                settings["precision"], gathered.measured, settings["direction"]
-            )
-        sites = split(grid, gathered.measured, len(pairs))
-        run.finish(Effects(sites, pairs, gathered.reference, settings["direction"], meta))
+        join(run)
     return True
+
+
+def join(run: Unfinished) -> Effects:
+    """Finish a run whose passes are all done, without its model.
+
+    Raises:
+        DeltapatchError: passes are missing or damaged, or the disk is full.
+    """
+    path = run.path
+    manifest = run.manifest or read_plan(path)
+    pairs = _pairs(path, manifest)
+    grid = manifest.grid()
+    _check_complete(run, manifest, grid, pairs)
+    gathered = _gather(path, run.shards, manifest, grid, pairs)
+    settings = manifest.settings
+    meta = manifest.meta | {
+        "passes": gathered.passes,
+        "rows": gathered.rows,
+        "seconds": round(gathered.seconds, 3),
+    }
+    if manifest.truth is not None:
+        meta["noise_floor"] = manifest.truth.noise_floor(
+            settings["precision"], gathered.measured, settings["direction"]
+        )
+    sites = split(grid, gathered.measured, len(pairs))
+    effects = Effects(sites, pairs, gathered.reference, settings["direction"], meta)
+    run.finish(effects)
+    return effects
 
 
 def _pairs(path: Path, manifest: Manifest) -> list[EncodedPair]:
@@ -71,23 +87,27 @@ def _pairs(path: Path, manifest: Manifest) -> list[EncodedPair]:
     return pairs
 
 
-def _check_complete(
-    path: Path, shards: Shards, manifest: Manifest, grid: Grid, pairs: list[EncodedPair]
-) -> None:
+def _check_complete(run: Unfinished, manifest: Manifest, grid: Grid, pairs: list[EncodedPair]) -> None:
     """Read every shard before arrays for all are made: a number in a manifest is not worth much memory."""
-    have = [number for number in shards.numbers() if number < manifest.n_passes]
+    path, n_passes = run.path, manifest.n_passes
+    have = [number for number in run.shards.numbers() if number < n_passes]
     rows, damaged = 0, []
     for number in have:
-        found = _read(shards, number)
+        found = _read(run.shards, number)
         if found is None:
             damaged.append(number)
         else:
             rows += len(found.out)
-    missing = manifest.n_passes - len(have)
-    if missing or damaged:
+    n_missing = n_passes - len(have)
+    if n_missing or damaged:
+        # No more are named than a sentence holds, whatever number the manifest gives.
+        there = set(have)
+        missing = list(islice((n for n in range(n_passes) if n not in there), _NAMED))
+        gone = f"{n_missing} missing" + (f" ({run.parts(missing)})" if missing else "")
+        broken = f"{len(damaged)} damaged" + (f" ({run.parts(damaged)})" if damaged else "")
         raise DeltapatchError(
-            f"run {path} is not complete: of {manifest.n_passes} passes {missing} are missing and "
-            f"{len(damaged)} are damaged; run the same parts again, or the whole sweep with --resume"
+            f"run {path} is not complete: of {n_passes} passes, {gone} and {broken}; "
+            "run the same parts again, or the whole sweep with --resume"
         )
     if rows != _n_rows(grid, pairs):
         raise DeltapatchError(f"run {path} is damaged: its shards do not hold what its manifest promises")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, shown
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,11 @@ def _need(tokenizer: Any, which: str, name: str) -> None:
 
 
 def _tokens(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    try:
+        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    except Exception as error:  # of whatever kind its library has; half a surrogate pair is enough
+        reason = str(error).strip().split("\n")[0]
+        raise DeltapatchError(f"the tokenizer cannot read {shown(text)} ({shown(reason)})") from error
 
 
 def _checked_id(token: Any, which: str, d_vocab: int, name: str) -> int:

@@ -71,9 +71,10 @@ def plan(job: Job, grid: Grid, precision: Precision, threads: int) -> Plan:
     """
     work, spec = Work.of_sweep(grid, job), job.model.spec
     costs = job.costs(work.places, precision, threads)
-    tokens = ((i, grid.row_tokens(job.pairs[i], job.runs[i])) for i in work.order)
-    share = job.source == "mean"
-    passes = [used for _, used in cut_rows(tokens, job.runs, costs, job.budget, share, job.model.stream)]
+    rows_of = ((i, *grid.row_sizes(job.pairs[i], job.runs[i])) for i in work.order)
+    share, limit = job.source == "mean", job.limit(threads)
+    cuts = cut_rows(rows_of, job.runs, costs, job.budget, share, limit, job.model.stream)
+    passes = [used for _, used in cuts]
     rows, flops = sweep_cost(grid, job.pairs, spec)
     largest = max(used.bytes(costs) for used in passes)
     model = job.model

@@ -1,5 +1,6 @@
-"""The planner: cuts interventions into passes that keep within a memory budget."""
+"""The planner: cuts interventions into passes that keep within a memory budget, and a few minutes."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -7,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from deltapatch.engine.layout import RunShape
+from deltapatch.engine.limit import Limit
 from deltapatch.engine.memory import Costs
 from deltapatch.engine.patches import PatchTable
 from deltapatch.errors import DeltapatchError
@@ -33,6 +35,7 @@ def cut(
     costs: Costs,
     budget: int,
     share_lengths: bool,
+    limit: Limit | None = None,
     few: bool = False,
 ) -> Iterator[Pass]:
     """Cut interventions into passes.
@@ -43,6 +46,7 @@ def cut(
         costs: of memory.
         budget: bytes.
         share_lengths: a pass needs the runs of all pairs with a prompt of one length (source "mean").
+        limit: of the work of a pass, if there is one.
         few: see `cut_rows`.
 
     Raises:
@@ -50,12 +54,12 @@ def cut(
     """
     known: dict[int, tuple[PatchTable, np.ndarray]] = {}
 
-    def tokens() -> Iterator[tuple[int, np.ndarray]]:
+    def rows_of() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         for pair, table, out in tables:
             known[pair] = table, out
-            yield pair, row_tokens(table, runs[pair])
+            yield pair, row_tokens(table, runs[pair]), first_layers(table)
 
-    for part, _ in cut_rows(tokens(), runs, costs, budget, share_lengths, few):
+    for part, _ in cut_rows(rows_of(), runs, costs, budget, share_lengths, limit, few):
         parts = []
         for pair, rows in part:
             table, out = known[pair]
@@ -68,18 +72,20 @@ def cut(
 
 
 def cut_rows(
-    tokens: Iterable[tuple[int, np.ndarray]],
+    rows: Iterable[tuple[int, np.ndarray, np.ndarray]],
     runs: Sequence[RunShape],
     costs: Costs,
     budget: int,
     share_lengths: bool,
+    limit: Limit | None = None,
     few: bool = False,
 ) -> Iterator[tuple[list[tuple[int, slice]], "Used"]]:
     """Cut rows into passes: which rows of which pairs go together, and what that holds.
 
     Args:
-        tokens: (pair, [row] how many it has), in the order of the pairs' shapes.
-        runs, costs, budget, share_lengths: as for `cut`.
+        rows: (pair, [row] how many tokens it has, [row] its first patched layer), in the order of the pairs'
+            shapes.
+        runs, costs, budget, share_lengths, limit: as for `cut`.
         few: make passes as few as can be, though a pair's prompts are run in two of them. Else a pair is cut
             only where it does not fit by itself, into even pieces.
 
@@ -98,9 +104,19 @@ def cut_rows(
         same = alike[run.prompt] if share_lengths else [run]
         return used.with_runs([] if share_lengths and run.prompt in used.prompts else same)
 
-    for pair, each in tokens:
+    def room_in(used: Used) -> tuple[float, float]:
+        """Bytes and work that are left."""
+        left = budget - used.bytes(costs)
+        if limit is None:
+            return left, math.inf
+        unpatched = limit.of_unpatched(used.reads, used.base_tokens)
+        most = limit.most_beside(unpatched) if share_lengths else limit.most - unpatched
+        return left, most - used.work
+
+    for pair, each, first_layer in rows:
         reads = runs[pair].reads
         bytes_of = each * costs.row_token + reads * costs.row  # [row]
+        work = np.zeros(len(each)) if limit is None else limit.of_rows(each, first_layer, reads)  # [row]
         longest = int(bytes_of.max(initial=0))
         alone = with_pair(Used(), pair)
         if budget - alone.bytes(costs) < longest:
@@ -109,34 +125,42 @@ def cut_rows(
                 f"a memory budget of {budget / 1e6:,.0f} MB is too small: this model and these prompts need "
                 f"at least {least / 1e6:,.0f} MB; raise the budget, or shorten the prompts"
             )
-        ends = np.concatenate([[0], np.cumsum(bytes_of)])
+        ends = [np.concatenate([[0], np.cumsum(a)]) for a in (bytes_of, work)]
         done = 0
         while few and held and done < len(each):
             # What fits of this pair fills the pass that is under way.
-            room = budget - with_pair(used, pair).bytes(costs)
-            fits = int(np.searchsorted(ends, ends[done] + room, side="right")) - 1
+            room = room_in(with_pair(used, pair))
+            fits = min(
+                int(np.searchsorted(end, end[done] + left, side="right")) - 1
+                for end, left in zip(ends, room, strict=True)
+            )
             if fits >= len(each):
                 break
             if fits > done:
                 held.append((pair, slice(done, fits)))
-                used = with_pair(used, pair).plus(each[done:fits], reads)
+                used = with_pair(used, pair).plus(each[done:fits], reads, work[done:fits])
                 done = fits
             yield held, used
             held, used = [], Used()
-        left = each[done:]
-        after = with_pair(used, pair).plus(left, reads)
-        if held and after.bytes(costs) > budget:
+        left = slice(done, len(each))
+        after = with_pair(used, pair).plus(each[left], reads, work[left])
+        if held and min(room_in(after)) < 0:
             yield held, used
             held, used = [], Used()
-            after = with_pair(used, pair).plus(left, reads)
-        pieces = _pieces(bytes_of[done:], budget - with_pair(used, pair).bytes(costs), few)
+            after = with_pair(used, pair).plus(each[left], reads, work[left])
+        room_for_bytes = budget - with_pair(used, pair).bytes(costs)
+        pieces = _pieces(bytes_of[left], room_for_bytes, few)
+        if limit is not None:
+            most = limit.most_beside(limit.of_unpatched(alone.reads, alone.base_tokens))
+            if work[left].sum() > most:
+                pieces = _pieces(np.maximum(bytes_of[left] / room_for_bytes, work[left] / most), 1, few)
         if len(pieces) < 2:  # a pair without interventions is run as well: its answers are part of the result
             held.append((pair, slice(done, len(each))))
             used = after
             continue
         for piece in pieces:
             held = [(pair, slice(done + piece.start, done + piece.stop))]
-            used = with_pair(Used(), pair).plus(left[piece], reads)
+            used = with_pair(Used(), pair).plus(each[left][piece], reads, work[left][piece])
             if piece is not pieces[-1] or not few:
                 yield held, used
                 held, used = [], Used()
@@ -150,7 +174,7 @@ class Used:
 
     Attributes:
         pairs, reads, base_tokens: of the unpatched runs; a run is read at one position or several.
-        rows, row_reads, row_tokens: of the interventions.
+        rows, row_reads, row_tokens, work: of the interventions.
         prompts: lengths of the prompts.
     """
 
@@ -160,6 +184,7 @@ class Used:
     rows: int = 0
     row_reads: int = 0
     row_tokens: int = 0
+    work: float = 0.0
     prompts: frozenset[int] = frozenset()
 
     def with_runs(self, runs: Sequence[RunShape]) -> "Used":
@@ -172,13 +197,14 @@ class Used:
             prompts=self.prompts | {run.prompt for run in runs},
         )
 
-    def plus(self, tokens: np.ndarray, reads: int) -> "Used":
-        """With rows of so many tokens each, read at so many positions."""
+    def plus(self, tokens: np.ndarray, reads: int, work: np.ndarray) -> "Used":
+        """With rows of so many tokens and so much work each, read at so many positions."""
         return replace(
             self,
             rows=self.rows + len(tokens),
             row_reads=self.row_reads + reads * len(tokens),
             row_tokens=self.row_tokens + int(tokens.sum()),
+            work=self.work + float(work.sum()),
         )
 
     def bytes(self, costs: Costs) -> int:
@@ -199,24 +225,30 @@ def row_tokens(table: PatchTable, run: RunShape) -> np.ndarray:
     return np.where(first < run.prompt, run.length - first, 0)
 
 
+def first_layers(table: PatchTable) -> np.ndarray:
+    """[row], each intervention's first patched layer."""
+    first = np.full(table.n_rows, np.iinfo(np.int64).max)
+    np.minimum.at(first, table.row, table.layer)
+    return first
+
+
 def row_layers(table: PatchTable, runs: Sequence[RunShape], n_layers: int) -> int:
     """Row tokens times the layers that they pass, for pairs whose runs have these shapes."""
-    first_layer, first = np.full(table.n_rows, n_layers), first_positions(table)
-    np.minimum.at(first_layer, table.row, table.layer)
+    first = first_positions(table)
     prompt, length = (
         np.array(sizes)[table.pair] for sizes in zip(*((r.prompt, r.length) for r in runs), strict=True)
     )
-    return int((np.where(first < prompt, length - first, 0) * (n_layers - 1 - first_layer)).sum())
+    return int((np.where(first < prompt, length - first, 0) * (n_layers - 1 - first_layers(table))).sum())
 
 
 def _pieces(each: np.ndarray, room: int, few: bool) -> list[slice]:
-    """Runs of rows that each fit into `room` bytes: even ones, or `few` full ones."""
+    """Runs of rows that each fit into `room`: even ones, or `few` full ones."""
     if few:
         ends, edges = np.concatenate([[0], np.cumsum(each)]), [0]
         while edges[-1] < len(each):
             edges.append(int(np.searchsorted(ends, ends[edges[-1]] + room, side="right")) - 1)
         return [slice(a, b) for a, b in pairwise(edges)]
-    n = max(1, -(-int(each.sum()) // max(1, room)))
+    n = max(1, math.ceil(each.sum() / max(1, room)))
     while True:
         cuts = np.searchsorted(np.cumsum(each), np.arange(1, n) * (each.sum() / n)).tolist()
         pieces = [slice(a, b) for a, b in pairwise([0, *cuts, len(each)]) if b > a]

@@ -1,14 +1,17 @@
 """A run folder: what was run, on which pairs, with what effects; written whole or not at all.
 
-    run.json              what was run: model, options, seeds, versions, machine; the axes of every tensor
+    run.json              what was run: model, options, seeds, versions, machine; the axes of every tensor;
+                          a checksum of all that
     pairs.jsonl           one EncodedPair a line
     effects.safetensors   "<site>/<measured number>" for each site, and the reference runs
 
 Numbers are kept as measured, so that every metric can be asked for later. While a sweep is not finished,
-there is no run.json, and what is done lies in a folder `unfinished` (see unfinished.py).
+there is no run.json, and what is done lies in a folder `unfinished` (see unfinished.py). readrun.py reads
+what is written here.
 """
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -22,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from deltapatch.engine.effects import Effects, SiteEffects
-from deltapatch.engine.metrics import Reference
+from deltapatch.engine.effects import Effects
 from deltapatch.engine.pairs import EncodedPair
 from deltapatch.engine.tensorfile import save_file
 from deltapatch.engine.wholefile import flush as _flush
@@ -33,6 +35,7 @@ from deltapatch.errors import DeltapatchError
 
 FORMAT = "deltapatch run"
 FORMAT_VERSION = 2  # 1: answers are single tokens, and `reference/says` is not written down
+CHECKSUM = "sha256"  # in run.json
 RUN, PAIRS, EFFECTS = "run.json", "pairs.jsonl", "effects.safetensors"
 UNFINISHED, MANIFEST, LOCK = "unfinished", "manifest.json", "run.lock"
 _REFERENCE_AXES = {
@@ -92,43 +95,6 @@ def write_run(effects: Effects, path: str | os.PathLike[str]) -> None:
             raise
 
 
-def read_run(path: str | os.PathLike[str]) -> Effects:
-    """The effects in a run folder.
-
-    Raises:
-        DeltapatchError: it is not a run folder, is damaged, or is of a newer format.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise DeltapatchError(f"run folder {path} does not exist")
-    if is_begun(path) and not (path / RUN).exists():
-        raise DeltapatchError(
-            f"run {path} is not finished: the same sweep with --resume (in Python resume=True) goes on "
-            "with it, and `deltapatch merge` finishes one whose parts (--shard) are all done"
-        )
-    if not (path / RUN).is_file():
-        raise DeltapatchError(f"{path} is not a run folder: it has no {RUN}")
-    try:
-        about = json.loads((path / RUN).read_text(encoding="utf-8"))
-        found = (about.get("format"), about.get("format_version"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise DeltapatchError(f"run folder {path} is damaged: {RUN} cannot be read ({error})") from error
-    if found[0] != FORMAT:
-        raise DeltapatchError(f"{path} is not a run folder: its {RUN} is not one of deltapatch")
-    if not isinstance(found[1], int) or found[1] > FORMAT_VERSION:
-        raise DeltapatchError(
-            f"run folder {path} has format {found[1]}, newer than this deltapatch reads "
-            f"({FORMAT_VERSION}): upgrade deltapatch"
-        )
-    try:
-        return _read_files(path, about)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise DeltapatchError(
-            f"run folder {path} is damaged ({type(error).__name__}: {reason}): run the sweep again"
-        ) from error
-
-
 def put_files(effects: Effects, drafts: Path, path: Path) -> None:
     """Write the files of a run folder that already exists: first into a folder of drafts, then in place.
 
@@ -150,17 +116,14 @@ def pairs_as_text(pairs: Sequence[EncodedPair]) -> str:
     return "".join(json.dumps(asdict(pair), default=_plain) + "\n" for pair in pairs)
 
 
-def read_pairs_text(text: str) -> list[EncodedPair]:
-    """The pairs in what pairs.jsonl holds; ValueError, KeyError or TypeError where it is damaged."""
-    pairs = []
-    for line in text.split("\n"):
-        if line:
-            fields = json.loads(line)
-            for name in ("clean_answer", "corrupted_answer"):
-                if isinstance(fields[name], int):  # format 1
-                    fields[name] = [fields[name]]
-            pairs.append(EncodedPair(**fields))
-    return pairs
+def checksum(about: dict[str, Any], folder: Path) -> str:
+    """The sha256, in hex, of a run's effects and pairs, and of its run.json but for date and time taken."""
+    said = {key: value for key, value in about.items() if key not in (CHECKSUM, "date", "seconds")}
+    out = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in (EFFECTS, PAIRS):
+        with open(folder / name, "rb") as file:
+            out.update(hashlib.file_digest(file, "sha256").digest())
+    return out.hexdigest()
 
 
 def environment() -> dict[str, Any]:
@@ -221,36 +184,13 @@ def _write_files(effects: Effects, folder: Path) -> None:
     }
     save_file(tensors, folder / EFFECTS, metadata=axes)
     (folder / PAIRS).write_text(pairs_as_text(effects.pairs), encoding="utf-8")
+    about = json.loads(json.dumps(about, default=_plain))
+    about[CHECKSUM] = checksum(about, folder)
     with open(folder / RUN, "w", encoding="utf-8") as file:
-        file.write(json.dumps(about, indent=2, default=_plain) + "\n")
+        file.write(json.dumps(about, indent=2) + "\n")
     for name in (EFFECTS, PAIRS, RUN):
         _flush(folder / name)
     _flush(folder)
-
-
-def _read_files(path: Path, about: dict[str, Any]) -> Effects:
-    sites: dict[str, SiteEffects] = {}
-    with safe_open(path / EFFECTS, framework="numpy") as file:
-        for site, coordinates in about["sites"].items():
-            measured = {name: file.get_tensor(f"{site}/{name}") for name in coordinates["measured"]}
-            sites[site] = SiteEffects(
-                site, np.array(coordinates["layers"]), coordinates["positions"], measured
-            )
-        known = {name: file.get_tensor(f"reference/{name}") for name in _REFERENCE_AXES if name != "says"}
-        if about["format_version"] > 1:
-            known["says"] = file.get_tensor("reference/says")
-    pairs = read_pairs_text((path / PAIRS).read_text(encoding="utf-8"))
-    if "says" not in known:
-        answers = np.array([[p.clean_answer[0], p.corrupted_answer[0]] for p in pairs])
-        known["says"] = known["prediction"][:, :, None] == answers[:, None, :]
-    reference = Reference(**known)
-    for swept in sites.values():
-        for name, array in swept.measured.items():
-            if array.shape[:3] != (len(pairs), len(swept.layers), len(swept.positions)):
-                raise ValueError(f"{swept.site}/{name} has shape {array.shape}, which does not fit {RUN}")
-    own = {"format", "format_version", "direction", "sites", "axes"}
-    meta = {key: value for key, value in about.items() if key not in own}
-    return Effects(sites, pairs, reference, about["direction"], meta)
 
 
 def _plain(value: Any) -> Any:

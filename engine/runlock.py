@@ -1,6 +1,13 @@
-"""Locks of a run folder: processes that would hurt each other are kept apart, on one machine or several."""
+"""Locks of a run folder: processes that would hurt each other are kept apart, on one machine or several.
 
+They are flock's, which NFS and most cluster file systems carry from machine to machine. Where there are none
+(Lustre mounted without `flock`, for example) that is said, and work goes on: all files are whole or not
+there, and the plan is written once, so processes that do the same pass waste time and spoil nothing.
+"""
+
+import errno
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +18,8 @@ try:
     import fcntl
 except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @contextmanager
@@ -37,13 +46,12 @@ def _acquire(path: Path, busy: str, shared: bool, wait: bool) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except FileNotFoundError:  # its folder was removed just now, by a run that finished
             continue
         try:
             if fcntl is not None:
-                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-                fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+                _lock(handle, path, shared, wait)
             # A run that finished may have removed the file between opening and locking it.
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(handle)):
                 return handle
@@ -54,3 +62,17 @@ def _acquire(path: Path, busy: str, shared: bool, wait: bool) -> int:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _lock(handle: int, path: Path, shared: bool, wait: bool) -> None:
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(
+            f"the file system of {path.parent} has no locks: "
+            "see to it that no two processes do the same work",
+            stacklevel=2,
+        )

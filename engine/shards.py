@@ -9,12 +9,13 @@ import re
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from deltapatch.engine.gather import PassEffects
 from deltapatch.engine.metrics import Reference
 from deltapatch.engine.tensorfile import digest, save_file
 from deltapatch.engine.wholefile import write_whole
+from deltapatch.models.header import open_safetensors
 
 _REFERENCE = tuple(Reference.empty(0).arrays())
 
@@ -57,7 +58,7 @@ class Shards:
         if not os.path.lexists(path):
             return None
         try:
-            with safe_open(path, framework="numpy") as file:
+            with open_safetensors(path, "numpy") as file:
                 metadata = dict(file.metadata() or {})
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             checksum = metadata.pop("sha256", "")

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from deltapatch.engine.effects import Effects, load_effects
-from deltapatch.engine.gather import split
-from deltapatch.engine.grid import Grid, Layers, Positions, make_grid
+from deltapatch.engine.grid import Layers, Positions
 from deltapatch.engine.interventions import Intervention, tables_of
 from deltapatch.engine.job import Job
-from deltapatch.engine.manifest import Manifest, settings_of
 from deltapatch.engine.metrics import Direction, Reference, compute
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.engine.planner import row_layers
+from deltapatch.engine.prepare import Options, Prepared, prepare
 from deltapatch.engine.runfolder import RUN, check_output, is_begun, pairs_as_text
 from deltapatch.engine.sites import PLACES
 from deltapatch.engine.unfinished import unfinished
@@ -108,9 +106,10 @@ def sweep(
     part = _part(shard, out)
     if out is not None and not resume and part is None:
         check_output(out)
-    job = Job.of(
-        model,
-        pairs,
+    options = Options(
+        sites,
+        positions,
+        layers,
         direction,
         source,
         precision,
@@ -122,28 +121,22 @@ def sweep(
         noise_scale,
         noise_sample,
     )
-    grid = make_grid(sites, positions, layers, job.pairs, model.spec)
-    work = Work.of_sweep(grid, job)
+    ready = prepare(model, pairs, options)
     if out is None:
-        return _effects(grid, job, *job.carry_out(work, progress))
-    asked = settings_of(job, grid, None if precision == "auto" else precision, memory_budget)
+        return ready.effects(*ready.job.carry_out(ready.work, progress))
     path = Path(out)
     if (resume or part is not None) and (path / RUN).is_file() and not is_begun(path):
-        return _finished(load_effects(out), job, grid, out)
+        return _finished(load_effects(out), ready, out)
     with unfinished(path, resume, part) as kept:
         if kept.finished:
-            return _finished(load_effects(out), job, grid, out)
+            return _finished(load_effects(out), ready, out)
         with kept.planning():
             if kept.manifest is None:
-                truth, n_passes = job.settle(work)
-                meta = job.meta()
-                plan = settings_of(job, grid, meta["precision"], job.budget, torch.get_num_threads())
-                kept.begin(Manifest(plan, n_passes, len(job.pairs), meta, truth), job.pairs)
+                kept.begin(ready.plan(), ready.job.pairs)
             assert kept.manifest is not None
-            kept.manifest.check_same(asked, out)
-        job.adopt(kept.manifest.settings)
+            ready.adopt(kept.manifest, out)
         with threads(kept.manifest.settings["threads"]):
-            effects = _effects(grid, job, *job.carry_out(work, progress, kept))
+            effects = ready.effects(*ready.job.carry_out(ready.work, progress, kept))
         if part is None:
             kept.finish(effects)
     return effects
@@ -199,10 +192,6 @@ def run(
     return Outcome(measured, pair, reference, direction, job.meta())
 
 
-def _effects(grid: Grid, job: Job, measured: dict[str, np.ndarray], reference: Reference) -> Effects:
-    return Effects(split(grid, measured, len(job.pairs)), job.pairs, reference, job.direction, job.meta())
-
-
 def _part(shard: tuple[int, int] | None, out: object) -> tuple[int, int] | None:
     """Of a shard, counted from 0."""
     if shard is None:
@@ -215,9 +204,9 @@ def _part(shard: tuple[int, int] | None, out: object) -> tuple[int, int] | None:
     return i - 1, n
 
 
-def _finished(effects: Effects, job: Job, grid: Grid, out: object) -> Effects:
+def _finished(effects: Effects, ready: Prepared, out: object) -> Effects:
     """The effects of a finished run, if they are those of this sweep."""
-    meta = job.meta()
+    job, meta = ready.job, ready.job.meta()
     same = {
         "model (fingerprint)": effects.meta.get("fingerprint") == meta["fingerprint"],
         "pairs": pairs_as_text(effects.pairs) == pairs_as_text(job.pairs),
@@ -225,7 +214,7 @@ def _finished(effects: Effects, job: Job, grid: Grid, out: object) -> Effects:
         "source": effects.meta.get("source") == job.source,
         "readout": effects.meta.get("readout") == job.readout,
         "seed": effects.meta.get("seed") == job.seed,
-        "sites": list(effects.sites) == [g.site.name for g in grid.sites],
+        "sites": list(effects.sites) == [g.site.name for g in ready.grid.sites],
     }
     for word, equal in same.items():
         if not equal:

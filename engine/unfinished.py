@@ -9,9 +9,11 @@ When all is there, the files of a run folder are written into RUN, run.json as t
 removed. So a folder with run.json is whole, whatever lies beside it.
 """
 
+import re
+import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -37,10 +39,9 @@ from deltapatch.engine.runfolder import (
 )
 from deltapatch.engine.runlock import held
 from deltapatch.engine.shards import DamagedShard, Shards
-from deltapatch.engine.wholefile import flush, write_whole
+from deltapatch.engine.wholefile import flush, write_new, write_whole
 from deltapatch.errors import DeltapatchError
 
-DRAFTS = "finished"
 GO_ON = "the same sweep with --resume (in Python resume=True) goes on from there"
 
 
@@ -86,16 +87,18 @@ class Unfinished:
             yield
 
     def begin(self, manifest: Manifest, pairs: list[EncodedPair]) -> None:
-        """Write the plan. DeltapatchError where the disk is full."""
+        """Write the plan, or take over the one of a process that was faster where there are no locks.
+
+        Raises:
+            DeltapatchError: the disk is full.
+        """
         with plain_errors(self.path):
-            for stale in self.shards.numbers():  # of a plan that was lost
-                self.shards.path(stale).unlink()
             write_whole(self.folder / PAIRS, lambda p: p.write_text(pairs_as_text(pairs), encoding="utf-8"))
             flush(self.path)  # a folder that is new is not yet seen to the disk either
             flush(self.path.absolute().parent)
-            write_whole(self.folder / MANIFEST, lambda p: p.write_text(manifest.to_json(), encoding="utf-8"))
-        self._adopt(manifest)
-        self._began = True
+            text = manifest.to_json()
+            self._began = write_new(self.folder / MANIFEST, lambda p: p.write_text(text, encoding="utf-8"))
+        self._adopt(manifest if self._began else read_plan(self.path))
 
     def wants(self, number: int) -> bool:
         """Whether this process does that pass."""
@@ -112,11 +115,23 @@ class Unfinished:
             if not same or kinds != {name: values.dtype for name, values in gathered.measured.items()}:
                 raise DamagedShard
         except DamagedShard:
-            name = self.shards.path(number)
-            warnings.warn(f"{name} is damaged: its pass is computed again", stacklevel=2)
+            self._tell_of_damage(number)
             return None
         self.seconds_kept += found.seconds
         return found
+
+    def missing(self, n_passes: int) -> list[int]:
+        """Those of so many passes that have no whole shard."""
+        out = []
+        for number in range(n_passes):
+            try:
+                found = self.shards.read(number)
+            except DamagedShard:
+                self._tell_of_damage(number)
+                found = None
+            if found is None:
+                out.append(number)
+        return out
 
     def keep(self, number: int, found: PassEffects) -> None:
         """Keep what a pass found. DeltapatchError where the disk is full."""
@@ -126,7 +141,7 @@ class Unfinished:
     def finish(self, effects: Effects) -> None:
         """Write the files of a finished run folder. DeltapatchError where the disk is full."""
         with plain_errors(self.path, self._on_a_full_disk()):
-            put_files(effects, self.folder / DRAFTS, self.path)
+            put_files(effects, self.folder / f".finished.{secrets.token_hex(8)}.partial", self.path)
         clean(self.path)
 
     def state(self) -> str:
@@ -144,6 +159,20 @@ class Unfinished:
             return False
         clean(self.path)
         return True
+
+    def parts(self, numbers: Iterable[int]) -> str:
+        """Whose some passes are, for a message: the parts (--shard), where all were of as many."""
+        named = (
+            re.fullmatch(r"part-\d+-of-(\d{1,9})\.lock", p.name) for p in self.folder.glob("part-*.lock")
+        )
+        counts = {int(name[1]) for name in named if name}
+        if len(counts) != 1:
+            return _listed("pass", [str(n) for n in sorted(numbers)])
+        (count,) = counts
+        return _listed("part", [f"{i + 1}/{count}" for i in sorted({n % count for n in numbers})])
+
+    def _tell_of_damage(self, number: int) -> None:
+        warnings.warn(f"{self.shards.path(number)} is damaged: its pass is computed again", stacklevel=3)
 
     def _on_a_full_disk(self) -> str:
         return f"free some; {self.state()}"
@@ -181,8 +210,7 @@ def unfinished(path: Path, resume: bool, part: tuple[int, int] | None = None) ->
         if not join and ((path / RUN).exists() or (folder / MANIFEST).exists()):
             check_output(path)  # another process took it just now
         if part is None:
-            for draft in folder.glob(".*.partial"):
-                draft.unlink(missing_ok=True)
+            _remove_drafts(folder)
         run = Unfinished(path, part)
         try:
             yield run
@@ -218,9 +246,27 @@ def read_plan(path: Path) -> Manifest:
 def clean(path: Path) -> None:
     """Remove what a finished run no longer needs, and nothing that is not its own; the locks go last."""
     folder = path / UNFINISHED
-    shutil.rmtree(folder / DRAFTS, ignore_errors=True)
-    for pattern in ("*.safetensors", MANIFEST, PAIRS, ".*.partial", "*.lock"):
+    _remove_drafts(folder)
+    for pattern in ("*.safetensors", MANIFEST, PAIRS, "*.lock"):
         for file in folder.glob(pattern):
             file.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
+
+
+def _remove_drafts(folder: Path) -> None:
+    for draft in folder.glob(".*.partial"):
+        if draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+def _listed(word: str, names: list[str], most: int = 8) -> str:
+    """part 3/8; passes 1, 2 and 5."""
+    if len(names) == 1:
+        return f"{word} {names[0]}"
+    plural = f"{word}es" if word.endswith("s") else f"{word}s"
+    if len(names) > most:
+        return f"{plural} {', '.join(names[:most])} and {len(names) - most} more"
+    return f"{plural} {', '.join(names[:-1])} and {names[-1]}"

@@ -1,9 +1,12 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # file systems without hard links
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -21,6 +24,33 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def write_new(path: Path, write: Callable[[Path], object]) -> bool:
+    """As `write_whole`, but never over a file that is there: False then. Holds without locks, on NFS too.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        write(draft)
+        flush(draft)
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            # NFS may say so of a link that it has just made itself.
+            return os.path.samestat(os.stat(draft), os.stat(path))
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if path.exists():
+                return False
+            os.replace(draft, path)
+        flush(path.parent)
+        return True
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

@@ -1,16 +1,16 @@
 """What one architecture declares: how its config reads, and which tensor of a file fills which slot."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.config import Config
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.weights import end_shapes, layer_shapes
 
-_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+_LAYER_NUMBER = re.compile(r"\.([0-9]{1,9})\.")
 
 
 class Slot(NamedTuple):
@@ -57,14 +57,26 @@ class Architecture:
         return bare if slot.name.startswith("unembedding") else self.prefix + bare
 
 
-def expected_shapes(spec: ModelSpec) -> dict[Slot, tuple[int, ...]]:
-    """Every slot of a model and its shape; a tied output matrix is not among them."""
-    shapes = {Slot(None, name): shape for name, shape in end_shapes(spec).items()}
-    if spec.tied_embeddings:
-        del shapes[Slot(None, "unembedding.weight")]
+def expected_shapes(spec: ModelSpec) -> Iterator[tuple[Slot, tuple[int, ...]]]:
+    """Every slot of a model and its shape; a tied output matrix is not among them.
+
+    One by one: the number of layers is only what a config says until their tensors are found.
+    """
+    for name, shape in end_shapes(spec).items():
+        if name != "unembedding.weight" or not spec.tied_embeddings:
+            yield Slot(None, name), shape
+    of_layer = layer_shapes(spec)
     for l in range(spec.n_layers):
-        shapes |= {Slot(l, name): shape for name, shape in layer_shapes(spec).items()}
-    return shapes
+        for name, shape in of_layer.items():
+            yield Slot(l, name), shape
+
+
+def expected_shape(spec: ModelSpec, slot: Slot) -> tuple[int, ...] | None:
+    """The shape of one slot, None where a model has no such slot."""
+    if slot.layer is not None:
+        return layer_shapes(spec).get(slot.name) if slot.layer < spec.n_layers else None
+    tied = spec.tied_embeddings and slot.name == "unembedding.weight"
+    return None if tied else end_shapes(spec).get(slot.name)
 
 
 def assign(architecture: Architecture, tensors: Iterable[str], where: str) -> dict[Slot, str]:
@@ -79,7 +91,8 @@ def assign(architecture: Architecture, tensors: Iterable[str], where: str) -> di
             slot = architecture.find(tensor)
         except KeyError:
             raise DeltapatchError(
-                f"{where} holds a tensor {tensor!r} that a model of type {architecture.name!r} does not have"
+                f"{where} holds a tensor {shown(tensor)} that a model of type {architecture.name!r} "
+                "does not have"
             ) from None
         if slot is None:
             continue

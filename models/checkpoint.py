@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.builtin_models import BUILTIN, builtin_model_path
 from deltapatch.models.fetch import fetch, sample, tensor_spans
+from deltapatch.models.header import open_safetensors
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LARGEST_JSON = 100_000_000  # characters, as safetensors allows a header
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What safetensors calls the dtypes that a model may have; whole numbers and 8 bits are quantised weights.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -79,10 +81,12 @@ class SafetensorsFiles:
         self._paths = {path.name: path for path in files}
         if index is None:
             index = {name: path.name for path in files for name in self._files[path.name].keys()}  # noqa: SIM118
-        for name in index.keys() - {n for f in self._files.values() for n in f.keys()}:  # noqa: SIM118
-            raise DeltapatchError(
-                f"{self._paths[index[name]]} lacks tensor {name!r}, which the index promises"
-            )
+        held = {file: set(opened.keys()) for file, opened in self._files.items()}
+        for name, file in index.items():
+            if name not in held[file]:
+                raise DeltapatchError(
+                    f"{self._paths[file]} lacks tensor {shown(name)}, which the index promises"
+                )
         self._home = index
         self._spans: dict[str, dict[str, tuple[int, int]]] = {}
 
@@ -234,13 +238,19 @@ def read_json(path: Path) -> dict[str, Any]:
         DeltapatchError: the file cannot be read or does not hold a JSON object.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LARGEST_JSON + 1)
+        if len(text) > _LARGEST_JSON:
+            raise ValueError(f"it is longer than {_LARGEST_JSON:,} characters")
+        fields = json.loads(text)
     except OSError as error:
         raise DeltapatchError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DeltapatchError(f"{path} is not a text file") from error
     except json.JSONDecodeError as error:
         raise DeltapatchError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless brackets
+        raise DeltapatchError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise DeltapatchError(f"{path} must hold a JSON object, not a {type(fields).__name__}")
     return fields
@@ -285,8 +295,8 @@ def read_index(path: Path) -> dict[str, str]:
         raise DeltapatchError(f"{path} has no 'weight_map'")
     for file in index.values():
         # A name that leaves the folder has no business in an index.
-        if not isinstance(file, str) or Path(file).name != file:
-            raise DeltapatchError(f"{path}: {file!r} is not the name of a file in the same folder")
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+            raise DeltapatchError(f"{path}: {shown(file)} is not the name of a file in the same folder")
     return index
 
 
@@ -301,7 +311,7 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise DeltapatchError(f"{path} is missing: the checkpoint is incomplete")
     try:
-        return safe_open(path, framework="pt")
+        return open_safetensors(path, "pt")
     except (SafetensorError, OSError) as error:
         raise DeltapatchError(
             f"{path} is not a whole safetensors file ({error}): it may be truncated; "

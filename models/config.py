@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.spec import Activation, RopeScaling, RopeSpec
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -36,6 +36,9 @@ _UNSUPPORTED = {
     "n_routed_experts": "a mixture of experts",
 }
 
+# What no model reaches: beyond it, numbers are not allocated for or computed with, but refused.
+_LARGEST_INTEGER, LARGEST_NUMBER = 2**31 - 1, 1e30
+
 
 class Config:
     """The fields of one config.json, read with a sentence for every way in which they can be wrong."""
@@ -55,8 +58,11 @@ class Config:
             if default is None:
                 raise DeltapatchError(f"{self.where} has no field {names[0]!r}")
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DeltapatchError(f"{self.where}: {names[0]!r} must be a positive integer, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST_INTEGER:
+            limit = f" of at most {_LARGEST_INTEGER:,}" if type(value) is int and value > 0 else ""
+            raise DeltapatchError(
+                f"{self.where}: {names[0]!r} must be a positive integer{limit}, not {shown(value)}"
+            )
         return value
 
     def number(self, *names: str, default: float) -> float:
@@ -64,8 +70,8 @@ class Config:
         value = self.find(*names)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise DeltapatchError(f"{self.where}: {names[0]!r} must be a positive number, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST_NUMBER:
+            raise DeltapatchError(f"{self.where}: {names[0]!r} must be a positive number, not {shown(value)}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -74,7 +80,7 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise DeltapatchError(f"{self.where}: {name!r} must be true or false, not {value!r}")
+            raise DeltapatchError(f"{self.where}: {name!r} must be true or false, not {shown(value)}")
         return value
 
     def activation(self, *names: str, default: str) -> Activation:
@@ -82,7 +88,7 @@ class Config:
         value = str(self.find(*names) or default)
         if value not in _ACTIVATIONS:
             raise DeltapatchError(
-                f"{self.where}: activation {value!r} is not supported: "
+                f"{self.where}: activation {shown(value)} is not supported: "
                 f"it must be one of {', '.join(_ACTIVATIONS)}"
             )
         return _ACTIVATIONS[value]
@@ -121,13 +127,13 @@ class Config:
         given = self.find("rope_scaling") or self.find("rope_parameters") or {}
         if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
             raise DeltapatchError(
-                f"{self.where}: rotary settings {given!r} are not supported: one set for all layers"
+                f"{self.where}: rotary settings {shown(given)} are not supported: one set for all layers"
             )
         rope = Config(given, f"{self.where}, rotary settings")
         kind = str(rope.find("rope_type", "type") or "default")
         if kind not in _SCALINGS:
             raise DeltapatchError(
-                f"{self.where}: rotary scaling {kind!r} is not supported: "
+                f"{self.where}: rotary scaling {shown(kind)} is not supported: "
                 f"it must be one of {', '.join(_SCALINGS)}"
             )
         scaling = _SCALINGS[kind]

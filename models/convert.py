@@ -85,8 +85,8 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise DeltapatchError(
             f"{path} is broken or holds more than tensors, and is not loaded because it could run code"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # torch's reader raises whatever a broken file leads it to
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DeltapatchError(f"{path} cannot be read, it may be truncated: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise DeltapatchError(f"{path} does not hold a dictionary of tensors")

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.errors import DeltapatchError
-from deltapatch.models.architecture import Architecture, Slot, expected_shapes
+from deltapatch.errors import DeltapatchError, shown
+from deltapatch.models.architecture import Architecture, Slot, expected_shape
 from deltapatch.models.checkpoint import SafetensorsFiles, check_finite, find_folder, read_json
+from deltapatch.models.config import LARGEST_NUMBER
 from deltapatch.models.spec import ModelSpec
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,6 +41,9 @@ _UNSUPPORTED = (
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 _ROWS = 4096  # merged at a time
+# In a pattern: repeated groups, references and looks ahead; and what multiplies the ways of matching it.
+_ENDLESS = re.compile(r"\)[*+?{]|\(\?|\\[1-9]")
+_REPEATS, _CHOICES = re.compile(r"[*+{]"), re.compile(r"[?|]")
 
 
 class _Update(NamedTuple):
@@ -100,13 +104,15 @@ def read_adapter(path_or_id: str | Path, architecture: Architecture, spec: Model
     tensors = SafetensorsFiles(str(folder), [folder / _WEIGHTS])
     pairs = _pair_up(tensors)
     _check_targets(config, list(pairs), folder)
-    shapes = expected_shapes(spec)
     updates = {}
     for module, (name_a, name_b) in pairs.items():
-        slot = _slot(module, architecture, spec, folder)
+        slot, (n_out, n_in) = _matrix(module, architecture, spec, folder)
+        if not all(len(tensors.shape(n)) == 2 and all(tensors.shape(n)) for n in (name_a, name_b)):
+            raise DeltapatchError(
+                f"{tensors.place(name_a)}: the update of {shown(module)} is not of matrices"
+            )
         a, b = tensors.read(name_a), tensors.read(name_b)
         scale = _scale(config, module, a.shape[0], folder)
-        n_out, n_in = shapes[slot]
         if a.shape != (a.shape[0], n_in) or b.shape != (n_out, a.shape[0]):
             raise DeltapatchError(
                 f"{tensors.place(name_a)}: the update of {module!r} is {list(b.shape)} x {list(a.shape)}, "
@@ -121,7 +127,7 @@ def read_adapter(path_or_id: str | Path, architecture: Architecture, spec: Model
 def _check_options(config: dict[str, Any], where: str) -> None:
     if config.get("peft_type") != "LORA":
         raise DeltapatchError(
-            f"{where}: adapters of type {config.get('peft_type')!r} are not supported: LORA is"
+            f"{where}: adapters of type {shown(config.get('peft_type'))} are not supported: LORA is"
         )
     for name in _UNSUPPORTED:
         if config.get(name):
@@ -129,11 +135,11 @@ def _check_options(config: dict[str, Any], where: str) -> None:
                 f"{where}: option {name!r} is not supported: merge the adapter with peft first"
             )
     if config.get("bias", "none") != "none":
-        raise DeltapatchError(f"{where}: 'bias' is {config['bias']!r}, and only 'none' is supported")
+        raise DeltapatchError(f"{where}: 'bias' is {shown(config['bias'])}, and only 'none' is supported")
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise DeltapatchError(
-            f"{where}: 'init_lora_weights' is {start!r}, which changes the base weights: "
+            f"{where}: 'init_lora_weights' is {shown(start)}, which changes the base weights: "
             "merge the adapter with peft first"
         )
 
@@ -145,7 +151,7 @@ def _pair_up(tensors: SafetensorsFiles) -> dict[str, tuple[str, str]]:
         match = _TENSOR.fullmatch(name)
         if match is None:
             raise DeltapatchError(
-                f"{tensors.place(name)}: tensor {name!r} is not supported: "
+                f"{tensors.place(name)}: tensor {shown(name)} is not supported: "
                 "only lora_A and lora_B of matrices are"
             )
         sides.setdefault(match["module"], {})[match["side"]] = name
@@ -166,38 +172,54 @@ def _check_targets(config: dict[str, Any], modules: list[str], folder: Path) -> 
     for target in targets:
         if not any(m == target or m.endswith(f".{target}") for m in modules):
             raise DeltapatchError(
-                f"{folder / _CONFIG} names the target {target!r}, for which {_WEIGHTS} holds no tensors"
+                f"{folder / _CONFIG} names the target {shown(target)}, for which {_WEIGHTS} holds no tensors"
             )
 
 
-def _slot(module: str, architecture: Architecture, spec: ModelSpec, folder: Path) -> Slot:
+def _matrix(
+    module: str, architecture: Architecture, spec: ModelSpec, folder: Path
+) -> tuple[Slot, tuple[int, int]]:
+    """The slot of a module, and [out, in]."""
     try:
         slot = architecture.find(f"{module}.weight")
     except KeyError:
         slot = None
-    shapes = expected_shapes(spec)
-    if slot not in shapes or len(shapes[slot]) != 2 or slot.name == "embedding.weight":
+    shape = None if slot is None else expected_shape(spec, slot)
+    if slot is None or shape is None or len(shape) != 2 or slot.name == "embedding.weight":
         raise DeltapatchError(
-            f"{folder}: the adapter changes {module!r}, which is not a matrix of this model"
+            f"{folder}: the adapter changes {shown(module)}, which is not a matrix of this model"
         )
-    return slot
+    return slot, (shape[0], shape[1])
 
 
 def _scale(config: dict[str, Any], module: str, rank: int, folder: Path) -> float:
-    given = _pattern(config.get("rank_pattern"), module, config.get("r"))
+    where = str(folder / _CONFIG)
+    given = _pattern(config, "rank_pattern", module, config.get("r"), where)
     if given != rank:
         raise DeltapatchError(
-            f"{folder}: the adapter's update of {module!r} has rank {rank}, but {_CONFIG} says {given!r}"
+            f"{folder}: the adapter's update of {module!r} has rank {rank}, but {_CONFIG} says {shown(given)}"
         )
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise DeltapatchError(f"{folder / _CONFIG}: 'lora_alpha' must be a number, not {alpha!r}")
+    alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha"), where)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < LARGEST_NUMBER:
+        raise DeltapatchError(f"{where}: 'lora_alpha' must be a number, not {shown(alpha)}")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+def _pattern(config: dict[str, Any], name: str, module: str, default: Any, where: str) -> Any:
     """The entry whose key matches the end of the module's name, as PEFT matches it."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise DeltapatchError(f"{where}: {name!r} must be an object, not {shown(patterns)}")
+    for key, value in patterns.items():
+        # It is an expression from a file: only one that cannot take forever is tried.
+        ways = 2 * len(_REPEATS.findall(key)) + len(_CHOICES.findall(key))
+        if len(key) > 200 or _ENDLESS.search(key) or ways > 6:
+            raise DeltapatchError(
+                f"{where}: {name!r} has a key {shown(key)} that is too involved: name modules"
+            )
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except (re.error, OverflowError, RecursionError) as error:
+            raise DeltapatchError(f"{where}: {name!r} has a key {shown(key)} that is no pattern") from error
     return default

@@ -1,6 +1,6 @@
 """The architectures: adding one is a file beside this one and its entry here."""
 
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models import gpt_neox, gptj, llama
 from deltapatch.models.architecture import Architecture
 from deltapatch.models.config import Config
@@ -20,7 +20,9 @@ def read_config(config: Config) -> tuple[Architecture, ModelSpec]:
     name = config.find("model_type")
     if str(name) not in ARCHITECTURES:
         what = (
-            "names no 'model_type'" if name is None else f"is of model_type {name!r}, which is not supported"
+            "names no 'model_type'"
+            if name is None
+            else f"is of model_type {shown(name)}, which is not supported"
         )
         raise DeltapatchError(f"{config.where} {what}: supported are {', '.join(ARCHITECTURES)}")
     config.refuse_unsupported()

@@ -37,12 +37,11 @@ def stand_in(
     """
     architecture, spec = read_config(Config(fields, where))
     own = dtype or stored_dtype(fields)
-    shapes = expected_shapes(replace(spec, n_layers=min(_LAYERS, spec.n_layers)))
-    names = {architecture.tensor_name(slot): shape for slot, shape in shapes.items()}
     few = replace(spec, n_layers=min(_LAYERS, spec.n_layers))
+    names = {architecture.tensor_name(slot): shape for slot, shape in expected_shapes(few)}
     model = Model(Store(architecture, few, _Tensors(where, names, own)), where, device, None, stream)
     model.spec = spec
-    model.n_bytes = own.itemsize * sum(math.prod(shape) for shape in expected_shapes(spec).values())
+    model.n_bytes = own.itemsize * sum(math.prod(shape) for _, shape in expected_shapes(spec))
     return model
 
 

@@ -34,13 +34,14 @@ class Store:
         self._adapter = adapter
         self._found_finite: set[Slot] = set()
         self._names = assign(architecture, tensors.names(), tensors.where)
-        shapes = expected_shapes(spec)
-        for slot, shape in shapes.items():
+        expected = set()
+        for slot, shape in expected_shapes(spec):
             if slot not in self._names:
                 raise DeltapatchError(f"{tensors.where} lacks tensor {architecture.tensor_name(slot)!r}")
             self._check_shape(self._names[slot], shape)
+            expected.add(slot)
         self._drop_tied_output()
-        for slot in self._names.keys() - shapes.keys():
+        for slot in self._names.keys() - expected:
             raise DeltapatchError(
                 f"{tensors.where} holds tensor {self._names[slot]!r}, for which its config.json has no "
                 "place: the two do not belong together"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, shown
 
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -16,6 +16,8 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
     ast.FloorDiv: lambda a, b: Fraction(a // b),
     ast.Mod: operator.mod,
 }
+
+_LONGEST = 500  # characters: all that is done with a formula goes down its tree
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Formula:
 def read_formula(text: str, where: str) -> Formula:
     """Read a formula; DeltapatchError where it is none."""
     text = text.strip()
+    if len(text) > _LONGEST:
+        raise DeltapatchError(f"{where}: {shown(text)} is no formula such as 'a + b * 2', but far too long.")
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):

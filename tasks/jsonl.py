@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltapatch.engine.pairs import PromptPair
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, shown
 
 _REQUIRED = ("clean", "corrupted", "clean_answer", "corrupted_answer")
 _FIELDS = tuple(f.name for f in fields(PromptPair))
@@ -76,6 +76,8 @@ def _pair(line: str, name: str) -> PromptPair:
         raise DeltapatchError(f"{name}: broken JSON at column {error.colno} ({error.msg}).") from None
     except RecursionError:
         raise DeltapatchError(f"{name}: broken JSON (nested too deeply).") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DeltapatchError(f"{name}: broken JSON ({error}).") from None
     if not isinstance(found, dict):
         raise DeltapatchError(
             f"{name}: a pair is a JSON object with the fields {', '.join(_REQUIRED)}, not {_kind(found)}."
@@ -86,7 +88,7 @@ def _pair(line: str, name: str) -> PromptPair:
     unknown = [field for field in found if field not in _FIELDS]
     if unknown:
         raise DeltapatchError(
-            f"{name}: the field {unknown[0]!r} is unknown; a pair has {', '.join(_FIELDS)} "
+            f"{name}: the field {shown(unknown[0])} is unknown; a pair has {', '.join(_FIELDS)} "
             "(anything else belongs in meta)."
         )
     for field in ("clean", "corrupted"):

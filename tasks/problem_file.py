@@ -115,6 +115,8 @@ def _from_equation(question: str, answer: str, equation: str, where: str) -> Tem
     """A problem as a template, or why it cannot be one."""
     formula = read_formula(equation.rpartition("=")[2] if equation.strip().startswith("x") else
                            equation.partition("=")[0], where)  # fmt: skip
+    if formula.names:
+        return f"its equation {equation!r} has names in it"
     value = formula.value({})
     if value is None:
         return f"not all parts of its equation {equation!r} are whole and positive"

@@ -15,16 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, page: Path = README) -> list[str]:
     return re.findall(
-        rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, **environment: str) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path}
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path, **environment}
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -43,6 +43,32 @@ def test_the_shell_lines_of_the_readme_run(tmp_path):
     for line in lines.splitlines():
         run(["bash", "-c", line], tmp_path)
     assert (tmp_path / "run" / "plots").is_dir()
+
+
+@pytest.mark.slow
+def test_the_slurm_script_runs(tmp_path):
+    (script,) = blocks("bash", ROOT / "docs" / "clusters.md")
+    (tasks,) = re.findall(r"--array=1-(\d+)", script)
+    model = "builtin:gpt-neox-arithmetic"
+    run(
+        [
+            "deltapatch",
+            "pairs",
+            "--model",
+            model,
+            "--shots",
+            "0",
+            "--per-template",
+            "1",
+            "--out",
+            "pairs.jsonl",
+        ],
+        tmp_path,
+    )
+    for i in range(int(tasks), 0, -1):
+        run(["bash", "-c", script], tmp_path, MODEL=model, SLURM_ARRAY_TASK_ID=str(i))
+    assert run(["deltapatch", "merge", "RUN"], tmp_path) == "RUN\n"
+    assert (tmp_path / "RUN" / "run.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class NNsightLoop(Hooks):
         from transformers import AutoTokenizer
 
         super().prepare(work, spec)
-        tokenizer = AutoTokenizer.from_pretrained(work.folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(work.folder, local_files_only=True, trust_remote_code=False)
         self.traced = TransformersModel(self.model, task="text-generation", tokenizer=tokenizer)
 
     @torch.no_grad()

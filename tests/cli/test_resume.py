@@ -97,7 +97,7 @@ def test_a_damaged_shard_is_a_warning(command, args, tmp_path, one_pair_a_pass, 
     shard.write_bytes(shard.read_bytes()[:-1])
     refused = command("merge", run)
     assert (refused.code, refused.out) == (2, "")
-    assert "of 4 passes 0 are missing and 1 are damaged" in refused.err
+    assert "of 4 passes, 0 missing and 1 damaged (part 1/2)" in refused.err
     mended = command(*args, "--out", run, "--shard", "1/2", "-q")
     assert mended.err == f"Warning: {shard} is damaged: its pass is computed again\n"
     assert command("merge", run).code == 0

@@ -1,14 +1,16 @@
 """Makes the helper modules of this folder importable under names of their own."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 
-def _register(name: str, file: str) -> None:
+def _register(name: str, file: str) -> ModuleType:
     # --import-mode=importlib puts no test folder on sys.path, so a plain import would not find them
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
     assert spec is not None
@@ -16,11 +18,12 @@ def _register(name: str, file: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    return module
 
 
 _register("engine_oracle", "oracle.py")
 _register("engine_tiny", "tiny.py")
-_register("engine_survivor", "survivor.py")
+survivor = _register("engine_survivor", "survivor.py")
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +39,34 @@ def _one_thread():
 def _narrow_few_tokens_too(monkeypatch):
     """Tiny sweeps would else be taken in float32, and say nothing about bfloat16."""
     monkeypatch.setattr("deltapatch.engine.products.FEW", 0)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The run folder of a sweep that nothing happened to."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    survivor.sweep(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def begun(tmp_path_factory):
+    """A run folder that is cut off after four of its passes."""
+    run = tmp_path_factory.mktemp("begun") / "run"
+    survivor.cut_off(run, 4)
+    return run
+
+
+@pytest.fixture
+def cut(begun, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(begun, tmp_path / "cut"))
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """A run folder whose parts are all done."""
+    run = tmp_path_factory.mktemp("parts") / "run"
+    for i in (1, 2):
+        survivor.sweep(run, shard=(i, 2))
+    return run

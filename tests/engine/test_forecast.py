@@ -51,7 +51,7 @@ class Counted:
 
     def __init__(self, monkeypatch, n_layers):
         self.flying, self.entering = np.zeros(n_layers, dtype=int), np.zeros(n_layers, dtype=int)
-        self.base_tokens, self.pairs, self.rows = [], [], []
+        self.base_tokens, self.pairs, self.reads, self.row_reads = [], [], [], []
         self.patch, self.n_layers = monkeypatch, n_layers
         self.around(Wavefront, "_advance", self.advance)
         self.around(Unpatched, "base", self.base)
@@ -73,11 +73,13 @@ class Counted:
     def base(self, it, x, *rest):
         self.base_tokens.append(len(x))
 
-    def read(self, it, ends, x, dx, rows, pair):
-        self.pairs.append(len(it.shapes.length))
-        self.rows.append(len(rows))
+    def read(self, it, ends, x, dx, rows, row_reads):
+        self.pairs.append(len(it.prompts.shapes.runs))
+        self.reads.append(len(row_reads.reads.token))
+        self.row_reads.append(len(rows))
 
 
+@pytest.mark.parametrize("long", [False, True], ids=["one token", "several"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("budget", [None, 600])
 @pytest.mark.parametrize(
@@ -88,11 +90,13 @@ class Counted:
         (["mlp_out"], ["subject", "last"], "resample"),
     ],
 )
-def test_the_plan_counts_what_the_sweep_does(sites, positions, source, budget, stream, monkeypatch):
+def test_the_plan_counts_what_the_sweep_does(sites, positions, source, budget, stream, long, monkeypatch):
     if budget is not None:
         monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *args: Costs(0, 0, 0, 10, 10)))
     labels = {"subject": 1}
     given = [replace(pair, labels=labels) for pair in drawn(lengths=(5, 3, 5, 3, 5))]
+    if long:
+        given[1::2] = [replace(pair, clean_answer=[4, 2, 7], corrupted_answer=[4, 3]) for pair in given[1::2]]
     it = model()
     monkeypatch.setattr(it, "stream", stream)
     options = {"source": source, "memory_budget": budget}
@@ -108,7 +112,8 @@ def test_the_plan_counts_what_the_sweep_does(sites, positions, source, budget, s
     assert made.entering[1:-1].tolist() == counted.entering[:-1].tolist()
     assert [used.base_tokens for used in made.passes] == counted.base_tokens[:: it.spec.n_layers]
     assert [used.pairs for used in made.passes] == counted.pairs
-    assert sum(used.rows for used in made.passes) >= sum(counted.rows)
+    assert [used.reads for used in made.passes] == counted.reads
+    assert sum(used.row_reads for used in made.passes) >= sum(counted.row_reads)
     measured = sum(a.nbytes for s in effects.sites.values() for a in s.measured.values())
     assert made.memory["results"] == measured
     assert found.precision == effects.meta["precision"]

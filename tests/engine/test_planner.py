@@ -1,5 +1,8 @@
 """Passes: every intervention in one of them, none over budget, and the same results however they are cut."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +12,15 @@ from hypothesis import strategies as st
 
 import deltapatch
 from deltapatch import DeltapatchError
+from deltapatch.engine import limit as limits
 from deltapatch.engine.layout import RunShape
+from deltapatch.engine.limit import Limit
 from deltapatch.engine.memory import Costs, default_budget
 from deltapatch.engine.metrics import MEASURED
 from deltapatch.engine.patches import PatchTable
-from deltapatch.engine.planner import cut, row_tokens, take
+from deltapatch.engine.planner import cut, first_layers, row_tokens, take
 
+LIMIT = Limit(most=100, layer=1, readout=2, n_layers=3, runs=2)
 COSTS = Costs(fixed=1000, read=50, base_token=10, row_token=7, row=3)
 
 
@@ -48,11 +54,12 @@ def patches_of(table, row):
 
 
 @settings(max_examples=150, deadline=None)
-@given(jobs(), st.integers(1000, 2500), st.booleans(), st.booleans())
-def test_passes_hold_every_intervention_once_and_keep_the_budget(job, budget, share_lengths, few):
+@given(jobs(), st.integers(1000, 2500), st.booleans(), st.none() | st.integers(1, 200), st.booleans())
+def test_passes_hold_every_intervention_once_and_keep_the_budget(job, budget, share_lengths, most, few):
     runs, tables, n = job
+    limit = None if most is None else replace(LIMIT, most=most)
     try:
-        passes = list(cut(tables, runs, COSTS, budget, share_lengths, few))
+        passes = list(cut(tables, runs, COSTS, budget, share_lengths, limit, few))
     except DeltapatchError:
         # Only where some pair, with those it needs beside it, leaves no room for a row of its length
         tokens, reads = max(run.length for run in runs), max(run.reads for run in runs)
@@ -83,6 +90,15 @@ def test_passes_hold_every_intervention_once_and_keep_the_budget(job, budget, sh
         read = [sum(own[p].reads for p in pairs) for pairs in (range(len(own)), part.table.pair)]
         total = COSTS.total(read[0], sum(run.length for run in own), tokens, read[1])
         assert total <= budget
+        if limit is not None:
+            unpatched = limit.of_unpatched(read[0], sum(run.length for run in own))
+            layer = first_layers(part.table)
+            work = sum(
+                limit.of_rows(own[p].length - f, layer[r], own[p].reads)
+                for r, (p, f) in enumerate(zip(part.table.pair, first, strict=True))
+            )
+            alone = len(part.pairs) == 1 or share_lengths
+            assert work <= limit.most - unpatched or (alone and work <= max(most - unpatched, 8 * unpatched))
 
 
 def test_a_rows_tokens_go_to_the_end_of_its_run():
@@ -157,6 +173,37 @@ def least_budget(model, prompt_pairs, **options):
 def tight(monkeypatch):
     """A tiny model's workspace is a thousand times its rows: count the rows alone, and dearly."""
     monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *args: Costs(0, 0, 0, 10, 10)))
+
+
+@pytest.fixture
+def few_flop(monkeypatch):
+    """Passes end when their rows take as much as an unpatched run."""
+    monkeypatch.setattr(limits, "_MOST", {"cpu": 1})
+    monkeypatch.setattr(limits, "_TOKENS", {"cpu": 1})
+    monkeypatch.setattr(limits, "_OF_UNPATCHED", 1)
+
+
+@pytest.mark.parametrize("source", ["counterpart", "mean"])
+def test_a_limit_of_the_work_of_a_pass(source, request):
+    model = deltapatch.from_transformers(hf_model("llama"))
+    drawn = [deltapatch.PromptPair(**p._asdict()) for p in pairs(true_model("llama"), (5, 3, 5))]
+    options = {"sites": "mlp_post", "source": source, "progress": False}
+    one = deltapatch.sweep(model, drawn, **options)
+    request.getfixturevalue("few_flop")
+    many = deltapatch.sweep(model, drawn, **options)
+    assert (one.meta["passes"], many.meta["rows"]) == (1, one.meta["rows"])
+    assert many.meta["passes"] > 5
+    a, b = (e.values("logit_diff") for e in (one, many))
+    assert np.nanmax(np.abs(a - b)) <= 1e-5 * np.nanmax(np.abs(a))
+
+
+def test_a_pass_of_a_large_model_takes_minutes():
+    """At 50 GFLOP/s a thread, or 200 TFLOP/s of a GPU."""
+    sizes = {"d_model": 4096, "n_layers": 28, "n_heads": 16, "n_kv_heads": 16, "d_head": 256, "d_mlp": 16384}
+    for device, threads, rate in (("cpu", 2, 1e11), ("cpu", 64, 3.2e12), ("cuda", 1, 2e14)):
+        spec = SimpleNamespace(**sizes, gated=False, d_vocab=50400)
+        model = SimpleNamespace(spec=spec, device=torch.device(device))
+        assert 60 < Limit.of(model, threads, 2).most / rate < 300
 
 
 @pytest.mark.parametrize("source", ["counterpart", "zero", "mean", "resample", "noise"])

@@ -1,5 +1,7 @@
 """The end of a pass: the same numbers whatever is held at a time, and however the unembedding is stored."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,10 @@ OPTIONS = {"sites": ["mlp_out", "k"], "progress": False}
 
 
 def given(variant, lengths=(5, 3, 5, 4, 5)):
-    return [deltapatch.PromptPair(*pair) for pair in pairs(true_model(variant), lengths)]
+    """Pairs; the answers of every other one have several tokens."""
+    drawn = [deltapatch.PromptPair(*pair) for pair in pairs(true_model(variant), lengths)]
+    drawn[::2] = [replace(pair, clean_answer=[4, 2, 7], corrupted_answer=[4, 3, 1]) for pair in drawn[::2]]
+    return drawn
 
 
 def assert_close(one, other, bound=1e-5):
@@ -27,10 +32,10 @@ def assert_close(one, other, bound=1e-5):
 
 @pytest.mark.parametrize("source", ["counterpart", "resample", "mean"])
 @pytest.mark.parametrize("held", [1, 2, 3])
-def test_distributions_of_some_pairs_at_a_time(source, held, monkeypatch):
+def test_distributions_of_some_reads_at_a_time(source, held, monkeypatch):
     model, drawn = deltapatch.from_transformers(hf_model("gptj")), given("gptj", (5, 3, 5, 3, 5))
     whole = deltapatch.sweep(model, drawn, source=source, **OPTIONS)
-    monkeypatch.setattr(readout, "pairs_held", lambda *args: held)
+    monkeypatch.setattr(readout, "reads_held", lambda *args: held)
     assert_close(deltapatch.sweep(model, drawn, source=source, **OPTIONS), whole)
 
 

@@ -1,0 +1,104 @@
+"""A sweep made ready: its options checked, its interventions counted, its plan made or taken over."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from deltapatch.engine.effects import Effects
+from deltapatch.engine.gather import split
+from deltapatch.engine.grid import Grid, Layers, Positions, make_grid
+from deltapatch.engine.job import Job
+from deltapatch.engine.manifest import Manifest, settings_of
+from deltapatch.engine.metrics import Direction, Reference
+from deltapatch.engine.pairs import PromptPair
+from deltapatch.engine.work import Work
+from deltapatch.models.model import Model
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `sweep` is asked for, as its docstring says it."""
+
+    sites: str | Sequence[str] = ("mlp_out", "attn_out")
+    positions: Positions = "all"
+    layers: Layers = "all"
+    direction: Direction = "denoise"
+    source: str = "counterpart"
+    precision: str = "auto"
+    backend: str = "auto"
+    memory_budget: int | None = None
+    metrics: str | Sequence[str] = "all"
+    readout: int | str = "last"
+    seed: int = 0
+    noise_scale: float = 3.0
+    noise_sample: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sweep that can be carried out.
+
+    Attributes:
+        job: its checked options and encoded pairs.
+        grid: what it patches.
+        work: its interventions.
+        asked: the settings that decide its result, None where the plan may decide (see manifest.py).
+    """
+
+    job: Job
+    grid: Grid
+    work: Work
+    asked: dict[str, Any]
+
+    def plan(self) -> Manifest:
+        """Decide what is left open: the precision, and how the passes are cut on this machine.
+
+        Raises:
+            DeltapatchError: the memory budget has no room for one intervention.
+        """
+        truth, n_passes = self.job.settle(self.work)
+        meta = self.job.meta()
+        settings = settings_of(
+            self.job, self.grid, meta["precision"], self.job.budget, torch.get_num_threads()
+        )
+        return Manifest(settings, n_passes, len(self.job.pairs), meta, truth)
+
+    def adopt(self, manifest: Manifest, where: object) -> None:
+        """Take over the plan of a run. DeltapatchError where it is another sweep's."""
+        manifest.check_same(self.asked, where)
+        self.job.adopt(manifest.settings)
+
+    def effects(self, measured: dict[str, np.ndarray], reference: Reference) -> Effects:
+        """What `Job.carry_out` found, with its axes."""
+        job = self.job
+        sites = split(self.grid, measured, len(job.pairs))
+        return Effects(sites, job.pairs, reference, job.direction, job.meta())
+
+
+def prepare(model: Model, pairs: Sequence[PromptPair], options: Options) -> Prepared:
+    """Check a sweep.
+
+    Raises:
+        DeltapatchError: an option or a pair is wrong.
+    """
+    job = Job.of(
+        model,
+        pairs,
+        options.direction,
+        options.source,
+        options.precision,
+        options.backend,
+        options.memory_budget,
+        options.metrics,
+        options.readout,
+        options.seed,
+        options.noise_scale,
+        options.noise_sample,
+    )
+    grid = make_grid(options.sites, options.positions, options.layers, job.pairs, model.spec)
+    work = Work.of_sweep(grid, job)
+    precision = None if options.precision == "auto" else options.precision
+    return Prepared(job, grid, work, settings_of(job, grid, precision, options.memory_budget))

@@ -1,0 +1,174 @@
+"""Reading run folders: all that a file says is checked before it counts, whoever wrote it.
+
+A run folder that was damaged on its way is told by its checksum. What has a right checksum and makes no sense
+is refused as well: nothing that a file says is allocated for, looked up or joined to a path unchecked.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+from safetensors import SafetensorError
+
+from deltapatch.engine.effects import Effects, SiteEffects
+from deltapatch.engine.metrics import MEASURED, Direction, Reference
+from deltapatch.engine.pairs import EncodedPair
+from deltapatch.engine.runfolder import (
+    CHECKSUM,
+    EFFECTS,
+    FORMAT,
+    FORMAT_VERSION,
+    PAIRS,
+    RUN,
+    checksum,
+    is_begun,
+)
+from deltapatch.engine.sites import SITES
+from deltapatch.errors import DeltapatchError, shown
+from deltapatch.models.header import open_safetensors
+
+_HINTS = get_type_hints(EncodedPair)
+_MOST = 2**50  # of anything that is counted
+_REFERENCE_DTYPES = {"prediction": np.int64, "says": np.bool_}  # others are float64
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
+
+
+def read_run(path: str | os.PathLike[str]) -> Effects:
+    """The effects in a run folder.
+
+    Raises:
+        DeltapatchError: it is not a run folder, is damaged, or is of a newer format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DeltapatchError(f"run folder {path} does not exist")
+    if is_begun(path) and not (path / RUN).exists():
+        raise DeltapatchError(
+            f"run {path} is not finished: the same sweep with --resume (in Python resume=True) goes on "
+            "with it, and `deltapatch merge` finishes one whose parts (--shard) are all done"
+        )
+    if not (path / RUN).is_file():
+        raise DeltapatchError(f"{path} is not a run folder: it has no {RUN}")
+    try:
+        about = json.loads((path / RUN).read_text(encoding="utf-8"))
+        found = (about.get("format"), about.get("format_version"))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DeltapatchError(f"run folder {path} is damaged: {RUN} cannot be read ({error})") from error
+    if found[0] != FORMAT:
+        raise DeltapatchError(f"{path} is not a run folder: its {RUN} is not one of deltapatch")
+    if not isinstance(found[1], int) or found[1] > FORMAT_VERSION:
+        raise DeltapatchError(
+            f"run folder {path} has format {shown(found[1])}, newer than this deltapatch reads "
+            f"({FORMAT_VERSION}): upgrade deltapatch"
+        )
+    try:
+        return _effects(path, about)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
+        raise DeltapatchError(
+            f"run folder {path} is damaged ({_reason(error)}): copy it again, or run the sweep again"
+        ) from error
+
+
+def read_pairs_text(text: str) -> list[EncodedPair]:
+    """The pairs in what pairs.jsonl holds; ValueError or RecursionError where it is damaged."""
+    return [_pair(json.loads(line)) for line in text.split("\n") if line]
+
+
+def _effects(path: Path, about: dict[str, Any]) -> Effects:
+    if CHECKSUM in about:  # the first runs had none
+        _need(about[CHECKSUM] == checksum(about, path), "its files are not those that were written")
+    _check_coordinates(about)
+    pairs = read_pairs_text((path / PAIRS).read_text(encoding="utf-8"))
+    sites: dict[str, SiteEffects] = {}
+    with open_safetensors(path / EFFECTS, "numpy") as file:
+        for site, c in about["sites"].items():
+            measured = {name: file.get_tensor(f"{site}/{name}") for name in c["measured"]}
+            index = () if SITES[site].index == "none" else next(iter(measured.values())).shape[3:]
+            shape = (len(pairs), len(c["layers"]), len(c["positions"]), *index)
+            for name, array in measured.items():
+                fits = array.shape == shape and array.dtype in (np.float32, np.float64)
+                _need(fits and len(index) <= 1, f"{site}/{name} does not fit {RUN}")
+            sites[site] = SiteEffects(site, np.array(c["layers"], dtype=np.int64), c["positions"], measured)
+        names = [f.name for f in fields(Reference) if f.name != "says" or about["format_version"] > 1]
+        known = {name: file.get_tensor(f"reference/{name}") for name in names}
+    n = len(pairs)
+    for name, array in known.items():
+        right = array.shape == ((n, 2) if name == "prediction" else (n, 2, 2))
+        _need(right and array.dtype == _REFERENCE_DTYPES.get(name, np.float64), f"reference/{name}")
+    if "says" not in known:  # the first runs had single tokens for answers
+        answers = np.array([[p.clean_answer[0], p.corrupted_answer[0]] for p in pairs])
+        known["says"] = known["prediction"][:, :, None] == answers[:, None, :]
+    reference = Reference(**known)
+    own = {"format", "format_version", "direction", "sites", "axes", CHECKSUM}
+    meta = {key: value for key, value in about.items() if key not in own}
+    return Effects(sites, pairs, reference, about["direction"], meta)
+
+
+def _check_coordinates(about: dict[str, Any]) -> None:
+    """Check what run.json says of the axes. ValueError or KeyError where it makes no sense."""
+    sites = about["sites"]
+    _need(isinstance(sites, dict) and bool(sites), "sites")
+    _need(isinstance(about["direction"], str) and about["direction"] in get_args(Direction), "direction")
+    for site, c in sites.items():
+        _need(site in SITES and isinstance(c, dict), "sites")
+        layers, positions, measured = c["layers"], c["positions"], c["measured"]
+        _need(_distinct(layers, int) and all(0 <= layer < _MOST for layer in layers), f"layers of {site}")
+        _need(_distinct(positions, int, str), f"positions of {site}")
+        _need(all(isinstance(p, str) or abs(p) < _MOST for p in positions), f"positions of {site}")
+        _need(_distinct(measured, str) and set(measured) <= set(MEASURED), f"measured numbers of {site}")
+
+
+def _distinct(found: Any, *kinds: type) -> bool:
+    """Whether it is a list of different values of some kinds, at least one."""
+    right = isinstance(found, list) and bool(found) and all(type(value) in kinds for value in found)
+    return right and len(set(found)) == len(found)
+
+
+def _pair(found: Any) -> EncodedPair:
+    _need(isinstance(found, dict) and found.keys() == _HINTS.keys(), f"a pair in {PAIRS}")
+    for name in ("clean_answer", "corrupted_answer"):
+        if type(found[name]) is int:  # the first runs had single tokens
+            found[name] = [found[name]]
+        _need(bool(found[name]), f"{name} of a pair in {PAIRS}")
+    for name, value in found.items():
+        _need(_is(value, _HINTS[name]), f"{name} of a pair in {PAIRS}")
+    return EncodedPair(**found)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a type: a plain one, a list, a dictionary or a choice."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is(value, part) for part in parts)
+    if kind is list:
+        return isinstance(value, list) and _all(value, parts[0])
+    if kind is dict:
+        return isinstance(value, dict) and _all(value.values(), parts[1])
+    return hint is Any or type(value) is hint or (hint is type(None) and value is None)
+
+
+def _all(values: Iterable[Any], hint: Any) -> bool:
+    return all(_is(value, hint) for value in values)
+
+
+def _need(true: bool, what: str) -> None:
+    if not true:
+        raise ValueError(what)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in a line."""
+    return shown(" ".join(str(error).split()), 200)[1:-1] or type(error).__name__
