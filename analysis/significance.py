@@ -7,6 +7,7 @@ from deltapatch.errors import DeltapatchError
 
 _EXACT = 12  # up to that many pairs, all patterns of signs are gone through
 _BINS = 1 << 16  # of the pooled null
+_POOL = 1 << 14  # cells that make it up: with a thousand sign patterns, p as small as 1e-7
 
 
 def sign_flip_test(
@@ -21,9 +22,10 @@ def sign_flip_test(
     Up to 12 pairs, all patterns are gone through and p is exact. Beyond, `draws` random ones are, the
     observed one counted among them, so that p is at least 1 / (draws + 1). Over very many cells that is too
     coarse for a false-discovery cut that keeps few of them: then `pooled` compares each cell with the sign
-    patterns of all cells, each in units of its own root of summed squares, which a flip does not change.
-    That takes the cells' null distributions to be alike, as they are for a dozen pairs and more unless a few
-    pairs hold most of an effect. The pooled p is rounded up, by at most 1 / 65,536 of the scale.
+    patterns of all cells (of 16,384 spread evenly among them where there are more), each in units of its own
+    root of summed squares, which a flip does not change. That takes the cells' null distributions to be
+    alike, as they are for a dozen pairs and more unless a few pairs hold most of an effect. The pooled p is
+    rounded up, by at most 1 / 65,536 of the scale.
     """
     if draws < 1:
         raise DeltapatchError(f"a permutation test needs at least one draw, not {draws}")
@@ -76,9 +78,10 @@ def _pooled(cells: np.ndarray, observed: np.ndarray, signs: np.ndarray, n: int) 
     """Each cell's p against the sign patterns of all cells."""
     scale = np.sqrt((cells**2).sum(axis=0))
     counts = np.zeros(_BINS, dtype=np.int64)
-    for part in parts(cells.shape[1], len(signs)):
-        some = scale[part] > 0
-        null = np.abs(signs @ (cells[:, part][:, some] / scale[part][some]))
+    pool = np.flatnonzero(scale > 0)
+    pool = pool[:: -(-len(pool) // _POOL) or 1]
+    for part in parts(len(pool), len(signs)):
+        null = np.abs(signs @ (cells[:, pool[part]] / scale[pool[part]]))
         counts += np.bincount(_bin(null, n).ravel(), minlength=_BINS)
     above = np.cumsum(counts[::-1])[::-1]  # [bin], how many lie in it or beyond
     found = np.ones(cells.shape[1])

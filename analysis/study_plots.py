@@ -5,12 +5,23 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from deltapatch.analysis.importance import RelativeImportance
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
-from deltapatch.analysis.style import COLOURS, MISSING, NEGATIVE, POSITIVE, QUIET, metric_label
+from deltapatch.analysis.style import (
+    COLOURS,
+    MARKERS,
+    MISSING,
+    NEGATIVE,
+    POSITIVE,
+    QUIET,
+    is_wide,
+    metric_label,
+    widen,
+)
 from deltapatch.analysis.tables import Table
 
 
@@ -88,23 +99,70 @@ def faithfulness_curves(curves: Mapping[str, Table]) -> Figure:
 
 
 def prediction_curves(
-    layers: np.ndarray, desired: np.ndarray, undesired: np.ndarray, title: str, seed: int = 0
+    layers: np.ndarray, changes: Mapping[str, tuple[np.ndarray, np.ndarray]], seed: int = 0
 ) -> Figure:
-    """Shares of predictions changed by layer, [pair, layer] of 0 and 1 each, with 95% bands over pairs."""
-    figure, axes = plt.subplots(figsize=(4.6, 2.6))
-    for values, colour, label in ((desired, POSITIVE, "desired"), (undesired, NEGATIVE, "undesired")):
-        mean = mean_over_pairs(values)[0]
-        low, high = bootstrap(values, seed=seed)
-        axes.plot(layers, mean, color=colour, marker="o", markersize=3.5, lw=1.4, label=label)
-        axes.fill_between(layers, low, high, color=colour, alpha=0.18, lw=0)
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    """Shares of predictions changed by layer, with 95% bands over pairs: a panel for each site.
+
+    Args:
+        changes: site -> desired and undesired, [pair, layer] of 0 and 1 each.
+    """
+    figure, grid = plt.subplots(
+        1, len(changes), figsize=(1.6 + 2.5 * len(changes), 2.5), squeeze=False, sharey=True
+    )
+    for axes, (title, both) in zip(grid[0], changes.items(), strict=True):
+        for values, colour, label in zip(both, (COLOURS[0], COLOURS[1]), ("desired", "undesired"), strict=True):
+            line_with_band(axes, layers, values, colour, label, seed)
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("layer")
+        axes.set_title(title, loc="left", parse_math=False)
+    grid[0, 0].set_ylabel("predictions changed")
+    grid[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def group_curves(
+    layers: np.ndarray, named: Mapping[str, np.ndarray], metric: str, title: str, seed: int = 0
+) -> Figure:
+    """Effects by layer, a line a group of pairs, with 95% bands over its pairs.
+
+    Args:
+        named: name -> [pair, layer].
+    """
+    figure, axes = plt.subplots(figsize=(5.0, 2.8))
+    ends: list[np.ndarray] = []
+    styles = zip(COLOURS * len(named), MARKERS * len(named), strict=True)
+    for (name, values), (colour, marker) in zip(named.items(), styles, strict=False):
+        ends += line_with_band(axes, layers, values, colour, name, seed, marker)
+    axes.axhline(0, color=QUIET, lw=0.7, zorder=0)
     axes.set_xlabel("layer")
-    axes.set_ylabel("predictions changed")
+    low = float(np.nanmin(np.concatenate(ends), initial=0))
+    high = float(np.nanmax(np.concatenate(ends), initial=0))
+    wide = is_wide(metric, max(high, -low))
+    if wide:
+        widen(axes, "y", low, high)
+    axes.set_ylabel(metric_label(metric, wide))
     axes.set_title(title, loc="left", parse_math=False)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def line_with_band(
+    axes: Axes,
+    layers: np.ndarray,
+    values: np.ndarray,
+    colour: str,
+    label: str,
+    seed: int = 0,
+    marker: str = "o",
+) -> list[np.ndarray]:
+    """The mean over pairs of [pair, layer] by layer and its 95% band, which it returns as mean, low, high."""
+    mean = mean_over_pairs(values)[0]
+    low, high = bootstrap(values, seed=seed)
+    axes.plot(layers, mean, color=colour, marker=marker, markersize=3.5, lw=1.4, label=label)
+    axes.fill_between(layers, low, high, color=colour, alpha=0.18, lw=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return [mean, low, high]
 
 
 def discovery_plot(table: Table, rate: float = 0.05) -> Figure:

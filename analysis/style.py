@@ -38,6 +38,7 @@ STYLE = {
 }
 # Okabe and Ito's colours, told apart by everyone.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # beside the colours, for prints in black and white
 POSITIVE, NEGATIVE, QUIET = "#B2182B", "#2166AC", "0.55"
 MISSING = "0.82"  # a cell that has no value
 

@@ -1,0 +1,53 @@
+"""Parts of a run: some pairs, some layers, some sites, as effects of their own."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from deltapatch.engine.effects import Effects, SiteEffects
+from deltapatch.engine.metrics import Reference
+
+
+def select(
+    effects: Effects,
+    pairs: np.ndarray | None = None,
+    layers: np.ndarray | None = None,
+    sites: Sequence[str] | None = None,
+) -> Effects:
+    """Some of a run's effects, everything unless told. Arrays are shared where what is asked for lies together.
+
+    Args:
+        pairs: numbers of pairs.
+        layers: rows of the layer axis.
+        sites: names.
+    """
+    which, rows = _indices(pairs), _indices(layers)
+    found = {}
+    for name in sites or effects.sites:
+        site = effects.sites[name]
+        measured = {key: array[which][:, rows] for key, array in site.measured.items()}
+        found[name] = SiteEffects(site.site, site.layers[rows], site.positions, measured)
+    own = [effects.pairs[i] for i in np.arange(len(effects.pairs))[which]]
+    r = effects.reference
+    reference = Reference(r.logit[which], r.logp[which], r.prediction[which])
+    return replace(effects, sites=found, pairs=own, reference=reference)
+
+
+def groups(effects: Effects, key: str = "operator") -> dict[str, np.ndarray]:
+    """Something in the pairs' meta -> the numbers of the pairs that have it, in the order of the pairs."""
+    found: dict[str, list[int]] = {}
+    for i, pair in enumerate(effects.pairs):
+        if key in pair.meta:
+            found.setdefault(str(pair.meta[key]), []).append(i)
+    return {name: np.array(numbers) for name, numbers in found.items()}
+
+
+def _indices(numbers: np.ndarray | None) -> slice | np.ndarray:
+    """A slice, which copies nothing, where the numbers follow each other."""
+    if numbers is None:
+        return slice(None)
+    numbers = np.asarray(numbers)
+    if len(numbers) and (np.diff(numbers) == 1).all():
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return numbers
