@@ -133,7 +133,9 @@ def ranking_figure(
     left.set_title(title, loc="left", parse_math=False)
 
     magnitude = np.sort(np.abs(every))[::-1]
-    right.plot(np.arange(1, len(magnitude) + 1), magnitude, color=COLOURS[0], lw=1.4, marker="o", markersize=2)
+    right.plot(
+        np.arange(1, len(magnitude) + 1), magnitude, color=COLOURS[0], lw=1.4, marker="o", markersize=2
+    )
     right.set_xscale("log")
     if (magnitude > 0).any():
         right.set_yscale("log")

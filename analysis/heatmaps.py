@@ -1,5 +1,6 @@
 """Heatmaps: layer by position for whole vectors, layer by head for heads."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,7 @@ def layer_panels(
     panel_height = float(np.clip((0.32 if layers <= 10 else 0.16) * layers, 0.8, 5.0))
     across = max(1, min(len(panels), int(7.2 // panel_width)))
     down = -(-len(panels) // across)
+    across = -(-len(panels) // down)  # rows of one length, where that can be
     longest = max(len(label) for _, labels, _, _ in panels for label in labels) if rotate else 1
     height = down * (panel_height + 0.65 + 0.055 * longest)
     same_layers = all(np.array_equal(panels[0][3], p[3]) for p in panels)
@@ -102,7 +104,8 @@ def layer_panels(
         bar.set_ticks(ticks, labels=names)
         bar.minorticks_off()
     said = metric_label(metric, wide) if label is None else label + (" (asinh scale)" if wide else "")
-    bar.set_label(said.replace(" (", "\n("))
+    lines = textwrap.wrap(said, 24 if height < 2.5 else 60)
+    bar.set_label("\n".join(lines).replace(" (", "\n("))
     bar.outline.set_linewidth(0.5)
     return figure
 

@@ -100,14 +100,14 @@ def strongest_table(
     """The k strongest of a screen: several metrics with their bootstrap intervals over pairs, p and q.
 
     Returns:
-        columns neuron (its short name), layer, index, for each metric its mean, <metric>_low and
+        columns name (short), layer, index, for each metric its mean, <metric>_low and
         <metric>_high, then p, q and pairs.
     """
     best = tested.strongest(k)
     row, index = np.unravel_index(best, tested.mean.shape)
     layer = tested.layers[row]
     names = [component(tested.site, *where) for where in zip(layer.tolist(), index.tolist(), strict=True)]
-    columns: dict[str, np.ndarray] = {"neuron": np.array(names, dtype=object), "layer": layer, "index": index}
+    columns: dict[str, np.ndarray] = {"name": np.array(names, dtype=object), "layer": layer, "index": index}
     for metric in metrics:
         values = np.empty((len(effects.pairs), len(best)))
         for one in np.unique(row).tolist():

@@ -15,7 +15,7 @@ def select(
     layers: np.ndarray | None = None,
     sites: Sequence[str] | None = None,
 ) -> Effects:
-    """Some of a run's effects, everything unless told. Arrays are shared where what is asked for lies together.
+    """Some of a run's effects, everything unless told; arrays are shared where what is asked lies together.
 
     Args:
         pairs: numbers of pairs.
@@ -32,15 +32,6 @@ def select(
     r = effects.reference
     reference = Reference(r.logit[which], r.logp[which], r.prediction[which])
     return replace(effects, sites=found, pairs=own, reference=reference)
-
-
-def groups(effects: Effects, key: str = "operator") -> dict[str, np.ndarray]:
-    """Something in the pairs' meta -> the numbers of the pairs that have it, in the order of the pairs."""
-    found: dict[str, list[int]] = {}
-    for i, pair in enumerate(effects.pairs):
-        if key in pair.meta:
-            found.setdefault(str(pair.meta[key]), []).append(i)
-    return {name: np.array(numbers) for name, numbers in found.items()}
 
 
 def _indices(numbers: np.ndarray | None) -> slice | np.ndarray:

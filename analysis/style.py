@@ -114,6 +114,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         # A token in a script that the font lacks is drawn as a box; the figure is still right.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(paths[0], metadata={"Software": None})
+        figure.set_layout_engine("none")  # it stays as it is: laying out takes longer than drawing
         figure.savefig(paths[1], metadata={"CreationDate": None})
     plt.close(figure)
     return paths

@@ -1,4 +1,4 @@
-"""The oracle: plain float64 forwards with patches put in where they belong, nothing carried as a difference."""
+"""The oracle: plain float64 forwards with patches put in, nothing carried as a difference."""
 
 import numpy as np
 import torch

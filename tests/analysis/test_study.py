@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 
 import deltapatch as dp
 from deltapatch.analysis import study_plots
-from deltapatch.analysis.heatmaps import group_heatmaps
 from deltapatch.analysis.faithfulness import needed, plan, ranking, sizes_up_to
+from deltapatch.analysis.heatmaps import group_heatmaps
 from deltapatch.analysis.importance import relative_importance
 from deltapatch.analysis.magnitudes import discoveries, magnitudes
 from deltapatch.analysis.overlap import chance_p, overlaps, top_k
