@@ -133,9 +133,10 @@ def ranking_figure(
     left.set_title(title, loc="left", parse_math=False)
 
     magnitude = np.sort(np.abs(every))[::-1]
-    right.plot(
-        np.arange(1, len(magnitude) + 1), magnitude, color=COLOURS[0], lw=1.4, marker="o", markersize=2
-    )
+    # Of many, some at even steps of the scale: hundreds of thousands of points would make a PDF unreadable.
+    n = len(magnitude)
+    rank = np.arange(n) if n <= 1000 else np.unique(np.geomspace(1, n, 1000).round().astype(int)) - 1
+    right.plot(rank + 1, magnitude[rank], color=COLOURS[0], lw=1.4, marker="o", markersize=2)
     right.set_xscale("log")
     if (magnitude > 0).any():
         right.set_yscale("log")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deltapatch.analysis.select import select
-from deltapatch.analysis.significance import benjamini_hochberg, sign_flip_test
+from deltapatch.analysis.significance import POOL, benjamini_hochberg, pooled_null, sign_flip_test
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.analysis.tables import Table, component
 from deltapatch.engine.effects import Effects, SiteEffects
@@ -26,7 +26,7 @@ class Screen:
     Attributes:
         layers: [layer].
         mean, stderr: [layer, index], over pairs.
-        p: [layer, index], of a sign-flip test that the mean is zero (pooled within a layer).
+        p: [layer, index], of a sign-flip test that the mean is zero, pooled where they are many.
         q: [layer, index], its false-discovery rate over all of them.
         pairs: how many pairs.
     """
@@ -65,11 +65,17 @@ def screen(effects: Effects, metric: str, site: str, draws: int = 1000, seed: in
     swept = _one_position(effects, site)
     if len(effects.pairs) < 2:
         raise DeltapatchError("tests are over pairs, and this run has one pair only")
-    pooled = swept.shape[1] * swept.shape[3] >= _POOLED_FROM
+    n_layers, total = len(swept.layers), swept.shape[1] * swept.shape[3]
+    null = None
+    if total >= _POOLED_FROM:
+        step = -(-total // POOL)
+        some = [_layer(effects, metric, site, row)[:, row % step :: step] for row in range(n_layers)]
+        null = pooled_null(np.concatenate(some, axis=1), draws, seed)
     rows = []
-    for row in range(len(swept.layers)):
+    for row in range(n_layers):
         values = _layer(effects, metric, site, row)
-        rows.append((*mean_over_pairs(values)[:2], sign_flip_test(values, draws, seed, pooled)))
+        p = sign_flip_test(values, draws, seed) if null is None else null.p(values)
+        rows.append((*mean_over_pairs(values)[:2], p))
     mean, stderr, p = (np.stack(column) for column in zip(*rows, strict=True))
     return Screen(
         swept.site, metric, swept.layers, mean, stderr, p, benjamini_hochberg(p), len(effects.pairs)

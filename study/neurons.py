@@ -52,8 +52,8 @@ def neurons(found: Found) -> Iterator[Exhibit]:
         "discoveries",
         "Neurons with an effect",
         f"Every hidden neuron's mean {METRIC_LABELS[found.signed]} over {found.over}, against the "
-        "false-discovery rate q of its sign-flip permutation test that the mean is 0 (pooled within a "
-        f"layer). The dashed line is at {RATE:.0%}.",
+        "false-discovery rate q of its sign-flip permutation test that the mean is 0 (against the sign "
+        f"patterns of all of them). The dashed line is at {RATE:.0%}.",
         figure=lambda: discovery_plot(tested.cells(), RATE),
     )
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from deltapatch.analysis import significance
+from deltapatch.analysis import magnitudes as magnitudes_module
+from deltapatch.analysis import neurons, significance
 from deltapatch.analysis.magnitudes import magnitudes
 from deltapatch.analysis.neurons import group_means, screen, strongest_table
 from deltapatch.analysis.render import as_markdown
@@ -13,7 +14,10 @@ from deltapatch.analysis.tables import Table
 from deltapatch.errors import DeltapatchError
 
 
-def test_a_screen_is_what_magnitudes_say(make_effects) -> None:
+@pytest.mark.parametrize("pooled_from", [1, 1000])
+def test_a_screen_is_what_magnitudes_say(make_effects, monkeypatch, pooled_from) -> None:
+    for module in (neurons, magnitudes_module):
+        monkeypatch.setattr(module, "_POOLED_FROM", pooled_from)
     effects = make_effects(lengths=(8,) * 9)
     tested = screen(effects, "logit_diff", "mlp_post", draws=100, seed=1)
     table = magnitudes(effects, "logit_diff", ["layer", "index"], ["mlp_post"], draws=100, seed=1)
@@ -67,7 +71,7 @@ def test_parts_of_a_run(make_effects) -> None:
 def test_a_pooled_null_of_some_cells_is_that_of_all(monkeypatch) -> None:
     values = np.random.default_rng(0).normal(size=(20, 2000))
     whole = sign_flip_test(values, draws=200, pooled=True)
-    monkeypatch.setattr(significance, "_POOL", 300)
+    monkeypatch.setattr(significance, "POOL", 300)
     some = sign_flip_test(values, draws=200, pooled=True)
     np.testing.assert_allclose(some, whole, atol=0.01)
     assert not np.array_equal(some, whole)
