@@ -83,7 +83,7 @@ def faithfulness_curves(curves: Mapping[str, Table], label: str | None = None) -
     The y axis says what the metric is, or `label`.
     """
     figure, grid = plt.subplots(
-        1, len(curves), figsize=(0.9 + 2.7 * len(curves), 2.6), squeeze=False, sharey=False
+        1, len(curves), figsize=(0.9 + 2.7 * len(curves), 2.6), squeeze=False, sharey=True
     )
     for axes, (name, table) in zip(grid[0], curves.items(), strict=True):
         c = table.columns

@@ -51,7 +51,10 @@ def importance(comparison: Comparison, done: Mapping[str, Found]) -> Iterator[Ex
     papers = {name: found.subject.paper for name, found in have.items()}
     marks = None
     if any(papers.values()):
-        own = [np.nan if p is None else p.importance.get(name, np.nan) / 100 for name, p in papers.items()]
+        own = [
+            np.nan if p is None else p.importance.get(have[name].experiment.name, np.nan) / 100
+            for name, p in papers.items()
+        ]
         table.columns["paper"] = marks = np.array(own)
     yield Exhibit(
         comparison.name,
@@ -105,7 +108,7 @@ KINDS_OF_COMPARISON: dict[str, Callable[[Comparison, Mapping[str, Found]], Itera
 
 def compare(comparison: Comparison, done: Mapping[str, Found]) -> list[Exhibit]:
     """The exhibits of a comparison, of those of its experiments that were done; none where these are few."""
-    have = {name: done[name] for name in comparison.experiments if name in done}
+    have = {comparison.labels.get(name, name): done[name] for name in comparison.experiments if name in done}
     least = 2 if comparison.kind in ("importance", "overlap") else 1
     return list(KINDS_OF_COMPARISON[comparison.kind](comparison, have)) if len(have) >= least else []
 

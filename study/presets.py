@@ -154,18 +154,21 @@ class Comparison:
     Attributes:
         kind: a name of `across.KINDS_OF_COMPARISON`.
         experiments: names; those that were not done are left out.
+        labels: what tables and figures call them, where not by their names.
     """
 
     name: str
     title: str
     kind: str
     experiments: tuple[str, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def comparisons(shots: int = 2) -> tuple[Comparison, ...]:
     """What is compared across experiments."""
     every = tuple(experiments(shots))
-    series = (*(f"shots-{n}" for n in range(shots)), "numerals-operands")
+    series = {f"shots-{n}" if n < shots else "numerals-operands": n for n in range(shots + 1)}
+    counted = {name: f"{n} exemplar{'' if n == 1 else 's'}" for name, n in series.items()}
     tasks = (
         "numerals-operands",
         "words-operands",
@@ -178,7 +181,7 @@ def comparisons(shots: int = 2) -> tuple[Comparison, ...]:
     return (
         Comparison("accuracy", "Accuracy", "accuracy", every),
         Comparison("importance", "Relative importance of the late MLPs", "importance", every),
-        Comparison("shots", "Exemplars", "importance", series),
+        Comparison("shots", "Exemplars", "importance", tuple(series), counted),
         Comparison("neurons", "The strongest neurons in common", "overlap", tasks),
         Comparison("oracle", "Agreement with float64", "oracle", every),
     )
