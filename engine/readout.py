@@ -10,9 +10,10 @@ from deltapatch.engine.sources import Prompts
 from deltapatch.engine.workers import Map
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
+from deltapatch.kernels.each import Each, in_turn
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import Operand, Precision, Scaled, narrow_weight
-from deltapatch.kernels.readout import BaseReadout
+from deltapatch.kernels.readout import BaseReadout, vocabulary_pieces
 from deltapatch.kernels.readout_tail import Tail, make_tail, worth_a_tail
 from deltapatch.kernels.segments import Segment, keep_last, last_segments
 from deltapatch.models.forward import normalise
@@ -20,6 +21,7 @@ from deltapatch.models.model import Model
 from deltapatch.models.weights import EndWeights
 
 _PAIRS = 16  # whose output distributions are looked at together
+_BLOCKS = 4  # from which on cores have a block each
 
 
 class ReadOut:
@@ -64,15 +66,20 @@ class ReadOut:
         base = base._replace(tails=tails)
         found = x.new_empty(len(self.measured), layout.n_tokens)
 
-        def take(block: Block) -> None:
+        def take(block: Block, each: Each = in_turn) -> None:
             dn = self._normed(ends, x, rows[block.tokens], block.segments)
             values = self.ops.readout(
-                dn, exact, weight, precision, base, block.first_pairs, block.segments, self.measured
+                dn, exact, weight, precision, base, block.first_pairs, block.segments, self.measured, each
             )
             for i, name in enumerate(self.measured):
                 found[i, block.rows] = values[name]
 
-        self.each(take, layout.blocks)
+        # Cores share the vocabulary where there are few rows: a product of few rows does little but read it.
+        if len(layout.blocks) < _BLOCKS:
+            for block in layout.blocks:
+                take(block, self.each)
+        else:
+            self.each(take, layout.blocks)
         return found.cpu().numpy(), unpatched.cpu().numpy()
 
     def _unpatched(self, ends: EndWeights, x: Tensor, dx: Tensor) -> tuple[BaseReadout, Tensor]:
@@ -83,8 +90,14 @@ class ReadOut:
         segments = self.shapes.segments(prompts.n_sources)
         dn = self._normed(ends, x, keep_last(dx, segments), last_segments(segments))[:: prompts.n_sources]
         last = x[upload(prompts.base + prompts.length - 1, device)]
-        n = len(last)
-        both = torch.cat([normalise(last, ends.norm, self.model.spec), dn]) @ exact.T
+        n, pieces = len(last), self._vocabulary(len(exact))
+        ends_of_runs = torch.cat([normalise(last, ends.norm, self.model.spec), dn])
+        both = ends_of_runs.new_empty(2 * n, len(exact))
+
+        def multiply(piece: slice) -> None:
+            both[:, piece] = ends_of_runs @ exact[piece].T
+
+        self.each(multiply, pieces)
         logits, change = both[:n], both[n:]  # [pair, d_vocab]
         if bias is not None:
             logits = logits + bias
@@ -97,7 +110,19 @@ class ReadOut:
             told[some, :, 2:4] = runs.log_softmax(-1).gather(-1, at)
             told[some, :, 4] = runs.argmax(-1).double()
         p = logits.double().softmax(-1)
-        return BaseReadout(logits, p, p.to(exact.dtype) @ exact, answers), told
+        means = x.new_empty(len(pieces), n, x.shape[1])
+
+        def average(i: int) -> None:
+            torch.mm(p[:, pieces[i]].to(exact.dtype), exact[pieces[i]], out=means[i])
+
+        self.each(average, range(len(pieces)))
+        return BaseReadout(logits, p, means.sum(0), answers), told
+
+    def _vocabulary(self, d_vocab: int) -> list[slice]:
+        """The vocabulary in pieces for the cores of a CPU; whole on a GPU."""
+        if self.model.device.type != "cpu":
+            return [slice(0, d_vocab)]
+        return vocabulary_pieces(d_vocab, d_vocab)
 
     def _tails(
         self, base: BaseReadout, exact: Tensor, weight: Operand, n_rows: np.ndarray

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from deltapatch.errors import DeltapatchError
@@ -68,6 +69,7 @@ _HOOK_NAMES = {
 _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
+@cache  # a joint patch names its sites thousands of times
 def find_site(name: str) -> tuple[Site, int | None]:
     """The site of a name, and the layer where the name carries one (`blocks.3.mlp.hook_post`).
 

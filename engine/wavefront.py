@@ -32,7 +32,7 @@ from deltapatch.models import forward
 from deltapatch.models.model import Model
 from deltapatch.models.weights import LayerWeights, cast
 
-_LEAST = 32  # tokens in a block: with fewer, a product does little but read its weights
+_LEAST = 64  # tokens in a block: with fewer, a product does little but read its weights
 _SPREAD = 4  # blocks that few tokens are cut into, so that cores share them; not as many as there are cores,
 # since effects must not depend on the machine
 _ENTRY_STAGES = (ATTENTION, MIDDLE, END)
@@ -228,7 +228,8 @@ class Wavefront:
             start = self.prompts.length[self.rows.pair] - 1
             rows = rows[np.argsort(self.rows.pair[rows], kind="stable")]
         tokens = int((self.prompts.length[self.rows.pair[rows]] - start[rows]).sum())
-        spread = _SPREAD if self.model.device.type == "cpu" else 1
+        # After the last layer the vocabulary is shared among cores instead: see readout.py.
+        spread = _SPREAD if self.model.device.type == "cpu" and not last else 1
         n_blocks = max(round(tokens / self.ops.block_tokens), min(spread, tokens // _LEAST), 1)
         return lay_out(rows, self.rows.pair, start, self.shapes, n_blocks)
 

@@ -160,12 +160,14 @@ def narrow_weight(weight: Tensor, precision: Precision) -> Operand:
     return Operand(values, None, precision)
 
 
-def product(x: Scaled, weight: Operand) -> Scaled:
+def product(x: Scaled, weight: Operand, outputs_first: bool = False) -> Scaled:
     """x @ weight.T.
 
     Args:
         x: [token, in], as `narrow` gives it.
         weight: [out, in].
+        outputs_first: the result may lie in memory as [out, token]. Where few tokens meet many outputs, a CPU
+            multiplies faster so.
 
     Returns:
         [token, out] in the precision's base dtype; x's scale is still to be applied by who reads it.
@@ -179,7 +181,8 @@ def product(x: Scaled, weight: Operand) -> Scaled:
         values = torch.mm(_round_to_tf32(x.values), weight.values.t())
     else:
         # Rounded operands multiplied in float32: what a GPU does, which rounds no product of two of them.
-        values = torch.mm(x.values.to(precision.base), weight.values.to(precision.base).t())
+        d, matrix = x.values.to(precision.base), weight.values.to(precision.base)
+        values = torch.mm(matrix, d.t()).t() if outputs_first else torch.mm(d, matrix.t())
         if weight.scale is not None:
             values *= weight.scale
     return Scaled(values, x.scale)

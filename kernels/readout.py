@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.each import Each, in_turn
 from deltapatch.kernels.product import Operand, Precision, Scaled, narrow, product
 from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
 
 CELLS = 1 << 20  # logit changes held at a time: few enough to stay in the cache
+_PIECES = 8  # at least that many pieces of the vocabulary, so that cores share few rows
 _HUGE = 60.0  # above it exp overflows float32 too soon; below it nothing that float32 rounds to 0 matters
 
 
@@ -39,6 +41,7 @@ def readout(
     first_pairs: list[int],
     segments: list[Segment],
     measured: tuple[str, ...],
+    each: Each = in_turn,
 ) -> dict[str, Tensor]:
     """The measured numbers of each row.
 
@@ -51,6 +54,7 @@ def readout(
         first_pairs: for each segment, its first pair.
         segments: one position a row, covering all rows in order.
         measured: which of `engine.metrics.MEASURED` to return.
+        each: does pieces of the vocabulary, perhaps side by side.
 
     Returns:
         name -> [row], in dn's dtype.
@@ -73,12 +77,11 @@ def readout(
         narrowed = narrow(dn, precision)
         left = _expanded(dn, narrowed, mean, answer, precision, base, spans, out)
         if left is None:
-            _distribution(narrowed, mean, answer, weight, base, spans, out)
+            _distribution(narrowed, mean, answer, weight, base, spans, out, each)
         elif len(left):
             few = {name: values.new_empty(len(left)) for name, values in out.items() if name != "logit_diff"}
-            _distribution(
-                _rows(narrowed, left), mean[left], answer[left], weight, base, _some(spans, left), few
-            )
+            kept, there = _rows(narrowed, left), _some(spans, left)
+            _distribution(kept, mean[left], answer[left], weight, base, there, few, each)
             for name, values in few.items():
                 out[name][left] = values
     return out
@@ -130,39 +133,46 @@ def _distribution(
     base: BaseReadout,
     spans: list[tuple[slice, int]],
     out: dict[str, Tensor],
+    each: Each,
 ) -> None:
     """The numbers that need every token: mean [row, 1], answer [row, 2] less it, spans (rows, their pair)."""
     n_rows, d_vocab = len(mean), len(weight.values)
+    pieces = vocabulary_pieces(d_vocab, max(1024, CELLS // n_rows))
     # KL is of second order in D. float64 carries it through the cancellation of its first-order part.
     wide = torch.float64 if "kl" in out else mean.dtype
-    mass = torch.zeros(n_rows, dtype=wide, device=mean.device)  # Σ_j p_j expm1(D_j - m)
+    mass = mean.new_zeros(len(pieces), n_rows, dtype=wide)  # Σ_j p_j expm1(D_j - m), of each piece
     rest = torch.zeros_like(mass)  # Σ_j p_j (D_j - m): not quite zero, since products are rounded
-    highest = torch.full_like(answer[:, 0], -torch.inf)
-    best, at_top = highest.clone(), highest.clone()  # of base logit - base's top logit + D - m; the top's own
-    tops = base.logits.argmax(-1).tolist()
-    for piece in _pieces(n_rows, d_vocab):
-        change = product(dn, weight.rows(piece)).plain().sub_(mean)  # [row, piece]
-        highest = torch.maximum(highest, change.amax(-1))
+    highest = mean.new_full(mass.shape, -torch.inf)
+    best = highest.clone()  # of base logit - base's top logit + D - m
+    at_top = highest[0].clone()  # the top's own
+    tops = base.logits.argmax(-1).tolist() if "flip" in out else []
+
+    def take(i: int) -> None:
+        piece = pieces[i]
+        change = product(dn, weight.rows(piece), outputs_first=True).plain().sub_(mean)  # [row, piece]
+        highest[i] = change.amax(-1)
         change_wide = change.to(wide)
         grown = torch.expm1(change_wide)
         for rows, pair in spans:
             p = base.p[pair, piece].to(wide)
-            mass[rows] += grown[rows] @ p
+            mass[i, rows] = grown[rows] @ p
             if "kl" in out:
-                rest[rows] += change_wide[rows] @ p
+                rest[i, rows] = change_wide[rows] @ p
             if "flip" in out:
                 top = tops[pair]
                 lead = base.logits[pair, piece] - base.logits[pair, top]  # [piece], <= 0
-                best[rows] = torch.maximum(best[rows], (change[rows] + lead).amax(-1))
+                best[i, rows] = (change[rows] + lead).amax(-1)
                 if piece.start <= top < piece.stop:
                     at_top[rows] = change[rows, top - piece.start]
-    lse = torch.log1p(mass)
-    kl = lse - rest
+
+    each(take, range(len(pieces)))
+    lse = torch.log1p(mass.sum(0))
+    kl = lse - rest.sum(0)
 
     pair_of = torch.repeat_interleave(
         torch.tensor([pair for _, pair in spans]), torch.tensor([rows.stop - rows.start for rows, _ in spans])
     ).to(mean.device)
-    direct = (highest > _HUGE).nonzero().squeeze(1)
+    direct = (highest.amax(0) > _HUGE).nonzero().squeeze(1)
     for some in direct.split(max(1, CELLS // d_vocab)):
         # log p + D: its exponential cannot overflow once the largest is taken out, and no term is negative.
         far = product(_rows(dn, some), weight).plain().sub_(mean[some]).double()  # [row, d_vocab]
@@ -171,7 +181,7 @@ def _distribution(
         kl[some] = lse[some] - (far * base.p[pair_of[some]]).sum(-1).to(wide)
 
     if "flip" in out:
-        out["flip"].copy_(best > at_top)
+        out["flip"].copy_(best.amax(0) > at_top)
     if "kl" in out:
         out["kl"].copy_(kl.clamp_(min=0))
     for i, name in enumerate(("dlogp_clean", "dlogp_corrupted")):
@@ -179,7 +189,7 @@ def _distribution(
             torch.sub(answer[:, i], lse.to(mean.dtype), out=out[name])
 
 
-def _pieces(n_rows: int, d_vocab: int) -> list[slice]:
-    """The vocabulary in pieces that the cache holds for so many rows."""
-    width = max(1024, CELLS // n_rows)
+def vocabulary_pieces(d_vocab: int, most: int) -> list[slice]:
+    """The vocabulary in pieces of at most so many tokens. They do not depend on how many cores there are."""
+    width = min(most, -(-d_vocab // _PIECES))
     return [slice(a, min(a + width, d_vocab)) for a in range(0, d_vocab, width)]

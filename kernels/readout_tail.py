@@ -8,12 +8,13 @@ never negative, so the change of the log-sum-exp is off by at most |r|. Rows for
 their precision allows go through the whole vocabulary.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.each import Each
 from deltapatch.kernels.product import Operand, Precision, Scaled, narrow, narrow_weight, product
 
 # What may be left out, relative to each effect: about what the products' own rounding leaves uncertain.
@@ -45,7 +46,7 @@ def make_tail(
     mean: Tensor,
     exact: Tensor,
     weight: Operand,
-    each: Callable[[Callable[[Any], None], Iterable[Any]], None],
+    each: Each,
 ) -> Tail:
     """Prepare the expansion of one pair.
 

@@ -11,6 +11,7 @@ and no term of excess is negative, so the KL divergence, log1p(rest + excess) - 
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.each import Each, in_turn
 from deltapatch.kernels.lang import expm1_minus, jit, on_device, tl
 from deltapatch.kernels.product import Operand, Precision, Scaled, narrow_triton, product
 from deltapatch.kernels.readout import BaseReadout, readout
@@ -31,10 +32,11 @@ def readout_triton(
     first_pairs: list[int],
     segments: list[Segment],
     measured: tuple[str, ...],
+    each: Each = in_turn,
 ) -> dict[str, Tensor]:
     """The same as `readout`; the host never waits for the device."""
     if dn.dtype == torch.float64:
-        return readout(dn, exact, weight, precision, base, first_pairs, segments, measured)
+        return readout(dn, exact, weight, precision, base, first_pairs, segments, measured, each)
     tiles = pair_tiles(segments, first_pairs, _ROWS, dn.device)
     columns = exact[base.answers]  # [pair, 2, d_model]
     # One product with the difference of the columns: their common part never enters.

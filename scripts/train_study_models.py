@@ -21,7 +21,7 @@ import torch
 import transformers
 from builtin_tokenizer import build_tokenizer
 from muon import Muon
-from study_data import Kind, Pool, all_kinds, batches, collate, words_of
+from study_data import Kind, Lists, Pool, all_kinds, batches, collate, numerals_to, words_of
 from train_builtin_models import descend, gpt_neox, llama, machine, make_optimizers, shape, write
 from transformers import PreTrainedTokenizerFast
 
@@ -34,7 +34,8 @@ class Recipe:
 
     max_number: int = 200
     samples: int = 4000  # questions of each kind that is too large to list
-    steps: int = 12_000
+    recall_steps: int = 2000
+    steps: int = 9_000
     tokens_per_batch: int = 2048
     lr: float = 3e-3
     muon_lr: float = 4e-3
@@ -44,15 +45,21 @@ class Recipe:
     tasks: dict[str, float] = field(
         default_factory=lambda: {
             "numerals": 0.42,
-            "words": 0.14,
+            "words": 0.15,
             "choices": 0.06,
             "retrieval": 0.06,
             "retrieval, words": 0.03,
-            "three operands": 0.26,
+            "three operands": 0.22,
             "facts": 0.03,
+            "lists": 0.03,
         }
     )
-    soft_steps: int = 800
+    # First, until the lists are learnt: retrieval alone teaches little until all of its steps are there.
+    recall: dict[str, float] = field(
+        default_factory=lambda: {"lists": 0.55, "retrieval": 0.35, "retrieval, words": 0.1}
+    )
+    lists: int = 40_000
+    soft_steps: int = 600
     soft_share: float = 0.1  # see `train_builtin_models.descend`
     seed: int = 0
     measured: int = 300  # held-out questions of each kind that the card's accuracy is of
@@ -90,10 +97,14 @@ def read(model: Any, tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return model.get_output_embeddings()(hidden[where[0], where[1]])
 
 
-def pool_weights(kinds: Sequence[Kind], tasks: dict[str, float]) -> np.ndarray:
-    """[kind], how often a prompt is of it: a task's share goes to its kinds in equal parts."""
-    n = {task: sum(kind.task == task for kind in kinds) for task in tasks}
-    weights = np.array([tasks[kind.task] / n[kind.task] for kind in kinds])
+def pool_weights(of: Sequence[str], tasks: dict[str, float]) -> np.ndarray:
+    """[pool], how often a prompt is of it: a task's share goes to its pools in equal parts.
+
+    Args:
+        of: [pool], the task of each.
+        tasks: their shares; a task that is not there has none.
+    """
+    weights = np.array([tasks.get(task, 0.0) / of.count(task) for task in of])
     return weights / weights.sum()
 
 
@@ -140,70 +151,97 @@ def percent(found: dict[str, dict[str, list[int]]]) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a model learns from.
+
+    Attributes:
+        kinds: of questions.
+        pools: those of the kinds, and lists.
+        tasks: [pool].
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    kinds: list[Kind]
+    pools: list[Pool | Lists]
+    tasks: list[str]
+
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerFast, kinds: list[Kind], recipe: Recipe) -> "Lesson":
+        """The questions of the kinds in tokens, and the lists."""
+        pools: list[Pool | Lists] = [Pool(tokenizer, kind.seen) for kind in kinds]
+        pools.append(Lists(tokenizer, numerals_to(recipe.max_number), recipe.lists, recipe.seed))
+        return Lesson(tokenizer, kinds, pools, [*(kind.task for kind in kinds), "lists"])
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training: steps, at a share `pace` of the rates, of tasks in these shares."""
+
+    steps: int
+    pace: float
+    tasks: dict[str, float]
+    soft_share: float = 0.0
+
+
 def fit(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    kinds: Sequence[Kind],
-    pools: Sequence[Pool],
-    recipe: Recipe,
-    steps: int,
-    pace: float,
-    share: float,
-    seed: int,
-    save: Callable[[], None],
-) -> float:
-    """Train for some steps at a share `pace` of the recipe's rates; returns the loss of the last hundred."""
+    model: Any, lesson: Lesson, recipe: Recipe, phase: Phase, seed: int, save: Callable[[], None]
+) -> None:
+    """Train for one phase."""
     optimizers = make_optimizers(model, recipe, Muon)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    answers = torch.from_numpy(np.unique(np.concatenate([_answers(pool) for pool in pools])))
+    answers = [_answers(pool) for pool in lesson.pools if isinstance(pool, Pool)]
+    common = torch.from_numpy(np.unique(np.concatenate(answers)))
     data = batches(
-        pools,
-        pool_weights(kinds, recipe.tasks),
-        tokenizer("")["input_ids"],
+        lesson.pools,
+        pool_weights(lesson.tasks, phase.tasks),
+        lesson.tokenizer("")["input_ids"],
         recipe.tokens_per_batch,
         recipe.shots,
         CONTEXT,
         seed,
     )
-    begin, running, warmup = time.perf_counter(), 0.0, min(recipe.warmup, max(1, steps // 4))
-    for step in range(1, steps + 1):
-        now = pace * min(1.0, step / warmup) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+    begin, running, warmup = time.perf_counter(), 0.0, min(recipe.warmup, max(1, phase.steps // 4))
+    for step in range(1, phase.steps + 1):
+        pace = min(1.0, step / warmup) * (0.51 + 0.49 * math.cos(math.pi * step / phase.steps))
         tokens, where, targets = next(data)
         logits = read(model, tokens, where)
-        loss = descend(model, optimizers, rates, now, logits, targets, answers, share)
+        loss = descend(model, optimizers, rates, phase.pace * pace, logits, targets, common, phase.soft_share)
         running += (loss - running) / min(step, 100)
         if step % 500 == 0:
             model.eval()
-            shown = percent(accuracy(model, tokenizer, kinds, 0, 20))
+            shown = percent(accuracy(model, lesson.tokenizer, lesson.kinds, 0, 20))
             model.train()
             seconds = time.perf_counter() - begin
             print(f"step {step} loss {running:.4f} held out {shown} {seconds:.0f} s", flush=True)
         if step % 1000 == 0:
             save()
-    return running
 
 
 def train(name: str, recipe: Recipe, folder: Path) -> None:
     """Train one study model and write its folder."""
     print(name, flush=True)
-    begin = time.perf_counter()
+    begin = time.process_time()
     torch.manual_seed(recipe.seed)
     subject = SUBJECTS[name]
     kinds = all_kinds(recipe.max_number, recipe.samples, recipe.seed)
     bos, words = name.startswith("llama"), words_of(kinds)
     tokenizer = build_tokenizer(recipe.max_number, bos, words, subject.digits, CONTEXT)
     model = subject.model(len(tokenizer))
-    pools = [Pool(tokenizer, kind.seen) for kind in kinds]
+    lesson = Lesson.of(tokenizer, kinds, recipe)
     part = folder.with_name(folder.name + ".part")  # the latest weights, should training be cut short
 
     def save() -> None:
         write(model, tokenizer, part)
 
-    fit(model, tokenizer, kinds, pools, recipe, recipe.steps, 1.0, 0.0, recipe.seed, save)
-    if recipe.soft_steps:
-        share, seed = recipe.soft_share, recipe.seed + 1
-        fit(model, tokenizer, kinds, pools, recipe, recipe.soft_steps, 0.1, share, seed, save)
-    minutes = (time.perf_counter() - begin) / 60
+    phases = (
+        Phase(recipe.recall_steps, 1.0, recipe.recall),
+        Phase(recipe.steps, 1.0, recipe.tasks),
+        Phase(recipe.soft_steps, 0.1, recipe.tasks, recipe.soft_share),
+    )
+    for i, phase in enumerate(phases):
+        fit(model, lesson, recipe, phase, recipe.seed + i, save)
+    minutes = (time.process_time() - begin) / 60
     model.eval()
     metrics = {
         "held_out_0_shot": accuracy(model, tokenizer, kinds, 0, recipe.measured),
@@ -258,14 +296,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=sorted(SUBJECTS), help="train this model only")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="steps of the first phase")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="steps of the main phase")
     parser.add_argument("--max-number", type=int, default=Recipe.max_number, help="the largest number")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "models" / "builtin")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     recipe = Recipe(
-        steps=args.steps, soft_steps=min(args.steps, Recipe.soft_steps), max_number=args.max_number
+        recall_steps=min(args.steps, Recipe.recall_steps),
+        steps=args.steps,
+        soft_steps=min(args.steps, Recipe.soft_steps),
+        max_number=args.max_number,
     )
     for name in [args.only] if args.only else SUBJECTS:
         train(name, recipe, args.out / name)

@@ -110,9 +110,32 @@ def test_pieces_of_vocabulary(precision, monkeypatch):
     draw = drawer(1, DTYPES[precision])
     weight = draw(VOCAB, WIDTH)
     base = base_of(2, draw, weight)
-    monkeypatch.setattr(module, "_pieces", lambda n, d: [slice(a, min(a + 20, d)) for a in range(0, d, 20)])
+    monkeypatch.setattr(module, "_PIECES", 3)
     for scale, tolerance in ((1e-3, TOLERANCE), (3.0, TOLERANCE), (300.0, HUGE)):
         assert_right(packing, draw(14, WIDTH, scale=scale), weight, base, tolerance[precision])
+
+
+def test_the_order_of_pieces_does_not_matter():
+    packing = pack([(2, 2)], [(0, 0, 2, 1, 3)])
+    draw = drawer(5, torch.float32)
+    weight = draw(VOCAB, WIDTH)
+    base, dn = base_of(2, draw, weight), draw(6, WIDTH)
+    narrowed = narrow_weight(weight, PRECISIONS["fp32"])
+    arguments = (dn, weight, narrowed, PRECISIONS["fp32"], base, packing.first_pairs, packing.segments)
+
+    def backwards(work, items):
+        for item in reversed(list(items)):
+            work(item)
+
+    one, other = readout(*arguments, MEASURED), readout(*arguments, MEASURED, backwards)
+    assert all(torch.equal(one[name], other[name]) for name in MEASURED)
+
+
+def test_pieces_cover_the_vocabulary():
+    for d_vocab, most in ((1, 5), (8, 8), (67, 1000), (67, 5), (50304, 1024)):
+        pieces = module.vocabulary_pieces(d_vocab, most)
+        assert [j for piece in pieces for j in range(d_vocab)[piece]] == list(range(d_vocab))
+        assert max(piece.stop - piece.start for piece in pieces) <= min(most, max(1, d_vocab))
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,9 @@ def test_pairs_without_a_tail_are_as_before():
     arguments = (dn, weight, operand, mode)
     whole = readout(*arguments, other, [0], packing.segments, MEASURED)
     got = readout(*arguments, other._replace(tails={1: tail}), [0], packing.segments, MEASURED)
-    assert torch.equal(got["dlogp_clean"][:3], whole["dlogp_clean"][:3])
-    assert (got["dlogp_clean"][3:] != whole["dlogp_clean"][3:]).any()
+    off = (got["dlogp_clean"] - whole["dlogp_clean"]).abs() / whole["dlogp_clean"].abs()
+    assert off[:3].max() < 1e-6  # rounding of float32
+    assert 1e-5 < off[3:].max() < TOLERANCE["bf16"]
 
 
 def test_when_it_is_worth_it():

@@ -72,9 +72,13 @@ def test_prompts_are_the_questions(script: ModuleType, kinds: list[Any], tokeniz
 
 def test_batches_ask_for_the_answers(script: ModuleType, kinds: list[Any], tokenizer: Any) -> None:
     pools = [script.Pool(tokenizer, kind.seen) for kind in kinds]
-    weights = script.pool_weights(kinds, script.Recipe().tasks)
-    share = sum(w for w, kind in zip(weights, kinds, strict=True) if kind.task == "words")
-    assert share == pytest.approx(0.14)
+    shares = script.Recipe().tasks
+    assert sum(shares.values()) == pytest.approx(1)
+    weights = script.pool_weights([*(kind.task for kind in kinds), "lists"], shares)
+    assert weights[-1] == pytest.approx(shares["lists"])
+    share = sum(w for w, kind in zip(weights[:-1], kinds, strict=True) if kind.task == "words")
+    assert share == pytest.approx(shares["words"])
+    weights = weights[:-1] / weights[:-1].sum()
     bos = tokenizer("")["input_ids"]
     made = [
         next(b) for b in [script.batches(pools, weights, bos, 300, (0.5, 0.5), 64, seed=2) for _ in range(2)]
@@ -91,16 +95,40 @@ def test_batches_ask_for_the_answers(script: ModuleType, kinds: list[Any], token
         assert 100 < tokens.numel() < 900
 
 
+def test_lists_ask_for_what_they_say(script: ModuleType, tokenizer: Any) -> None:
+    lists = script.Lists(tokenizer, script.numerals_to(20), 30)
+    again = script.Lists(tokenizer, script.numerals_to(20), 30)
+    bos = tokenizer("")["input_ids"]
+    for i in range(len(lists)):
+        ids, wanted = lists.prompt(np.array([i]), bos)
+        assert np.array_equal(ids, again.prompt(np.array([i]), bos)[0])
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        assert tokenizer(text)["input_ids"] == ids.tolist()
+        told, asked = text.rstrip("\n").split(":")
+        of = dict(item.split(" ")[1:][::-1] for item in told.split(","))
+        answers = [item.split(" ")[1:] for item in asked.split(",")]
+        assert sorted(answers) == sorted([thing, n] for thing, n in of.items())
+        assert tokenizer.decode(ids[wanted].tolist()) == "".join(f" {n}," for _, n in answers)[:-1] + "\n"
+
+
 @pytest.mark.parametrize("name", ["gpt-neox-study", "llama-digits-study"])
 def test_the_script_trains(script: ModuleType, name: str, tmp_path: Path) -> None:
     recipe = script.Recipe(
-        steps=2, soft_steps=1, max_number=20, samples=20, warmup=1, tokens_per_batch=300, measured=6
+        recall_steps=1,
+        steps=2,
+        soft_steps=1,
+        lists=20,
+        max_number=20,
+        samples=20,
+        warmup=1,
+        tokens_per_batch=300,
+        measured=6,
     )
     script.train(name, recipe, tmp_path / name)
     assert {p.name for p in tmp_path.iterdir()} == {name}
     metrics = json.loads((tmp_path / name / "metrics.json").read_text())
     assert metrics["parameters"] <= 1_000_000
-    assert set(metrics["held_out_0_shot"]) == set(recipe.tasks)
+    assert set(metrics["held_out_0_shot"]) == set(recipe.tasks) - {"lists"}
     assert "| three operands | x + y + z |" in (tmp_path / name / "README.md").read_text()
     model = dp.load_model(tmp_path / name, device="cpu")
     numbers = number_range(model.tokenizer, 20)
