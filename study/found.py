@@ -151,7 +151,8 @@ class Found:
         """The commands that make this experiment's pairs and runs alone."""
         name, settings = self.subject.model.name, self.subject.settings
         files = f"{self.experiment.name}/{pair_files.PAIRS}"
-        lines = [pair_files.command(self.experiment, settings, name, self.made.answers, files)]
+        adapter, answers = self.subject.adapter, self.made.answers
+        lines = [pair_files.command(self.experiment, settings, name, adapter, answers, files)]
         for run in self.experiment.runs:
             plan = RUNS[run]
             words = [
@@ -164,6 +165,7 @@ class Found:
                 "--sites",
                 ",".join(plan.sites),
             ]
+            words += ["--adapter", adapter] if adapter else []
             words += ["--positions", plan.positions] if plan.positions != "all" else []
             words += ["--layers", str(self.layer)] if plan.one_layer else []
             words += ["--metrics", ",".join(plan.metrics)] if plan.metrics != "all" else []

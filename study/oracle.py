@@ -26,8 +26,7 @@ Rows = Sequence[Sequence[Patch]]  # interventions on one pair, as the patches of
 def check_run(model: Model, effects: Effects, size: int, seed: int) -> dict[str, Any]:
     """The errors of a sample of a run's effects, over all its sites.
 
-    Where nothing that was measured has an effect, as log-odds of one answer against itself, errors are
-    absolute.
+    Where nothing that was measured has an effect, as where both prompts have one answer, errors are absolute.
 
     Returns:
         effects, how many were computed again; error, the norm of the error over the norm of what is right,
@@ -80,7 +79,10 @@ def errors(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> dict[str,
 
 
 def plain_effects(model: Model, pair: EncodedPair, rows: Rows, direction: Direction) -> dict[str, np.ndarray]:
-    """What interventions on a pair do, by plain forwards: each of CHECKED, float64 [row]."""
+    """What interventions on a pair do, by plain forwards: each of CHECKED, float64 [row].
+
+    Of an answer of several tokens it is the log-probability of all, each after those before it.
+    """
     base, source = (pair.corrupted, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupted)
     values: dict[tuple[str, int], Tensor] = {}
     needed = {(_place(patch.site), patch.layer) for row in rows for patch in row}
@@ -89,25 +91,31 @@ def plain_effects(model: Model, pair: EncodedPair, rows: Rows, direction: Direct
         if (site, layer) in needed:
             values[site, layer] = value[0].clone()
 
-    _logits(model, [source], keep)
-    unpatched = _answers(_logits(model, [base], lambda *_: None), pair)
-    parts = []
-    for start in range(0, len(rows), _ROWS):
-        some = rows[start : start + _ROWS]
-        parts.append(_answers(_logits(model, [base] * len(some), _swap(some, pair, values)), pair))
-    change = np.concatenate(parts) - unpatched  # [row, number]
-    return {name: change[:, i] for i, name in enumerate(CHECKED)}
+    patched_logits(model, torch.tensor([source], device=model.device), keep)
+    change = {}
+    for name, answer in (("clean", pair.clean_answer), ("corrupted", pair.corrupted_answer)):
+        tokens = [answer] if isinstance(answer, int) else list(answer)
+        unpatched = _logp(model, base, tokens, 1, lambda *_: None)
+        parts = []
+        for start in range(0, len(rows), _ROWS):
+            some = rows[start : start + _ROWS]
+            parts.append(_logp(model, base, tokens, len(some), _swap(some, pair, values)))
+        change[name] = np.concatenate(parts) - unpatched
+    # Logits of one run differ as log-probabilities do.
+    return {
+        "logit_diff": change["clean"] - change["corrupted"],
+        "dlogp_clean": change["clean"],
+        "dlogp_corrupted": change["corrupted"],
+    }
 
 
-def _logits(model: Model, prompts: list[list[int]], visit: Visit) -> Tensor:
-    return patched_logits(model, torch.tensor(prompts, device=model.device), visit)[:, -1]
-
-
-def _answers(logits: Tensor, pair: EncodedPair) -> np.ndarray:
-    """[row, vocab] -> [row, number]: logit difference, log P(clean answer), log P(corrupted answer)."""
-    two = [pair.clean_answer, pair.corrupted_answer]
-    chosen, logp = logits[:, two], logits.log_softmax(-1)[:, two]
-    return torch.cat([chosen[:, :1] - chosen[:, 1:], logp], dim=1).cpu().numpy()
+def _logp(model: Model, prompt: list[int], answer: list[int], n_rows: int, visit: Visit) -> np.ndarray:
+    """log P(answer) after the prompt, [row], of rows that `visit` tells apart."""
+    tokens = torch.tensor([prompt + answer[:-1]] * n_rows, device=model.device)
+    at = range(len(prompt) - 1, tokens.shape[1])
+    logp = patched_logits(model, tokens, visit, at).log_softmax(-1)  # [row, answer token, vocab]
+    own = torch.tensor(answer, device=model.device)[None, :, None].expand(n_rows, -1, 1)
+    return logp.gather(2, own).sum(dim=(1, 2)).cpu().numpy()
 
 
 def _swap(rows: Rows, pair: EncodedPair, values: dict[tuple[str, int], Tensor]) -> Visit:

@@ -98,7 +98,9 @@ def read(folder: Path) -> Made | None:
         raise DeltapatchError(f"{folder / MADE} is damaged: remove {folder} and resume") from error
 
 
-def command(experiment: Experiment, settings: Settings, model: str, answers: str, out: str) -> str:
+def command(
+    experiment: Experiment, settings: Settings, model: str, adapter: str | None, answers: str, out: str
+) -> str:
     """The `deltapatch pairs` that makes the same file."""
     options = task_options(experiment, settings) | {"answers": answers}
     words = ["deltapatch", "pairs", "--task", experiment.task, "--model", model]
@@ -109,7 +111,7 @@ def command(experiment: Experiment, settings: Settings, model: str, answers: str
         if TASKS[experiment.task].default(name) != value:
             words += [f"--{name.replace('_', '-')}", text]
     if settings.correct_only:
-        words += ["--only-correct", "--among", AMONG]
+        words += ["--only-correct", "--among", AMONG, *(["--adapter", adapter] if adapter else [])]
     return shlex.join([*words, "--out", out])
 
 
