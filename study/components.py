@@ -32,7 +32,7 @@ def heatmaps(found: Found) -> Iterator[Exhibit]:
         "heatmap_ie",
         "Indirect effect by layer and position",
         f"Mean indirect effect over {found.over} of replacing the MLP's or the attention's output in one "
-        "layer and class of positions; where nothing has an effect it is 0."
+        "layer and class of positions; where nothing has an effect it is 0, as before the prompts differ."
         + (" Both prompts have the same answer, so it is (P*-P)²/(2PP*)." if same else ""),
         figure=lambda: position_heatmaps(effects, "ie", SITES),
     )

@@ -49,14 +49,14 @@ def estimate(model: Model, settings: Settings, names: Sequence[str]) -> list[Est
             found.append(Estimate(name, experiment.title, str(error)))
             continue
         encoded = encode_pairs(made.pairs, model.tokenizer, model.spec.d_vocab)
+        alone = Found(subject, experiment, made)
         rows = flops = 0
         for run in experiment.runs:
             plan = RUNS[run]
-            grid = make_grid(
-                plan.sites, plan.positions, [layer] if plan.one_layer else "all", encoded, model.spec
-            )
+            layers: str | list[int] = [layer] if plan.one_layer else "all"
+            grid = make_grid(plan.sites, alone.positions(run), layers, encoded, model.spec)
             more = sweep_cost(grid, encoded, model.spec)
             rows, flops = rows + more[0], flops + more[1]
-        commands = tuple(Found(subject, experiment, made).commands())
+        commands = tuple(alone.commands())
         found.append(Estimate(name, experiment.title, None, len(encoded), rows, flops, commands))
     return found

@@ -15,6 +15,7 @@ from deltapatch.analysis.neurons import Screen, screen
 from deltapatch.analysis.select import select
 from deltapatch.analysis.statistics import mean_over_pairs
 from deltapatch.engine.effects import Effects
+from deltapatch.engine.pairs import EncodedPair, encode_pairs
 from deltapatch.engine.sweep import sweep
 from deltapatch.study import pairs as pair_files
 from deltapatch.study.oracle import check_run
@@ -98,6 +99,17 @@ class Found:
             )
         return self.subject.layer
 
+    def positions(self, run: str) -> str | list[int | str]:
+        """Where a run patches, as `sweep` takes it."""
+        asked = RUNS[run].positions
+        if asked != "differing":
+            return asked
+        model = self.subject.model
+        encoded = encode_pairs(self.made.pairs, model.tokenizer, model.spec.d_vocab)
+        longest = max(len(pair.clean) for pair in encoded)
+        reach = max(len(pair.clean) - _first(pair) for pair in encoded)
+        return "all" if reach >= longest else list(range(-reach, 0))
+
     def effects(self, run: str) -> Effects:
         """One of RUNS: carried out, or read where it was before."""
         if run not in self._runs:
@@ -110,7 +122,7 @@ class Found:
                     model,
                     self.made.pairs,
                     sites=list(plan.sites),
-                    positions=plan.positions,
+                    positions=self.positions(run),
                     layers=layers,
                     precision=settings.precision,
                     memory_budget=settings.budget_for(model),
@@ -166,7 +178,8 @@ class Found:
                 ",".join(plan.sites),
             ]
             words += ["--adapter", adapter] if adapter else []
-            words += ["--positions", plan.positions] if plan.positions != "all" else []
+            at = self.positions(run)
+            words += [] if at == "all" else [f"--positions={at if isinstance(at, str) else _listed(at)}"]
             words += ["--layers", str(self.layer)] if plan.one_layer else []
             words += ["--metrics", ",".join(plan.metrics)] if plan.metrics != "all" else []
             words += ["--precision", settings.precision] if settings.precision != "auto" else []
@@ -174,3 +187,13 @@ class Found:
             words += ["--seed", str(settings.seed), "--out", f"{self.experiment.name}/{run}"]
             lines.append(shlex.join(words))
         return lines
+
+
+def _first(pair: EncodedPair) -> int:
+    """One before the first position at which the prompts of a pair differ, or the first that has a label."""
+    differ = np.flatnonzero(np.array(pair.clean) != np.array(pair.corrupted)).tolist()
+    return max(0, min([*(at - 1 for at in differ[:1]), *pair.labels.values(), len(pair.clean) - 1]))
+
+
+def _listed(positions: list[int | str]) -> str:
+    return ",".join(map(str, positions))

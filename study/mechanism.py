@@ -132,9 +132,13 @@ def _rank_components(effects: Effects) -> list[Patch]:
     found: list[tuple[float, Patch]] = []
     for site in effects.sites:
         values = effects.values(METRIC, site)  # [pair, layer, position]
-        column = {position: i for i, position in enumerate(effects.positions(site))}
+        swept = effects.positions(site)
+        places = [[pair.resolve(position) for position in swept] for pair in effects.pairs]
         for label in (*labels, "last"):
-            at = [column[int(place)] for pair in effects.pairs if (place := pair.resolve(label)) is not None]
+            own = [pair.resolve(label) for pair in effects.pairs]
+            if any(place not in row for place, row in zip(own, places, strict=True)):
+                continue  # nothing differs there yet
+            at = [row.index(place) for place, row in zip(own, places, strict=True)]
             mean = mean_over_pairs(values[np.arange(len(at)), :, at])[0]  # [layer]
             for layer, value in zip(effects.layers_of(site).tolist(), mean.tolist(), strict=True):
                 found.append((value, Patch(site, layer, label)))

@@ -17,6 +17,8 @@ class Sweep:
     """A sweep over an experiment's pairs.
 
     Attributes:
+        positions: as of `sweep`, or "differing": without those where the prompts do not differ yet, in the
+            exemplars as a rule. Both runs are the same there, so that a patch changes exactly nothing.
         metrics: that can be asked of it.
         one_layer: over the study's layer for single coordinates only (see `Settings.layer`).
     """
@@ -28,7 +30,7 @@ class Sweep:
 
 
 RUNS = {
-    "components": Sweep(("mlp_out", "attn_out"), "all"),
+    "components": Sweep(("mlp_out", "attn_out"), "differing"),
     "heads": Sweep(("z",), "last"),
     "coordinates": Sweep(("mlp_out.dim",), "last", one_layer=True),
     # Without kl and flip: of a large model this is hundreds of thousands of rows a pair.

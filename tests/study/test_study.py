@@ -14,6 +14,9 @@ from click.testing import CliRunner
 from matplotlib import pyplot as plt
 from study_tiny import NAMES, SMALL, make_model
 
+import deltapatch as dp
+from deltapatch.analysis.importance import relative_importance
+from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.cli.main import cli
 from deltapatch.engine.effects import load_effects
 from deltapatch.errors import DeltapatchError
@@ -79,6 +82,27 @@ def test_runs_are_run_folders_without_times(study) -> None:
         assert not {"date", "seconds"} & set(about)
         assert {"date", "seconds"} == set(times[run])
         assert load_effects(study.folder / run).pairs
+
+
+def test_what_is_not_swept_is_exactly_nothing(study, model) -> None:
+    found = study.done["shots-0"]
+    part = load_effects(found.folder / "components")
+    pairs = found.made.pairs
+    whole = dp.sweep(model, pairs, sites=["mlp_out", "attn_out"], precision="fp32", progress=False)
+    n = len(part.positions("mlp_out"))
+    assert 0 < n < len(whole.positions("mlp_out"))
+    for site in part.sites:
+        names, table = class_table(part, site)
+        every, full = class_table(whole, site)
+        assert names == every
+        got, want = (by_class(e.values("ie", site), names, t) for e, t in ((part, table), (whole, full)))
+        early = names.index("early")
+        assert not got[:, :, early][~np.isnan(got[:, :, early])].any()
+        assert not want[:, :, early][~np.isnan(want[:, :, early])].any()
+        rest = np.delete(got, early, axis=2), np.delete(want, early, axis=2)
+        np.testing.assert_allclose(*rest, rtol=1e-4, atol=1e-6)
+    assert relative_importance(part).value == pytest.approx(relative_importance(whole).value, rel=1e-4)
+    assert relative_importance(part).cells == relative_importance(whole).cells
 
 
 def test_commands_make_the_same_pairs_and_runs(study, tmp_path, monkeypatch) -> None:
@@ -236,8 +260,8 @@ def test_two_checkpoints(model, other, tmp_path) -> None:
     second = load_effects(done.folder / "other" / "shots-0" / "components")
     assert [p.clean for p in first.pairs] == [p.clean for p in second.pairs]
     change = first.values("logit_diff", "attn_out") - second.values("logit_diff", "attn_out")
-    last = [len(pair.clean) - 1 for pair in first.pairs]
-    want = change[np.arange(len(last)), 0, last].mean()
+    assert first.positions("attn_out")[-1] == -1
+    want = change[:, 0, -1].mean()
     table = rows(done.folder / "differences" / "shots-0" / "tables" / "differences.csv")
     (row,) = (r for r in table if (r["site"], r["layer"], r["class"]) == ("attn_out", "0", "last"))
     assert float(row["difference"]) == pytest.approx(want)
