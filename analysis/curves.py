@@ -16,14 +16,18 @@ from deltapatch.engine.effects import Effects
 
 def last_position(effects: Effects, metric: str, site: str) -> np.ndarray | None:
     """[pair, layer(, index)] at the last token; None where it was not swept."""
+    return at_last(effects, site, effects.values(metric, site))
+
+
+def at_last(effects: Effects, site: str, values: np.ndarray) -> np.ndarray | None:
+    """[pair, layer, position(, index)] of a site -> [pair, layer(, index)] at the last token, if swept."""
     for i, position in enumerate(effects.positions(site)):
         if position in (-1, "last"):
-            return effects.values(metric, site)[:, :, i]
+            return values[:, :, i]
     places = [p for p in effects.positions(site) if isinstance(p, int)]
     ends = [len(pair.clean) - 1 for pair in effects.pairs]
     if not set(ends) <= set(places):
         return None
-    values = effects.values(metric, site)
     columns = [effects.positions(site).index(end) for end in ends]
     return values[np.arange(len(ends)), :, columns]
 
@@ -86,19 +90,38 @@ def neuron_ranking(effects: Effects, metric: str, site: str, top: int = 20, seed
     ]
     if len(labels) > 1:
         names = [f"{name}, {labels[p]}" for name, p in zip(names, place, strict=True)]
+    ends = flat[best], low, high
+    return ranking_figure(f"{site}: top {len(best)} of {len(order):,}", names, *ends, flat[order], metric)
 
-    height = max(1.6, 0.19 * len(best) + 0.75)
+
+def ranking_figure(
+    title: str,
+    names: Sequence[str],
+    mean: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    every: np.ndarray,
+    metric: str,
+) -> Figure:
+    """The strongest with their intervals, and how fast the magnitude of all falls.
+
+    Args:
+        title: of the left half.
+        names, mean, low, high: [shown], the strongest first.
+        every: [all], the means of all of them.
+    """
+    height = max(1.6, 0.19 * len(names) + 0.75)
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, height), width_ratios=(1.25, 1))
-    y = np.arange(len(best))
-    colours = [POSITIVE if flat[b] >= 0 else NEGATIVE for b in best]
-    left.hlines(y, 0, flat[best], color=colours, lw=1.0, alpha=0.5)
+    y = np.arange(len(names))
+    colours = [POSITIVE if m >= 0 else NEGATIVE for m in mean]
+    left.hlines(y, 0, mean, color=colours, lw=1.0, alpha=0.5)
     left.hlines(y, low, high, color=colours, lw=2.4, alpha=0.45)
-    left.scatter(flat[best], y, s=16, color=colours, zorder=3)
+    left.scatter(mean, y, s=16, color=colours, zorder=3)
     left.axvline(0, color=QUIET, lw=0.7, zorder=0)
     left.set_yticks(y, names, parse_math=False)
     left.tick_params(axis="y", length=0)
-    left.set_ylim(len(best) - 0.4, -0.6)
-    ends = [flat[best], low, high]
+    left.set_ylim(len(names) - 0.4, -0.6)
+    ends = [mean, low, high]
     lowest, highest = (
         float(np.nanmin(np.concatenate(ends), initial=0)),
         float(np.nanmax(np.concatenate(ends), initial=0)),
@@ -107,10 +130,13 @@ def neuron_ranking(effects: Effects, metric: str, site: str, top: int = 20, seed
     if wide:
         widen(left, "x", lowest, highest)
     left.set_xlabel(metric_label(metric, wide))
-    left.set_title(f"{site}: top {len(best)} of {len(order):,}", loc="left")
+    left.set_title(title, loc="left", parse_math=False)
 
-    magnitude = np.abs(flat[order])
-    right.plot(np.arange(1, len(order) + 1), magnitude, color=COLOURS[0], lw=1.4, marker="o", markersize=2)
+    magnitude = np.sort(np.abs(every))[::-1]
+    # Of many, some at even steps of the scale: hundreds of thousands of points would make a PDF unreadable.
+    n = len(magnitude)
+    rank = np.arange(n) if n <= 1000 else np.unique(np.geomspace(1, n, 1000).round().astype(int)) - 1
+    right.plot(rank + 1, magnitude[rank], color=COLOURS[0], lw=1.4, marker="o", markersize=2)
     right.set_xscale("log")
     if (magnitude > 0).any():
         right.set_yscale("log")

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
+from deltapatch.analysis.select import select
 from deltapatch.analysis.statistics import bootstrap, mean_over, mean_over_pairs
 from deltapatch.analysis.tables import Table
 from deltapatch.engine.effects import Effects
@@ -62,7 +64,7 @@ class Plan:
 
 def ranking(
     effects: Effects, metric: str, site: str, position: int | str = "last", magnitude: bool = False
-) -> list[Patch]:
+) -> "Ranked":
     """The patches of a site at one position, by mean effect over pairs, the largest first.
 
     Args:
@@ -78,17 +80,47 @@ def ranking(
         raise DeltapatchError(
             f"position {position!r} of {site} was not swept: there are {', '.join(map(str, swept))}"
         )
-    mean = mean_over_pairs(effects.values(metric, site)[:, :, places[0]])[0]  # [layer] or [layer, index]
     layers, name = effects.layers_of(site), effects.site(site).site
+    rows = range(len(layers))  # one by one: a large model's neurons are many
+    parts = (select(effects, layers=np.array([row]), sites=[name]) for row in rows)
+    means = [mean_over_pairs(part.values(metric, name)[:, 0, places[0]])[0] for part in parts]
+    mean = np.stack(means)  # [layer] or [layer, index]
     keys = np.abs(mean) if magnitude else mean
     order = np.argsort(-np.where(np.isnan(keys), -np.inf, keys).ravel(), kind="stable")
     order = order[~np.isnan(mean.ravel()[order])]
     where = np.unravel_index(order, mean.shape)
-    indices = where[1].tolist() if SITES[name].index != "none" else [None] * len(order)
-    return [
-        Patch(name, int(layers[row]), position, index)
-        for row, index in zip(where[0].tolist(), indices, strict=True)
-    ]
+    indices = where[1] if SITES[name].index != "none" else None
+    return Ranked(name, layers[where[0]], position, indices)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked(Sequence[Patch]):
+    """Patches of one site in an order; the objects are made when they are asked for, since they may be many.
+
+    Attributes:
+        layer: [patch].
+        indices: [patch]; None for whole vectors.
+    """
+
+    site: str
+    layer: np.ndarray
+    position: int | str
+    indices: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    @overload
+    def __getitem__(self, at: int) -> Patch: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Patch]: ...
+
+    def __getitem__(self, at: int | slice) -> Patch | list[Patch]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        index = None if self.indices is None else int(self.indices[at])
+        return Patch(self.site, int(self.layer[at]), self.position, index)
 
 
 def sizes_up_to(n: int) -> list[int]:
@@ -118,15 +150,15 @@ def plan(
     Raises:
         DeltapatchError: nothing ranked, no pairs, or sizes that cannot be had.
     """
-    pool = list(ranked if pool is None else pool)
-    if not ranked or n_pairs < 1:
+    pool = ranked if pool is None else pool
+    if not len(ranked) or n_pairs < 1:
         raise DeltapatchError("a faithfulness curve needs ranked patches and at least one pair")
     chosen = sorted(set(sizes_up_to(len(ranked)) if sizes is None else sizes))
     most = min(len(ranked), len(pool) if random_sets else len(ranked))
     if not chosen or chosen[0] < 1 or chosen[-1] > most:
         raise DeltapatchError(f"sizes go from 1 to {most}, the number of patches, not {list(sizes or ())}")
     rng = np.random.default_rng(seed)
-    orders = {_RANKING: list(ranked)}
+    orders = {_RANKING: list(ranked[: chosen[-1]])}
     for group in range(random_sets):
         orders[group] = [pool[i] for i in rng.permutation(len(pool))[: chosen[-1]].tolist()]
     rows = [

@@ -1,6 +1,7 @@
 """Heatmaps: layer by position for whole vectors, layer by head for heads."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,6 +15,8 @@ from deltapatch.analysis.statistics import mean_over_pairs
 from deltapatch.analysis.style import MISSING, NEVER_NEGATIVE, is_wide, metric_label, wide_ticks
 from deltapatch.engine.effects import Effects
 
+Panel = tuple[str, list[str], np.ndarray, np.ndarray]  # title, column labels, [layer, column], layers
+
 _MOST_TICKS = 32  # beyond, only every second, third, ... label is drawn
 _MOST_PANELS = 8
 
@@ -24,7 +27,16 @@ def position_heatmaps(effects: Effects, metric: str, sites: Sequence[str]) -> Fi
     for site in sites:
         labels, values = aligned(effects, metric, site)
         panels.append((site, labels, mean_over_pairs(values)[0], effects.layers_of(site)))
-    return _panels(panels, metric, "position", rotate=True)
+    return layer_panels(panels, metric, "position", rotate=True)
+
+
+def group_heatmaps(named: Mapping[str, Effects], metric: str, site: str) -> Figure:
+    """One panel a group of pairs: layer by position of one site, one colour scale for all."""
+    panels = []
+    for name, effects in named.items():
+        labels, values = aligned(effects, metric, site)
+        panels.append((name, labels, mean_over_pairs(values)[0], effects.layers_of(site)))
+    return layer_panels(panels, metric, "position", rotate=True)
 
 
 def head_heatmaps(effects: Effects, metric: str, site: str) -> Figure:
@@ -36,7 +48,7 @@ def head_heatmaps(effects: Effects, metric: str, site: str) -> Figure:
         chosen = chosen[-1:]
     heads = [str(head) for head in range(mean.shape[-1])]
     panels = [(f"{site}, {labels[i]}", heads, mean[:, i], effects.layers_of(site)) for i in chosen]
-    return _panels(panels, metric, "head", rotate=False)
+    return layer_panels(panels, metric, "head", rotate=False)
 
 
 def colour_scale(grids: Sequence[np.ndarray], metric: str) -> tuple[Colormap, Normalize]:
@@ -51,16 +63,17 @@ def colour_scale(grids: Sequence[np.ndarray], metric: str) -> tuple[Colormap, No
     return colours.with_extremes(bad=MISSING), Normalize(low, largest)
 
 
-def _panels(
-    panels: Sequence[tuple[str, list[str], np.ndarray, np.ndarray]], metric: str, axis: str, *, rotate: bool
+def layer_panels(
+    panels: Sequence[Panel], metric: str, axis: str, *, rotate: bool, label: str | None = None
 ) -> Figure:
-    """Panels of (title, column labels, [layer, column], layers), side by side as far as they fit."""
+    """Panels side by side as far as they fit; the colour bar says what the metric is, or `label`."""
     columns = max(len(labels) for _, labels, _, _ in panels)
     layers = max(len(p[3]) for p in panels)
     panel_width = float(np.clip((0.27 if columns <= 12 else 0.2) * columns, 1.5, 6.0))
     panel_height = float(np.clip((0.32 if layers <= 10 else 0.16) * layers, 0.8, 5.0))
     across = max(1, min(len(panels), int(7.2 // panel_width)))
     down = -(-len(panels) // across)
+    across = -(-len(panels) // down)  # rows of one length, where that can be
     longest = max(len(label) for _, labels, _, _ in panels for label in labels) if rotate else 1
     height = down * (panel_height + 0.65 + 0.055 * longest)
     same_layers = all(np.array_equal(panels[0][3], p[3]) for p in panels)
@@ -77,7 +90,7 @@ def _panels(
             norm=norm,
             interpolation="none",
         )
-        axes.set_title(title)
+        axes.set_title(title, parse_math=False)
         axes.set_xlabel(axis)
         _ticks(axes, labels, numbers, rotate=rotate)
     for axes in grid.flat[len(panels) :]:
@@ -90,7 +103,9 @@ def _panels(
         ticks, names = wide_ticks(float(norm.vmin or 0), float(norm.vmax or 0))
         bar.set_ticks(ticks, labels=names)
         bar.minorticks_off()
-    bar.set_label(metric_label(metric, wide).replace(" (", "\n("))
+    said = metric_label(metric, wide) if label is None else label + (" (asinh scale)" if wide else "")
+    lines = textwrap.wrap(said, 24 if height < 2.5 else 60)
+    bar.set_label("\n".join(lines).replace(" (", "\n("))
     bar.outline.set_linewidth(0.5)
     return figure
 

@@ -34,6 +34,16 @@ def as_text(table: Table, title: str | None = None) -> str:
     return f"{title}\n\n{text}" if title else text
 
 
+def as_markdown(table: Table) -> str:
+    """A table for a Markdown page, numbers to three significant digits; missing ones are left empty."""
+    shown = {name: column for name, column in table.columns.items() if not _empty(name, column)}
+    ends = ["---" if column.dtype == object else "--:" for column in shown.values()]
+    lines = [list(shown), ends]
+    for row in zip(*(column.tolist() for column in shown.values()), strict=True):
+        lines.append([_short(value, 3).replace("|", "\\|") for value in row])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 def as_csv(table: Table) -> str:
     """Comma-separated values with a header; an index of -1 and NaN are left empty."""
     out = io.StringIO()
@@ -100,7 +110,7 @@ def _empty(name: str, column: np.ndarray) -> bool:
     return name == "stderr" and bool(np.isnan(column).all())
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, digits: int = 4) -> str:
     if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.4g}"
-    return str(value)
+        return "" if math.isnan(value) else f"{value:.{digits}g}"
+    return "" if value is None else str(value)

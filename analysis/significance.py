@@ -1,5 +1,7 @@
 """Which effects are no accident of the pairs: sign-flip permutation tests and a false-discovery cut."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from deltapatch.analysis.statistics import divide, parts
@@ -7,6 +9,7 @@ from deltapatch.errors import DeltapatchError
 
 _EXACT = 12  # up to that many pairs, all patterns of signs are gone through
 _BINS = 1 << 16  # of the pooled null
+POOL = 1 << 14  # cells that make it up: with a thousand sign patterns, p as small as 1e-7
 
 
 def sign_flip_test(
@@ -21,30 +24,62 @@ def sign_flip_test(
     Up to 12 pairs, all patterns are gone through and p is exact. Beyond, `draws` random ones are, the
     observed one counted among them, so that p is at least 1 / (draws + 1). Over very many cells that is too
     coarse for a false-discovery cut that keeps few of them: then `pooled` compares each cell with the sign
-    patterns of all cells, each in units of its own root of summed squares, which a flip does not change.
-    That takes the cells' null distributions to be alike, as they are for a dozen pairs and more unless a few
-    pairs hold most of an effect. The pooled p is rounded up, by at most 1 / 65,536 of the scale.
+    patterns of all cells (of 16,384 spread evenly among them where there are more), each in units of its own
+    root of summed squares, which a flip does not change. That takes the cells' null distributions to be
+    alike, as they are for a dozen pairs and more unless a few pairs hold most of an effect. The pooled p is
+    rounded up, by at most 1 / 65,536 of the scale.
     """
-    if draws < 1:
-        raise DeltapatchError(f"a permutation test needs at least one draw, not {draws}")
+    if pooled:
+        return pooled_null(values.reshape(len(values), -1), draws, seed).p(values)
     n = len(values)
     cells = np.where(np.isnan(values), 0.0, values).reshape(n, -1)
-    observed = _statistic(cells)
     exact = n <= _EXACT
-    signs = _all_signs(n) if exact else np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, n))
-    if pooled:
-        p = _pooled(cells, observed, signs, n)
-    else:
-        p = np.empty(cells.shape[1])
-        for part in parts(cells.shape[1], len(signs)):
-            null = np.abs(signs @ cells[:, part])
-            # Sums in another order differ in their last bits; what is equal has to count.
-            least = np.abs(cells[:, part].sum(axis=0)) * (1 - 1e-12)
-            count = (null >= least).sum(axis=0)
-            p[part] = count / len(signs) if exact else (count + 1) / (len(signs) + 1)
-    p[(cells == 0).all(axis=0)] = 1.0
-    p[np.isnan(values.reshape(n, -1)).all(axis=0)] = np.nan
-    return p.reshape(values.shape[1:])
+    signs = _signs(n, draws, seed)
+    p = np.empty(cells.shape[1])
+    for part in parts(cells.shape[1], len(signs)):
+        null = np.abs(signs @ cells[:, part])
+        # Sums in another order differ in their last bits; what is equal has to count.
+        least = np.abs(cells[:, part].sum(axis=0)) * (1 - 1e-12)
+        count = (null >= least).sum(axis=0)
+        p[part] = count / len(signs) if exact else (count + 1) / (len(signs) + 1)
+    return _without_values(p, values, cells)
+
+
+@dataclass(frozen=True)
+class PooledNull:
+    """How often sign patterns give a statistic of at least so much, over many cells together.
+
+    Attributes:
+        above: [bin], how many lie in a bin or beyond.
+        pairs: how many pairs the cells have.
+    """
+
+    above: np.ndarray
+    pairs: int
+
+    def p(self, values: np.ndarray) -> np.ndarray:
+        """Each cell's p-value, [pair, ...] -> [...]: see `sign_flip_test`."""
+        cells = np.where(np.isnan(values), 0.0, values).reshape(len(values), -1)
+        found = (self.above[_bin(_statistic(cells), self.pairs)] + 1) / (self.above[0] + 1)
+        return _without_values(found, values, cells)
+
+
+def pooled_null(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> PooledNull:
+    """The null of [pair, cell], all of the cells or those that stand for them.
+
+    Cells of several arrays that have the same pairs may be tested against one null: of a large model each
+    layer, against cells of all of them.
+    """
+    n = len(values)
+    cells, signs = np.where(np.isnan(values), 0.0, values), _signs(n, draws, seed)
+    scale = np.sqrt((cells**2).sum(axis=0))
+    counts = np.zeros(_BINS, dtype=np.int64)
+    pool = np.flatnonzero(scale > 0)
+    pool = pool[:: -(-len(pool) // POOL) or 1]
+    for part in parts(len(pool), len(signs)):
+        null = np.abs(signs @ (cells[:, pool[part]] / scale[pool[part]]))
+        counts += np.bincount(_bin(null, n).ravel(), minlength=_BINS)
+    return PooledNull(np.cumsum(counts[::-1])[::-1], n)
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
@@ -63,7 +98,7 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
 
 def _statistic(cells: np.ndarray) -> np.ndarray:
     """|sum| in units of the root of the sum of squares, [cell]: from 0 to the root of the number of pairs."""
-    return divide(np.abs(cells.sum(axis=0)), np.sqrt((cells**2).sum(axis=0)))
+    return np.nan_to_num(divide(np.abs(cells.sum(axis=0)), np.sqrt((cells**2).sum(axis=0))))
 
 
 def _all_signs(n: int) -> np.ndarray:
@@ -72,19 +107,18 @@ def _all_signs(n: int) -> np.ndarray:
     return 1.0 - 2.0 * bits
 
 
-def _pooled(cells: np.ndarray, observed: np.ndarray, signs: np.ndarray, n: int) -> np.ndarray:
-    """Each cell's p against the sign patterns of all cells."""
-    scale = np.sqrt((cells**2).sum(axis=0))
-    counts = np.zeros(_BINS, dtype=np.int64)
-    for part in parts(cells.shape[1], len(signs)):
-        some = scale[part] > 0
-        null = np.abs(signs @ (cells[:, part][:, some] / scale[part][some]))
-        counts += np.bincount(_bin(null, n).ravel(), minlength=_BINS)
-    above = np.cumsum(counts[::-1])[::-1]  # [bin], how many lie in it or beyond
-    found = np.ones(cells.shape[1])
-    some = scale > 0
-    found[some] = (above[_bin(observed[some], n)] + 1) / (counts.sum() + 1)
-    return found
+def _signs(n: int, draws: int, seed: int) -> np.ndarray:
+    """[pattern, pair], all of them where they are few."""
+    if draws < 1:
+        raise DeltapatchError(f"a permutation test needs at least one draw, not {draws}")
+    return _all_signs(n) if n <= _EXACT else np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, n))
+
+
+def _without_values(p: np.ndarray, values: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """The p-values, 1 where all effects are zero and NaN where there are none."""
+    p[(cells == 0).all(axis=0)] = 1.0
+    p[np.isnan(values.reshape(len(values), -1)).all(axis=0)] = np.nan
+    return p.reshape(values.shape[1:])
 
 
 def _bin(statistic: np.ndarray, n: int) -> np.ndarray:

@@ -5,17 +5,32 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from deltapatch.analysis.importance import RelativeImportance
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
-from deltapatch.analysis.style import COLOURS, MISSING, NEGATIVE, POSITIVE, QUIET, metric_label
+from deltapatch.analysis.style import (
+    COLOURS,
+    MARKERS,
+    MISSING,
+    NEGATIVE,
+    POSITIVE,
+    QUIET,
+    is_wide,
+    metric_label,
+    widen,
+)
 from deltapatch.analysis.tables import Table
 
 
-def importance_bars(found: Mapping[str, RelativeImportance]) -> Figure:
-    """A row a task: relative importance with its 95% interval, and a mark at its null value."""
+def importance_bars(found: Mapping[str, RelativeImportance], others: np.ndarray | None = None) -> Figure:
+    """A row a task: relative importance with its 95% interval, and a mark at its null value.
+
+    Args:
+        others: [task], what others report, as points; NaN where they do not.
+    """
     names = list(found)
     figure, axes = plt.subplots(figsize=(4.6, 0.75 + 0.28 * len(names)))
     y = np.arange(len(names))
@@ -25,6 +40,8 @@ def importance_bars(found: Mapping[str, RelativeImportance]) -> Figure:
     axes.hlines(y, ends[:, 0], ends[:, 1], color="black", lw=1.2)
     null = np.array([r.null for r in found.values()])
     axes.vlines(null, y - 0.42, y + 0.42, color=COLOURS[1], lw=1.6, label="all cells alike")
+    if others is not None:
+        axes.plot(others, y, color="black", marker="D", markersize=4, lw=0, label="in the paper")
     axes.set_yticks(y, names, parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -43,9 +60,9 @@ def overlap_matrix(table: Table) -> Figure:
         grid[names.index(b), names.index(a)] = share
     grid = grid[1:, :-1]  # below the diagonal
     side = 0.9 + 0.55 * len(grid)
-    figure, axes = plt.subplots(figsize=(side + 0.9, side))
+    figure, axes = plt.subplots(figsize=(side + 0.6, side))
     colours = plt.get_cmap("Blues").with_extremes(bad="white")
-    image = axes.imshow(np.ma.masked_invalid(grid), cmap=colours, vmin=0, vmax=1, interpolation="none")
+    axes.imshow(np.ma.masked_invalid(grid), cmap=colours, vmin=0, vmax=1, interpolation="none")
     for (i, j), share in np.ndenumerate(grid):
         if not np.isnan(share):
             shade = "white" if share > 0.55 else "black"
@@ -56,55 +73,103 @@ def overlap_matrix(table: Table) -> Figure:
     axes.set_yticks(range(len(grid)), names[1:], parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(f"chance {float(table.columns['chance'][0]):.1%}", loc="left")
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.03)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    bar.set_label("top neurons in common")
-    bar.outline.set_linewidth(0.5)
+    axes.set_title(f"in common; chance {float(table.columns['chance'][0]):.1%}", loc="left")
     return figure
 
 
-def faithfulness_curves(curves: Mapping[str, Table]) -> Figure:
-    """One panel a curve (a direction, say): the top k and random sets of equal size, with 95% bands."""
+def faithfulness_curves(curves: Mapping[str, Table], label: str | None = None) -> Figure:
+    """One panel a curve (a direction, say): the top k and random sets of equal size, with 95% bands.
+
+    The y axis says what the metric is, or `label`.
+    """
     figure, grid = plt.subplots(
-        1, len(curves), figsize=(0.9 + 2.7 * len(curves), 2.6), squeeze=False, sharey=False
+        1, len(curves), figsize=(0.9 + 2.7 * len(curves), 2.6), squeeze=False, sharey=True
     )
     for axes, (name, table) in zip(grid[0], curves.items(), strict=True):
         c = table.columns
-        rows = [(table.metric, "low", "high", COLOURS[0], "top k"),
-                ("random", "random_low", "random_high", COLOURS[1], "random k")]  # fmt: skip
-        for mean, low, high, colour, label in rows:
+        rows = [(table.metric, "low", "high", COLOURS[0], MARKERS[0], "top k"),
+                ("random", "random_low", "random_high", COLOURS[1], MARKERS[1], "random k")]  # fmt: skip
+        for mean, low, high, colour, marker, line in rows:
             if np.isnan(c[mean]).all():
                 continue
-            axes.plot(c["size"], c[mean], color=colour, marker="o", markersize=3, lw=1.4, label=label)
+            axes.plot(c["size"], c[mean], color=colour, marker=marker, markersize=3, lw=1.4, label=line)
             axes.fill_between(c["size"], c[low], c[high], color=colour, alpha=0.18, lw=0)
         axes.axhline(0, color=QUIET, lw=0.7, zorder=0)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("patched together, k")
         axes.set_title(name, loc="left", parse_math=False)
-    grid[0, 0].set_ylabel(metric_label(next(iter(curves.values())).metric, False))
+    metric = next(iter(curves.values())).metric
+    grid[0, 0].set_ylabel(metric_label(metric, False) if label is None else label)
     grid[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
 def prediction_curves(
-    layers: np.ndarray, desired: np.ndarray, undesired: np.ndarray, title: str, seed: int = 0
+    layers: np.ndarray, changes: Mapping[str, tuple[np.ndarray, np.ndarray]], seed: int = 0
 ) -> Figure:
-    """Shares of predictions changed by layer, [pair, layer] of 0 and 1 each, with 95% bands over pairs."""
-    figure, axes = plt.subplots(figsize=(4.6, 2.6))
-    for values, colour, label in ((desired, POSITIVE, "desired"), (undesired, NEGATIVE, "undesired")):
-        mean = mean_over_pairs(values)[0]
-        low, high = bootstrap(values, seed=seed)
-        axes.plot(layers, mean, color=colour, marker="o", markersize=3.5, lw=1.4, label=label)
-        axes.fill_between(layers, low, high, color=colour, alpha=0.18, lw=0)
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    """Shares of predictions changed by layer, with 95% bands over pairs: a panel for each site.
+
+    Args:
+        changes: site -> desired and undesired, [pair, layer] of 0 and 1 each.
+    """
+    figure, grid = plt.subplots(
+        1, len(changes), figsize=(1.6 + 2.5 * len(changes), 2.5), squeeze=False, sharey=True
+    )
+    for axes, (title, both) in zip(grid[0], changes.items(), strict=True):
+        styles = zip(COLOURS, MARKERS, ("desired", "undesired"), strict=False)
+        for values, (colour, marker, label) in zip(both, styles, strict=False):
+            line_with_band(axes, layers, values, colour, label, seed, marker)
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("layer")
+        axes.set_title(title, loc="left", parse_math=False)
+    grid[0, 0].set_ylabel("predictions changed")
+    grid[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def group_curves(
+    layers: np.ndarray, named: Mapping[str, np.ndarray], metric: str, title: str, seed: int = 0
+) -> Figure:
+    """Effects by layer, a line a group of pairs, with 95% bands over its pairs.
+
+    Args:
+        named: name -> [pair, layer].
+    """
+    figure, axes = plt.subplots(figsize=(5.0, 2.8))
+    ends: list[np.ndarray] = []
+    styles = zip(COLOURS * len(named), MARKERS * len(named), strict=True)
+    for (name, values), (colour, marker) in zip(named.items(), styles, strict=False):
+        ends += line_with_band(axes, layers, values, colour, name, seed, marker)
+    axes.axhline(0, color=QUIET, lw=0.7, zorder=0)
     axes.set_xlabel("layer")
-    axes.set_ylabel("predictions changed")
+    low = float(np.nanmin(np.concatenate(ends), initial=0))
+    high = float(np.nanmax(np.concatenate(ends), initial=0))
+    wide = is_wide(metric, max(high, -low))
+    if wide:
+        widen(axes, "y", low, high)
+    axes.set_ylabel(metric_label(metric, wide))
     axes.set_title(title, loc="left", parse_math=False)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def line_with_band(
+    axes: Axes,
+    layers: np.ndarray,
+    values: np.ndarray,
+    colour: str,
+    label: str,
+    seed: int = 0,
+    marker: str = "o",
+) -> list[np.ndarray]:
+    """The mean over pairs of [pair, layer] by layer and its 95% band, which it returns as mean, low, high."""
+    mean = mean_over_pairs(values)[0]
+    low, high = bootstrap(values, seed=seed)
+    axes.plot(layers, mean, color=colour, marker=marker, markersize=3.5, lw=1.4, label=label)
+    axes.fill_between(layers, low, high, color=colour, alpha=0.18, lw=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return [mean, low, high]
 
 
 def discovery_plot(table: Table, rate: float = 0.05) -> Figure:

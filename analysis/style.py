@@ -38,6 +38,7 @@ STYLE = {
 }
 # Okabe and Ito's colours, told apart by everyone.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # beside the colours, for prints in black and white
 POSITIVE, NEGATIVE, QUIET = "#B2182B", "#2166AC", "0.55"
 MISSING = "0.82"  # a cell that has no value
 
@@ -115,6 +116,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         # A token in a script that the font lacks is drawn as a box; the figure is still right.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(paths[0], metadata={"Software": None})
+        figure.set_layout_engine("none")  # it stays as it is: laying out takes longer than drawing
         figure.savefig(paths[1], metadata={"CreationDate": None})
     plt.close(figure)
     return paths

@@ -12,6 +12,7 @@ from deltapatch.cli.info import info
 from deltapatch.cli.merge import merge
 from deltapatch.cli.pairs import pairs
 from deltapatch.cli.plot import plot
+from deltapatch.cli.reproduce import reproduce
 from deltapatch.cli.sweep import sweep
 
 EXAMPLES = """\b
@@ -21,6 +22,7 @@ Examples:
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_out,attn_out --out RUN
   deltapatch effects RUN --site mlp_out --by layer,class
   deltapatch plot RUN
+  deltapatch reproduce --model MODEL --out STUDY
 """
 
 
@@ -30,7 +32,7 @@ def cli() -> None:
     """Exact activation patching of language models: thousands of interventions in one pass."""
 
 
-for command in (demo, pairs, sweep, merge, effects, plot, info, convert, bench):
+for command in (demo, pairs, sweep, merge, effects, plot, info, convert, reproduce, bench):
     cli.add_command(command)
 
 

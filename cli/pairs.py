@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from deltapatch.cli.options import as_json, model, print_json, quiet, read_names, say
+from deltapatch.cli.options import adapter, as_json, model, print_json, quiet, read_names, say
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
@@ -65,6 +65,7 @@ Examples:
     help="With --only-correct: the most likely token of all, or of these pairs' answers as in the paper.",
 )
 @click.option("--device", default="auto", show_default=True, help="With --only-correct: auto, cpu or cuda.")
+@adapter
 @click.option("--out", required=True, type=click.Path(), help="The pairs file to make; it must not exist.")
 @as_json
 @quiet
@@ -77,6 +78,7 @@ def pairs(
     only_correct: bool,
     among: str,
     device: str,
+    adapter: str | None,
     out: str,
     as_json: bool,
     quiet: bool,
@@ -102,7 +104,8 @@ def pairs(
     from deltapatch.models.model import load_model
 
     # Streamed, where only the model's tokenizer is wanted.
-    loaded = load_model(model, device=device if only_correct else "cpu", stream=not only_correct)
+    lora = adapter if only_correct else None
+    loaded = load_model(model, device if only_correct else "cpu", stream=not only_correct, adapter=lora)
     made, dropped = make_pairs(task, loaded.tokenizer, per_template, shots, seed, **options)
     if only_correct:
         made = keep_answered(loaded, made, dropped, among)

@@ -60,11 +60,13 @@ def tables_of(
     out = {}
     for pair in by_pair:
         patches: list[tuple[int, int, int, int, int]] = []
+        known: dict[Patch, tuple[int, int, int, int]] = {}  # growing sets have the same patches over and over
         for row, i in enumerate(by_pair[pair]):
-            own = [
-                (row, *_patch(patch, f"intervention {i}", pairs[pair], spec))
-                for patch in interventions[i].patches
-            ]
+            own = []
+            for patch in interventions[i].patches:
+                if patch not in known:
+                    known[patch] = _patch(patch, f"intervention {i}", pairs[pair], spec)
+                own.append((row, *known[patch]))
             if len(set(own)) < len(own):
                 raise DeltapatchError(f"intervention {i} patches the same activation twice")
             patches += own

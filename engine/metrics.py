@@ -54,7 +54,7 @@ class Reference:
         """By name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def of(self, pairs: np.ndarray) -> "Reference":
+    def of(self, pairs: np.ndarray | slice) -> "Reference":
         """That of some pairs, which may come several times."""
         return Reference(*(array[pairs] for array in self.arrays().values()))
 

@@ -12,16 +12,17 @@ import deltapatch
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PARTS = ("kernels", "models", "engine", "tasks", "analysis", "bench", "cli")
-# cli, bench -> analysis, tasks -> engine -> models, kernels
+PARTS = ("kernels", "models", "engine", "tasks", "analysis", "study", "bench", "cli")
+# cli, bench -> study -> analysis, tasks -> engine -> models, kernels
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "models": {"models"},
     "engine": {"engine", "models", "kernels"},
     "tasks": {"tasks", "engine", "models", "kernels"},
     "analysis": {"analysis", "engine", "models", "kernels"},
-    "bench": {"bench", "tasks", "analysis", "engine", "models", "kernels"},
-    "cli": {"cli", "bench", "tasks", "analysis", "engine", "models", "kernels"},
+    "study": {"study", "tasks", "analysis", "engine", "models", "kernels"},
+    "bench": {"bench", "study", "tasks", "analysis", "engine", "models", "kernels"},
+    "cli": {"cli", "bench", "study", "tasks", "analysis", "engine", "models", "kernels"},
 }
 
 

@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 import deltapatch as dp
 from deltapatch.analysis import study_plots
 from deltapatch.analysis.faithfulness import needed, plan, ranking, sizes_up_to
+from deltapatch.analysis.heatmaps import group_heatmaps
 from deltapatch.analysis.importance import relative_importance
 from deltapatch.analysis.magnitudes import discoveries, magnitudes
 from deltapatch.analysis.overlap import chance_p, overlaps, top_k
@@ -216,8 +217,16 @@ def test_figures(make_effects, tmp_path) -> None:
         "overlap": lambda: study_plots.overlap_matrix(overlaps(pairs, 10)),
         "curves": lambda: study_plots.faithfulness_curves({"denoise": curve, "noise": curve}),
         "predictions": lambda: study_plots.prediction_curves(
-            effects.layers_of("mlp_out"), changes.desired[:, :, -1], changes.undesired[:, :, -1], "mlp_out"
+            effects.layers_of("mlp_out"),
+            {"mlp_out": (changes.desired[:, :, -1], changes.undesired[:, :, -1])},
         ),
+        "groups": lambda: study_plots.group_curves(
+            effects.layers_of("mlp_out"),
+            {"+": effects.values("ie", "mlp_out")[:, :, -1], "-": effects.values("kl", "mlp_out")[:, :, 2]},
+            "ie",
+            "last token",
+        ),
+        "group heatmaps": lambda: group_heatmaps({"+": effects, "-": effects}, "ie", "mlp_out"),
         "discoveries": lambda: study_plots.discovery_plot(table, 0.5),
     }
     written = {}

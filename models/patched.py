@@ -1,0 +1,75 @@
+"""The plain forward with every site open to changes: nothing is carried as a difference.
+
+It shares the weights and the elementary steps of `forward.py` with the engine and none of the engine, so
+that effects can be held to it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from deltapatch.models import forward
+from deltapatch.models.model import Model
+from deltapatch.models.spec import ModelSpec
+from deltapatch.models.weights import LayerWeights
+
+# Called with (site, layer, value [row, T, ...]) at every site; it may write into the value.
+Visit = Callable[[str, int, Tensor], None]
+
+
+@torch.no_grad()
+def patched_logits(
+    model: Model,
+    tokens: Tensor,
+    visit: Visit,
+    read: Sequence[int] = (-1,),
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Logits of prompts that `visit` changes on the way.
+
+    Args:
+        tokens: [row, T], on the model's device.
+        visit: sees, and may change, a copy of every site's value.
+        read: at which positions.
+        dtype: that everything is computed in.
+
+    Returns:
+        [row, read, vocab].
+    """
+    tables = forward.rope_tables(model.spec.rope, tokens.shape[1], dtype, model.device)
+    x = model.embed(tokens, dtype)  # [row, T, d_model]
+    for l in range(model.spec.n_layers):
+        x = _block(x, model.layer(l, dtype), model.spec, tables, lambda site, v, l=l: visit(site, l, v))  # type: ignore[misc]
+    return forward.readout(x[:, list(read)], model.ends(dtype), model.spec)
+
+
+def _block(
+    x: Tensor,
+    layer: LayerWeights,
+    spec: ModelSpec,
+    tables: tuple[Tensor, Tensor],
+    visit: Callable[[str, Tensor], None],
+) -> Tensor:
+    """`forward.block`, with every site open to changes."""
+
+    def at(site: str, value: Tensor) -> Tensor:
+        value = value.clone()
+        visit(site, value)
+        return value
+
+    x = at("resid_pre", x)
+    normed = forward.normalise(x, layer.norm1, spec)
+    q, k, v = (at(s, y) for s, y in zip("qkv", forward.project_qkv(normed, layer, spec), strict=True))
+    q, k = (forward.rotate(y, *tables, spec.rope) for y in (q, k))
+    z = at("z", forward.attend(q, k, v))
+    mid = x + at("attn_out", forward.linear(z.flatten(-2), layer.out))
+    if not spec.parallel:
+        mid = at("resid_mid", mid)
+    if layer.norm2 is not None:
+        normed = forward.normalise(x if spec.parallel else mid, layer.norm2, spec)
+    act = forward.activation(spec.activation)
+    up = forward.linear(normed, layer.up)
+    post = act(up) if layer.gate is None else act(forward.linear(normed, layer.gate)) * up
+    post = at("mlp_post", post)
+    return at("resid_post", mid + at("mlp_out", forward.linear(post, layer.down)))

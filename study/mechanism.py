@@ -1,0 +1,241 @@
+"""Exhibits from ranking to mechanism: the top k components or neurons patched jointly, in both directions.
+
+The ranking comes from some of the pairs, and the joint patches act on others, so that what is found for the
+top k is not the luck by which they came to the top.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from deltapatch.analysis.faithfulness import Plan, needed, plan, ranking, sizes_up_to
+from deltapatch.analysis.select import select
+from deltapatch.analysis.statistics import mean_over_pairs
+from deltapatch.analysis.study_plots import faithfulness_curves
+from deltapatch.analysis.tables import Table
+from deltapatch.engine.effects import Effects
+from deltapatch.engine.interventions import Intervention, Patch
+from deltapatch.engine.metrics import Direction, Reference
+from deltapatch.engine.runfolder import plain_errors
+from deltapatch.engine.sweep import Outcome, run
+from deltapatch.engine.tensorfile import save_file
+from deltapatch.engine.wholefile import write_whole
+from deltapatch.errors import DeltapatchError
+from deltapatch.study.exhibit import Exhibit
+from deltapatch.study.found import Found
+from deltapatch.study.oracle import CHECKED, errors, plain_effects
+
+JOINT = "joint"  # the folder of what joint patches did
+METRIC = "recovered"
+RANDOM_SETS = 3
+LARGEST = 4096  # more neurons together are told of only as all
+_CHECKED_SETS = 4  # joint interventions that are computed again, of each direction
+DIRECTIONS: dict[Direction, str] = {"denoise": "denoise: brought back", "noise": "noise: taken away"}
+
+
+def mechanism(found: Found) -> Iterator[Exhibit]:
+    """Faithfulness curves of components and of neurons."""
+    acted, ranked_by = _split(len(found.made.pairs), found.subject.settings.joint_pairs)
+    effects = select(found.effects("components"), pairs=ranked_by)
+    components = _rank_components(effects)
+    yield _exhibit(
+        found,
+        "components",
+        "MLP and attention outputs, at the labelled positions and the last,",
+        acted,
+        components,
+        components,
+        sizes_up_to(len(components)),
+        None,
+    )
+    effects = select(found.effects("neurons"), pairs=ranked_by)
+    neurons = ranking(effects, METRIC, "mlp_post")
+    n, layers = len(neurons), effects.layers_of("mlp_post").tolist()
+    whole = [Patch("mlp_out", layer, "last") for layer in layers] if n > LARGEST else None
+    sizes = sizes_up_to(min(n, LARGEST))
+    yield _exhibit(
+        found, "neurons", "hidden neurons at the last token", acted, neurons, neurons, sizes, whole
+    )
+
+
+def _exhibit(
+    found: Found,
+    name: str,
+    what: str,
+    acted: np.ndarray,
+    ranked: Sequence[Patch],
+    pool: Sequence[Patch],
+    sizes: list[int],
+    whole: list[Patch] | None,
+) -> Exhibit:
+    """One pair of curves. `whole` is what patching all of the pool comes to, where that is too many."""
+    settings = found.subject.settings
+    joint = plan(ranked, len(acted), sizes, RANDOM_SETS, pool, settings.seed)
+    curves = {}
+    for direction, title in DIRECTIONS.items():
+        sign = 1.0 if direction == "denoise" else -1.0
+        values = _carry_out(found, f"{name}-{direction}", acted, joint.interventions, direction)
+        curve = joint.curve(sign * values, METRIC, seed=settings.seed)
+        if whole is not None:
+            every = [Intervention(i, whole) for i in range(len(acted))]
+            ends = _carry_out(found, f"{name}-all-{direction}", acted, every, direction)
+            curve = _with_all(curve, sign * ends, len(pool), joint, settings.seed)
+        curves[title] = curve
+    columns = {
+        "direction": np.concatenate(
+            [
+                np.full(len(curve), direction, dtype=object)
+                for direction, curve in zip(DIRECTIONS, curves.values(), strict=True)
+            ]
+        )
+    }
+    columns |= {
+        c: np.concatenate([curve.columns[c] for curve in curves.values()])
+        for c in next(iter(curves.values())).columns
+    }
+    enough = [needed(curve) for curve in curves.values()]
+    said = ", ".join(
+        f"{k:,} of {len(pool):,} for {d}" if k else f"no number for {d}"
+        for k, d in zip(enough, DIRECTIONS, strict=True)
+    )
+    n_ranked = len(found.made.pairs) - len(acted)
+    return Exhibit(
+        f"joint_{name}",
+        f"The strongest {name} patched together",
+        f"Share of the logit difference between the two prompts that replacing the top k {what} together "
+        "brings back (clean activations into the corrupted prompt) or takes away (the other way round), "
+        f"beside {RANDOM_SETS} random sets of equal size. Ranked by mean {METRIC} on {n_ranked} pairs, "
+        f"patched on {len(acted)} others; bands are 95% bootstrap intervals over these. Without an effect it "
+        f"is 0. 80% of what all do together is reached by {said}.",
+        Table(columns, METRIC),
+        lambda: faithfulness_curves(curves, "share of the logit difference"),
+        shown=40,
+    )
+
+
+def _split(n: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which pairs are patched, evenly over all, and which the ranking comes from."""
+    if n < 4:
+        raise DeltapatchError(f"joint patches need at least 4 pairs, and there are {n}")
+    acted = np.unique(np.linspace(0, n - 1, min(wanted, n // 2)).round().astype(int))
+    return acted, np.setdiff1d(np.arange(n), acted)
+
+
+def _rank_components(effects: Effects) -> list[Patch]:
+    """MLP and attention outputs at the positions that every pair has a label for, the strongest first."""
+    shared = set.intersection(*(set(pair.labels) for pair in effects.pairs))
+    labels = sorted(name for name in shared if not name.endswith("_first") and name != "last")
+    found: list[tuple[float, Patch]] = []
+    for site in effects.sites:
+        values = effects.values(METRIC, site)  # [pair, layer, position]
+        swept = effects.positions(site)
+        places = [[pair.resolve(position) for position in swept] for pair in effects.pairs]
+        for label in (*labels, "last"):
+            own = [pair.resolve(label) for pair in effects.pairs]
+            if any(place not in row for place, row in zip(own, places, strict=True)):
+                continue  # nothing differs there yet
+            at = [row.index(place) for place, row in zip(own, places, strict=True)]
+            mean = mean_over_pairs(values[np.arange(len(at)), :, at])[0]  # [layer]
+            for layer, value in zip(effects.layers_of(site).tolist(), mean.tolist(), strict=True):
+                found.append((value, Patch(site, layer, label)))
+    return [patch for _, patch in sorted(found, key=lambda item: -np.nan_to_num(item[0], nan=-np.inf))]
+
+
+def _carry_out(
+    found: Found, name: str, acted: np.ndarray, interventions: list[Intervention], direction: Direction
+) -> np.ndarray:
+    """The metric of every intervention; what was done before is read."""
+    path = found.folder / JOINT / f"{name}.safetensors"
+    outcome = _read(path, len(interventions), len(acted))
+    settings, model = found.subject.settings, found.subject.model
+    pairs = [found.made.pairs[i] for i in acted.tolist()]
+    if outcome is None:
+        found.subject.say(f"  joint patches, {name}: {len(interventions):,}")
+        with found.subject.stopping(f"{found.experiment.name}, joint patches"):
+            outcome = run(
+                model,
+                pairs,
+                interventions,
+                direction=direction,
+                precision=settings.precision,
+                memory_budget=settings.budget_for(model),
+                metrics=[METRIC, "ie"],
+                seed=settings.seed,
+                progress=found.subject.progress,
+            )
+            with plain_errors(path, "what was done before is kept; free some, and resume"):
+                _write(path, outcome)
+    outcome = replace(outcome, pair=np.array([i.pair for i in interventions]), direction=direction)
+    found.checks[f"joint {name}"] = _check(found, name, outcome, acted, interventions, direction)
+    return outcome.values(METRIC)
+
+
+def _check(
+    found: Found,
+    name: str,
+    outcome: Outcome,
+    acted: np.ndarray,
+    interventions: list[Intervention],
+    direction: Direction,
+) -> dict[str, Any]:
+    """A few of the joint interventions on the first pair, against plain float64 forwards."""
+    own = [i for i, each in enumerate(interventions) if each.pair == 0]
+    some = [own[i] for i in np.unique(np.linspace(0, len(own) - 1, _CHECKED_SETS).round().astype(int))]
+    pair = found.effects("components").pairs[int(acted[0])]
+    want = plain_effects(found.subject.model, pair, [interventions[i].patches for i in some], direction)
+    got = {key: np.asarray(outcome.measured[key], dtype=np.float64)[some] for key in CHECKED}
+    return {"precision": outcome.meta["precision"], **errors(got, want)}
+
+
+def _with_all(curve: Table, ends: np.ndarray, n: int, joint: Plan, seed: int) -> Table:
+    """The curve with a last row: all of them, which is the same set in any order."""
+    last = replace(
+        joint,
+        pair=np.arange(len(ends)),
+        size=np.full(len(ends), n),
+        group=np.full(len(ends), -1),
+        sizes=[n],
+    ).curve(ends, METRIC, seed=seed)
+    c = last.columns
+    c["random"], c["random_low"], c["random_high"] = c[METRIC], c["low"], c["high"]
+    return Table({name: np.concatenate([curve.columns[name], c[name]]) for name in curve.columns}, METRIC)
+
+
+def _write(path: Path, outcome: Outcome) -> None:
+    tensors = {f"measured/{name}": values for name, values in outcome.measured.items()}
+    tensors |= {f"reference/{name}": getattr(outcome.reference, name) for name in _REFERENCE}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"precision": outcome.meta["precision"]}
+    write_whole(path, lambda draft: save_file(tensors, draft, metadata))
+
+
+_REFERENCE = ("logit", "logp", "prediction")
+
+
+def _read(path: Path, n: int, n_pairs: int) -> Outcome | None:
+    """What was written; None where nothing was, or not of this shape."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        reference = Reference(*(tensors[f"reference/{name}"] for name in _REFERENCE))
+        measured = {
+            name: a
+            for key, a in tensors.items()
+            for kind, _, name in [key.partition("/")]
+            if kind == "measured"
+        }
+        fits = len(reference.logit) == n_pairs and all(len(a) == n for a in measured.values())
+        if not fits or not set(CHECKED) <= set(measured):
+            return None
+        return Outcome(
+            measured, np.zeros(n, dtype=int), reference, "denoise", {"precision": metadata["precision"]}
+        )
+    except (SafetensorError, OSError, KeyError) as error:
+        raise DeltapatchError(f"{path} is damaged: remove it and resume") from error
