@@ -18,7 +18,8 @@ from deltapatch.tasks.questions import Question
 from deltapatch.tasks.split import is_held_out
 from deltapatch.tasks.templates import OPERATORS, facts
 
-LISTED = (2, 3, 4)  # things in a list
+LISTED = range(3, 11)  # things in a list
+TOLD = range(2, 6)  # things in a question about several
 LARGEST_WORD = 99  # numbers in words go from one to ninety-nine
 CHOICES = ("max", "min", ">", "<")
 
@@ -48,8 +49,7 @@ def all_kinds(max_number: int, samples: int, seed: int = 0) -> list[Kind]:
         samples: how many questions there are of each kind that is not small enough to be listed.
     """
     numerals = numerals_to(max_number)
-    largest = min(max_number, LARGEST_WORD)
-    words = NumberRange(largest, largest, "", split=True, write=WRITINGS["words"])
+    words = words_to(max_number)
     return [
         *_two_operands("numerals", tuple(OPERATORS), range(6), numerals),
         *_two_operands("words", tuple(OPERATORS), range(5), words),
@@ -65,6 +65,12 @@ def all_kinds(max_number: int, samples: int, seed: int = 0) -> list[Kind]:
 def numerals_to(max_number: int) -> NumberRange:
     """Operands and results in numerals."""
     return NumberRange(max_number, max_number, "", split=False)
+
+
+def words_to(max_number: int) -> NumberRange:
+    """Operands and results in words."""
+    largest = min(max_number, LARGEST_WORD)
+    return NumberRange(largest, largest, "", split=True, write=WRITINGS["words"])
 
 
 def _two_operands(
@@ -152,11 +158,17 @@ class Pool:
 
 
 class Lists:
-    """Lists to recall from: " 28 apples, 11 eggs: eggs 11, apples 28", the numbers asked for.
+    """Lists to recall from, with every number asked for, in three forms.
 
-    Number retrieval takes three steps that only help together: a number goes to the thing beside it, the
-    question's thing finds its twin, and the end finds the question. Lists need the first two, and ask for
-    every number.
+    In number retrieval a number goes to the thing beside it, the question's thing finds its twin, and the
+    end finds the question. The three steps only help together, so a model that sees only questions of two
+    numbers keeps to one of the two. Each form here needs one step more:
+
+    - the list once more, all of it asked for: " 28 apples, 11 eggs: 28 apples 11 eggs";
+    - its things in any order: " 28 apples, 11 eggs: eggs 11 apples 28 eggs 11", or with some words between:
+      " 28 apples, 11 eggs: eggs is 11 apples is 28 eggs is 11";
+    - in the words of number retrieval: "Q: I have 28 apples and 11 eggs. How many eggs do I have? A: 11. How
+      many apples do I have? A: 28".
 
     Args:
         tokenizer: of the model.
@@ -166,36 +178,55 @@ class Lists:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, known: NumberRange, n: int, seed: int = 0) -> None:
         rng = random.Random(f"{seed} lists")
-        numbers = range(2, known.results + 1)
-        pieces: list[list[str]] = []
-        for _ in range(n):
-            size = rng.choice(LISTED)
-            things = rng.sample(retrieval.ENTITIES, size)
-            of = dict(zip(things, (known.write(x) for x in rng.sample(numbers, size)), strict=True))
-            told = ",".join(f" {of[thing]} {thing}" for thing in things)
-            asked = [(f" {thing}", f" {of[thing]}", ",") for thing in rng.sample(things, size)]
-            pieces.append([f"{told}:", *(part for answer in asked for part in answer)])
-            pieces[-1][-1] = "\n"
+        drawn = [_list(rng, known) for _ in range(n)]
         # Pieces are tokenised by themselves, so a line has the tokens of its pieces.
-        flat = list(dict.fromkeys(part for line in pieces for part in line))
+        flat = list(dict.fromkeys(text for line in drawn for text, _ in line))
         ids = dict(zip(flat, tokenizer(flat, add_special_tokens=False)["input_ids"], strict=True))
         self.lines = [
             (
-                np.array([token for part in line for token in ids[part]], dtype=np.int64),
-                np.array([i > 0 and i % 3 != 1 for i, part in enumerate(line) for _ in ids[part]]),
+                np.array([token for text, _ in line for token in ids[text]], dtype=np.int64),
+                np.array([wanted for text, wanted in line for _ in ids[text]]),
             )
-            for line in pieces
+            for line in drawn
         ]
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def prompt(self, chosen: np.ndarray, bos: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Some lists one after another: the tokens, and whether each is part of an answer."""
-        parts = [(np.array(bos, dtype=np.int64), np.zeros(len(bos), dtype=bool))]
-        parts += [self.lines[i] for i in chosen.tolist()]
-        tokens, wanted = zip(*parts, strict=True)
-        return np.concatenate(tokens), np.concatenate(wanted)
+        """One line, the first that is chosen: the tokens, and whether each is part of an answer.
+
+        An earlier line would have answers to the same things.
+        """
+        tokens, wanted = self.lines[int(chosen[0])]
+        return np.concatenate([np.array(bos, dtype=np.int64), tokens]), np.concatenate(
+            [np.zeros(len(bos), dtype=bool), wanted]
+        )
+
+
+def _list(rng: random.Random, known: NumberRange) -> list[tuple[str, bool]]:
+    """One line of `Lists`: its pieces, and whether each is asked for."""
+    form = rng.choices(("again", "things", "questions"), (0.45, 0.4, 0.15))[0]
+    size = rng.choice(TOLD if form == "questions" else LISTED)
+    things = rng.sample(retrieval.ENTITIES, size)
+    numbers = [known.write(x) for x in rng.sample(range(2, known.results + 1), size)]
+    told = [f" {number} {thing}" for number, thing in zip(numbers, things, strict=True)]
+    asked = [rng.randrange(size) for _ in range(size)]
+    before, after = rng.choice(retrieval.TEMPLATES).split(" {number1} {entity1} and {number2} {entity2}")
+    if form == "questions":
+        line = [(before + " and".join(told), False)]
+        for i in asked:
+            line += [(after.format(entity=things[i]), False), (f" {numbers[i]}", True)]
+        return line
+    line = [(",".join(told) + ":", False)]
+    if form == "again":
+        for i in range(size):  # the first number could be any
+            line += [(f" {numbers[i]}", i > 0), (f" {things[i]}", True)]
+        return line
+    between = rng.choice(("", "", ":", "? A:", after.split("{entity}")[1]))
+    for i in asked:
+        line += [(f" {things[i]}{between}", False), (f" {numbers[i]}", True)]
+    return line
 
 
 Batch = tuple[

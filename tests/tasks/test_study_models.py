@@ -1,6 +1,7 @@
 """The script that trains the study's models: its questions, batches and tokenizers, and a few steps of it."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -74,11 +75,11 @@ def test_batches_ask_for_the_answers(script: ModuleType, kinds: list[Any], token
     pools = [script.Pool(tokenizer, kind.seen) for kind in kinds]
     shares = script.Recipe().tasks
     assert sum(shares.values()) == pytest.approx(1)
-    weights = script.pool_weights([*(kind.task for kind in kinds), "lists"], shares)
-    assert weights[-1] == pytest.approx(shares["lists"])
-    share = sum(w for w, kind in zip(weights[:-1], kinds, strict=True) if kind.task == "words")
+    weights = script.pool_weights([*(kind.task for kind in kinds), "lists", "lists, words"], shares)
+    assert weights[-2:] == pytest.approx([shares["lists"], shares["lists, words"]])
+    share = sum(w for w, kind in zip(weights[:-2], kinds, strict=True) if kind.task == "words")
     assert share == pytest.approx(shares["words"])
-    weights = weights[:-1] / weights[:-1].sum()
+    weights = weights[:-2] / weights[:-2].sum()
     bos = tokenizer("")["input_ids"]
     made = [
         next(b) for b in [script.batches(pools, weights, bos, 300, (0.5, 0.5), 64, seed=2) for _ in range(2)]
@@ -96,19 +97,27 @@ def test_batches_ask_for_the_answers(script: ModuleType, kinds: list[Any], token
 
 
 def test_lists_ask_for_what_they_say(script: ModuleType, tokenizer: Any) -> None:
-    lists = script.Lists(tokenizer, script.numerals_to(20), 30)
-    again = script.Lists(tokenizer, script.numerals_to(20), 30)
-    bos = tokenizer("")["input_ids"]
+    bos, forms = tokenizer("")["input_ids"], set()
+    lists, again = (script.Lists(tokenizer, script.numerals_to(20), 60) for _ in range(2))
     for i in range(len(lists)):
-        ids, wanted = lists.prompt(np.array([i]), bos)
+        ids, wanted = lists.prompt(np.array([i, 0]), bos)
         assert np.array_equal(ids, again.prompt(np.array([i]), bos)[0])
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         assert tokenizer(text)["input_ids"] == ids.tolist()
-        told, asked = text.rstrip("\n").split(":")
-        of = dict(item.split(" ")[1:][::-1] for item in told.split(","))
-        answers = [item.split(" ")[1:] for item in asked.split(",")]
-        assert sorted(answers) == sorted([thing, n] for thing, n in of.items())
-        assert tokenizer.decode(ids[wanted].tolist()) == "".join(f" {n}," for _, n in answers)[:-1] + "\n"
+        told, asked = re.split(r":|\. [HT]", text.removeprefix("Q:"), maxsplit=1)
+        of = {thing: number for number, thing in re.findall(r" (\d+) (\w+)", told)}
+        answers = tokenizer.decode(ids[wanted].tolist()).split()
+        if asked == told.replace(",", ""):
+            forms.add("again")
+            assert answers == asked.split()[1:]
+        else:
+            forms.add(
+                "questions" if " and " in told else "things" if asked.count("A:") == 0 else "words between"
+            )
+            things = [thing for thing in re.findall(r"[a-z]+", asked) if thing in of]
+            assert answers == [of[thing] for thing in things]
+            assert len(answers) == len(of)
+    assert forms == {"again", "things", "words between", "questions"}
 
 
 @pytest.mark.parametrize("name", ["gpt-neox-study", "llama-digits-study"])
@@ -128,7 +137,7 @@ def test_the_script_trains(script: ModuleType, name: str, tmp_path: Path) -> Non
     assert {p.name for p in tmp_path.iterdir()} == {name}
     metrics = json.loads((tmp_path / name / "metrics.json").read_text())
     assert metrics["parameters"] <= 1_000_000
-    assert set(metrics["held_out_0_shot"]) == set(recipe.tasks) - {"lists"}
+    assert set(metrics["held_out_0_shot"]) == set(recipe.tasks) - {"lists", "lists, words"}
     assert "| three operands | x + y + z |" in (tmp_path / name / "README.md").read_text()
     model = dp.load_model(tmp_path / name, device="cpu")
     numbers = number_range(model.tokenizer, 20)
