@@ -93,6 +93,7 @@ def reproduce(
     model: str,
     device: str,
     dtype: str,
+    stream: bool,
     adapter: str | None,
     names: tuple[str, ...],
     compare: str | None,
@@ -127,9 +128,9 @@ def reproduce(
 
     if out and not dry_run:
         check_folder(out, resume)
-    loaded = load_model(model, device=device, dtype=dtype, adapter=adapter)
+    loaded = load_model(model, device=device, dtype=dtype, stream=stream, adapter=adapter)
     say(f"{loaded!r}", quiet)
-    other = None if compare is None else load_model(compare, device=device, dtype=dtype)
+    other = None if compare is None else load_model(compare, device=device, dtype=dtype, stream=stream)
     check_inputs(loaded, settings, order, other)
     if dry_run:
         _estimate(loaded, settings, order, as_json)

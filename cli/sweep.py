@@ -231,6 +231,7 @@ def sweep(
             {
                 "out": out,
                 **plan,
+                "answer_tokens": effects.meta["answer_tokens"],
                 "memory_budget": effects.meta["memory_budget"],
                 "accuracy": effects.accuracy(),
                 "sites": shapes,

@@ -33,6 +33,7 @@ def test_every_help_has_an_example(command):
         "convert",
         "bench",
         "merge",
+        "reproduce",
     }
 
 

@@ -43,8 +43,8 @@ def test_the_experiments_are_listed_without_a_model(command) -> None:
         ((*MODEL, "--out", "new", "--compare", "nowhere"), "nowhere"),
         ((*MODEL, "--out", "new", "--compare", "builtin:llama-arithmetic"), "tokenises text in another way"),
         (
-            (*MODEL, "--out", "new", "--experiment", "factual"),
-            "none of these experiments: factual: No factual",
+            (*MODEL, "--out", "new", "--experiment", "retrieval"),
+            "none of these experiments: retrieval: its prompts have up to",
         ),
         ((*MODEL, "--out", ".", "--resume"), "is taken, and not by a study"),
     ],
@@ -63,10 +63,10 @@ def test_bad_input_is_one_sentence(command, tmp_path, monkeypatch, args, message
 
 def test_a_dry_run_says_what_it_would_take(command, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = command("reproduce", *MODEL, "--quick", "--experiment", "shots-0,factual", "--dry-run")
+    result = command("reproduce", *MODEL, "--quick", "--experiment", "shots-0,retrieval", "--dry-run")
     assert result.code == 0
     assert not list(tmp_path.iterdir())
-    assert "# factual: not possible: No factual pairs are possible" in result.out
+    assert "# retrieval: not possible: its prompts have up to 177 tokens, more than the 64" in result.out
     assert "# shots-0: Two operands in numerals, 0 exemplars; 48 pairs, 2,752 interventions" in result.out
     assert "deltapatch sweep --model builtin:gpt-neox-arithmetic --pairs shots-0/pairs.jsonl" in result.out
     facts = json.loads(
@@ -77,15 +77,24 @@ def test_a_dry_run_says_what_it_would_take(command, tmp_path, monkeypatch) -> No
 
 def test_one_experiment_on_a_built_in_model(command, tmp_path) -> None:
     out = tmp_path / "study"
-    args = ("reproduce", *MODEL, "--per-template", "1", "--experiment", "shots-0", "--experiment", "factual")
+    args = (
+        "reproduce",
+        *MODEL,
+        "--per-template",
+        "1",
+        "--experiment",
+        "shots-0",
+        "--experiment",
+        "retrieval",
+    )
     result = command(*args, "--out", out, "--json")
     assert result.code == 0, result.err
     facts = json.loads(result.out)
     assert facts["experiments"]["shots-0"]["accuracy"] > 0.9
     assert facts["experiments"]["shots-0"]["importance"] > 0.2 > facts["experiments"]["shots-0"]["null"]
     assert facts["experiments"]["shots-0"]["error"] < 1e-4
-    assert "No factual pairs are possible" in facts["failures"]["factual"]
-    assert "not done: No factual pairs" in result.err
+    assert "its prompts have up to 176 tokens" in facts["failures"]["retrieval"]
+    assert "not done: its prompts" in result.err
     assert command("effects", out / "shots-0" / "components", "--site", "mlp_out").code == 0
     taken = command(*args, "--out", out)
     assert taken.code == 2
@@ -93,4 +102,4 @@ def test_one_experiment_on_a_built_in_model(command, tmp_path) -> None:
     again = command(*args, "--out", out, "--resume", "--quiet")
     assert again.code == 0
     assert again.out == f"{out}\n"
-    assert "factual was not done: No factual pairs" in again.err
+    assert "retrieval was not done: its prompts" in again.err
