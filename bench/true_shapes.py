@@ -3,7 +3,6 @@
 import json
 import math
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from deltapatch.models.config import Config
 from deltapatch.models.model import Model
 from deltapatch.models.registry import read_config
 from deltapatch.models.spec import ModelSpec
+from deltapatch.models.stand_in import MadeTensors
 from deltapatch.models.store import Store
 
 # config.json of the models that the tables name, as their checkpoints have it
@@ -47,7 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class RandomTensors:
+class RandomTensors(MadeTensors):
     """Tensors drawn when they are read, each from a seed of its own name.
 
     Args:
@@ -56,37 +56,11 @@ class RandomTensors:
         device, dtype: where and as what they are drawn.
     """
 
-    where = "random weights"
-    in_file = False
-
     def __init__(
         self, shapes: dict[str, tuple[int, ...]], n_layers: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._shapes, self._n_layers, self._device, self._dtype = shapes, n_layers, device, dtype
-
-    def names(self) -> Iterable[str]:
-        """The names of all tensors."""
-        return self._shapes.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one."""
-        return self._shapes[name]
-
-    def place(self, name: str) -> str:
-        """What a sentence calls the place that it is read from."""
-        return self.where
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of all."""
-        return self._dtype
-
-    def fetch(self, name: str) -> Tensor:
-        """Drawn anew."""
-        return self.read(name)
-
-    def sample(self, name: str, step: int) -> Tensor:
-        """Every `step`th value."""
-        return self.read(name).reshape(-1)[::step]
+        super().__init__("random weights", shapes, dtype)
+        self._n_layers, self._device = n_layers, device
 
     def read(self, name: str) -> Tensor:
         """Drawn as `draw_weight` has it."""

@@ -51,16 +51,20 @@ def stored_dtype(fields: dict[str, Any]) -> torch.dtype:
     return _DTYPES.get(named.removeprefix("torch."), torch.float32)
 
 
-class _Tensors:
-    """Tensors of one shape are one tensor."""
+class MadeTensors:
+    """Tensors that are made when they are read, in place of those of a file.
 
-    in_file = True  # as those of the model that is stood in for
+    Args:
+        where: what a sentence calls the place that they come from.
+        shapes: name -> shape.
+        dtype: of all.
+    """
+
+    in_file = False
 
     def __init__(self, where: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         self.where = where
         self._shapes, self._dtype = shapes, dtype
-        self._made: dict[tuple[int, ...], Tensor] = {}
-        self._drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def names(self) -> Iterable[str]:
         """The names of all tensors."""
@@ -79,13 +83,8 @@ class _Tensors:
         return self._dtype
 
     def read(self, name: str) -> Tensor:
-        """Numbers of the size that a matrix of this shape has."""
-        shape = self._shapes[name]
-        if shape not in self._made:
-            n = math.prod(shape)
-            drawn = self._drawn * shape[-1] ** -0.5
-            self._made[shape] = drawn.repeat(-(-n // _DRAWN))[:n].view(shape)
-        return self._made[shape]
+        """Make one."""
+        raise NotImplementedError
 
     def fetch(self, name: str) -> Tensor:
         """The same."""
@@ -94,3 +93,23 @@ class _Tensors:
     def sample(self, name: str, step: int) -> Tensor:
         """Every `step`th value, flat."""
         return self.read(name).reshape(-1)[::step]
+
+
+class _Tensors(MadeTensors):
+    """Tensors of one shape are one tensor."""
+
+    in_file = True  # as those of the model that is stood in for
+
+    def __init__(self, where: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        super().__init__(where, shapes, dtype)
+        self._made: dict[tuple[int, ...], Tensor] = {}
+        self._drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def read(self, name: str) -> Tensor:
+        """Numbers of the size that a matrix of this shape has."""
+        shape = self._shapes[name]
+        if shape not in self._made:
+            n = math.prod(shape)
+            drawn = self._drawn * shape[-1] ** -0.5
+            self._made[shape] = drawn.repeat(-(-n // _DRAWN))[:n].view(shape)
+        return self._made[shape]

@@ -207,13 +207,10 @@ def _with_all(curve: Table, ends: np.ndarray, n: int, joint: Plan, seed: int) ->
 
 def _write(path: Path, outcome: Outcome) -> None:
     tensors = {f"measured/{name}": values for name, values in outcome.measured.items()}
-    tensors |= {f"reference/{name}": getattr(outcome.reference, name) for name in _REFERENCE}
+    tensors |= {f"reference/{name}": array for name, array in outcome.reference.arrays().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"precision": outcome.meta["precision"]}
     write_whole(path, lambda draft: save_file(tensors, draft, metadata))
-
-
-_REFERENCE = ("logit", "logp", "prediction")
 
 
 def _read(path: Path, n: int, n_pairs: int) -> Outcome | None:
@@ -224,7 +221,8 @@ def _read(path: Path, n: int, n_pairs: int) -> Outcome | None:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        reference = Reference(*(tensors[f"reference/{name}"] for name in _REFERENCE))
+        names = Reference.empty(0).arrays()
+        reference = Reference(**{name: tensors[f"reference/{name}"] for name in names})
         measured = {
             name: a
             for key, a in tensors.items()

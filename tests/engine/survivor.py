@@ -45,7 +45,8 @@ def budget(model: deltapatch.Model) -> int:
     from deltapatch.kernels.backend import choose_backend
 
     block = choose_backend("auto", model.device).block_tokens
-    return Costs.of(model, PRECISIONS["bf16"], block, 1, 5, 1).total(1, 5, 40, 10)
+    places = set(str(OPTIONS["sites"]).split(","))
+    return Costs.of(model, PRECISIONS["bf16"], block, 1, 5, 1, places, False).total(1, 5, 40, 10)
 
 
 def sweep(run: Path | str | None, **options: object) -> deltapatch.Effects:
