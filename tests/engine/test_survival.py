@@ -14,7 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_survivor import OPTIONS, Stop, cut_off, make_model, make_pairs, passes_of, process, same, sweep
+from engine_survivor import (
+    OPTIONS,
+    Stop,
+    budget,
+    cut_off,
+    make_model,
+    make_pairs,
+    passes_of,
+    process,
+    same,
+    sweep,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -73,9 +84,10 @@ def test_a_pass_without_interventions(tmp_path):
     pairs = make_pairs(3)
     pairs[1].labels["here"] = 2
     whole, run = tmp_path / "whole", tmp_path / "run"
-    sweep(whole, pairs=pairs, positions=["here"])
-    cut_off(run, 2, pairs=pairs, positions=["here"])
-    sweep(run, pairs=pairs, positions=["here"], resume=True)
+    options = {"pairs": pairs, "positions": ["here"], "memory_budget": budget(make_model(), 12, 6)}
+    sweep(whole, **options)
+    cut_off(run, 2, **options)
+    sweep(run, resume=True, **options)
     assert same(run, whole)
     assert deltapatch.load_effects(run).accuracy() >= 0
 
