@@ -1,4 +1,4 @@
-"""The models that ship with the package: small, trained on arithmetic, one per architecture."""
+"""The models that ship with the package: small, trained on arithmetic, or on all tasks of the study."""
 
 from pathlib import Path
 
@@ -7,23 +7,25 @@ from deltapatch.errors import DeltapatchError
 BUILTIN = "builtin:"  # begins the name by which `load_model` finds one of them
 
 # The folder of each in builtin/, and the architecture that names it for short.
-BUILTIN_MODELS = {
+ARITHMETIC_MODELS = {
     "gpt-neox-arithmetic": "gpt_neox",
     "gptj-arithmetic": "gptj",
     "llama-arithmetic": "llama",
 }
+STUDY_MODELS = ("gpt-neox-study", "llama-digits-study")
+BUILTIN_MODELS = (*ARITHMETIC_MODELS, *STUDY_MODELS)
 
 
 def builtin_model_path(name: str = "gpt-neox-arithmetic") -> Path:
     """The folder of a built-in model, in Hugging Face format. Its README.md says what it can do.
 
     Args:
-        name: a key of BUILTIN_MODELS, or its architecture ("gpt_neox", "gptj", "llama").
+        name: one of BUILTIN_MODELS, or the architecture of an arithmetic one ("gpt_neox", "gptj", "llama").
 
     Raises:
         DeltapatchError: no built-in model has this name, or its files are not installed.
     """
-    full = {short: long for long, short in BUILTIN_MODELS.items()}.get(name, name)
+    full = {short: long for long, short in ARITHMETIC_MODELS.items()}.get(name, name)
     if full not in BUILTIN_MODELS:
         raise DeltapatchError(
             f"There is no built-in model {name!r}; the built-in models are {', '.join(BUILTIN_MODELS)}."
@@ -32,6 +34,6 @@ def builtin_model_path(name: str = "gpt-neox-arithmetic") -> Path:
     if not (folder / "model.safetensors").is_file():
         raise DeltapatchError(
             f"The built-in model {full!r} is not at {folder}; install deltapatch again, or train it with "
-            f"scripts/train_builtin_models.py --only {full}."
+            f"scripts/train_{'study' if full in STUDY_MODELS else 'builtin'}_models.py --only {full}."
         )
     return folder

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltapatch as dp
+from deltapatch.models.builtin_models import STUDY_MODELS, builtin_model_path
 from deltapatch.tasks import make_pairs
 from deltapatch.tasks.numbers import number_range
 
@@ -120,7 +122,28 @@ def test_lists_ask_for_what_they_say(script: ModuleType, tokenizer: Any) -> None
     assert forms == {"again", "things", "words between", "questions"}
 
 
-@pytest.mark.parametrize("name", ["gpt-neox-study", "llama-digits-study"])
+@pytest.mark.parametrize("name", STUDY_MODELS)
+def test_held_out_accuracy_is_what_the_card_says(script: ModuleType, name: str) -> None:
+    folder = builtin_model_path(name)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    recipe = metrics["recipe"]
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    every = script.all_kinds(recipe["max_number"], recipe["samples"], recipe["seed"])
+    kinds = [kind for kind in every if kind.task in ("retrieval", "facts", "three operands")]
+    found = script.accuracy(model, tokenizer, kinds, 0, recipe["measured"])
+    card = (folder / "README.md").read_text()
+    for task, by in found.items():
+        for kind, (right, asked) in by.items():
+            claimed = metrics["held_out_0_shot"][task][kind]
+            assert asked == claimed[1]
+            assert abs(right - claimed[0]) <= 2  # a near tie may fall otherwise on another processor
+            assert f"| {task} | {kind} | {claimed[0]} of {asked} |" in card
+    for task, percent in script.percent(metrics["held_out_0_shot"]).items():
+        assert f"| {task} | {percent:.2f} |" in card
+
+
+@pytest.mark.parametrize("name", STUDY_MODELS)
 def test_the_script_trains(script: ModuleType, name: str, tmp_path: Path) -> None:
     recipe = script.Recipe(
         recall_steps=1,
