@@ -62,6 +62,9 @@ def _list(context: click.Context, option: click.Parameter, asked: bool) -> None:
 )
 @click.option("--seed", default=0, show_default=True, help="Of pairs, intervals, tests and random sets.")
 @click.option(
+    "--max-number", type=int, help="The largest number, where a model knows none up to the tasks' own 300."
+)
+@click.option(
     "--answers",
     type=click.Choice(["auto", "one", "text"]),
     default="auto",

@@ -1,6 +1,6 @@
 """Copy what docs/study.md shows out of a study's folder: figures, the numbers behind them, and its tables.
 
-    deltapatch reproduce --model builtin:gpt-neox-study --out study
+    deltapatch reproduce --model builtin:gpt-neox-study --max-number 99 --out study
     python scripts/copy_study.py study
 
 Figures become docs/figures/study_*.png, the numbers docs/study.json, and the tables of the page, between

@@ -107,7 +107,7 @@ def command(
     words += ["--per-template", str(settings.pairs_of(experiment))]
     words += ["--shots", str(settings.shots_of(experiment)), "--seed", str(settings.seed)]
     for name, value in options.items():
-        text = value if isinstance(value, str) else ",".join(value)
+        text = str(value) if isinstance(value, str | int) else ",".join(value)
         if TASKS[experiment.task].default(name) != value:
             words += [f"--{name.replace('_', '-')}", text]
     if settings.correct_only:
@@ -118,6 +118,8 @@ def command(
 def task_options(experiment: Experiment, settings: Settings) -> dict[str, Any]:
     """The options that only the experiment's task has."""
     options = dict(experiment.options)
+    if settings.max_number is not None and "max_number" in TASKS[experiment.task].options:
+        options["max_number"] = settings.max_number
     data = {"factual": settings.facts, "word-problems": settings.problems}.get(experiment.task)
     return options | ({"data": data} if data else {})
 
@@ -126,7 +128,7 @@ def _alignable(
     experiment: Experiment, settings: Settings, model: Model
 ) -> tuple[list[PromptPair], Dropped, str]:
     """The pairs, with answers of one token where these do; and which they have."""
-    kinds = [settings.answers] if settings.answers != "auto" else _kinds(experiment, model)
+    kinds = [settings.answers] if settings.answers != "auto" else _kinds(experiment, settings, model)
     failure: DeltapatchError | None = None
     for answers in kinds:
         try:
@@ -154,12 +156,12 @@ def _alignable(
     raise failure
 
 
-def _kinds(experiment: Experiment, model: Model) -> list[str]:
+def _kinds(experiment: Experiment, settings: Settings, model: Model) -> list[str]:
     """Which kinds of answers to try: one token where that leaves the numbers whole, else any length first."""
     if "numbers" not in TASKS[experiment.task].options:
         return ["one", "text"]
     numbers = str(experiment.options.get("numbers", TASKS[experiment.task].default("numbers")))
-    most = int(TASKS[experiment.task].default("max_number"))
+    most = settings.max_number or int(TASKS[experiment.task].default("max_number"))
     try:
         known = number_range(model.tokenizer, most, numbers)
     except DeltapatchError:

@@ -31,6 +31,7 @@ class Settings:
         per_template: pairs of each template, shape or relation, whatever the size says.
         shots: exemplars before each question, where an experiment has any.
         seed: of the pairs, of bootstrap and tests, of random sets.
+        max_number: the largest number; the tasks' own, 300, by default.
         answers: "one" token, "text" of any length, or "auto": of any length where numbers are several tokens.
         correct_only: keep only pairs whose two prompts the model answers right, as in the paper.
         facts: a LAMA folder or a JSONL of facts, rather than those that come along.
@@ -47,6 +48,7 @@ class Settings:
     per_template: int | None = None
     shots: int = 2
     seed: int = 0
+    max_number: int | None = None
     answers: str = "auto"
     correct_only: bool = False
     facts: str | None = None
@@ -64,6 +66,7 @@ class Settings:
         least = {
             "per_template": 1,
             "shots": 0,
+            "max_number": 2,
             "top": 1,
             "layer": 0,
             "draws": 1,

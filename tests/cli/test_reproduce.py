@@ -37,6 +37,7 @@ def test_the_experiments_are_listed_without_a_model(command) -> None:
         ((*MODEL, "--out", "new", "--quick", "--paper-size"), "exclude each other"),
         ((*MODEL, "--out", "new", "--per-template", "0"), "per-template must be at least 1"),
         ((*MODEL, "--out", "new", "--shots", "-1"), "shots must be at least 0"),
+        ((*MODEL, "--out", "new", "--max-number", "1"), "max-number must be at least 2, not 1"),
         ((*MODEL, "--out", "new", "--memory-budget", "much"), "is not an amount of memory"),
         ((*MODEL, "--out", "new", "--lama", "nowhere"), "nowhere cannot be read"),
         ((*MODEL, "--out", "new", "--layer", "9"), "layer 9 does not exist: this model has 0 to 3"),
