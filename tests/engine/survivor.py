@@ -40,13 +40,13 @@ def make_pairs(n: int = 6) -> list[deltapatch.PromptPair]:
     ]
 
 
-def budget(model: deltapatch.Model, tokens: int = 40, rows: int = 10) -> int:
+def budget(model: deltapatch.Model, tokens: int = 40, rows: int = 10, precision: str = "bf16") -> int:
     """So little memory that a pass holds one pair, with so many rows of so many tokens together."""
     from deltapatch.kernels.backend import choose_backend
 
     block = choose_backend("auto", model.device).block_tokens
     places = set(str(OPTIONS["sites"]).split(","))
-    return Costs.of(model, PRECISIONS["bf16"], block, 1, 5, 1, places, False).total(1, 5, tokens, rows)
+    return Costs.of(model, PRECISIONS[precision], block, 1, 5, 1, places, False).total(1, 5, tokens, rows)
 
 
 def sweep(run: Path | str | None, **options: object) -> deltapatch.Effects:

@@ -7,18 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-from engine_survivor import cut_off, make_hf_model, make_pairs, passes_of, same
+from engine_survivor import budget, cut_off, make_hf_model, make_pairs, passes_of, same
 
 import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine import ray_team
-from deltapatch.engine.planner import Costs
 from deltapatch.engine.ray_sweep import ray_sweep
 from deltapatch.engine.ray_worker import Worker
 from deltapatch.engine.shards import Shards
 from deltapatch.engine.workers import threads
-from deltapatch.kernels.backend import choose_backend
-from deltapatch.kernels.product import PRECISIONS
 
 ray = pytest.importorskip("ray")
 
@@ -30,6 +27,12 @@ def _cluster():
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    """On a busy machine a worker may take a while to start."""
+    monkeypatch.setattr(ray_team, "_PATIENCE", 300.0)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +47,8 @@ def folder(tmp_path_factory):
 def options(folder):
     """A sweep of ten passes."""
     model = deltapatch.load_model(folder, device="cpu")
-    block = choose_backend("auto", model.device).block_tokens
-    budget = Costs.of(model, PRECISIONS["fp32"], block, 1, 5, 1).total(1, 5, 40, 10)
-    return {"sites": "mlp_out,z", "positions": [1, -1], "precision": "fp32", "memory_budget": budget}
+    few = budget(model, precision="fp32")
+    return {"sites": "mlp_out,z", "positions": [1, -1], "precision": "fp32", "memory_budget": few}
 
 
 @pytest.fixture(scope="module")
