@@ -10,7 +10,10 @@ import deltapatch
 from deltapatch.tasks import make_pairs
 
 BUILTIN = Path(deltapatch.__file__).parent / "models" / "builtin"
-MODELS = sorted(f.parent.name for f in BUILTIN.glob("*/model.safetensors"))
+MODELS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name.endswith("-study") else [])
+    for name in sorted(f.parent.name for f in BUILTIN.glob("*/model.safetensors"))
+]
 SWEEPS = {"mlp_out": "all", "attn_out": "all", "mlp_post": "last"}  # site -> positions
 METRICS = (
     "ie",
@@ -26,7 +29,7 @@ METRICS = (
 # and a few huge effects carry the norm.
 EXPONENTIAL = ("ie", "dp_clean", "dp_corrupted")
 # An answer that is all but certain, or all but impossible, hardly moves almost everywhere, in an order that
-# bfloat16 cannot keep: ranks of these correlate by 0.983 and more, those of the other metrics by 0.9988.
+# bfloat16 cannot keep: ranks of these correlate by 0.983 and more, those of the other metrics by 0.997.
 ONE_ANSWER = ("dlogp_clean", "dlogp_corrupted", "dp_clean", "dp_corrupted")
 
 
@@ -73,7 +76,7 @@ RANKS = {  # correlation of ranks: of the metrics of one answer, and of the othe
     "fp32": (0.9999, 0.9999),
     "tf32": (0.999, 0.999),
     "fp16": (0.999, 0.999),
-    "bf16": (0.98, 0.998),
+    "bf16": (0.98, 0.997),
     "fp8": (0.8, 0.98),
 }
 
