@@ -122,6 +122,7 @@ def test_lists_ask_for_what_they_say(script: ModuleType, tokenizer: Any) -> None
     assert forms == {"again", "things", "words between", "questions"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDY_MODELS)
 def test_held_out_accuracy_is_what_the_card_says(script: ModuleType, name: str) -> None:
     folder = builtin_model_path(name)
