@@ -73,7 +73,11 @@ def test_the_slurm_script_runs(tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "page"),
-    [("compare_cpu.json", "README.md"), ("precision_cpu.json", "docs/benchmarks.md")],
+    [
+        ("compare_cpu.json", "README.md"),
+        ("compare_cpu_avx2.json", "docs/benchmarks.md"),
+        ("precision_cpu.json", "docs/benchmarks.md"),
+    ],
 )
 def test_tables_are_those_of_the_result_files(file, page):
     result = read(ROOT / "bench" / "results" / file)

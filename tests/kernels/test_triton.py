@@ -12,34 +12,49 @@ from deltapatch.kernels import backend
 from deltapatch.kernels.backend import REFERENCE, TRITON, choose_backend
 from deltapatch.kernels.lang import HAS_TRITON
 
-FILES = pytest.mark.parametrize("file", ["interpreted.py", "interpreted_attention.py"])
+FILES = ("interpreted.py", "interpreted_attention.py")
 
 
-def run_file(file, **environment):
-    """In a process of its own: the interpreter and the compiler cannot share one."""
-    run = subprocess.run(
+def begin(file, **environment):
+    """Test a file in a process of its own: the interpreter and the compiler cannot share one."""
+    return subprocess.Popen(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
             *("-W", "ignore:overflow encountered in exp:RuntimeWarning"),  # numpy's: 1 / inf is meant to be 0
             str(Path(__file__).with_name(file)),
         ],
         env=os.environ | environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
-    assert run.returncode == 0, run.stdout[-10_000:] + run.stderr[-2_000:]
+
+
+def finish(process):
+    said, _ = process.communicate()
+    assert process.returncode == 0, said[-12_000:]
+
+
+@pytest.fixture(scope="module")
+def interpreting():
+    """All files at once: the interpreter is slow, and uses one core."""
+    running = {file: begin(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") for file in FILES}
+    yield running
+    for process in running.values():
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
-@FILES
-def test_every_kernel_in_the_interpreter(file):
-    run_file(file, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("file", FILES)
+def test_every_kernel_in_the_interpreter(file, interpreting):
+    finish(interpreting[file])
 
 
 @pytest.mark.gpu
-@FILES
+@pytest.mark.parametrize("file", FILES)
 def test_every_kernel_on_the_gpu(file):
-    run_file(file, TRITON_INTERPRET="0", DELTAPATCH_TEST_DEVICE="cuda")
+    finish(begin(file, TRITON_INTERPRET="0", DELTAPATCH_TEST_DEVICE="cuda"))
 
 
 def test_auto_is_triton_on_a_gpu_alone(monkeypatch):
