@@ -28,13 +28,14 @@ main()
 def args(tiny, write_pairs, ids_pair):
     """A sweep of one pass a pair."""
     import deltapatch
-    from deltapatch.engine.planner import Costs
+    from deltapatch.engine.memory import Costs
     from deltapatch.kernels.backend import choose_backend
     from deltapatch.kernels.product import PRECISIONS
 
     pairs = write_pairs(*(ids_pair | {"clean": [5, 6, 7, 8 + i]} for i in range(6)))
     model = deltapatch.load_model(tiny, device="cpu")
-    costs = Costs.of(model, PRECISIONS["fp32"], choose_backend("auto", model.device).block_tokens, 1, 4, 1)
+    block, places = choose_backend("auto", model.device).block_tokens, {"mlp_out", "attn_out"}
+    costs = Costs.of(model, PRECISIONS["fp32"], block, 1, 4, 1, places, against_base=False)
     budget = costs.total(1, 4, 2 * 2 * 10, 2 * 2 * 4)
     return "sweep", "--model", tiny, "--pairs", pairs, "--memory-budget", budget, "--precision", "fp32"
 
