@@ -132,7 +132,8 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
     from deltapatch.bench.limits import product_rate
     from deltapatch.bench.memory import device_peak_bytes
     from deltapatch.engine.costs import layer_parameters
-    from deltapatch.engine.forecast import Asked, forecast
+    from deltapatch.engine.forecast import forecast
+    from deltapatch.engine.prepare import Options
     from deltapatch.engine.runfolder import environment
 
     if sweep.threads:
@@ -149,8 +150,8 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
     ]
     options: dict[str, Any] = {"memory_budget": sweep.memory_budget}
     began = time.perf_counter()
-    asked = Asked(sweep.sites, sweep.positions)
-    predicted = forecast(model, pairs, asked, kept=False, **options).as_dict()
+    asked = Options(sweep.sites, sweep.positions, **options)
+    predicted = forecast(model, pairs, asked, kept=False).as_dict()
     predicting = time.perf_counter() - began
     began = time.perf_counter()
     effects = deltapatch.sweep(

@@ -70,14 +70,15 @@ def _facts(
     name: str, length: int, n_pairs: int, budget: int | None, device: str, stream: bool, timed: bool
 ) -> dict[str, Any]:
     from deltapatch.engine.costs import parameters
-    from deltapatch.engine.forecast import Asked, forecasts
+    from deltapatch.engine.forecast import forecasts
+    from deltapatch.engine.prepare import Options
 
     model = _model(name, device, stream)
     spec, pairs = model.spec, _pairs(n_pairs, length, model.spec.d_vocab)
     sweeps: list[dict[str, Any]] = []
     for positions in ("all", "last"):  # rows of one kind
-        asked = [Asked(site, at) for site, at, _ in SWEEPS if at == positions]
-        found = forecasts(model, pairs, asked, timed=timed, memory_budget=budget)
+        asked = [Options(site, at, memory_budget=budget) for site, at, _ in SWEEPS if at == positions]
+        found = forecasts(model, pairs, asked, timed=timed)
         sweeps += [
             {"site": a.sites, "positions": positions} | f.as_dict() for a, f in zip(asked, found, strict=True)
         ]

@@ -160,9 +160,10 @@ def sweep(
 
     from deltapatch.engine.audit import in_words
     from deltapatch.engine.costs import sweep_cost
-    from deltapatch.engine.forecast import Asked, forecast
+    from deltapatch.engine.forecast import forecast
     from deltapatch.engine.grid import make_grid
     from deltapatch.engine.pairs import encode_pairs
+    from deltapatch.engine.prepare import Options
     from deltapatch.engine.sweep import sweep as run_sweep
     from deltapatch.models.model import load_model
 
@@ -206,8 +207,7 @@ def sweep(
             size = in_bytes(loaded.n_bytes)
             say(f"its {size} do not fit into the memory: every pass reads them from the file", quiet)
         if dry_run:
-            rest = {k: v for k, v in options.items() if k not in ("sites", "positions", "layers")}
-            found = forecast(loaded, pairs, Asked(options["sites"], at, which), **rest)
+            found = forecast(loaded, pairs, Options(**options))
             if as_json:
                 print_json({"model": loaded.name, "stream": loaded.stream, **found.as_dict()})
             else:

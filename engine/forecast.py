@@ -2,21 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from deltapatch.engine.audit import Audit
 from deltapatch.engine.calibration import Rates, calibrate
-from deltapatch.engine.grid import Grid, Layers, Positions, listed, make_grid
+from deltapatch.engine.grid import Grid, listed, make_grid
 from deltapatch.engine.job import Job
 from deltapatch.engine.layout import how_many_blocks
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.engine.plan import Plan, plan
 from deltapatch.engine.planner import Used
+from deltapatch.engine.prepare import Options
 from deltapatch.engine.work import Work
-from deltapatch.engine.workers import Map, workers
-from deltapatch.kernels.device import float32_products
+from deltapatch.engine.workers import Map
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
 
@@ -51,59 +51,47 @@ class Forecast:
         return found
 
 
-class Asked(NamedTuple):
-    """A sweep that could be made; as the arguments of `sweep`."""
-
-    sites: str | Sequence[str] = ("mlp_out", "attn_out")
-    positions: Positions = "all"
-    layers: Layers = "all"
-
-
 def forecast(
     model: Model,
     pairs: Sequence[PromptPair],
-    asked: Asked,
+    options: Options,
     timed: bool = True,
     kept: bool = True,
-    **options: Any,
 ) -> Forecast:
     """What a sweep will do, and how long it will take.
 
     Args:
-        model, pairs: as for `sweep`.
-        asked: what is patched.
+        model, pairs, options: as for `sweep`.
         timed: carry out a small piece of the plan, for a second or so, to see how fast this machine is.
         kept: the sweep will write a run folder, and plan before it begins.
-        options: others of `sweep`.
 
     Raises:
         DeltapatchError: bad input, as for `sweep`; also a memory budget without room for one intervention.
     """
-    return forecasts(model, pairs, [asked], timed, kept, **options)[0]
+    return forecasts(model, pairs, [options], timed, kept)[0]
 
 
 def forecasts(
     model: Model,
     pairs: Sequence[PromptPair],
-    asked: Sequence[Asked],
+    options: Sequence[Options],
     timed: bool = True,
     kept: bool = True,
-    **options: Any,
 ) -> list[Forecast]:
-    """The same for several sweeps of the same pairs, which are alike: one piece of them all is timed."""
-    job = Job.of(model, pairs, **options)
-    grids = [make_grid(*one, job.pairs, model.spec) for one in asked]
+    """The same for several sweeps that differ only in what they patch: one piece of them all is timed."""
+    job = Job.of(model, pairs, **options[0].of_job())
     out = []
-    with float32_products("ieee"), workers(model.device) as each:
+    with job.at_work() as each:
         rates = None
         if timed:
-            sites = [name for one in asked for name in listed(one.sites)]
-            every = make_grid(sites, asked[0].positions, asked[0].layers, job.pairs, model.spec)
-            work, precision = _expected(job, every)[:2]
-            rates = calibrate(job, work, plan(job, every, precision, each.count), precision, each)
-        for grid in grids:
+            sites = [name for one in options for name in listed(one.sites)]
+            every = make_grid(sites, options[0].positions, options[0].layers, job.pairs, model.spec)
+            work, precision, _ = _expected(job, every)
+            rates = calibrate(job, work, plan(job, every, work, precision, each.count), precision, each)
+        for one in options:
+            grid = make_grid(one.sites, one.positions, one.layers, job.pairs, model.spec)
             work, precision, audit = _expected(job, grid)
-            found = plan(job, grid, precision, each.count)
+            found = plan(job, grid, work, precision, each.count)
             spent = None if rates is None else seconds(job, found, rates, audit, kept)
             out.append(Forecast(found, precision.name, spent))
     return out
@@ -128,19 +116,22 @@ def seconds(job: Job, plan: Plan, rates: Rates, audit: Audit, kept: bool) -> dic
     found = _of_passes(job, plan.passes, plan.entering, rates)
     found["tables"] = (2 if kept else 1) * float(rates.table(plan.rows, plan.pairs))
     found["first pass"] = rates.first
-    sample = audit.sample if audit.expects() else []
+    again = audit.expects()
+    sample = audit.sample if again else []
     if sample:
-        used, n = Used(), sum(table.n_rows for _, table, _ in sample)
+        n = sum(table.n_rows for _, table, _ in sample)
         entering = np.zeros_like(plan.entering)
         # Drawn at random, they are patched in the middle on average.
         entering[len(entering) // 2] = n * plan.entering.sum() / max(1, plan.rows)
-        for pair, table, _ in sample:
-            run = job.runs[pair]
-            used = used.with_runs([run]).plus(np.zeros(table.n_rows), run.reads, np.zeros(1))
-        used = replace(used, row_tokens=int(entering.sum()))
-        again = sum(_of_passes(job, [used], entering, rates).values())
+        used = replace(
+            Used().with_runs([job.runs[pair] for pair, _, _ in sample]),
+            rows=n,
+            row_reads=sum(table.n_rows * job.runs[pair].reads for pair, table, _ in sample),
+            row_tokens=int(entering.sum()),
+        )
+        once = sum(_of_passes(job, [used], entering, rates).values())
         found["noise floor"] = sum(
-            again * (_DOUBLE if PRECISIONS[name].base.itemsize == 8 else 1) for name in audit.expects()
+            once * (_DOUBLE if PRECISIONS[name].base.itemsize == 8 else 1) for name in again
         )
     return found
 

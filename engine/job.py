@@ -64,16 +64,16 @@ class Job:
         cls,
         model: Model,
         pairs: Sequence[PromptPair],
-        direction: Direction = "denoise",
-        source: str = "counterpart",
-        precision: str = "auto",
-        backend: str = "auto",
-        memory_budget: int | None = None,
-        metrics: str | Sequence[str] = "all",
-        readout: int | str = "last",
-        seed: int = 0,
-        noise_scale: float = 3.0,
-        noise_sample: int | None = None,
+        direction: Direction,
+        source: str,
+        precision: str,
+        backend: str,
+        memory_budget: int | None,
+        metrics: str | Sequence[str],
+        readout: int | str,
+        seed: int,
+        noise_scale: float,
+        noise_sample: int | None,
     ) -> "Job":
         """Check the options of a sweep or run, and encode its pairs.
 
@@ -118,6 +118,11 @@ class Job:
             noise_sample,
             partners(length, seed) if kind == "resample" else None,
         )
+
+    @property
+    def n_sources(self) -> int:
+        """How many runs of each pair are carried beside the base run."""
+        return 1 if self.partner is None else 2
 
     @cached_property
     def runs(self) -> list[RunShape]:
@@ -219,14 +224,13 @@ class Job:
 
     def limit(self, threads: int) -> Limit:
         """How much work a pass may be."""
-        return Limit.of(self.model, threads, 2 if self.partner is None else 3)
+        return Limit.of(self.model, threads, 1 + self.n_sources)
 
     def costs(self, places: Collection[str], precision: Precision, threads: int) -> Costs:
         """What things cost in memory, with patches at these places and so many blocks at once."""
-        n_sources = 1 if self.partner is None else 2
         longest, block = max(run.length for run in self.runs), self.backend.block_tokens
         against_base = self.source in ("zero", "mean")
-        return Costs.of(self.model, precision, block, n_sources, longest, threads, places, against_base)
+        return Costs.of(self.model, precision, block, self.n_sources, longest, threads, places, against_base)
 
     def _carry(
         self, part: Pass, precision: Precision, each: Map, tick: Callable[[int], None] = lambda n: None

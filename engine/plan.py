@@ -57,19 +57,19 @@ class Plan:
         }
 
 
-def plan(job: Job, grid: Grid, precision: Precision, threads: int) -> Plan:
+def plan(job: Job, grid: Grid, work: Work, precision: Precision, threads: int) -> Plan:
     """The plan of a sweep.
 
     Args:
         job: its options.
-        grid: what it patches.
+        grid, work: what it patches.
         precision: that it is expected to take.
         threads: how many blocks are worked on at once.
 
     Raises:
         DeltapatchError: the memory budget has no room for one intervention.
     """
-    work, spec = Work.of_sweep(grid, job), job.model.spec
+    spec = job.model.spec
     costs = job.costs(work.places, precision, threads)
     rows_of = ((i, *grid.row_sizes(job.pairs[i], job.runs[i])) for i in work.order)
     share, limit = job.source == "mean", job.limit(threads)

@@ -1,7 +1,7 @@
 """A sweep made ready: its options checked, its interventions counted, its plan made or taken over."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,11 @@ class Options:
     seed: int = 0
     noise_scale: float = 3.0
     noise_sample: int | None = None
+
+    def of_job(self) -> dict[str, Any]:
+        """Those that `Job.of` takes: all but what is patched."""
+        own = ("sites", "positions", "layers")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
 
 @dataclass(frozen=True)
@@ -84,20 +89,7 @@ def prepare(model: Model, pairs: Sequence[PromptPair], options: Options) -> Prep
     Raises:
         DeltapatchError: an option or a pair is wrong.
     """
-    job = Job.of(
-        model,
-        pairs,
-        options.direction,
-        options.source,
-        options.precision,
-        options.backend,
-        options.memory_budget,
-        options.metrics,
-        options.readout,
-        options.seed,
-        options.noise_scale,
-        options.noise_sample,
-    )
+    job = Job.of(model, pairs, **options.of_job())
     grid = make_grid(options.sites, options.positions, options.layers, job.pairs, model.spec)
     work = Work.of_sweep(grid, job)
     precision = None if options.precision == "auto" else options.precision

@@ -16,17 +16,15 @@ from deltapatch.bench.true_shapes import CONFIGS
 from deltapatch.engine import calibration
 from deltapatch.engine.audit import Audit
 from deltapatch.engine.calibration import Line, Rates
-from deltapatch.engine.forecast import Asked, forecast, forecasts, seconds
-from deltapatch.engine.grid import make_grid
-from deltapatch.engine.job import Job
+from deltapatch.engine.forecast import forecast, forecasts, seconds
 from deltapatch.engine.memory import Costs
 from deltapatch.engine.patches import WHOLE
 from deltapatch.engine.plan import plan
+from deltapatch.engine.prepare import Options, prepare
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.timed import Amount
 from deltapatch.engine.unpatched import Unpatched
 from deltapatch.engine.wavefront import Wavefront
-from deltapatch.engine.work import Work
 from deltapatch.engine.workers import Map
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.models.stand_in import stand_in
@@ -100,7 +98,7 @@ def test_the_plan_counts_what_the_sweep_does(sites, positions, source, budget, s
     it = model()
     monkeypatch.setattr(it, "stream", stream)
     options = {"source": source, "memory_budget": budget}
-    found = forecast(it, given, Asked(sites, positions), timed=False, **options)
+    found = forecast(it, given, Options(sites, positions, **options), timed=False)
     counted = Counted(monkeypatch, it.spec.n_layers)
     effects = deltapatch.sweep(it, given, sites, positions, progress=False, **options)
 
@@ -121,13 +119,13 @@ def test_the_plan_counts_what_the_sweep_does(sites, positions, source, budget, s
 
 def test_a_plan_says_what_it_needs_where_there_is_no_room():
     with pytest.raises(DeltapatchError, match=r"a memory budget of 0 MB is too small: .* at least"):
-        forecast(model(), drawn(), Asked(), timed=False, memory_budget=1)
+        forecast(model(), drawn(), Options(memory_budget=1), timed=False)
 
 
 def test_memory_of_the_plan():
-    job = Job.of(model(), drawn(), memory_budget=1 << 30)
-    grid = make_grid("mlp_out", "all", "all", job.pairs, job.model.spec)
-    made = plan(job, grid, PRECISIONS["fp32"], 2)
+    ready = prepare(model(), drawn(), Options("mlp_out", memory_budget=1 << 30))
+    job = ready.job
+    made = plan(job, ready.grid, ready.work, PRECISIONS["fp32"], 2)
     costs = job.costs({"mlp_out"}, PRECISIONS["fp32"], 2)
     assert made.memory["pass"] == costs.total(5, 22, made.passes[0].row_tokens, made.rows)
     assert made.memory["model"] == job.model.n_bytes == made.memory["peak"] - made.memory["pass"]
@@ -164,10 +162,10 @@ class Case:
     """A sweep of two sites, and what it spends its time on at given rates."""
 
     def __init__(self, **options):
-        self.job = Job.of(model(), drawn(), noise_sample=0, **options)
-        self.grid = make_grid(["mlp_out", "z"], "all", "all", self.job.pairs, self.job.model.spec)
-        self.plan = plan(self.job, self.grid, PRECISIONS["fp32"], 1)
-        self.audit = Audit(self.job, Work.of_sweep(self.grid, self.job), Map())
+        ready = prepare(model(), drawn(), Options(["mlp_out", "z"], noise_sample=0, **options))
+        self.job, self.grid = ready.job, ready.grid
+        self.plan = plan(self.job, self.grid, ready.work, PRECISIONS["fp32"], 1)
+        self.audit = Audit(self.job, ready.work, Map())
 
     def takes(self, kept=False, **rates):
         return seconds(self.job, self.plan, replace(NOTHING, **rates), self.audit, kept)
@@ -236,7 +234,7 @@ def test_a_piece_is_timed(variant, source, monkeypatch):
     sizes = []
     real = calibration._timed
     monkeypatch.setattr(calibration, "_timed", lambda *args: sizes.append(args[-1]) or real(*args))
-    found = forecast(it, given, Asked(["mlp_out", "mlp_post"], "all"), source=source)
+    found = forecast(it, given, Options(["mlp_out", "mlp_post"], "all", source=source))
     assert found.total > 0
     assert all(s >= 0 for s in found.seconds.values())
     small, large = sizes[0], max(sizes, key=lambda size: size.row_tokens)
@@ -248,16 +246,16 @@ def test_a_piece_is_timed(variant, source, monkeypatch):
 @pytest.mark.parametrize("layers", ["all", [0], [2]])
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post", "k"])
 def test_any_layers_can_be_timed(site, layers):
-    assert forecast(model(), drawn(), Asked(site, [-1], layers)).total > 0
+    assert forecast(model(), drawn(), Options(site, [-1], layers)).total > 0
     one = deltapatch.from_transformers(hf_model("one-layer"))
     given = [deltapatch.PromptPair(*p) for p in pairs(true_model("one-layer"), (4,))]
-    assert forecast(one, given, Asked(site, [-1])).total > 0
+    assert forecast(one, given, Options(site, [-1])).total > 0
 
 
 def test_timing_leaves_no_trace():
     it, given = model(), drawn()
     before = deltapatch.sweep(it, given, "mlp_out", progress=False)
-    forecast(it, given, Asked("mlp_out"))
+    forecast(it, given, Options("mlp_out"))
     after = deltapatch.sweep(it, given, "mlp_out", progress=False)
     assert np.array_equal(before.values("kl"), after.values("kl"), equal_nan=True)
 
@@ -268,7 +266,7 @@ def test_sweeps_that_are_alike_share_a_piece(monkeypatch):
     monkeypatch.setattr(
         "deltapatch.engine.forecast.calibrate", lambda *args: calls.append(args) or real(*args)
     )
-    found = forecasts(model(), drawn(), [Asked("mlp_out", "last"), Asked("mlp_post", "last")])
+    found = forecasts(model(), drawn(), [Options("mlp_out", "last"), Options("mlp_post", "last")])
     assert len(calls) == 1
     assert found[0].plan.rows < found[1].plan.rows
     assert found[0].total < found[1].total
@@ -286,9 +284,9 @@ def test_a_stand_in_has_the_plan_of_the_model(variant, stream):
     assert other.spec == it.spec
     assert other.n_bytes == it.n_bytes
     given = drawn(variant)
-    options = {"memory_budget": 1 << 28, "timed": False}
-    asked = Asked(["mlp_out", "mlp_post"], "last")
-    one, two = (forecast(m, given, asked, **options).as_dict() for m in (it, other))
+    asked = Options(["mlp_out", "mlp_post"], "last")
+    bounded = replace(asked, memory_budget=1 << 28)
+    one, two = (forecast(m, given, bounded, timed=False).as_dict() for m in (it, other))
     if not stream:
         assert one["memory_bytes"].pop("peak") - it.n_bytes == two["memory_bytes"].pop("peak")
         assert one == two
@@ -304,6 +302,6 @@ def test_a_stand_in_of_a_large_model_takes_little():
     assert big.dtype == torch.bfloat16
     assert 13e9 < big.n_bytes < 14e9
     given = [deltapatch.PromptPair([1, 2, 3], [1, 4, 3], 5, 6)]
-    made = forecast(big, given, Asked("mlp_post", "last"), timed=False, memory_budget=1 << 33)
+    made = forecast(big, given, Options("mlp_post", "last", memory_budget=1 << 33), timed=False)
     assert made.plan.rows == 32 * 11008
     assert made.as_dict()["passes"] == len(made.plan.passes) >= 1
