@@ -63,8 +63,8 @@ def cut(
         parts = []
         for pair, rows in part:
             table, out = known[pair]
-            whole = len(range(*rows.indices(table.n_rows))) == table.n_rows
-            some = table if whole else take(table, np.arange(table.n_rows)[rows])
+            whole = rows.stop - rows.start == table.n_rows
+            some = table if whole else take(table, np.arange(rows.start, rows.stop))
             parts.append((pair, some, out[rows]))
             if rows.stop >= table.n_rows:
                 del known[pair]
@@ -160,7 +160,7 @@ def cut_rows(
             continue
         for piece in pieces:
             held = [(pair, slice(done + piece.start, done + piece.stop))]
-            used = with_pair(Used(), pair).plus(each[left][piece], reads, work[left][piece])
+            used = alone.plus(each[left][piece], reads, work[left][piece])
             if piece is not pieces[-1] or not few:
                 yield held, used
                 held, used = [], Used()

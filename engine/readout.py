@@ -95,8 +95,9 @@ class ReadOut:
             token = reads.token[some]
             at = x[upload(token, x.device)]  # [read, d_model]
             change = dx[upload(token * self.prompts.n_sources, dx.device)]
-            base, told[some] = self._unpatched(ends, at, change, reads.tokens[some])
-            self._read_some(ends, at, rows, some, base, weight, row_reads, found)
+            shapes = PairShapes([RunShape(1, 1)] * len(at))  # a read is a run of its own here, of one token
+            base, told[some] = self._unpatched(ends, at, change, shapes, reads.tokens[some])
+            self._read_some(ends, at, rows, some, shapes, base, weight, row_reads, found)
         flat = torch.cat([values.flatten() for values in found]).cpu().numpy()
         edges = np.cumsum([0, *(values.numel() for values in found)])
         by_part = [flat[a:b].reshape(f.shape) for a, b, f in zip(edges[:-1], edges[1:], found, strict=True)]
@@ -112,6 +113,7 @@ class ReadOut:
         at: Tensor,
         rows: Tensor,
         some: slice,
+        shapes: PairShapes,
         base: BaseReadout,
         weight: Operand | Stored,
         row_reads: RowReads,
@@ -121,9 +123,8 @@ class ReadOut:
 
         Args:
             at: [read, d_model], the base runs there.
-            base: their distributions.
+            shapes, base: of these reads; their distributions.
         """
-        shapes = PairShapes([RunShape(1, 1)] * len(at))  # a read is a run of its own here, of one token
         n_rows, names = np.zeros(len(at), dtype=np.int64), dict[int, tuple[str, ...]]()
         blocks: list[tuple[Tensor, Tensor, tuple[str, ...], Block]] = []
         for part, values in zip(row_reads.parts, found, strict=True):
@@ -165,20 +166,20 @@ class ReadOut:
             self.each(take, blocks)
 
     def _unpatched(
-        self, ends: EndWeights, at: Tensor, change: Tensor, tokens: np.ndarray
+        self, ends: EndWeights, at: Tensor, change: Tensor, shapes: PairShapes, tokens: np.ndarray
     ) -> tuple[BaseReadout, Tensor]:
         """The base runs' distributions at some reads, and what both runs say there: see `Reads.reference`.
 
         Args:
             at, change: [read, d_model], the base run there, and the source run's difference.
+            shapes: of these reads.
             tokens: [read, 2], those of the answers.
         """
         device = self.model.device
         stored, bias = ends.unembedding
         n, d_vocab = len(at), len(stored)
         # The source run is a row of its own.
-        segments = PairShapes([RunShape(1, 1)] * n).segments(1)
-        dn = self._normed(ends, at, change, segments)
+        dn = self._normed(ends, at, change, shapes.segments(1))
         both = torch.cat([normalise(at, ends.norm, self.model.spec), dn])
         out = at.new_empty(2 * n, d_vocab)
         pieces = vocabulary_pieces(d_vocab, _piece(d_vocab, stored.shape[1], self.on_cpu))

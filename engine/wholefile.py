@@ -3,7 +3,8 @@
 import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # file systems without hard links
@@ -15,15 +16,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        write(draft)
-        flush(draft)
+    with _drafted(path, write) as draft:
         os.replace(draft, path)
         flush(path.parent)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def write_new(path: Path, write: Callable[[Path], object]) -> bool:
@@ -32,10 +27,7 @@ def write_new(path: Path, write: Callable[[Path], object]) -> bool:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        write(draft)
-        flush(draft)
+    with _drafted(path, write) as draft:
         try:
             os.link(draft, path)
         except FileExistsError:
@@ -49,6 +41,16 @@ def write_new(path: Path, write: Callable[[Path], object]) -> bool:
             os.replace(draft, path)
         flush(path.parent)
         return True
+
+
+@contextmanager
+def _drafted(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
+    """A file beside its place, written and on the disk; in the end it is gone, or has been moved."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        write(draft)
+        flush(draft)
+        yield draft
     finally:
         draft.unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 """A stand-in for a model whose weights are elsewhere: its shapes, and numbers that cost nothing to make."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -51,7 +52,7 @@ def stored_dtype(fields: dict[str, Any]) -> torch.dtype:
     return _DTYPES.get(named.removeprefix("torch."), torch.float32)
 
 
-class MadeTensors:
+class MadeTensors(ABC):
     """Tensors that are made when they are read, in place of those of a file.
 
     Args:
@@ -82,9 +83,9 @@ class MadeTensors:
         """The dtype of all."""
         return self._dtype
 
+    @abstractmethod
     def read(self, name: str) -> Tensor:
         """Make one."""
-        raise NotImplementedError
 
     def fetch(self, name: str) -> Tensor:
         """The same."""

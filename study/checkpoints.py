@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -95,9 +96,7 @@ def _accuracy(one: Found, other: Found, who: str) -> Exhibit:
         low, high = bootstrap(first - second, draws=settings.draws, seed=settings.seed)
         difference = first.mean() - second.mean()
         rows.append((name, first.mean(), second.mean(), difference, float(low), float(high), len(numbers)))
-    names = ("name", "model", "other", "difference", "low", "high", "pairs")
-    columns = dict(zip(names, (np.array(column) for column in zip(*rows, strict=True)), strict=True))
-    columns["name"] = columns["name"].astype(object)
+    columns = _columns(rows, "pairs")
     _tuned(one, columns, "accuracy")
     return Exhibit(
         "accuracy",
@@ -109,15 +108,20 @@ def _accuracy(one: Found, other: Found, who: str) -> Exhibit:
     )
 
 
+def _columns(rows: list[tuple[Any, ...]], last: str) -> dict[str, np.ndarray]:
+    """Rows of a comparison, as columns: what is compared, both checkpoints, their difference, and `last`."""
+    names = ("name", "model", "other", "difference", "low", "high", last)
+    columns = dict(zip(names, (np.array(column) for column in zip(*rows, strict=True)), strict=True))
+    return columns | {"name": columns["name"].astype(object)}
+
+
 def _importance(one: Found, other: Found, who: str) -> Exhibit:
     rows = []
     for name in one.importance:
         if name in other.importance:
             first, second = one.importance[name], other.importance[name]
             rows.append((name, first.value, second.value, *first.minus(second), first.null))
-    names = ("name", "model", "other", "difference", "low", "high", "null")
-    columns = dict(zip(names, (np.array(column) for column in zip(*rows, strict=True)), strict=True))
-    columns["name"] = columns["name"].astype(object)
+    columns = _columns(rows, "null")
     _tuned(one, columns, "importance")
     return Exhibit(
         "importance",

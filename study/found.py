@@ -102,8 +102,11 @@ class Found:
     def positions(self, run: str) -> str | list[int | str]:
         """Where a run patches, as `sweep` takes it."""
         asked = RUNS[run].positions
-        if asked != "differing":
-            return asked
+        return self._differing if asked == "differing" else asked
+
+    @cached_property
+    def _differing(self) -> str | list[int | str]:
+        """All positions, or those from where the prompts of a pair begin to differ."""
         model = self.subject.model
         encoded = encode_pairs(self.made.pairs, model.tokenizer, model.spec.d_vocab)
         longest = max(len(pair.clean) for pair in encoded)

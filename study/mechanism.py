@@ -48,7 +48,6 @@ def mechanism(found: Found) -> Iterator[Exhibit]:
         "MLP and attention outputs, at the labelled positions and the last,",
         acted,
         components,
-        components,
         sizes_up_to(len(components)),
         None,
     )
@@ -57,9 +56,7 @@ def mechanism(found: Found) -> Iterator[Exhibit]:
     n, layers = len(neurons), effects.layers_of("mlp_post").tolist()
     whole = [Patch("mlp_out", layer, "last") for layer in layers] if n > LARGEST else None
     sizes = sizes_up_to(min(n, LARGEST))
-    yield _exhibit(
-        found, "neurons", "hidden neurons at the last token", acted, neurons, neurons, sizes, whole
-    )
+    yield _exhibit(found, "neurons", "hidden neurons at the last token", acted, neurons, sizes, whole)
 
 
 def _exhibit(
@@ -68,13 +65,12 @@ def _exhibit(
     what: str,
     acted: np.ndarray,
     ranked: Sequence[Patch],
-    pool: Sequence[Patch],
     sizes: list[int],
     whole: list[Patch] | None,
 ) -> Exhibit:
-    """One pair of curves. `whole` is what patching all of the pool comes to, where that is too many."""
+    """One pair of curves. `whole` is what patching all of them comes to, where that is too many."""
     settings = found.subject.settings
-    joint = plan(ranked, len(acted), sizes, RANDOM_SETS, pool, settings.seed)
+    joint = plan(ranked, len(acted), sizes, RANDOM_SETS, seed=settings.seed)
     curves = {}
     for direction, title in DIRECTIONS.items():
         sign = 1.0 if direction == "denoise" else -1.0
@@ -83,7 +79,7 @@ def _exhibit(
         if whole is not None:
             every = [Intervention(i, whole) for i in range(len(acted))]
             ends = _carry_out(found, f"{name}-all-{direction}", acted, every, direction)
-            curve = _with_all(curve, sign * ends, len(pool), joint, settings.seed)
+            curve = _with_all(curve, sign * ends, len(ranked), joint, settings.seed)
         curves[title] = curve
     columns = {
         "direction": np.concatenate(
@@ -99,7 +95,7 @@ def _exhibit(
     }
     enough = [needed(curve) for curve in curves.values()]
     said = ", ".join(
-        f"{k:,} of {len(pool):,} for {d}" if k else f"no number for {d}"
+        f"{k:,} of {len(ranked):,} for {d}" if k else f"no number for {d}"
         for k, d in zip(enough, DIRECTIONS, strict=True)
     )
     n_ranked = len(found.made.pairs) - len(acted)

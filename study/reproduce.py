@@ -178,25 +178,27 @@ def _show(subject: Subject, section: Section) -> None:
 
 
 def _made(subject: Subject, experiment: Experiment) -> Made:
-    """The pairs of an experiment: read where they were made before."""
-    folder = subject.folder / experiment.name
-    made = pair_files.read(folder)
-    if made is None:
-        made = pair_files.make(experiment, subject.settings, subject.model)
-        with subject.stopping(experiment.name):
-            folder.mkdir(parents=True, exist_ok=True)
-            pair_files.write(folder, made)
-    return made
+    """The pairs of an experiment."""
+    return _kept(subject, experiment, lambda: pair_files.make(experiment, subject.settings, subject.model))
 
 
 def _given(second: Subject, first: Subject, done: dict[str, Found], experiment: Experiment) -> Made:
     """The pairs of the first checkpoint, for the second."""
-    folder = second.folder / experiment.name
+    own = done[experiment.name].made
+    return _kept(
+        second,
+        experiment,
+        lambda: checkpoints.same_pairs(own, first.model, second.model, pair_files.AMONG),
+    )
+
+
+def _kept(subject: Subject, experiment: Experiment, make: Callable[[], Made]) -> Made:
+    """The pairs of an experiment: read where they were made before, else made and written."""
+    folder = subject.folder / experiment.name
     made = pair_files.read(folder)
     if made is None:
-        own = done[experiment.name].made
-        made = checkpoints.same_pairs(own, first.model, second.model, pair_files.AMONG)
-        with second.stopping(experiment.name):
+        made = make()
+        with subject.stopping(experiment.name):
             folder.mkdir(parents=True, exist_ok=True)
             pair_files.write(folder, made)
     return made
