@@ -109,7 +109,7 @@ def _model(name: str, device: str, stream: bool) -> "Model":
     if not (folder / "config.json").is_file():
         raise DeltapatchError(f"{folder} has no config.json: it is not a model folder")
     on = choose_device(device)
-    model = stand_in(read_json(folder / "config.json"), str(folder / "config.json"), on, None, stream)
+    model = stand_in(read_json(folder / "config.json"), str(folder / "config.json"), on, stream)
     model.stream = stream or not fits(model.n_bytes, on)
     if model.stream and any(folder.glob("*.safetensors")):
         return load_model(folder, device=device, stream=True)

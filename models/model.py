@@ -29,7 +29,7 @@ from deltapatch.models.weights import (
     cast,
 )
 
-_DTYPES = {
+DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
     "float16": torch.float16,
@@ -301,7 +301,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if dtype == "auto":
         return None
-    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in _DTYPES.values():
-        raise DeltapatchError(f"unknown dtype {str(dtype)!r}: choose auto, {', '.join(_DTYPES)}")
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise DeltapatchError(f"unknown dtype {str(dtype)!r}: choose auto, {', '.join(DTYPES)}")
     return chosen

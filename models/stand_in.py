@@ -11,33 +11,28 @@ from torch import Tensor
 
 from deltapatch.models.architecture import expected_shapes
 from deltapatch.models.config import Config
-from deltapatch.models.model import Model
+from deltapatch.models.model import DTYPES, Model
 from deltapatch.models.registry import read_config
 from deltapatch.models.store import Store
 
 _LAYERS = 3  # that there are weights of
 _DRAWN = 1 << 16  # random numbers, over and over
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16,
-           "bfloat16": torch.bfloat16}  # fmt: skip
 
 
-def stand_in(
-    fields: dict[str, Any], where: str, device: torch.device, dtype: torch.dtype | None, stream: bool
-) -> Model:
+def stand_in(fields: dict[str, Any], where: str, device: torch.device, stream: bool) -> Model:
     """A model with the shapes of a config.json, of which only the first layers can be run.
 
     Args:
         fields: of the config.json.
         where: what a sentence calls it.
         device: where it is.
-        dtype: of its weights; what the config names unless given.
         stream: whether it is streamed.
 
     Raises:
         DeltapatchError: the config is not one of a supported model.
     """
     architecture, spec = read_config(Config(fields, where))
-    own = dtype or stored_dtype(fields)
+    own = stored_dtype(fields)
     few = replace(spec, n_layers=min(_LAYERS, spec.n_layers))
     names = {architecture.tensor_name(slot): shape for slot, shape in expected_shapes(few)}
     model = Model(Store(architecture, few, _Tensors(where, names, own)), where, device, None, stream)
@@ -49,7 +44,7 @@ def stand_in(
 def stored_dtype(fields: dict[str, Any]) -> torch.dtype:
     """What a config.json says that its weights are stored in; float32 where it says nothing."""
     named = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
-    return _DTYPES.get(named.removeprefix("torch."), torch.float32)
+    return DTYPES.get(named.removeprefix("torch."), torch.float32)
 
 
 class MadeTensors(ABC):

@@ -6,13 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from deltapatch.bench.peers.registry import make_peer
 from deltapatch.bench.random_models import Shape, make_model, make_pairs
 from deltapatch.bench.workload import Workload, one_length
 from deltapatch.cli.main import cli
+from deltapatch.engine.workers import threads
 from deltapatch.models.model import load_model
 
 LENGTH, PAIRS = 6, 2
@@ -21,10 +21,8 @@ LENGTH, PAIRS = 6, 2
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny products are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,16 @@ TEXT_PAIR = {
     "corrupted_answer": "9",
     "labels": {"op1": 4},
 }
+SLOWLY = """
+import time
+from deltapatch.engine.shards import Shards
+keep = Shards.write
+def write(*args):
+    keep(*args)
+    print("kept", flush=True)
+    time.sleep(0.5)
+Shards.write = write
+"""
 IDS_PAIR = {"clean": [5, 6, 7, 8], "corrupted": [5, 9, 7, 8], "clean_answer": 3, "corrupted_answer": 4}
 
 
@@ -76,6 +86,12 @@ def command() -> Callable[..., SimpleNamespace]:
         )
 
     return run
+
+
+@pytest.fixture
+def slowly() -> str:
+    """Code for a process of its own, before the command: it says when a pass is kept, and waits a little."""
+    return SLOWLY
 
 
 @pytest.fixture

@@ -10,18 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SLOWLY = """
-import time
-from deltapatch.engine.shards import Shards
-keep = Shards.write
-def write(*args):
-    keep(*args)
-    print("kept", flush=True)
-    time.sleep(0.5)
-Shards.write = write
-from deltapatch.cli.main import main
-main()
-"""
+MAIN = "from deltapatch.cli.main import main\nmain()"
 
 
 @pytest.fixture
@@ -40,13 +29,13 @@ def args(tiny, write_pairs, ids_pair):
     return "sweep", "--model", tiny, "--pairs", pairs, "--memory-budget", budget, "--precision", "fp32"
 
 
-def begun(args, run):
+def begun(args, run, slowly):
     """A real process whose first pass is kept."""
     process = subprocess.Popen(
         [
             sys.executable,
             "-c",
-            SLOWLY,
+            slowly + MAIN,
             *map(str, args),
             "--out",
             str(run),
@@ -80,19 +69,19 @@ def workers(session):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_ctrl_c_and_kill_9_of_the_driver(command, args, tmp_path, monkeypatch):
+def test_ctrl_c_and_kill_9_of_the_driver(command, args, slowly, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole, run = tmp_path / "whole", tmp_path / "run"
     alone = subprocess.run([sys.executable, "-m", "deltapatch", *map(str, args), "--out", whole, "-q"])
     assert alone.returncode == 0
-    process = begun(args, run)
+    process = begun(args, run, slowly)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "of 6 passes are kept in" in err.strip().splitlines()[-1]
-    process = begun((*args, "--resume"), run)
+    process = begun((*args, "--resume"), run, slowly)
     assert workers(process.pid)
     process.kill()
     process.communicate(timeout=60)

@@ -8,12 +8,10 @@ import pytest
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny products are slower on several threads."""
-    import torch
+    from deltapatch.engine.workers import threads
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 MODEL = ("--model", "builtin:gpt-neox-arithmetic", "--device", "cpu")

@@ -15,16 +15,6 @@ ONE_PAIR_A_PASS = """
 from deltapatch.engine.memory import Costs
 Costs.of = classmethod(lambda cls, *rest: Costs(0, 10**6, 0, 0, 0))
 """
-SLOWLY = """
-import time
-from deltapatch.engine.shards import Shards
-keep = Shards.write
-def write(*args):
-    keep(*args)
-    print("kept", flush=True)
-    time.sleep(0.5)
-Shards.write = write
-"""
 
 
 @pytest.fixture
@@ -47,9 +37,9 @@ def effects(run):
     return (run / "effects.safetensors").read_bytes()
 
 
-def interrupted(args, run, prelude=""):
+def interrupted(args, run, slowly):
     """A real process that gets Ctrl-C once its first pass is kept."""
-    code = f"{ONE_PAIR_A_PASS}{SLOWLY}{prelude}\nfrom deltapatch.cli.main import main\nmain()"
+    code = f"{ONE_PAIR_A_PASS}{slowly}\nfrom deltapatch.cli.main import main\nmain()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args), "--out", str(run)],
         stdout=subprocess.PIPE,
@@ -62,9 +52,9 @@ def interrupted(args, run, prelude=""):
     return process.returncode, err
 
 
-def test_ctrl_c_and_resume(command, args, tmp_path, one_pair_a_pass):
+def test_ctrl_c_and_resume(command, args, slowly, tmp_path, one_pair_a_pass):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    code, err = interrupted(args, run)
+    code, err = interrupted(args, run, slowly)
     assert code == 130
     assert "Traceback" not in err
     said = err.strip().splitlines()[-1]

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
+
+from deltapatch.engine.workers import threads
 
 
 def _register(name: str, file: str) -> ModuleType:
@@ -29,10 +30,8 @@ survivor = _register("engine_survivor", "survivor.py")
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny products are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -280,7 +280,7 @@ def test_sweeps_that_are_alike_share_a_piece(monkeypatch):
 def test_a_stand_in_has_the_plan_of_the_model(variant, stream):
     it = model(variant)
     fields = it_fields(variant)
-    other = stand_in(fields, "config.json", CPU, None, stream)
+    other = stand_in(fields, "config.json", CPU, stream)
     assert other.spec == it.spec
     assert other.n_bytes == it.n_bytes
     given = drawn(variant)
@@ -298,7 +298,7 @@ def it_fields(variant):
 
 
 def test_a_stand_in_of_a_large_model_takes_little():
-    big = stand_in(CONFIGS["llama-7b"] | {"dtype": "bfloat16"}, "config.json", CPU, None, True)
+    big = stand_in(CONFIGS["llama-7b"] | {"dtype": "bfloat16"}, "config.json", CPU, True)
     assert big.dtype == torch.bfloat16
     assert 13e9 < big.n_bytes < 14e9
     given = [deltapatch.PromptPair([1, 2, 3], [1, 4, 3], 5, 6)]

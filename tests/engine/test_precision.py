@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import deltapatch
+from deltapatch.models.builtin_models import STUDY_MODELS
 from deltapatch.tasks import make_pairs
 
 BUILTIN = Path(deltapatch.__file__).parent / "models" / "builtin"
@@ -29,7 +30,7 @@ METRICS = (
 # and a few huge effects carry the norm.
 EXPONENTIAL = ("ie", "dp_clean", "dp_corrupted")
 # An answer that is all but certain, or all but impossible, hardly moves almost everywhere, in an order that
-# bfloat16 cannot keep: ranks of these correlate by 0.983 and more, those of the other metrics by 0.997.
+# bfloat16 cannot keep: ranks of these correlate by 0.983 and more, those of the other metrics by 0.9995.
 ONE_ANSWER = ("dlogp_clean", "dlogp_corrupted", "dp_clean", "dp_corrupted")
 
 
@@ -76,9 +77,11 @@ RANKS = {  # correlation of ranks: of the metrics of one answer, and of the othe
     "fp32": (0.9999, 0.9999),
     "tf32": (0.999, 0.999),
     "fp16": (0.999, 0.999),
-    "bf16": (0.98, 0.997),
+    "bf16": (0.98, 0.999),
     "fp8": (0.8, 0.98),
 }
+# The study models are surer, and answer several kinds of questions: more effects are all but nothing.
+STUDY_RANKS = {"bf16": (0.98, 0.997)}
 
 
 @pytest.mark.parametrize("site", SWEEPS)
@@ -93,7 +96,7 @@ def test_effects_stay_within_the_bounds_of_their_precision(precision, model, sit
             bound = of_logits
         error, ranks = relative_error(got, right), rank_correlation(got, right)
         assert error <= bound, f"{metric}: {error:.1e}"
-        of_one, of_two = RANKS[precision]
+        of_one, of_two = (STUDY_RANKS if model in STUDY_MODELS else {}).get(precision, RANKS[precision])
         assert ranks >= (of_one if metric in ONE_ANSWER else of_two), f"{metric}: {ranks:.5f}"
         if precision == "fp32":
             assert np.array_equal(got == 0, right == 0), metric

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from deltapatch.engine.workers import threads
+
 # --import-mode=importlib puts no test folder on sys.path, so a plain import would not find it
 for _name in ("packing", "attention_inputs"):
     _spec = importlib.util.spec_from_file_location(
@@ -27,10 +29,8 @@ torch.set_default_device(os.environ.get("DELTAPATCH_TEST_DEVICE", "cpu"))
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny products are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(autouse=True)

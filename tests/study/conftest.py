@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+from deltapatch.engine.workers import threads
 from deltapatch.models.model import Model, load_model
 from deltapatch.study.reproduce import Study, reproduce
 
@@ -32,10 +32,8 @@ from study_tiny import NAMES, SMALL, make_model  # noqa: E402
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tiny products are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")

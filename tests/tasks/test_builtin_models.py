@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltapatch.engine.pairs import encode_pairs
+from deltapatch.engine.workers import threads
 from deltapatch.errors import DeltapatchError
 from deltapatch.models import builtin_models
 from deltapatch.models.builtin_models import ARITHMETIC_MODELS, BUILTIN_MODELS, builtin_model_path
@@ -52,10 +53,8 @@ def predictions(model: Any, prompts: list[Any]) -> list[int]:
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """The models are too small for more: on a busy machine a second thread makes them ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.mark.parametrize("name", BUILTIN_MODELS)

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltapatch as dp
+from deltapatch.engine.workers import threads
 from deltapatch.models.builtin_models import STUDY_MODELS, builtin_model_path
 from deltapatch.tasks import make_pairs
 from deltapatch.tasks.numbers import number_range
@@ -24,14 +25,12 @@ from deltapatch.tasks.numbers import number_range
 def script() -> Iterator[ModuleType]:
     """The training script, as a module."""
     scripts = str(Path(__file__).parents[2] / "scripts")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     sys.path.insert(0, scripts)  # as Python does for the script that it runs
     try:
-        yield import_module("train_study_models")
+        with threads(1):
+            yield import_module("train_study_models")
     finally:
         sys.path.remove(scripts)
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
