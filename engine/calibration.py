@@ -25,6 +25,9 @@ LAYERS = 3
 _FLOPS = {"cpu": 1e10, "cuda": 4e12}  # that a layer of the larger piece takes, more or less
 _BLOCKS = 2  # of each thread in the larger piece, where the plan has as many
 _SMALLER = 8  # times, the smaller piece
+# Tokens of the smaller and the larger piece, where the plan has as many, whatever they take. Reading a matrix
+# costs as much as tens of tokens do, so the sizes must lie apart; very few are multiplied in another way.
+_FEWEST, _FEW = 8, 32
 _STARTS = 4  # positions of a pair that rows are taken from
 _QUICK = 0.3  # seconds: a piece that takes less is timed again
 _READ = 1 << 28  # bytes that are read to see how fast a file is
@@ -125,26 +128,30 @@ class _Size:
     base_tokens: int
     row_tokens: int
     reads: int  # positions that rows are read at
-    length: int  # of a prompt, at most
+
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt, at most: what is longer is cut off at its beginning."""
+        return max(2, self.base_tokens)
 
 
 def _sizes(job: Job, plan: Plan, threads: int) -> tuple[_Size, _Size]:
     """Of the smaller and the larger piece: as a layer of the plan, but not more than takes a moment."""
-    most = int(_flops(job) / (2 * layer_parameters(job.model.spec)))
-    tokens = int(plan.in_flight.sum() / len(plan.in_flight) / len(plan.passes))
-    entering = int(plan.entering.max() / len(plan.passes))
-    rows = min(max(tokens, entering, 1), _BLOCKS * threads * job.backend.block_tokens, most)
-    runs = 2 + (job.partner is not None)
-    base = int(np.mean([used.base_tokens for used in plan.passes]))
-    base = min(base, max(1, min(most, _BLOCKS * threads * job.backend.block_tokens) // runs))
-    spec, length = job.model.spec, max(2, base)
-    reads = int(_flops(job) / (2 * spec.d_model * spec.d_vocab))
-    each = sum(used.row_reads for used in plan.passes) // len(plan.passes)
-    reads = min(each, _BLOCKS * threads * job.backend.block_tokens, reads)
-    return (
-        _Size(base // _SMALLER, max(1, rows // _SMALLER), reads // _SMALLER, length),
-        _Size(base, rows, reads, length),
-    )
+    spec, room = job.model.spec, _BLOCKS * threads * job.backend.block_tokens
+    in_layer = int(_flops(job) / (2 * layer_parameters(spec)))
+    read = int(_flops(job) / (2 * spec.d_model * spec.d_vocab))
+
+    def two(planned: int, room: int, affordable: int) -> tuple[int, int]:
+        large = min(planned, room, max(affordable, _FEW))
+        return min(large, max(large // _SMALLER, _FEWEST)), large
+
+    runs, passes = 2 + (job.partner is not None), len(plan.passes)
+    tokens = int(plan.in_flight.sum() / len(plan.in_flight) / passes)
+    rows = two(max(tokens, int(plan.entering.max() / passes), 1), room, in_layer)
+    base = two(sum(used.base_tokens for used in plan.passes) // passes, room // runs, in_layer // runs)
+    reads = two(sum(used.row_reads for used in plan.passes) // passes, room, read)
+    small, large = (_Size(base[i], rows[i], reads[i]) for i in range(2))
+    return small, large
 
 
 def _flops(job: Job) -> float:

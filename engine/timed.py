@@ -66,7 +66,9 @@ class TimedWavefront(Wavefront):
         super().__init__(*arguments)
         self.found, self.reads = found, reads
         self.prepared: list[tuple[float, float]] = []  # [layer], seconds of all, and of the unpatched runs
-        self.advanced = self.through = self.read = 0.0
+        # Seconds: of rows in layers, of all layers, of the read-out, and before the first layer.
+        self.advanced = self.through = self.read = self.before = 0.0
+        self.began = 0.0  # when the layers did
         self._runs = 0.0
         for name in ("base", "sources"):
             setattr(self.unpatched, name, self._adding(getattr(self.unpatched, name)))
@@ -85,6 +87,8 @@ class TimedWavefront(Wavefront):
 
     def _prepare(self, l: int, *arguments: Any, **named: Any) -> Any:
         self._runs, began = 0.0, self._now()
+        if not self.prepared:
+            self.before = began - self.began
         ready = super()._prepare(l, *arguments, **named)
         self.prepared.append((self._now() - began, self._runs))
         return ready
@@ -105,9 +109,9 @@ class TimedWavefront(Wavefront):
         self.found.amounts[name].add(tokens, blocks, seconds * min(blocks, self.each.count))
 
     def _through_layers(self, *arguments: Any) -> Any:
-        began = self._now()
+        self.began = self._now()
         result = super()._through_layers(*arguments)
-        self.through = self._now() - began
+        self.through = self._now() - self.began
         return result
 
     def _reader(self) -> ReadOut:
@@ -119,12 +123,11 @@ class TimedWavefront(Wavefront):
         later = self.prepared[1:] or self.prepared
         self.found.weights = min(all_ - runs for all_, runs in later)
         segments = len(self.shapes.segments(1, self.ops.block_tokens))
-        for _, runs in later:
-            busy = min(segments, self.each.count)
-            amounts["unpatched"].add(self.shapes.n_tokens, segments, runs * busy)
-        spent = sum(all_ for all_, _ in self.prepared) + self.advanced
+        runs = min(runs for _, runs in later) * min(segments, self.each.count)
+        amounts["unpatched"].add(self.shapes.n_tokens, segments, runs)
+        spent = self.before + sum(all_ for all_, _ in self.prepared) + self.advanced
         amounts["layer"].add(n_rows * n_layers, n_layers, max(0.0, self.through - spent))
-        amounts["whole"].add(n_rows, 1, max(0.0, total - self.through - self.read))
+        amounts["whole"].add(n_rows, 1, max(0.0, self.before + total - self.through - self.read))
 
 
 class _TimedReadOut(ReadOut):
