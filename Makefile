@@ -14,11 +14,11 @@ demo: $(VENV)/installed
 	$(BIN)/deltapatch demo --out demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # What takes longer, the commands that the README shows among it.
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

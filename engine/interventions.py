@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,46 +59,73 @@ def tables_of(
             raise DeltapatchError(f"intervention {i} has no patches: give at least one")
         by_pair.setdefault(intervention.pair, []).append(i)
     out = {}
-    for pair in by_pair:
-        patches: list[tuple[int, int, int, int, int]] = []
-        known: dict[Patch, tuple[int, int, int, int]] = {}  # growing sets have the same patches over and over
-        for row, i in enumerate(by_pair[pair]):
-            own = []
-            for patch in interventions[i].patches:
-                if patch not in known:
-                    known[patch] = _patch(patch, f"intervention {i}", pairs[pair], spec)
-                own.append((row, *known[patch]))
+    sites: dict[str, _Site] = {}
+    for pair, numbers in by_pair.items():
+        patches: list[tuple[int, int, int, int]] = []
+        positions: dict[int | str, int] = {}
+        for i in numbers:
+            own = [
+                _patch(p, f"intervention {i}", pairs[pair], spec, sites, positions)
+                for p in interventions[i].patches
+            ]
             if len(set(own)) < len(own):
                 raise DeltapatchError(f"intervention {i} patches the same activation twice")
             patches += own
         columns = np.array(patches, dtype=np.int64).T
-        n = len(by_pair[pair])
-        table = PatchTable(n, np.zeros(n, dtype=np.int64), *columns)
-        out[pair] = (table, np.array(by_pair[pair]))
+        n = len(numbers)
+        row = np.repeat(np.arange(n), [len(interventions[i].patches) for i in numbers])
+        out[pair] = (PatchTable(n, np.zeros(n, dtype=np.int64), row, *columns), np.array(numbers))
     return out
 
 
-def _patch(patch: Patch, where: str, pair: EncodedPair, spec: ModelSpec) -> tuple[int, int, int, int]:
-    """Layer, place, position and index of a patch."""
-    site, named_layer = find_site(patch.site)
-    check_site(site, spec)
-    layer = patch.layer if named_layer is None else named_layer
+class _Site(NamedTuple):
+    """What a name of a site means in a model."""
+
+    name: str
+    place: int
+    layer: int | None  # that a hook name names
+    shift: int  # from a patch's layer to that of its place
+    size: int  # indices, 0 for none
+
+
+def _patch(
+    patch: Patch,
+    where: str,
+    pair: EncodedPair,
+    spec: ModelSpec,
+    sites: dict[str, _Site],
+    positions: dict[int | str, int],
+) -> tuple[int, int, int, int]:
+    """Layer, place, position and index of a patch. There may be very many: what names mean is looked up once.
+
+    Args:
+        sites: that are known.
+        positions: of the pair that are known.
+    """
+    site = sites.get(patch.site)
+    if site is None:
+        found, named = find_site(patch.site)
+        check_site(found, spec)
+        place, shift = place_of(found.name, 0)
+        site = sites[patch.site] = _Site(found.name, place, named, int(shift), found.n_indices(spec))
+    layer = patch.layer if site.layer is None else site.layer
     if not 0 <= layer < spec.n_layers:
         raise DeltapatchError(
             f"{where}: layer {layer} does not exist: this model has 0 to {spec.n_layers - 1}"
         )
-    position = pair.resolve(patch.position)
+    position = positions.get(patch.position)
     if position is None:
-        raise DeltapatchError(
-            f"{where}: its pair has no position {patch.position!r}; the prompt has {len(pair.clean)} tokens "
-            f"and labels {sorted(pair.labels) or 'none'}"
-        )
-    size = site.n_indices(spec)
-    if not size and patch.index is not None:
+        place_of_it = pair.resolve(patch.position)
+        if place_of_it is None:
+            raise DeltapatchError(
+                f"{where}: its pair has no position {patch.position!r}; "
+                f"the prompt has {len(pair.clean)} tokens and labels {sorted(pair.labels) or 'none'}"
+            )
+        position = positions[patch.position] = place_of_it
+    if not site.size and patch.index is not None:
         raise DeltapatchError(f"{where}: site {site.name} takes no index, but {patch.index} was given")
-    if size and (patch.index is None or not 0 <= patch.index < size):
+    if site.size and (patch.index is None or not 0 <= patch.index < site.size):
         raise DeltapatchError(
-            f"{where}: site {site.name} needs an index from 0 to {size - 1}, not {patch.index}"
+            f"{where}: site {site.name} needs an index from 0 to {site.size - 1}, not {patch.index}"
         )
-    place, shifted = place_of(site.name, layer)
-    return int(shifted), place, position, -1 if patch.index is None else patch.index
+    return layer + site.shift, site.place, position, -1 if patch.index is None else patch.index

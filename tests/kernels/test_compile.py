@@ -35,10 +35,9 @@ def missing(table, models, archs):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
-@pytest.mark.parametrize(("model", "arch"), [("gptj-6b", "90"), ("llama-3-8b", "80")])
-def test_kernels_fit_their_gpu(model, arch):
-    table = compiled("--model", model, "--arch", arch)
-    assert missing(table, [model], [arch]) == []
+def test_kernels_fit_a_gpu():
+    table = compiled("--model", "gptj-6b", "--arch", "90")
+    assert missing(table, ["gptj-6b"], ["90"]) == []
 
 
 @pytest.mark.slow

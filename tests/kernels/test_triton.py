@@ -15,11 +15,11 @@ from deltapatch.kernels.lang import HAS_TRITON
 FILES = ("interpreted.py", "interpreted_attention.py")
 
 
-def begin(file, **environment):
+def begin(file, which="not slow", **environment):
     """Test a file in a process of its own: the interpreter and the compiler cannot share one."""
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which),
             *("-W", "ignore:overflow encountered in exp:RuntimeWarning"),  # numpy's: 1 / inf is meant to be 0
             str(Path(__file__).with_name(file)),
         ],
@@ -52,10 +52,16 @@ def test_every_kernel_in_the_interpreter(file, interpreting):
     finish(interpreting[file])
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
+def test_larger_sweeps_in_the_interpreter():
+    finish(begin("interpreted.py", "slow", TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("file", FILES)
 def test_every_kernel_on_the_gpu(file):
-    finish(begin(file, TRITON_INTERPRET="0", DELTAPATCH_TEST_DEVICE="cuda"))
+    finish(begin(file, "slow or not slow", TRITON_INTERPRET="0", DELTAPATCH_TEST_DEVICE="cuda"))
 
 
 def test_auto_is_triton_on_a_gpu_alone(monkeypatch):

@@ -163,8 +163,17 @@ def script() -> Iterator[ModuleType]:
         sys.path.remove(scripts)
 
 
+@pytest.mark.slow
 @each_model
-def test_the_script_trains(script: ModuleType, name: str, tmp_path: Path) -> None:
+def test_the_script_trains_every_model(script: ModuleType, name: str, tmp_path: Path) -> None:
+    trains(script, name, tmp_path)
+
+
+def test_the_script_trains(script: ModuleType, tmp_path: Path) -> None:
+    trains(script, "gptj-arithmetic", tmp_path)
+
+
+def trains(script: ModuleType, name: str, tmp_path: Path) -> None:
     script.train(name, script.Recipe(steps=3, soft_steps=2, max_number=12, warmup=1), tmp_path / name)
     assert {p.name for p in tmp_path.iterdir()} == {name}
     assert {p.name for p in (tmp_path / name).iterdir()} == {
@@ -175,6 +184,7 @@ def test_the_script_trains(script: ModuleType, name: str, tmp_path: Path) -> Non
     assert "| + | " in (tmp_path / name / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_model(script: ModuleType, tmp_path: Path) -> None:
     weights = []
     for folder in (tmp_path / "once", tmp_path / "again"):
