@@ -240,7 +240,10 @@ def tight(monkeypatch):
     monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *args: Costs(0, 0, 0, 10, 10)))
 
 
-@pytest.mark.parametrize("source", ["counterpart", "mean", "resample", "noise"])
+@pytest.mark.parametrize(
+    "source",
+    ["counterpart", "noise", *(pytest.param(s, marks=pytest.mark.slow) for s in ("mean", "resample"))],
+)
 def test_many_passes_give_what_one_gives(source, tight):
     drawn = answered(true_model("llama-grouped"), SHAPES[:8], (5, 3))
     options = {"source": source, "seed": 3, "precision": "fp64"}

@@ -38,7 +38,10 @@ def as_given(patches):
     ]
 
 
-@pytest.mark.parametrize(("variant", "source"), [("gptj", "counterpart"), ("llama-grouped", "zero")])
+@pytest.mark.parametrize(
+    ("variant", "source"),
+    [("gptj", "counterpart"), pytest.param("llama-grouped", "zero", marks=pytest.mark.slow)],
+)
 def test_a_long_prompt_agrees_with_the_oracle(variant, source):
     model = deltapatch.from_transformers(hf_model(variant, torch.float64))
     pair = long_pair(variant, LENGTH)
