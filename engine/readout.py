@@ -41,7 +41,7 @@ def distribution_bytes(d_vocab: int, d_model: int, size: int, on_cpu: bool) -> i
 def workspace(d_vocab: int, d_model: int, size: int, on_cpu: bool) -> int:
     """Bytes that making some distributions takes, for each thread."""
     piece = _piece(d_vocab, d_model, on_cpu)
-    product = piece * (d_model + 2 * reads_held(d_vocab, size, on_cpu)) * size
+    product = piece * (d_model + 3 * reads_held(d_vocab, size, on_cpu)) * size
     return max(product, _READS * d_vocab * 2 * (2 * size + 24))
 
 
@@ -184,13 +184,24 @@ class ReadOut:
         out = at.new_empty(2 * n, d_vocab)
         pieces = vocabulary_pieces(d_vocab, _piece(d_vocab, stored.shape[1], self.on_cpu))
 
-        def multiply(piece: slice) -> None:
-            out[:, piece] = both @ stored[piece].to(at.dtype).T
-
-        self.each(multiply, pieces)
         logits, changed = out[:n], out[n:]  # [read, d_vocab]
-        if bias is not None:
-            logits += bias.to(at.dtype)
+        # Of each piece: its highest logit, Σ exp(logit - that), and the unembedding's rows added up likewise.
+        top, mass = (torch.empty(len(pieces), n, 1, dtype=torch.float64, device=device) for _ in range(2))
+        parts = at.new_empty(len(pieces), n, stored.shape[1])
+
+        def multiply(i: int) -> None:
+            piece = pieces[i]
+            weight = stored[piece].to(at.dtype)
+            out[:, piece] = both @ weight.T
+            own = logits[:, piece]
+            if bias is not None:
+                own += bias[piece].to(at.dtype)
+            top[i] = own.amax(1, keepdim=True)
+            grown = (own - top[i].to(at.dtype)).exp_()
+            mass[i] = grown.sum(1, keepdim=True, dtype=torch.float64)
+            torch.mm(grown, weight, out=parts[i])
+
+        self.each(multiply, range(len(pieces)))
         answers = upload(tokens, device)
         told = torch.empty(n, 2, 5, dtype=torch.float64, device=device)
         p = torch.empty(n, d_vocab, dtype=torch.float64, device=device)
@@ -205,13 +216,10 @@ class ReadOut:
             torch.exp(logp[:, 0], out=p[some])
 
         self.each(tell, [slice(i, i + _READS) for i in range(0, n, _READS)])
-        parts = at.new_empty(len(pieces), n, stored.shape[1])
-
-        def average(i: int) -> None:
-            torch.mm(p[:, pieces[i]].to(at.dtype), stored[pieces[i]].to(at.dtype), out=parts[i])
-
-        self.each(average, range(len(pieces)))
-        return BaseReadout(logits, p, parts.sum(0), answers), told
+        share = (top - top.amax(0)).exp_()
+        share /= (share * mass).sum(0)
+        mean = parts.mul_(share.to(at.dtype)).sum(0)
+        return BaseReadout(logits, p, mean, answers), told
 
     def _tails(
         self,
