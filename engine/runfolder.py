@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -128,24 +129,30 @@ def checksum(about: dict[str, Any], folder: Path) -> str:
 
 def environment() -> dict[str, Any]:
     """Where and with what a run is made: versions, machine, date. Loads none of the packages it names."""
-    versions = {"python": platform.python_version()}
-    for package in ("deltapatch", "torch", "transformers", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     machine = {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
     }
     return {
-        "versions": versions,
+        "versions": dict(_versions()),
         "machine": machine,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
+@cache  # each one's metadata is read from its file
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("deltapatch", "torch", "transformers", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+@cache
 def _processor() -> str:
     """The processor's name where the system tells it, else its kind."""
     try:

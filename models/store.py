@@ -33,6 +33,7 @@ class Store:
         self._tensors = tensors
         self._adapter = adapter
         self._found_finite: set[Slot] = set()
+        self._fingerprint: str | None = None
         self._names = assign(architecture, tensors.names(), tensors.where)
         expected = set()
         for slot, shape in expected_shapes(spec):
@@ -114,8 +115,14 @@ class Store:
         """32 hex digits that tell models apart, the same for one model in one file, in shards or in memory.
 
         It covers the spec, shapes and dtypes, the adapter, and a sample of each tensor's values, so that it
-        costs next to nothing for a large file; a change of a few values may go unnoticed.
+        costs next to nothing for a large file; a change of a few values may go unnoticed. That of a file is
+        taken once; a model in memory may change.
         """
+        if self._fingerprint is None or not self.in_file:
+            self._fingerprint = self._taken()
+        return self._fingerprint
+
+    def _taken(self) -> str:
         digest = hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode())
         for slot in sorted(self._names, key=lambda s: (s.layer is None, s.layer or 0, s.name)):
             name = self._names[slot]
