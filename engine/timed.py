@@ -1,7 +1,7 @@
 """A wavefront that says what its parts take, for the forecast."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from deltapatch.engine.patches import WHOLE
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.reads import RowReads
 from deltapatch.engine.wavefront import Wavefront
+from deltapatch.engine.workers import Map
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.models.weights import EndWeights
@@ -147,7 +148,7 @@ class _TimedReadOut(ReadOut):
         line = np.empty_like(own)
         line[row_reads.place] = old.place[old.first[which][row_reads.row] + own]
         rows = rows[upload(line, rows.device)]
-        began, self.distributions = now(self), 0.0
+        began, self.distributions, self.busy = now(self), 0.0, 0.0
         _, unpatched = super().read(ends, x, dx, rows, row_reads)
         seconds = now(self) - began
         self.wavefront.read = seconds
@@ -155,14 +156,36 @@ class _TimedReadOut(ReadOut):
         blocks = how_many_blocks(len(rows), self.ops.block_tokens, spread=False)
         rest = max(0.0, seconds - self.distributions)
         amounts["read_out"].add(len(rows), blocks, rest * self.each.count)
-        amounts["distribution"].add(len(old.reads.token), 1, self.distributions * self.each.count)
+        amounts["distribution"].add(len(old.reads.token), 1, self.busy)
         return np.zeros((len(old.measured), n_rows)), unpatched
 
     def _unpatched(self, *arguments: Any) -> tuple[BaseReadout, Tensor]:
-        began = now(self)
-        result = super()._unpatched(*arguments)
-        self.distributions += now(self) - began
+        # With few reads some of this is too little to share, and of many it is not.
+        began, shared, self.each = now(self), self.each, _Watched(self.each)
+        try:
+            result = super()._unpatched(*arguments)
+        finally:
+            watched, self.each = self.each, shared
+        took = now(self) - began
+        self.distributions += took
+        self.busy += watched.busy + (took - watched.took) * shared.count
         return result
+
+
+class _Watched(Map):
+    """A map that says how long it took, and how long its threads were busy."""
+
+    def __init__(self, each: Map) -> None:
+        super().__init__(each.pool, each.count, each.helper)
+        self.took = self.busy = 0.0
+
+    def __call__(self, work: Callable[[Any], None], items: Iterable[Any]) -> None:
+        """As that of any map."""
+        items, began = list(items), time.perf_counter()
+        super().__call__(work, items)
+        took = time.perf_counter() - began
+        self.took += took
+        self.busy += took * min(self.count, len(items))
 
 
 def now(of: Any) -> float:
