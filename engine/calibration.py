@@ -128,6 +128,7 @@ class _Size:
     base_tokens: int
     row_tokens: int
     reads: int  # positions that rows are read at
+    distributions: int  # that are made of unpatched runs
 
     @property
     def length(self) -> int:
@@ -150,7 +151,8 @@ def _sizes(job: Job, plan: Plan, threads: int) -> tuple[_Size, _Size]:
     rows = two(max(tokens, int(plan.entering.max() / passes), 1), room, in_layer)
     base = two(sum(used.base_tokens for used in plan.passes) // passes, room // runs, in_layer // runs)
     reads = two(sum(used.row_reads for used in plan.passes) // passes, room, read)
-    small, large = (_Size(base[i], rows[i], reads[i]) for i in range(2))
+    distributions = 1, min(sum(used.reads for used in plan.passes) // passes, _FEWEST)
+    small, large = (_Size(base[i], rows[i], reads[i], distributions[i]) for i in range(2))
     return small, large
 
 
@@ -184,7 +186,16 @@ def _timed(job: Job, work: Work, precision: Precision, each: Map, size: _Size) -
     part = join(parts, mine.runs, share_lengths=False)
     prompts = mine.prompts(part.pairs)
     wavefront = TimedWavefront(
-        found, size.reads, excerpt, prompts, part.table, job.measured, precision, job.backend, each
+        found,
+        size.reads,
+        size.distributions,
+        excerpt,
+        prompts,
+        part.table,
+        job.measured,
+        precision,
+        job.backend,
+        each,
     )
     wavefront.run()
     found.total = now(job) - began

@@ -15,11 +15,13 @@ from deltapatch.engine.pairs import PromptPair
 from deltapatch.engine.plan import Plan, plan
 from deltapatch.engine.planner import Used
 from deltapatch.engine.prepare import Options
+from deltapatch.engine.readout import reads_held
 from deltapatch.engine.work import Work
 from deltapatch.engine.workers import Map
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
 
+_SIZE = 4  # bytes of a number, mostly
 _DOUBLE = 2.0  # times as long as in float32 things take in float64
 
 
@@ -169,7 +171,8 @@ def _of_passes(job: Job, passes: list[Used], entering: np.ndarray, rates: Rates)
     waiting += len(passes) * (rates.reading + rates.reading_ends)
     runs_read, rows_read = (np.array([getattr(p, n) for p in passes]) for n in ("reads", "row_reads"))
     blocks_read = np.maximum(1, np.round(rows_read / block))
-    reads = rates.distribution(runs_read, 1) + rates.read_out(rows_read, blocks_read)
+    held = reads_held(job.model.spec.d_vocab, _SIZE, on_cpu)
+    reads = rates.distribution(runs_read, np.ceil(runs_read / held)) + rates.read_out(rows_read, blocks_read)
     packing = rates.layer(rows.sum() * n_layers, n_layers * len(passes))
     return {
         "unpatched runs": float(alone),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.layout import Layout, how_many_blocks
+from deltapatch.engine.layout import Layout, PairShapes, how_many_blocks
 from deltapatch.engine.metrics import Reference
 from deltapatch.engine.patches import WHOLE
 from deltapatch.engine.readout import ReadOut
@@ -61,11 +61,18 @@ class Piece:
 
 
 class TimedWavefront(Wavefront):
-    """A wavefront that says what it took. It prepares a layer only when it is asked for."""
+    """A wavefront that says what it took. It prepares a layer only when it is asked for.
 
-    def __init__(self, found: Piece, reads: int, *arguments: Any) -> None:
+    Args:
+        found: takes the amounts.
+        reads: of rows, more or less.
+        distributions: of unpatched runs, at least.
+        arguments: those of `Wavefront`.
+    """
+
+    def __init__(self, found: Piece, reads: int, distributions: int, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.found, self.reads = found, reads
+        self.found, self.reads, self.at_least = found, reads, distributions
         self.prepared: list[tuple[float, float]] = []  # [layer], seconds of all, and of the unpatched runs
         # Seconds: of rows in layers, of all layers, of the read-out, and before the first layer.
         self.advanced = self.through = self.read = self.before = 0.0
@@ -148,7 +155,7 @@ class _TimedReadOut(ReadOut):
         line = np.empty_like(own)
         line[row_reads.place] = old.place[old.first[which][row_reads.row] + own]
         rows = rows[upload(line, rows.device)]
-        began, self.distributions, self.busy = now(self), 0.0, 0.0
+        began, self.distributions = now(self), 0.0
         _, unpatched = super().read(ends, x, dx, rows, row_reads)
         seconds = now(self) - began
         self.wavefront.read = seconds
@@ -156,19 +163,33 @@ class _TimedReadOut(ReadOut):
         blocks = how_many_blocks(len(rows), self.ops.block_tokens, spread=False)
         rest = max(0.0, seconds - self.distributions)
         amounts["read_out"].add(len(rows), blocks, rest * self.each.count)
-        amounts["distribution"].add(len(old.reads.token), 1, self.busy)
         return np.zeros((len(old.measured), n_rows)), unpatched
 
-    def _unpatched(self, *arguments: Any) -> tuple[BaseReadout, Tensor]:
+    def _unpatched(
+        self, ends: EndWeights, at: Tensor, change: Tensor, shapes: PairShapes, tokens: np.ndarray
+    ) -> tuple[BaseReadout, Tensor]:
+        result = self._watched(ends, at, change, shapes, tokens)
+        times = -(-self.wavefront.at_least // len(at))
+        if times > 1:  # the unembedding costs as much as many reads do: more of them tell the two apart
+            runs = PairShapes(shapes.runs * times)
+            self._watched(
+                ends, at.repeat(times, 1), change.repeat(times, 1), runs, np.tile(tokens, (times, 1))
+            )
+        return result
+
+    def _watched(
+        self, ends: EndWeights, at: Tensor, change: Tensor, shapes: PairShapes, tokens: np.ndarray
+    ) -> tuple[BaseReadout, Tensor]:
         # With few reads some of this is too little to share, and of many it is not.
         began, shared, self.each = now(self), self.each, _Watched(self.each)
         try:
-            result = super()._unpatched(*arguments)
+            result = super()._unpatched(ends, at, change, shapes, tokens)
         finally:
             watched, self.each = self.each, shared
         took = now(self) - began
         self.distributions += took
-        self.busy += watched.busy + (took - watched.took) * shared.count
+        busy = watched.busy + (took - watched.took) * shared.count
+        self.wavefront.found.amounts["distribution"].add(len(at), 1, busy)
         return result
 
 
