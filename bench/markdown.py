@@ -1,4 +1,4 @@
-"""The tables of the README, made of result files: a test holds the README to them.
+"""The tables of the README and the documentation, made of result files: a test holds the pages to them.
 
 python -m deltapatch.bench.markdown bench/results/compare_cpu.json
 """
@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deltapatch.bench.report import stream_rows
 from deltapatch.bench.results import read
+from deltapatch.errors import DeltapatchError
 
 # Sides as a reader knows them, in the order of the table; of the others the report tells.
 SIDES = {
@@ -54,6 +56,25 @@ def precision(result: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def stream(result: dict[str, Any]) -> str:
+    """Time and memory of every sweep of deltapatch alone, in the columns that are not empty."""
+    rows = stream_rows(result)
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    return _table([names, *([row[name] for name in names] for row in rows)])
+
+
+def table(result: dict[str, Any]) -> str:
+    """The table of a result.
+
+    Raises:
+        DeltapatchError: there is none of its kind.
+    """
+    tables = {"compare": rates, "precision": precision, "stream": stream}
+    if result["kind"] not in tables:
+        raise DeltapatchError(f"there is no table for a result of kind {result['kind']}: see its figure")
+    return tables[result["kind"]](result)
+
+
 def _rate(column: dict[str, Any]) -> str:
     rate = column.get("rate")
     if rate is None:
@@ -68,10 +89,11 @@ def _table(rows: list[list[str]]) -> str:
 
 def main() -> None:
     """Print the table of each file that is named."""
-    tables = {"compare": rates, "precision": precision}
-    for path in sys.argv[1:]:
-        result = read(Path(path))
-        print(tables[result["kind"]](result))
+    try:
+        for path in sys.argv[1:]:
+            print(table(read(Path(path))))
+    except DeltapatchError as error:
+        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

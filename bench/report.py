@@ -154,8 +154,8 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def stream(result: dict[str, Any]) -> str:
-    """A line for each sweep of deltapatch alone."""
+def stream_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """What each sweep of deltapatch alone took, by column."""
     rows = []
     for run in result["runs"]:
         found, sweep = run["found"], run["sweep"]
@@ -177,6 +177,11 @@ def stream(result: dict[str, Any]) -> str:
                 "with runs": _number(found["of_product_rate_with_unpatched"], ".0%"),
             }
         )
+    return rows
+
+
+def stream(result: dict[str, Any]) -> str:
+    """A line for each sweep of deltapatch alone."""
     one = result["runs"][0]["found"]
     spec, rate = one["spec"], one["product_rate"] or float("nan")
     head = (
@@ -189,4 +194,6 @@ def stream(result: dict[str, Any]) -> str:
         "own: peak of the process but for pages of files, mapped: of those. limit: necessary FLOPs over the\n"
         "measured product rate; with runs: with the products of the unpatched runs, too.\n"
     )
-    return "\n".join([head, _text(rows, ", ".join(result["runs"][0]["sweep"]["sites"])), notes])
+    return "\n".join(
+        [head, _text(stream_rows(result), ", ".join(result["runs"][0]["sweep"]["sites"])), notes]
+    )

@@ -164,7 +164,7 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
         raise DeltapatchError("there are no finite effects")
     rate = product_rate("fp32", spec.d_model, sweep.device)
     flops = predicted["necessary_flops"]
-    runs = 2 * layer_parameters(spec) * spec.n_layers * 2 * sum(sweep.lengths) * predicted["passes"]
+    runs = 2 * layer_parameters(spec) * spec.n_layers * 2 * sum(sweep.lengths)
     return {
         **environment(),
         "threads": torch.get_num_threads(),

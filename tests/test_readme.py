@@ -77,11 +77,14 @@ def test_the_slurm_script_runs(tmp_path):
         ("compare_cpu.json", "README.md"),
         ("compare_cpu_avx2.json", "docs/benchmarks.md"),
         ("precision_cpu.json", "docs/benchmarks.md"),
+        ("stream_gptj_cpu.json", "docs/large.md"),
+        ("stream_pairs_cpu.json", "docs/large.md"),
+        ("stream_length_cpu.json", "docs/large.md"),
     ],
 )
 def test_tables_are_those_of_the_result_files(file, page):
     result = read(ROOT / "bench" / "results" / file)
-    table = {"compare": markdown.rates, "precision": markdown.precision}[result["kind"]](result)
+    table = markdown.table(result)
     assert table in (ROOT / page).read_text(encoding="utf-8"), f"python -m deltapatch.bench.markdown {file}"
 
 
