@@ -88,8 +88,9 @@ def read_pairs_text(text: str) -> list[EncodedPair]:
 
 
 def _effects(path: Path, about: dict[str, Any]) -> Effects:
-    if CHECKSUM in about:  # the first runs had none
-        _need(about[CHECKSUM] == checksum(about, path), "its files are not those that were written")
+    if CHECKSUM in about or about["format_version"] > 1:  # the first runs had none
+        same = about.get(CHECKSUM) == checksum(about, path)
+        _need(same, "its files are not those that were written")
     _check_coordinates(about)
     pairs = read_pairs_text((path / PAIRS).read_text(encoding="utf-8"))
     sites: dict[str, SiteEffects] = {}
@@ -103,6 +104,9 @@ def _effects(path: Path, about: dict[str, Any]) -> Effects:
                 _need(fits and len(index) <= 1, f"{site}/{name} does not fit {RUN}")
             sites[site] = SiteEffects(site, np.array(c["layers"], dtype=np.int64), c["positions"], measured)
         names = [f.name for f in fields(Reference) if f.name != "says" or about["format_version"] > 1]
+        told = {f"{site}/{name}" for site, c in about["sites"].items() for name in c["measured"]}
+        told |= {f"reference/{name}" for name in names}
+        _need(set(file.keys()) == told, f"{EFFECTS} holds other numbers than {RUN} tells")
         known = {name: file.get_tensor(f"reference/{name}") for name in names}
     n = len(pairs)
     for name, array in known.items():

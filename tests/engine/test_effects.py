@@ -235,9 +235,23 @@ def _edit(**changes):
     return spoil
 
 
+def _lose(*, version):
+    """A number and the checksum are gone from run.json."""
+
+    def spoil(run):
+        about = json.loads((run / "run.json").read_text()) | {"format_version": version}
+        del about["sha256"]
+        del about["sites"]["z"]["measured"][0]
+        (run / "run.json").write_text(json.dumps(about))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
+        (_lose(version=2), "is damaged .its files are not those that were written"),
+        (_lose(version=1), "is damaged .effects.safetensors holds other numbers than run.json tells"),
         (lambda run: (run / "run.json").unlink(), "is not a run folder: it has no run.json"),
         (_break("run.json", lambda b: b[: len(b) // 2]), "is damaged: run.json cannot be read"),
         (_break("run.json", lambda b: b"[]"), "is damaged: run.json cannot be read"),
