@@ -61,15 +61,13 @@ class Cells:
 
     def interventions(self) -> list[Intervention]:
         """The same as objects."""
+        arrays = (self.pair, self.layer, self.position, self.index)
         return [
             Intervention(
-                int(pair),
-                [
-                    Patch(self.site, int(l), int(t), int(i) if i >= 0 else None)
-                    for l, t, i in zip(*own, strict=True)
-                ],
+                pair,
+                [Patch(self.site, l, t, i if i >= 0 else None) for l, t, i in zip(*own, strict=True)],
             )
-            for pair, *own in zip(self.pair, self.layer, self.position, self.index, strict=True)
+            for pair, *own in zip(*(a.tolist() for a in arrays), strict=True)
         ]
 
     def necessary_flops(self, spec: ModelSpec, length: int) -> int:

@@ -47,6 +47,7 @@ def growth(
     values: Sequence[int] | None = None,
     work: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Measure along each axis, everything else as `shape` and `length` say.
 
@@ -58,6 +59,7 @@ def growth(
         names, make_side, options, say: as for `compare`.
         values: of the axes, in place of VALUES.
         work: further options of `make_workload`.
+        keep: called with the result so far whenever an axis is done: all of them take long.
 
     Raises:
         DeltapatchError: an unknown axis.
@@ -77,6 +79,7 @@ def growth(
                 result = compare(workload, [(name, cells)], names, make_side, options, say)
             (measured,) = result.pop("sweeps")
             found[axis].append({"value": value, **measured})
+        keep({**result, "axes": found})
     return {**result, "axes": found}
 
 

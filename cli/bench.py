@@ -137,13 +137,21 @@ def growth(
     quiet: bool,
     **chosen: Any,
 ) -> None:
-    """Measure how cost grows with rows, layers, prompt length, vocabulary and pairs, on random models."""
+    """Measure how cost grows with rows, layers, prompt length, vocabulary and pairs, on random models.
+
+    --out is written whenever an axis is done: what is cut off keeps those before.
+    """
     from deltapatch.bench.growth import AXES
     from deltapatch.bench.growth import growth as run_growth
     from deltapatch.bench.report import growth as table
-    from deltapatch.bench.results import check_free
+    from deltapatch.bench.results import check_free, stamp, write
 
     check_free(out)
+
+    def keep(result: dict[str, Any]) -> None:
+        if out is not None:
+            write(out, stamp("growth", result))
+
     names, options, make_side = _measurement(chosen, quiet)
     sizes = None if values is None else read_sizes("--values", values)
     result = run_growth(
@@ -157,6 +165,7 @@ def growth(
         sizes,
         {name: chosen[name] for name in ("metric", "device", "batch", "threads", "seed")},
         lambda text: say(text, quiet),
+        keep,
     )
     deliver("growth", result, out, as_json, table)
 

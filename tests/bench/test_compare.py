@@ -201,6 +201,7 @@ def test_the_result_is_plain_json(result):
 def test_growth_measures_every_point():
     shape = Shape(layers=2, d_model=8, d_mlp=8, heads=2, vocab=20, context=32)
     options = Options(rounds=1, check=4)
+    kept = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("deltapatch.bench.limits.copy_rate", lambda device: 1e9)
         found = growth(
@@ -212,7 +213,9 @@ def test_growth_measures_every_point():
             local,
             options,
             values=[8, 16],
+            keep=lambda result: kept.append(list(result["axes"])),
         )
+    assert kept == [["rows"], ["rows", "vocab"]], "an axis that is done is not kept"
     assert [p["value"] for p in found["axes"]["vocab"]] == [8, 16]
     assert [p["interventions"] for p in found["axes"]["rows"]] == [8, 16]
     assert "Interventions per second by vocab" in growth_table(found)
