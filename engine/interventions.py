@@ -59,14 +59,12 @@ def tables_of(
             raise DeltapatchError(f"intervention {i} has no patches: give at least one")
         by_pair.setdefault(intervention.pair, []).append(i)
     out = {}
-    sites: dict[str, _Site] = {}
     for pair, numbers in by_pair.items():
         patches: list[tuple[int, int, int, int]] = []
-        positions: dict[int | str, int] = {}
+        places: dict[tuple[str, int, int | str], _Place] = {}
         for i in numbers:
             own = [
-                _patch(p, f"intervention {i}", pairs[pair], spec, sites, positions)
-                for p in interventions[i].patches
+                _patch(p, f"intervention {i}", pairs[pair], spec, places) for p in interventions[i].patches
             ]
             if len(set(own)) < len(own):
                 raise DeltapatchError(f"intervention {i} patches the same activation twice")
@@ -78,14 +76,14 @@ def tables_of(
     return out
 
 
-class _Site(NamedTuple):
-    """What a name of a site means in a model."""
+class _Place(NamedTuple):
+    """Where in a pair's run a patch is, but for its index."""
 
-    name: str
+    layer: int  # of the place
     place: int
-    layer: int | None  # that a hook name names
-    shift: int  # from a patch's layer to that of its place
-    size: int  # indices, 0 for none
+    position: int
+    site: str
+    size: int  # indices of the site, 0 for none
 
 
 def _patch(
@@ -93,39 +91,38 @@ def _patch(
     where: str,
     pair: EncodedPair,
     spec: ModelSpec,
-    sites: dict[str, _Site],
-    positions: dict[int | str, int],
+    places: dict[tuple[str, int, int | str], _Place],
 ) -> tuple[int, int, int, int]:
-    """Layer, place, position and index of a patch. There may be very many: what names mean is looked up once.
+    """Layer, place, position and index of a patch. There may be very many: where each is is looked up once.
 
     Args:
-        sites: that are known.
-        positions: of the pair that are known.
+        places: of the pair that are known, by the patch's site, layer and position.
     """
-    site = sites.get(patch.site)
-    if site is None:
-        found, named = find_site(patch.site)
-        check_site(found, spec)
-        place, shift = place_of(found.name, 0)
-        site = sites[patch.site] = _Site(found.name, place, named, int(shift), found.n_indices(spec))
-    layer = patch.layer if site.layer is None else site.layer
+    key = (patch.site, patch.layer, patch.position)
+    place = places.get(key)
+    if place is None:
+        place = places[key] = _find(patch, where, pair, spec)
+    index, size = patch.index, place.size
+    if not size and index is not None:
+        raise DeltapatchError(f"{where}: site {place.site} takes no index, but {index} was given")
+    if size and (index is None or not 0 <= index < size):
+        raise DeltapatchError(f"{where}: site {place.site} needs an index from 0 to {size - 1}, not {index}")
+    return place.layer, place.place, place.position, -1 if index is None else index
+
+
+def _find(patch: Patch, where: str, pair: EncodedPair, spec: ModelSpec) -> _Place:
+    site, named = find_site(patch.site)
+    check_site(site, spec)
+    layer = patch.layer if named is None else named
     if not 0 <= layer < spec.n_layers:
         raise DeltapatchError(
             f"{where}: layer {layer} does not exist: this model has 0 to {spec.n_layers - 1}"
         )
-    position = positions.get(patch.position)
+    position = pair.resolve(patch.position)
     if position is None:
-        place_of_it = pair.resolve(patch.position)
-        if place_of_it is None:
-            raise DeltapatchError(
-                f"{where}: its pair has no position {patch.position!r}; "
-                f"the prompt has {len(pair.clean)} tokens and labels {sorted(pair.labels) or 'none'}"
-            )
-        position = positions[patch.position] = place_of_it
-    if not site.size and patch.index is not None:
-        raise DeltapatchError(f"{where}: site {site.name} takes no index, but {patch.index} was given")
-    if site.size and (patch.index is None or not 0 <= patch.index < site.size):
         raise DeltapatchError(
-            f"{where}: site {site.name} needs an index from 0 to {site.size - 1}, not {patch.index}"
+            f"{where}: its pair has no position {patch.position!r}; "
+            f"the prompt has {len(pair.clean)} tokens and labels {sorted(pair.labels) or 'none'}"
         )
-    return layer + site.shift, site.place, position, -1 if patch.index is None else patch.index
+    place, shift = place_of(site.name, 0)
+    return _Place(layer + int(shift), place, position, site.name, site.n_indices(spec))

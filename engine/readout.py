@@ -192,7 +192,8 @@ class ReadOut:
         def multiply(i: int) -> None:
             piece = pieces[i]
             weight = stored[piece].to(at.dtype)
-            out[:, piece] = both @ weight.T
+            # As in `product`, the outputs first: few rows meet many tokens.
+            out[:, piece] = (weight @ both.T).T
             own = logits[:, piece]
             if bias is not None:
                 own += bias[piece].to(at.dtype)
