@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deltapatch.bench.growth import AXES
 from deltapatch.bench.report import stream_rows
 from deltapatch.bench.results import read
 from deltapatch.errors import DeltapatchError
@@ -63,15 +64,20 @@ def stream(result: dict[str, Any]) -> str:
     return _table([names, *([row[name] for name in names] for row in rows)])
 
 
-def table(result: dict[str, Any]) -> str:
-    """The table of a result.
+def growth(result: dict[str, Any]) -> str:
+    """Interventions per second of every side at every size along each axis."""
+    sides = [side for side in SIDES if side in result["sides"]]
+    rows = [["", "interventions", *(SIDES[side] for side in sides)]]
+    for axis, points in result["axes"].items():
+        for point in points:
+            rates = (_rate(point["columns"][side]) for side in sides)
+            rows.append([f"{AXES[axis]}: {point['value']:,}", f"{point['interventions']:,}", *rates])
+    return _table(rows)
 
-    Raises:
-        DeltapatchError: there is none of its kind.
-    """
-    tables = {"compare": rates, "precision": precision, "stream": stream}
-    if result["kind"] not in tables:
-        raise DeltapatchError(f"there is no table for a result of kind {result['kind']}: see its figure")
+
+def table(result: dict[str, Any]) -> str:
+    """The table of a result."""
+    tables = {"compare": rates, "growth": growth, "precision": precision, "stream": stream}
     return tables[result["kind"]](result)
 
 
