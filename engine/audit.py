@@ -15,7 +15,9 @@ from deltapatch.engine.patches import PatchTable
 from deltapatch.engine.planner import take
 from deltapatch.engine.workers import Map
 from deltapatch.errors import DeltapatchError
+from deltapatch.kernels.device import fast_bfloat16
 from deltapatch.kernels.product import PRECISIONS, Precision
+from deltapatch.kernels.readout_tail import worth_a_tail
 
 if TYPE_CHECKING:
     from deltapatch.engine.job import Job
@@ -191,7 +193,16 @@ class Audit:
             return ["fp32"]
         if on == "cuda":
             return ["fp16", "bf16", "tf32", "fp32"]
-        return ["bf16", "fp32"] if _fast_bfloat16() else ["fp32"]
+        return ["bf16", "fp32"] if fast_bfloat16() or self._expands else ["fp32"]
+
+    @property
+    def _expands(self) -> bool:
+        """Whether a run in bfloat16 does not multiply most rows with the whole vocabulary."""
+        job, spec = self.job, self.job.model.spec
+        rows = self.work.n_reads // max(1, len(self.work.order))
+        return job.backend.expands and worth_a_tail(
+            rows, spec.d_vocab, spec.d_model, PRECISIONS["bf16"], job.measured
+        )
 
     def _recompute(self, precision: Precision) -> Sampled:
         """The sample in another precision."""
@@ -254,11 +265,3 @@ def relative_errors(
             error = off / size if size else float(off > 0)
             out[name] = float(error) if np.isfinite(error) else float("inf")
     return out
-
-
-def _fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32. PyTorch has no public word for it."""
-    return any(
-        getattr(torch.cpu, name, lambda: False)()
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )

@@ -1,7 +1,8 @@
-"""What PyTorch is asked of devices: uploads without waiting, and how float32 is multiplied."""
+"""What PyTorch is asked of devices: uploads without waiting, and how numbers are multiplied."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,3 +37,12 @@ def float32_products(mode: str) -> Iterator[None]:
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+@cache
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32. PyTorch has no public word for it."""
+    return any(
+        getattr(torch.cpu, name, lambda: False)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )

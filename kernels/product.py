@@ -4,6 +4,9 @@ A product is linear in the difference, so rounding its operands is an error rela
 activation: that is why 16-bit products are precise enough here and nowhere else. Linear also means that a
 power of two may be taken out of each row before and put back after: so float16 and float8, which hold few
 sizes, hold every row.
+
+A CPU multiplies bfloat16 where it has instructions for that. Any other narrow operand is rounded there, kept
+in float32, and multiplied as such, as a GPU does, which rounds no product of two of them.
 """
 
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.kernels.device import float32_products
+from deltapatch.kernels.device import fast_bfloat16, float32_products
 from deltapatch.kernels.lang import HAS_TRITON
 from deltapatch.kernels.narrow_triton import narrow_rows
 
@@ -66,7 +69,7 @@ PRECISIONS = {
 class Scaled(NamedTuple):
     """A difference as products take it and give it: values * scale.
 
-    `values` is [token, ...], in a product's operand dtype or, as its result, in float32 or float64.
+    `values` is [token, ...], as `narrow` gives it or, as a product's result, in float32 or float64.
     `scale` is [token] float32, powers of two; None: all ones.
     """
 
@@ -106,25 +109,23 @@ class Stored(NamedTuple):
 
 
 def narrow(d: Tensor, precision: Precision) -> Scaled:
-    """A difference in the dtype that products take.
+    """A difference as products take it: in the precision's operand dtype, or rounded to it on a CPU.
 
     Args:
         d: [token, in], float32, or float64 in fp64.
         precision: of the products.
 
     Returns:
-        `d` itself where its dtype is right. In fp16 the largest number of each row lies in [2^13, 2^14), in
-        fp8 in (224, 448], unless the row is zero or so small that the scale would not be a normal number.
+        `d` itself where there is nothing to do. In fp16 the largest number of each row lies in [2^13, 2^14),
+        in fp8 in (224, 448], unless the row is zero or so small that the scale would not be a normal number.
     """
-    if d.dtype == precision.operand:
-        return Scaled(d)
-    if d.is_cuda and HAS_TRITON:
+    if d.is_cuda and HAS_TRITON and d.dtype != precision.operand:
         return narrow_triton(d, precision)
-    if precision.scaled:
+    if precision.scaled and d.dtype != precision.operand:
         scale, inverse = _powers(d, precision.top)
-        return Scaled((d * inverse.unsqueeze(1)).to(precision.operand), scale)
-    if d.device.type != "cpu":
-        return Scaled(d.to(precision.operand))
+        return Scaled(_rounded(d * inverse.unsqueeze(1), precision), scale)
+    if d.device.type != "cpu" or precision.name != "bf16" or not fast_bfloat16():
+        return Scaled(_rounded(d, precision))
     # oneDNN makes and keeps a program for every new number of rows: let a few numbers serve all blocks.
     rows = -(-len(d) // _ROWS) * _ROWS
     values = d.new_empty(rows, d.shape[1], dtype=precision.operand)
@@ -141,7 +142,7 @@ def narrow_triton(d: Tensor, precision: Precision) -> Scaled:
 
 
 def narrow_weight(weight: Tensor, precision: Precision) -> Operand:
-    """A weight in the dtype that products take; no copy where it has it.
+    """A weight as products take it; no copy where it is that already.
 
     A weight that float16 cannot hold is told here on a CPU; on a GPU, which nobody waits for, it is infinite.
 
@@ -157,7 +158,7 @@ def narrow_weight(weight: Tensor, precision: Precision) -> Operand:
             return Operand(weight, None, precision)
         weight = weight.float()
         scale, inverse = _powers(weight, precision.top)
-        return Operand((weight * inverse.unsqueeze(1)).to(precision.operand), scale, precision)
+        return Operand(_rounded(weight * inverse.unsqueeze(1), precision), scale, precision)
     if precision.operand == torch.float16 and weight.dtype != torch.float16 and not weight.is_cuda:
         largest = float(torch.linalg.vector_norm(weight, torch.inf)) if weight.numel() else 0.0
         if largest > _LARGEST_HALF:
@@ -165,10 +166,7 @@ def narrow_weight(weight: Tensor, precision: Precision) -> Operand:
                 f"a weight of {largest:.6g} is larger than float16 holds ({_LARGEST_HALF:.0f}): "
                 "use precision='bf16'"
             )
-    values = weight.to(precision.operand)
-    if precision.name == "tf32" and values.device.type == "cpu":
-        values = _round_to_tf32(values)
-    return Operand(values, None, precision)
+    return Operand(_rounded(weight, precision), None, precision)
 
 
 def product(x: Scaled, weight: Operand, outputs_first: bool = False) -> Scaled:
@@ -186,12 +184,9 @@ def product(x: Scaled, weight: Operand, outputs_first: bool = False) -> Scaled:
     precision = weight.precision
     if x.values.is_cuda:
         values = _product_on_gpu(x.values, weight)
-    elif precision.name == "bf16":
+    elif x.values.dtype == weight.values.dtype == torch.bfloat16:
         values = torch.mm(_filled_up(x.values), weight.values.t())[: len(x.values)].to(precision.base)
-    elif precision.name == "tf32":
-        values = torch.mm(_round_to_tf32(x.values), weight.values.t())
     else:
-        # Rounded operands multiplied in float32: what a GPU does, which rounds no product of two of them.
         d, matrix = x.values.to(precision.base), weight.values.to(precision.base)
         values = torch.mm(matrix, d.t()).t() if outputs_first else torch.mm(d, matrix.t())
         if weight.scale is not None:
@@ -243,6 +238,16 @@ def _powers(d: Tensor, top: int) -> tuple[Tensor, Tensor]:
     scale = (exponent + (1 - top)).masked_fill_(zero, 127)
     inverse = (253 + top - exponent).masked_fill_(zero, 127)
     return (scale << 23).view(torch.float32), (inverse << 23).view(torch.float32)
+
+
+def _rounded(x: Tensor, precision: Precision) -> Tensor:
+    """In the operand's dtype, or as a CPU takes it; `x` itself where it is in that dtype already."""
+    if precision.name == "tf32" and x.device.type == "cpu":
+        return _round_to_tf32(x.to(precision.base))
+    narrow = x.to(precision.operand)
+    if narrow is x or x.device.type != "cpu" or (precision.name == "bf16" and fast_bfloat16()):
+        return narrow
+    return narrow.to(precision.base)
 
 
 def _round_to_tf32(x: Tensor) -> Tensor:

@@ -111,12 +111,12 @@ def _expanded(
         if read not in base.tails:
             continue
         some = Scaled(narrowed.values[rows], None if narrowed.scale is None else narrowed.scale[rows])
-        lse, bound = expand(dn[rows], some, mean[rows], base.tails[read])
+        lse, bound, spread = expand(dn[rows], some, mean[rows], base.tails[read])
         done[rows] = True
         for i, name in enumerate(("dlogp_clean", "dlogp_corrupted")):
             if name in out:
                 torch.sub(answer[rows, i], lse, out=out[name][rows])
-                done[rows] &= bound <= TOLERANCE[precision.name] * out[name][rows].abs()
+                done[rows] &= bound <= TOLERANCE[precision.name] * out[name][rows].abs().maximum(spread)
     return (~done).nonzero().squeeze(1)
 
 

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.each import Each
-from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow, narrow_weight, product
+from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight, product
 
-# What may be left out, relative to each effect: about what the products' own rounding leaves uncertain.
+# What may be left out, relative to the effect or to the spread of the row's logit changes, whichever is more:
+# what the products' own rounding leaves uncertain.
 TOLERANCE = {"bf16": 2e-3, "fp16": 2.5e-4, "tf32": 2.5e-4, "fp8": 1e-2}
 KEPT = 32  # one token in so many is kept
 _PIECE = 4096  # tokens whose share of C is taken at a time
+_STRIPS = 4  # C is symmetric: of so many strips only what is not above the diagonal is multiplied
 _MEASURED = {"logit_diff", "dlogp_clean", "dlogp_corrupted"}  # KL is itself of second order
 
 
@@ -38,7 +40,7 @@ def worth_a_tail(
     n_rows: int, d_vocab: int, d_model: int, precision: Precision, measured: Iterable[str]
 ) -> bool:
     """Whether a read has so many rows that preparing its expansion costs less than it saves."""
-    enough = n_rows >= 4 * d_model and d_vocab >= 8 * d_model
+    enough = n_rows >= 2 * d_model and d_vocab >= 8 * d_model
     return enough and precision.name in TOLERANCE and set(measured) <= _MEASURED
 
 
@@ -62,6 +64,8 @@ def make_tail(
     rest = p.to(mean.dtype, copy=True)
     rest[kept] = 0
     pieces = [slice(a, a + _PIECE) for a in range(0, len(p), _PIECE)]
+    width = -(-len(mean) // _STRIPS)
+    strips = [slice(a, min(a + width, len(mean))) for a in range(0, len(mean), width)]
     moments: list[Tensor] = [mean] * len(pieces)
     radii: list[Tensor] = [mean] * len(pieces)
 
@@ -69,27 +73,30 @@ def make_tail(
         centred = exact[pieces[i]].to(mean.dtype) - mean
         there = rest[pieces[i]]
         radii[i] = torch.where(there > 0, torch.linalg.vector_norm(centred, dim=1), 0).max()
-        half = (centred * there.sqrt().unsqueeze(1)).T.contiguous()  # [d_model, token]
-        precision = weight.precision
-        moments[i] = product(narrow(half, precision), narrow_weight(half, precision)).plain()
+        half = narrow_weight((centred * there.sqrt().unsqueeze(1)).T.contiguous(), weight.precision)
+        moments[i] = mean.new_empty(len(mean), len(mean))
+        for strip in strips:  # [d_model, token] with itself
+            below = slice(strip.start, None)
+            rows = half.rows(below)
+            moments[i][below, strip] = product(Scaled(rows.values, rows.scale), half.rows(strip)).plain()
 
     each(take, range(len(pieces)))
-    return Tail(
-        weight.rows(kept),
-        p[kept].to(mean.dtype),
-        torch.stack(moments).sum(0),
-        torch.stack(radii).max(),
-    )
+    moment = torch.stack(moments).sum(0).tril_()
+    moment += moment.tril(-1).T
+    return Tail(weight.rows(kept), p[kept].to(mean.dtype), moment, torch.stack(radii).max())
 
 
-def expand(dn: Tensor, narrowed: Scaled, mean: Tensor, tail: Tail) -> tuple[Tensor, Tensor]:
-    """The change of the log-sum-exp once the mean is out, and the most that it can be off: [row] twice.
+def expand(dn: Tensor, narrowed: Scaled, mean: Tensor, tail: Tail) -> tuple[Tensor, Tensor, Tensor]:
+    """The change of the log-sum-exp once the mean is out, and the most that it can be off.
 
     Args:
         dn: [row, d_model], difference of the final norm's output.
         narrowed: the same as products take it.
         mean: [row, 1], m.
         tail: of the rows' read.
+
+    Returns:
+        change, bound: [row]; and the spread of the logit changes, [row], at least so large: √Σ_rest p_j x_j².
     """
     change = product(narrowed, tail.kept).plain().sub_(mean)  # [row, kept]
     # Where a change is huge the row goes through the whole vocabulary; here it must only not overflow.
@@ -98,4 +105,4 @@ def expand(dn: Tensor, narrowed: Scaled, mean: Tensor, tail: Tail) -> tuple[Tens
     b = tail.radius * torch.linalg.vector_norm(dn, dim=1)
     bound = b / 6 * b.clamp(max=60).exp() * second
     bound.masked_fill_(change.amax(1) >= 60, torch.inf)
-    return torch.log1p(mass + second / 2), bound
+    return torch.log1p(mass + second / 2), bound, second.sqrt()

@@ -30,7 +30,7 @@ def pairs(variant, lengths):
 def eager(monkeypatch):
     """Choosing is worth it for any work, and bfloat16 is fast."""
     monkeypatch.setattr(audit, "_WORTH_CHOOSING", {"cpu": 0})
-    monkeypatch.setattr(audit, "_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(audit, "fast_bfloat16", lambda: True)
 
 
 def error(got, want):
@@ -110,6 +110,16 @@ def test_auto_takes_the_first_that_is_precise_enough(model, eager, monkeypatch):
     assert deltapatch.sweep(model, given, **options).meta["precision"] == "bf16"
     monkeypatch.setattr(audit, "TOLERANCE", 1e-6)
     assert deltapatch.sweep(model, given, **options).meta["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(("expands", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_without_products_of_16_bits_auto_rounds_only_what_then_skips_the_vocabulary(
+    model, eager, monkeypatch, expands, chosen
+):
+    monkeypatch.setattr(audit, "fast_bfloat16", lambda: False)
+    monkeypatch.setattr(audit, "worth_a_tail", lambda *args: expands)
+    effects = deltapatch.sweep(model, pairs(VARIANT, [6]), metrics="logit_diff", progress=False)
+    assert effects.meta["precision"] == chosen
 
 
 def test_auto_takes_float32_where_choosing_costs_more_than_it_saves(model):

@@ -6,7 +6,7 @@ The truth is the reference in float64, which test_attention.py holds against the
 import pytest
 import torch
 from kernels_attention_inputs import draw_attention
-from kernels_packing import drawer, pack
+from kernels_packing import drawer, is_rounded, pack
 
 from deltapatch.kernels.attention import Rotary, attention_difference
 from deltapatch.kernels.attention_triton import attention_difference_triton
@@ -51,7 +51,7 @@ def error(got, want):
 def compare(inputs, precision="fp32"):
     """The kernel's result, the float64 reference's, and how far they are apart."""
     out = attention_difference_triton(**inputs, precision=PRECISIONS[precision])
-    assert out.values.dtype == PRECISIONS[precision].operand
+    assert is_rounded(out, precision)
     want = attention_difference(**double(inputs), precision=PRECISIONS["fp64"]).values
     got = out.plain()
     assert got.shape == want.shape

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from deltapatch.kernels.product import PRECISIONS
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.swap import Swap
 
@@ -163,3 +164,9 @@ def distance(got, want):
     assert got.shape == want.shape
     scale = np.linalg.norm(want)
     return float(np.linalg.norm(exact(got) - want) / (scale if scale else 1))
+
+
+def is_rounded(difference, precision):
+    """Whether a narrowed difference has only digits that its precision holds, whatever it is kept in."""
+    values = difference.values
+    return torch.equal(values.to(PRECISIONS[precision].operand).to(values.dtype), values)

@@ -39,12 +39,17 @@ def test_the_bound_holds(seed, sure):
     precision = PRECISIONS["fp64"]
     tail = make_tail(base.p[0], base.mean[0], weight, narrow_weight(weight, precision), one_by_one)
     mean = dn @ base.mean[0]
-    lse, bound = expand(dn, narrow(dn, precision), mean.unsqueeze(1), tail)
-    true = torch.log1p((base.p[0] * torch.expm1(dn @ weight.T - mean.unsqueeze(1))).sum(1))
+    lse, bound, spread = expand(dn, narrow(dn, precision), mean.unsqueeze(1), tail)
+    change = dn @ weight.T - mean.unsqueeze(1)
+    true = torch.log1p((base.p[0] * torch.expm1(change)).sum(1))
     fine = torch.isfinite(true)
     assert ((lse - true).abs() <= bound + 1e-15)[fine].all()
     assert (bound[:2] < 1e-2 * true[:2]).all()
-    assert lse[-1] == bound[-1] == 0
+    assert lse[-1] == bound[-1] == spread[-1] == 0
+    whole = (base.p[0] * change**2).sum(1).sqrt()
+    assert (spread <= whole * (1 + 1e-12)).all()  # that of unlikely tokens
+    if not sure:
+        assert (spread >= 0.7 * whole).all()
 
 
 @pytest.mark.parametrize("precision", sorted(TOLERANCE))
@@ -93,7 +98,7 @@ def test_pairs_without_a_tail_are_as_before():
 
 def test_when_it_is_worth_it():
     bf16 = PRECISIONS["bf16"]
-    assert worth_a_tail(4096, 50304, 512, bf16, MEASURED)
+    assert worth_a_tail(1024, 50304, 512, bf16, MEASURED)
     assert not worth_a_tail(100, 50304, 512, bf16, MEASURED)
     assert not worth_a_tail(4096, 1000, 512, bf16, MEASURED)
     assert not worth_a_tail(4096, 50304, 512, PRECISIONS["fp32"], MEASURED)

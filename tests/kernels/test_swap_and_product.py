@@ -125,12 +125,32 @@ def test_what_has_its_type_already_is_not_copied(precision):
     weight = torch.ones(3, 4).to(chosen.operand)
     if precision != "tf32":  # on a CPU its rounding takes a copy
         assert narrow_weight(weight, chosen).values is weight
-    assert narrow(weight, chosen).values is weight
+        assert narrow(weight, chosen).values is weight
 
 
 def test_half_weights_stay_as_they_are():
     half = drawer(4, torch.float16)(6, 8)
-    assert torch.equal(narrow_weight(half.float(), PRECISIONS["fp16"]).values, half)
+    assert torch.equal(narrow_weight(half.float(), PRECISIONS["fp16"]).values, half.float())
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["no-bf16", "bf16"])
+@EVERY
+def test_a_cpu_rounds_what_it_cannot_multiply_and_keeps_it_wide(precision, fast, monkeypatch):
+    monkeypatch.setattr("deltapatch.kernels.product.fast_bfloat16", lambda: fast)
+    chosen = PRECISIONS[precision]
+    draw = drawer(6, chosen.base)
+    d, weight = draw(70, 24), draw(5, 24)
+    x, w = narrow(d, chosen), narrow_weight(weight, chosen)
+    kept = torch.bfloat16 if fast and precision == "bf16" else chosen.base
+    for got, scale, exact in ((x.values, x.scale, d), (w.values, w.scale, weight)):
+        assert got.dtype == kept
+        if precision != "tf32":
+            assert torch.equal(got.to(chosen.operand).to(kept), got)  # rounded
+        whole = got.double() * (1 if scale is None else scale[:, None])
+        assert (whole - exact).abs().max() <= ERROR[precision] * exact.abs().max()
+    want = x.values.double() @ w.values.double().T * (1 if w.scale is None else w.scale)
+    got = product(x, w).values  # a narrow one rounds its result
+    assert (got - want).norm() <= (4e-3 if kept == torch.bfloat16 else 1e-6) * want.norm()
 
 
 def test_some_outputs_of_a_weight():
@@ -146,7 +166,7 @@ def test_a_weight_that_float16_does_not_hold():
         DeltapatchError, match=r"weight of 70000 is larger than float16 holds .*precision='bf16'"
     ):
         narrow_weight(weight, PRECISIONS["fp16"])
-    assert narrow_weight(weight, PRECISIONS["bf16"]).values.dtype == torch.bfloat16
+    assert narrow_weight(weight, PRECISIONS["bf16"]).values[0, 1] == -70144
 
 
 @settings(max_examples=60, deadline=None)
