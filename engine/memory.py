@@ -9,7 +9,7 @@ from deltapatch.engine import readout
 from deltapatch.engine.costs import layer_parameters
 from deltapatch.engine.sites import PLACES
 from deltapatch.engine.unpatched import MET
-from deltapatch.kernels import activation, attention, readout_triton
+from deltapatch.kernels import activation, attention, readout_tail, readout_triton
 from deltapatch.kernels import readout as readout_torch
 from deltapatch.kernels.product import Precision
 from deltapatch.models.forward import widths
@@ -73,6 +73,7 @@ class Costs:
         kept = sum(width[name] for name in MET if name in width and name != "resid_pre") + spec.rope.dim
         kept += n_sources * (d + patched) + (2 * patched + d if against_base else 0)
         on_cpu = model.device.type == "cpu"
+        tail = readout_tail.tail_bytes(spec.d_vocab, d, size, precision) if on_cpu else 0
         return cls(
             fixed=_layers(model, precision, block_tokens, length, threads, "mlp_post" in places),
             read=8 * d * size + 400,
@@ -81,8 +82,8 @@ class Costs:
             row=400,
             after=_read_out(model, precision, block_tokens, threads),
             base_token_after=(1 + n_sources) * d * size,
-            distribution=readout.distribution_bytes(spec.d_vocab, d, size, on_cpu),
-            held=readout.reads_held(spec.d_vocab, size, on_cpu),
+            distribution=readout.distribution_bytes(spec.d_vocab, d, size, on_cpu) + tail,
+            held=readout.reads_held(spec.d_vocab, size, on_cpu, tail),
         )
 
     def total(self, reads: int, base_tokens: int, row_tokens: int, rows: int) -> int:
@@ -148,6 +149,8 @@ def _read_out(model: Model, precision: Precision, block_tokens: int, threads: in
         out += entries * size
     if model.holds_what_it_reads:
         out += entries * model.dtype.itemsize
+    if on_cpu and readout_tail.tail_bytes(spec.d_vocab, spec.d_model, size, precision):
+        out += readout_tail.workspace(spec.d_vocab, spec.d_model, size)
     piece = -(-entries // 8) * size if model.stream else 0  # narrowed for each block
     held = readout_torch.CELLS if on_cpu else readout_triton.CELLS
     cells = min(max(held, 1024 * rows), rows * spec.d_vocab)  # logit changes, widened, and expm1 of them

@@ -16,7 +16,7 @@ from deltapatch.kernels.each import Each, in_turn
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight
 from deltapatch.kernels.readout import BaseReadout, vocabulary_pieces
-from deltapatch.kernels.readout_tail import Tail, make_tail, worth_a_tail
+from deltapatch.kernels.readout_tail import make_tail, tail_bytes, worth_a_tail
 from deltapatch.kernels.segments import Segment
 from deltapatch.models.forward import normalise
 from deltapatch.models.model import Model
@@ -28,9 +28,14 @@ _READS = 4  # whose output distributions a thread looks at together
 _BLOCKS = 4  # from which on cores have a block each
 
 
-def reads_held(d_vocab: int, size: int, on_cpu: bool) -> int:
-    """How many reads' output distributions are held at a time, in numbers of so many bytes."""
-    return max(1, (_HELD_ON_CPU if on_cpu else _HELD) // (d_vocab * (2 * size + 8)))
+def reads_held(d_vocab: int, size: int, on_cpu: bool, tail: int = 0) -> int:
+    """How many reads' output distributions are held at a time, in numbers of so many bytes.
+
+    Args:
+        d_vocab, size, on_cpu: of the model, its numbers, and whether they are in a CPU's memory.
+        tail: bytes that a read's expansion takes, if it has one.
+    """
+    return max(1, (_HELD_ON_CPU if on_cpu else _HELD) // (d_vocab * (2 * size + 8) + tail))
 
 
 def distribution_bytes(d_vocab: int, d_model: int, size: int, on_cpu: bool) -> int:
@@ -88,15 +93,22 @@ class ReadOut:
         precision = taken_in(self.precision, row_reads.n_tokens, self.model.device)
         weight = self._as_products_take_it(stored, precision)
         found = [rows.new_empty(len(part.asked.names), len(part.rows)) for part in row_reads.parts]
-        n_reads = len(reads.token)
+        n_reads, (d_vocab, d_model) = len(reads.token), stored.shape
         told = torch.empty(n_reads, 2, 5, dtype=torch.float64, device=rows.device)
-        step = reads_held(len(stored), x.element_size(), self.on_cpu)
+        expanded = self._expanded(row_reads, d_vocab, d_model, precision)
+        tail = tail_bytes(d_vocab, d_model, x.element_size(), precision) if expanded.any() else 0
+        step = reads_held(d_vocab, x.element_size(), self.on_cpu, tail)
         for some in (slice(i, min(i + step, n_reads)) for i in range(0, n_reads, step)):
             token = reads.token[some]
             at = x[upload(token, x.device)]  # [read, d_model]
             change = dx[upload(token * self.prompts.n_sources, dx.device)]
             shapes = PairShapes([RunShape(1, 1)] * len(at))  # a read is a run of its own here, of one token
             base, told[some] = self._unpatched(ends, at, change, shapes, reads.tokens[some])
+            tails = {
+                i: make_tail(base.p[i], base.mean[i], stored, weight, self.each)
+                for i in np.flatnonzero(expanded[some]).tolist()
+            }
+            base = base._replace(tails=tails)
             self._read_some(ends, at, rows, some, shapes, base, weight, row_reads, found)
         flat = torch.cat([values.flatten() for values in found]).cpu().numpy()
         edges = np.cumsum([0, *(values.numel() for values in found)])
@@ -125,7 +137,6 @@ class ReadOut:
             at: [read, d_model], the base runs there.
             shapes, base: of these reads; their distributions.
         """
-        n_rows, names = np.zeros(len(at), dtype=np.int64), dict[int, tuple[str, ...]]()
         blocks: list[tuple[Tensor, Tensor, tuple[str, ...], Block]] = []
         for part, values in zip(row_reads.parts, found, strict=True):
             if not part.asked.names:
@@ -133,14 +144,10 @@ class ReadOut:
             of = row_reads.read[part.rows]
             mine = slice(*np.searchsorted(of, [some.start, some.stop]).tolist())
             number = of[mine] - some.start
-            n_rows += np.bincount(number, minlength=len(at))
-            names |= dict.fromkeys(number.tolist(), part.asked.names)
             n_blocks = how_many_blocks(len(number), self.ops.block_tokens, spread=False)
             layout = lay_out(np.arange(len(number)), number, np.zeros_like(number), shapes, n_blocks)
             d = rows[part.lines][mine]
             blocks += [(d[b.tokens], values[:, mine][:, b.rows], part.asked.names, b) for b in layout.blocks]
-        tails = self._tails(base, ends.unembedding.weight, weight, n_rows, names)
-        base = base._replace(tails=tails)
 
         def take(work: tuple[Tensor, Tensor, tuple[str, ...], Block], each: Each = in_turn) -> None:
             d, out, asked, block = work
@@ -222,27 +229,14 @@ class ReadOut:
         mean = parts.mul_(share.to(at.dtype)).sum(0)
         return BaseReadout(logits, p, mean, answers), told
 
-    def _tails(
-        self,
-        base: BaseReadout,
-        stored: Tensor,
-        weight: Operand | Stored,
-        n_rows: np.ndarray,
-        names: dict[int, tuple[str, ...]],
-    ) -> dict[int, Tail]:
-        """Expansions for the reads that very many rows have; see readout_tail.py.
-
-        Args:
-            n_rows: [read], how many rows there are.
-            names: read -> what is measured there.
-        """
-        if not self.ops.expands:
-            return {}
-        return {
-            i: make_tail(base.p[i], base.mean[i], stored, weight, self.each)
-            for i, asked in names.items()
-            if worth_a_tail(int(n_rows[i]), len(stored), stored.shape[1], weight.precision, asked)
-        }
+    def _expanded(self, row_reads: RowReads, d_vocab: int, d_model: int, precision: Precision) -> np.ndarray:
+        """[read], whether its rows take an expansion; see readout_tail.py."""
+        out = np.zeros(len(row_reads.reads.token), dtype=bool)
+        for part in row_reads.parts if self.ops.expands else []:
+            number, n_rows = np.unique(row_reads.read[part.rows], return_counts=True)
+            names = part.asked.names
+            out[number] = [worth_a_tail(n, d_vocab, d_model, precision, names) for n in n_rows.tolist()]
+        return out
 
     def _normed(self, ends: EndWeights, x: Tensor, d: Tensor, segments: list[Segment]) -> Tensor:
         """Difference of the final norm's output, for differences d of its input."""

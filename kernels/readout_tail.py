@@ -10,6 +10,7 @@ each is rounded by itself.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,9 @@ from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narro
 # what the products' own rounding leaves uncertain.
 TOLERANCE = {"bf16": 2e-3, "fp16": 2.5e-4, "tf32": 2.5e-4, "fp8": 1e-2}
 KEPT = 32  # one token in so many is kept
-_PIECE = 4096  # tokens whose share of C is taken at a time
-_STRIPS = 4  # C is symmetric: of so many strips only what is not above the diagonal is multiplied
+_ENTRIES = 1 << 21  # of the unembedding that are weighed at a time
+_STRIP = 128  # columns of C that are multiplied together, down from the diagonal: C is symmetric
+_PIECES = 8  # that cores share
 _MEASURED = {"logit_diff", "dlogp_clean", "dlogp_corrupted"}  # KL is itself of second order
 
 
@@ -44,6 +46,22 @@ def worth_a_tail(
     return enough and precision.name in TOLERANCE and set(measured) <= _MEASURED
 
 
+def tail_bytes(d_vocab: int, d_model: int, size: int, precision: Precision) -> int:
+    """Of a read's expansion, in numbers of so many bytes; 0 where it never has one."""
+    if not worth_a_tail(d_vocab * d_model, d_vocab, d_model, precision, ()):
+        return 0
+    return (d_model + max(1, d_vocab // KEPT)) * d_model * size
+
+
+def workspace(d_vocab: int, d_model: int, size: int) -> int:
+    """Bytes that preparing one takes, whatever the threads: some tokens twice, and what C gains next."""
+    return (2 * min(d_vocab, _tokens(d_model)) + d_model) * d_model * size
+
+
+def _tokens(d_model: int) -> int:
+    return max(1024, _ENTRIES // d_model)
+
+
 def make_tail(
     p: Tensor,
     mean: Tensor,
@@ -58,32 +76,44 @@ def make_tail(
         mean: [d_model], Σ_j p_j W_j.
         exact: [d_vocab, d_model], the unembedding; it is taken in the mean's dtype.
         weight: the same as the sweep's products take it.
-        each: does pieces of the vocabulary, perhaps side by side.
+        each: does strips and pieces, perhaps side by side.
     """
     kept = p.topk(max(1, len(p) // KEPT)).indices
     rest = p.to(mean.dtype, copy=True)
     rest[kept] = 0
-    pieces = [slice(a, a + _PIECE) for a in range(0, len(p), _PIECE)]
-    width = -(-len(mean) // _STRIPS)
-    strips = [slice(a, min(a + width, len(mean))) for a in range(0, len(mean), width)]
-    moments: list[Tensor] = [mean] * len(pieces)
-    radii: list[Tensor] = [mean] * len(pieces)
+    d_model, n = len(mean), _tokens(len(mean))
+    moment, radius = mean.new_zeros(d_model, d_model), mean.new_zeros(())
+    strips = [slice(a, a + _STRIP) for a in range(0, d_model, _STRIP)]
+    for start in range(0, len(p), n):
+        half, longest = _weigh(rest[start : start + n], mean, exact[start : start + n], each)
+        radius = torch.maximum(radius, longest)
+        each(partial(_add_square, moment, narrow_weight(half, weight.precision)), strips)
+    moment.tril_()
+    moment += moment.tril(-1).T
+    return Tail(weight.rows(kept), p[kept].to(mean.dtype), moment, radius)
+
+
+def _weigh(p: Tensor, mean: Tensor, exact: Tensor, each: Each) -> tuple[Tensor, Tensor]:
+    """√p_j c_j of some tokens, [d_model, token], and the longest c_j of those that have a p_j, scalar."""
+    half = mean.new_empty(len(p), len(mean)).T
+    n = -(-len(p) // _PIECES)
+    longest = mean.new_zeros(_PIECES)
 
     def take(i: int) -> None:
-        centred = exact[pieces[i]].to(mean.dtype) - mean
-        there = rest[pieces[i]]
-        radii[i] = torch.where(there > 0, torch.linalg.vector_norm(centred, dim=1), 0).max()
-        half = narrow_weight((centred * there.sqrt().unsqueeze(1)).T.contiguous(), weight.precision)
-        moments[i] = mean.new_empty(len(mean), len(mean))
-        for strip in strips:  # [d_model, token] with itself
-            below = slice(strip.start, None)
-            rows = half.rows(below)
-            moments[i][below, strip] = product(Scaled(rows.values, rows.scale), half.rows(strip)).plain()
+        some = slice(i * n, (i + 1) * n)
+        centred = exact[some].to(mean.dtype) - mean
+        if len(centred):
+            longest[i] = torch.where(p[some] > 0, torch.linalg.vector_norm(centred, dim=1), 0).max()
+            half[:, some] = centred.mul_(p[some].sqrt().unsqueeze(1)).T
 
-    each(take, range(len(pieces)))
-    moment = torch.stack(moments).sum(0).tril_()
-    moment += moment.tril(-1).T
-    return Tail(weight.rows(kept), p[kept].to(mean.dtype), moment, torch.stack(radii).max())
+    each(take, range(_PIECES))
+    return half, longest.max()
+
+
+def _add_square(to: Tensor, half: Operand, strip: slice) -> None:
+    """Add half @ half.T to some columns, from the diagonal on down."""
+    below = half.rows(slice(strip.start, None))
+    to[strip.start :, strip] += product(Scaled(below.values, below.scale), half.rows(strip)).plain()
 
 
 def expand(dn: Tensor, narrowed: Scaled, mean: Tensor, tail: Tail) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ MEGABYTE = 1 << 20
 NEURONS = {"sites": "mlp_post", "positions": "last"}
 EVERYWHERE = {"sites": "mlp_out,attn_out", "positions": "all"}
 SOME = {"sites": "mlp_out,z", "positions": [0, -1]}
+UNLIKELY = NEURONS | {"metrics": "dlogp_clean"}  # enough rows, and no metric that needs every token
 ZERO = {"sites": "mlp_out,q", "positions": [0, -1], "source": "zero"}
 
 
@@ -57,6 +58,7 @@ CASES = [
     Case("fp32", ZERO, 16, prompts="mixed"),
     Case("fp32", SOME, 4, prompts="many"),
     Case("fp32", SOME, 16, threads=2, vocab=40_000),
+    Case("bf16", UNLIKELY, 16, vocab=40_000),
     Case("fp32", NEURONS, 16, answers=3),
     Case("fp32", EVERYWHERE, 16, answers=3),
 ]
