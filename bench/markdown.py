@@ -25,6 +25,7 @@ SIDES = {
     "hooks-prefix": "… over a cached prefix",
     "attribution": "*attribution patching (an estimate)*",
     "deltapatch-fp32": "**deltapatch, fp32**",
+    "deltapatch-tf32": "**deltapatch, tf32**",
     "deltapatch-bf16": "**deltapatch, bf16**",
 }
 SWEEPS = {
@@ -43,7 +44,8 @@ def rates(result: dict[str, Any]) -> str:
     names = [name for name in SWEEPS if name in columns]
     rows = [["", *(SWEEPS[name] for name in names)]]
     for side, title in SIDES.items():
-        rows.append([title, *(_rate(columns[name].get(side, {})) for name in names)])
+        if any(side in columns[name] for name in names):
+            rows.append([title, *(_rate(columns[name].get(side, {})) for name in names)])
     return _table(rows)
 
 

@@ -75,7 +75,7 @@ def test_the_slurm_script_runs(tmp_path):
     ("file", "page"),
     [
         ("compare_cpu.json", "README.md"),
-        ("compare_cpu_avx2.json", "docs/benchmarks.md"),
+        ("compare_cpu_bf16.json", "docs/benchmarks.md"),
         ("growth_cpu.json", "docs/benchmarks.md"),
         ("precision_cpu.json", "docs/benchmarks.md"),
         ("stream_gptj_cpu.json", "docs/large.md"),
