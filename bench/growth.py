@@ -59,7 +59,7 @@ def growth(
         names, make_side, options, say: as for `compare`.
         values: of the axes, in place of VALUES.
         work: further options of `make_workload`.
-        keep: called with the result so far whenever an axis is done: all of them take long.
+        keep: called with the result so far after every size: all of them take long.
 
     Raises:
         DeltapatchError: an unknown axis.
@@ -79,7 +79,7 @@ def growth(
                 result = compare(workload, [(name, cells)], names, make_side, options, say)
             (measured,) = result.pop("sweeps")
             found[axis].append({"value": value, **measured})
-        keep({**result, "axes": found})
+            keep({**result, "axes": found})
     return {**result, "axes": found}
 
 

@@ -9,7 +9,7 @@ from deltapatch.bench.workload import Workload
 from deltapatch.models.model import Model
 from deltapatch.models.patched import Visit, patched_logits
 
-_ROWS = 64  # forwards side by side
+_TOKENS = 4096  # of forwards side by side: attention keeps all its weights
 
 
 def oracle_values(model: Model, work: Workload, cells: Cells) -> np.ndarray:
@@ -24,8 +24,9 @@ def oracle_values(model: Model, work: Workload, cells: Cells) -> np.ndarray:
     patched_logits(model, torch.tensor(work.clean), keep)
     base = _columns(patched_logits(model, torch.tensor(work.corrupted), lambda *_: None), answers, work)
     out = []
-    for start in range(0, len(cells), _ROWS):
-        part = cells[slice(start, start + _ROWS)]
+    rows = max(1, _TOKENS // work.length)
+    for start in range(0, len(cells), rows):
+        part = cells[slice(start, start + rows)]
         pair = torch.from_numpy(part.pair)
         logits = patched_logits(model, torch.tensor(work.corrupted)[pair], _swap(part, source))
         out.append(_columns(logits, answers[pair], work) - base[pair])

@@ -139,7 +139,7 @@ def growth(
 ) -> None:
     """Measure how cost grows with rows, layers, prompt length, vocabulary and pairs, on random models.
 
-    --out is written whenever an axis is done: what is cut off keeps those before.
+    --out is written after every size: what is cut off keeps those before.
     """
     from deltapatch.bench.growth import AXES
     from deltapatch.bench.growth import growth as run_growth

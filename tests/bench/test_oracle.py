@@ -38,6 +38,16 @@ def test_it_is_what_the_independent_oracle_says(true_oracle, work_of, architectu
         np.testing.assert_allclose(work.effect(got[own]), want["ie"], rtol=1e-8, atol=1e-11)
 
 
+def test_long_prompts_go_a_few_at_a_time(work_of, monkeypatch):
+    work = work_of("gptj")
+    model = dp.load_model(work.folder)
+    cells = every_seventh(make_cells("z", model.spec, len(work.clean), work.length))
+    whole = oracle_values(model, work, cells)
+    for tokens in (1, 3 * work.length):
+        monkeypatch.setattr("deltapatch.bench.oracle._TOKENS", tokens)
+        np.testing.assert_allclose(oracle_values(model, work, cells), whole, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post", "q", "k", "v", "mlp_out.dim"])
 def test_it_knows_the_other_sites_too(work_of, site):
     work = work_of("llama", metric="logit_diff")
