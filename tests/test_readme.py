@@ -77,6 +77,7 @@ def test_the_slurm_script_runs(tmp_path):
         ("compare_cpu.json", "README.md"),
         ("compare_cpu_bf16.json", "docs/benchmarks.md"),
         ("growth_cpu.json", "docs/benchmarks.md"),
+        ("growth_length_cpu.json", "docs/benchmarks.md"),
         ("precision_cpu.json", "docs/benchmarks.md"),
         ("stream_gptj_cpu.json", "docs/large.md"),
         ("stream_pairs_cpu.json", "docs/large.md"),
