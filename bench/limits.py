@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from deltapatch.kernels.device import fast_bfloat16
-from deltapatch.kernels.product import PRECISIONS, narrow, narrow_weight, product
+from deltapatch.kernels.product import PRECISIONS, cpu_multiplies, narrow, narrow_weight, product
 
 _ROWS = 1024
 _SECONDS = 0.4  # for each measurement
@@ -50,8 +49,8 @@ def best_of(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 def _product(precision: str, width: int, device: str) -> Callable[[], Any] | None:
     mode = PRECISIONS[precision]
-    if device == "cpu" and precision not in ("fp64", "fp32", *(("bf16",) if fast_bfloat16() else ())):
-        return None  # rounded alike, but multiplied in float32
+    if device == "cpu" and not cpu_multiplies(mode):
+        return None
     x = torch.randn(_ROWS, width, device=device, dtype=mode.base)
     w = torch.randn(4 * width, width, device=device, dtype=mode.base)
     if device == "cpu":

@@ -73,7 +73,7 @@ class Costs:
         kept = sum(width[name] for name in MET if name in width and name != "resid_pre") + spec.rope.dim
         kept += n_sources * (d + patched) + (2 * patched + d if against_base else 0)
         on_cpu = model.device.type == "cpu"
-        tail = readout_tail.tail_bytes(spec.d_vocab, d, size, precision) if on_cpu else 0
+        tail = readout_tail.tail_bytes(spec.d_vocab, d, size, precision)
         return cls(
             fixed=_layers(model, precision, block_tokens, length, threads, "mlp_post" in places),
             read=8 * d * size + 400,
@@ -149,8 +149,7 @@ def _read_out(model: Model, precision: Precision, block_tokens: int, threads: in
         out += entries * size
     if model.holds_what_it_reads:
         out += entries * model.dtype.itemsize
-    if on_cpu and readout_tail.tail_bytes(spec.d_vocab, spec.d_model, size, precision):
-        out += readout_tail.workspace(spec.d_vocab, spec.d_model, size)
+    out += readout_tail.workspace(spec.d_vocab, spec.d_model, size, precision)
     piece = -(-entries // 8) * size if model.stream else 0  # narrowed for each block
     held = readout_torch.CELLS if on_cpu else readout_triton.CELLS
     cells = min(max(held, 1024 * rows), rows * spec.d_vocab)  # logit changes, widened, and expm1 of them

@@ -12,10 +12,10 @@ from deltapatch.engine.sources import Prompts
 from deltapatch.engine.workers import Map
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
-from deltapatch.kernels.each import Each, in_turn
+from deltapatch.kernels.each import Each, in_turn, vocabulary_pieces
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight
-from deltapatch.kernels.readout import BaseReadout, vocabulary_pieces
+from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.readout_tail import make_tail, tail_bytes, worth_a_tail
 from deltapatch.kernels.segments import Segment
 from deltapatch.models.forward import normalise

@@ -66,6 +66,11 @@ PRECISIONS = {
 }
 
 
+def cpu_multiplies(precision: Precision) -> bool:
+    """Whether a CPU has products of this precision; else it rounds the operands and multiplies float32."""
+    return precision.name in ("fp64", "fp32") or (precision.name == "bf16" and fast_bfloat16())
+
+
 class Scaled(NamedTuple):
     """A difference as products take it and give it: values * scale.
 
@@ -124,7 +129,7 @@ def narrow(d: Tensor, precision: Precision) -> Scaled:
     if precision.scaled and d.dtype != precision.operand:
         scale, inverse = _powers(d, precision.top)
         return Scaled(_rounded(d * inverse.unsqueeze(1), precision), scale)
-    if d.device.type != "cpu" or precision.name != "bf16" or not fast_bfloat16():
+    if d.device.type != "cpu" or precision.operand in _WIDE or not cpu_multiplies(precision):
         return Scaled(_rounded(d, precision))
     # oneDNN makes and keeps a program for every new number of rows: let a few numbers serve all blocks.
     rows = -(-len(d) // _ROWS) * _ROWS
@@ -242,12 +247,11 @@ def _powers(d: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 def _rounded(x: Tensor, precision: Precision) -> Tensor:
     """In the operand's dtype, or as a CPU takes it; `x` itself where it is in that dtype already."""
-    if precision.name == "tf32" and x.device.type == "cpu":
+    if x.device.type != "cpu" or cpu_multiplies(precision):
+        return x.to(precision.operand)
+    if precision.name == "tf32":
         return _round_to_tf32(x.to(precision.base))
-    narrow = x.to(precision.operand)
-    if narrow is x or x.device.type != "cpu" or (precision.name == "bf16" and fast_bfloat16()):
-        return narrow
-    return narrow.to(precision.base)
+    return x if x.dtype == precision.operand else x.to(precision.operand).to(precision.base)
 
 
 def _round_to_tf32(x: Tensor) -> Tensor:

@@ -16,13 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.each import Each, in_turn
+from deltapatch.kernels.each import Each, in_turn, vocabulary_pieces
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow, product
 from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
 
 CELLS = 1 << 20  # logit changes held at a time: few enough to stay in the cache
-_PIECES = 8  # at least that many pieces of the vocabulary, so that cores share few rows
 # Of a row's likeliest token: whether it is not the base's, whether it is the clean or the corrupted answer's.
 _SAID = ("flip", "says_clean", "says_corrupted")
 _HUGE = 60.0  # above it exp overflows float32 too soon; below it nothing that float32 rounds to 0 matters
@@ -242,9 +241,3 @@ class _Likeliest:
             before = torch.maximum(earlier.gather(0, self.piece[j : j + 1])[0], self.before[j])
             is_it = (self.own[j] > before) & (self.own[j] >= so_far[-1])
             out[_SAID[j]].copy_(~is_it if j == 0 else is_it)
-
-
-def vocabulary_pieces(d_vocab: int, most: int) -> list[slice]:
-    """The vocabulary in pieces of at most so many tokens. They do not depend on how many cores there are."""
-    width = min(most, -(-d_vocab // _PIECES))
-    return [slice(a, min(a + width, d_vocab)) for a in range(0, d_vocab, width)]

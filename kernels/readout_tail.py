@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.each import Each
+from deltapatch.kernels.each import Each, vocabulary_pieces
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight, product
 
 # What may be left out, relative to the effect or to the spread of the row's logit changes, whichever is more:
@@ -25,7 +25,6 @@ TOLERANCE = {"bf16": 2e-3, "fp16": 2.5e-4, "tf32": 2.5e-4, "fp8": 1e-2}
 KEPT = 32  # one token in so many is kept
 _ENTRIES = 1 << 21  # of the unembedding that are weighed at a time
 _STRIP = 128  # columns of C that are multiplied together, down from the diagonal: C is symmetric
-_PIECES = 8  # that cores share
 _MEASURED = {"logit_diff", "dlogp_clean", "dlogp_corrupted"}  # KL is itself of second order
 
 
@@ -42,20 +41,24 @@ def worth_a_tail(
     n_rows: int, d_vocab: int, d_model: int, precision: Precision, measured: Iterable[str]
 ) -> bool:
     """Whether a read has so many rows that preparing its expansion costs less than it saves."""
-    enough = n_rows >= 2 * d_model and d_vocab >= 8 * d_model
-    return enough and precision.name in TOLERANCE and set(measured) <= _MEASURED
+    possible = _may_expand(d_vocab, d_model, precision) and set(measured) <= _MEASURED
+    return possible and n_rows >= 2 * d_model
+
+
+def _may_expand(d_vocab: int, d_model: int, precision: Precision) -> bool:
+    return d_vocab >= 8 * d_model and precision.name in TOLERANCE
 
 
 def tail_bytes(d_vocab: int, d_model: int, size: int, precision: Precision) -> int:
-    """Of a read's expansion, in numbers of so many bytes; 0 where it never has one."""
-    if not worth_a_tail(d_vocab * d_model, d_vocab, d_model, precision, ()):
-        return 0
-    return (d_model + max(1, d_vocab // KEPT)) * d_model * size
+    """Of a read's expansion, in numbers of so many bytes; 0 where no read has one."""
+    kept = max(1, d_vocab // KEPT)
+    return (d_model + kept) * d_model * size if _may_expand(d_vocab, d_model, precision) else 0
 
 
-def workspace(d_vocab: int, d_model: int, size: int) -> int:
+def workspace(d_vocab: int, d_model: int, size: int, precision: Precision) -> int:
     """Bytes that preparing one takes, whatever the threads: some tokens twice, and what C gains next."""
-    return (2 * min(d_vocab, _tokens(d_model)) + d_model) * d_model * size
+    tokens = min(d_vocab, _tokens(d_model))
+    return (2 * tokens + d_model) * d_model * size if _may_expand(d_vocab, d_model, precision) else 0
 
 
 def _tokens(d_model: int) -> int:
@@ -96,17 +99,16 @@ def make_tail(
 def _weigh(p: Tensor, mean: Tensor, exact: Tensor, each: Each) -> tuple[Tensor, Tensor]:
     """√p_j c_j of some tokens, [d_model, token], and the longest c_j of those that have a p_j, scalar."""
     half = mean.new_empty(len(p), len(mean)).T
-    n = -(-len(p) // _PIECES)
-    longest = mean.new_zeros(_PIECES)
+    pieces = vocabulary_pieces(len(p), len(p))
+    longest = mean.new_empty(len(pieces))
 
     def take(i: int) -> None:
-        some = slice(i * n, (i + 1) * n)
+        some = pieces[i]
         centred = exact[some].to(mean.dtype) - mean
-        if len(centred):
-            longest[i] = torch.where(p[some] > 0, torch.linalg.vector_norm(centred, dim=1), 0).max()
-            half[:, some] = centred.mul_(p[some].sqrt().unsqueeze(1)).T
+        longest[i] = torch.where(p[some] > 0, torch.linalg.vector_norm(centred, dim=1), 0).max()
+        half[:, some] = centred.mul_(p[some].sqrt().unsqueeze(1)).T
 
-    each(take, range(_PIECES))
+    each(take, range(len(pieces)))
     return half, longest.max()
 
 

@@ -119,7 +119,7 @@ def test_pieces_of_vocabulary(precision, monkeypatch):
     draw = drawer(1, DTYPES[precision])
     weight = draw(VOCAB, WIDTH)
     base = base_of(2, draw, weight)
-    monkeypatch.setattr(module, "_PIECES", 3)
+    monkeypatch.setattr("deltapatch.kernels.each._PIECES", 3)
     for scale, tolerance in ((1e-3, TOLERANCE), (3.0, TOLERANCE), (300.0, HUGE)):
         assert_right(packing, draw(14, WIDTH, scale=scale), weight, base, tolerance[precision])
 
@@ -165,7 +165,7 @@ def test_what_is_asked_for_alone_is_what_it_is_among_all(asked):
 @pytest.mark.parametrize("pieces", [1, 5, 67])
 def test_of_equally_likely_tokens_the_first_is_said(pieces, monkeypatch):
     """As argmax has it, wherever the tokens lie; a row that changes nothing says what the base run says."""
-    monkeypatch.setattr(module, "_PIECES", pieces)
+    monkeypatch.setattr("deltapatch.kernels.each._PIECES", pieces)
     packing = pack([(2, 1)], [(0, 0, 1, 1, 3)])
     weight = torch.zeros(VOCAB, WIDTH)
     weight[[7, 40, 60], 0] = 2.0  # what the last two rows raise: all three alike
