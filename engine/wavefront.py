@@ -139,7 +139,11 @@ class Wavefront:
         embed = partial(self.model.embed, dtype=self.dtype)
         x = prompts.embed(embed)  # [base token, d_model]
         dx = prompts.embed_source_difference(embed)  # [source token, d_model]
-        rows, layout = self._enter_embedding(x, dx)  # [row token, d_model], the differences in flight
+        # What the rows of one layer leave is what the next one meets. Both are made once, as large as ever:
+        # memory that grows from layer to layer is reused by no allocator.
+        n_most = max(self._n_tokens(self.rows.before(spec.n_layers - 1)), self.row_reads.n_tokens)
+        flight = [x.new_empty(n_most, spec.d_model) for _ in range(2)]
+        rows, layout = self._enter_embedding(x, dx, flight[1])  # [row token, d_model], those in flight
         convert = Converter(self.model.device, self.dtype)
         prepare = partial(self._prepare, read=read, rotary=self._rotary(), convert=convert)
         ahead = self.each.ahead(partial(prepare, 0, x, dx))
@@ -150,7 +154,7 @@ class Wavefront:
                 ahead = self.each.ahead(partial(prepare, l + 1, x, dx))
             # After the last layer only what is read goes on, packed as it is read.
             after = None if ready.here.last else self._layout(self.rows.before(l + 1))
-            out = x.new_empty((after or self.row_reads).n_tokens, spec.d_model)
+            out = flight[l % 2][: (after or self.row_reads).n_tokens]
             parts = [(WHOLE, layout)]
             parts += [(stage, self._layout(self.rows.entering(l, stage))) for stage in _ENTRY_STAGES]
             self._advance(ready, l, parts, rows, after, out)
@@ -182,15 +186,11 @@ class Wavefront:
         )
         dx, captured = self.unpatched.sources(dx, here, places)
         deltas = source_differences(self.prompts, base, captured)
-        precision = taken_in(self.precision, self._n_tokens(l), self.model.device)
+        passing = self._n_tokens(self.rows.before(l + 1))  # or entering
+        precision = taken_in(self.precision, passing, self.model.device)
         if precision is not self.exact:
             here = replace(here, precision=precision, weights=narrow_layer(stored, precision))
         return Ready(replace(here, last=l == self.spec.n_layers - 1), deltas, base.resid_post, dx)
-
-    def _n_tokens(self, l: int) -> int:
-        """How many row tokens pass through a layer, or enter in it."""
-        rows = np.flatnonzero(self.rows.layer <= l)
-        return int((self.shapes.length[self.rows.pair[rows]] - self.rows.start[rows]).sum())
 
     def _advance(
         self,
@@ -227,10 +227,12 @@ class Wavefront:
 
     # Rows and swaps --------------------------------------------------------------------------------------
 
+    def _n_tokens(self, rows: np.ndarray) -> int:
+        return int((self.shapes.length[self.rows.pair[rows]] - self.rows.start[rows]).sum())
+
     def _layout(self, rows: np.ndarray) -> Layout:
         """Pack rows."""
-        tokens = int((self.shapes.length[self.rows.pair[rows]] - self.rows.start[rows]).sum())
-        n_blocks = how_many_blocks(tokens, self.ops.block_tokens, spread=self.model.device.type == "cpu")
+        n_blocks = how_many_blocks(self._n_tokens(rows), self.ops.block_tokens, spread=self.model.device.type == "cpu")
         return lay_out(rows, self.rows.pair, self.rows.start, self.shapes, n_blocks)
 
     def _rope_tables(self, run: RunShape) -> tuple[Tensor, Tensor]:
@@ -247,10 +249,10 @@ class Wavefront:
         cos, sin = (torch.cat([part[i] for part in parts]) for i in range(2))
         return Rotary(cos, sin, self.spec.rope.interleaved)
 
-    def _enter_embedding(self, x: Tensor, dx: Tensor) -> tuple[Tensor, Layout]:
-        """Rows patched at the embedding enter before the first layer."""
+    def _enter_embedding(self, x: Tensor, dx: Tensor, room: Tensor) -> tuple[Tensor, Layout]:
+        """Rows patched at the embedding enter before the first layer; `room` is where they go."""
         layout = self._layout(self.rows.before(0))
-        out = x.new_zeros(layout.n_tokens, self.spec.d_model)
+        out = room[: layout.n_tokens].zero_()
         deltas = {"resid_post": self.prompts.delta(x, dx)}
         for block in layout.blocks:
             swaps = self._swaps(-1, layout, block, layout.rows[block.rows], deltas, last=False)

@@ -22,11 +22,13 @@ def available(device: torch.device | None = None, root: Path = _ROOT) -> int:
     """Bytes that can be had now without swapping; what only caches files counts as free.
 
     Args:
-        device: a GPU's own memory, else the host's.
+        device: a GPU's own memory, else the host's. What PyTorch keeps of what it freed counts as free: the
+            next tensors take it.
         root: where the system's files are found.
     """
     if device is not None and device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return max(0, min(_of_machine(root), *_of_groups(root)))
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from engine_tiny import hf_model, pairs, true_model
+from engine_tiny import hf_model, pairs, random_pair, true_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +19,8 @@ from deltapatch.engine.memory import Costs, default_budget
 from deltapatch.engine.metrics import MEASURED
 from deltapatch.engine.patches import PatchTable
 from deltapatch.engine.planner import cut, first_layers, row_tokens, take
+from deltapatch.engine.wavefront import Wavefront
+from deltapatch.models.memory import fits
 
 LIMIT = Limit(most=100, layer=1, readout=2, n_layers=3, runs=2)
 COSTS = Costs(fixed=1000, read=50, base_token=10, row_token=7, row=3)
@@ -156,8 +158,46 @@ def test_a_budget_that_holds_no_intervention_says_what_is_needed():
 def test_the_default_budget_is_sensible(monkeypatch):
     assert 1 << 20 < default_budget() <= 4 << 30
     assert 1 << 20 < default_budget(torch.device("cpu")) <= 4 << 30
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
+    a_gpu(monkeypatch, allocated=20, reserved=20)
     assert default_budget(torch.device("cuda:1")) == 30 << 30
+
+
+def a_gpu(monkeypatch, allocated, reserved, gib=80):
+    """A stand-in for the figures of a GPU's memory: in tensors, and what PyTorch has taken for them."""
+    figures = {"memory_allocated": allocated, "memory_reserved": reserved}
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure << 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((gib - reserved) << 30, gib << 30))
+
+
+def test_a_second_sweep_and_a_second_model_have_the_memory_of_the_first(monkeypatch):
+    gpu = torch.device("cuda:0")
+    found = []
+    # A model of 12 GiB before its first sweep; after it PyTorch keeps what the sweep had.
+    for reserved in (12, 75):
+        a_gpu(monkeypatch, allocated=12, reserved=reserved)
+        found.append((default_budget(gpu), default_budget(gpu, stream=True), fits(50 << 30, gpu)))
+    assert found[0] == found[1] == (34 << 30, 34 << 30, True)
+    a_gpu(monkeypatch, allocated=30, reserved=75)
+    assert not fits(50 << 30, gpu)  # what is in use is not free
+
+
+def test_rows_have_the_same_two_places_in_every_layer(monkeypatch):
+    places, sizes = set(), []
+    advance = Wavefront._advance
+
+    def watched(self, ready, l, parts, rows, after, out):
+        advance(self, ready, l, parts, rows, after, out)
+        sizes.append((len(rows), len(out)))
+        places.update(t.untyped_storage().data_ptr() for t in (rows, out))
+
+    monkeypatch.setattr(Wavefront, "_advance", watched)
+    pair = deltapatch.PromptPair(*random_pair(6, seed=1))
+    model = deltapatch.from_transformers(hf_model("llama-grouped"))
+    deltapatch.sweep(model, [pair], "mlp_post", precision="fp32", noise_sample=0, progress=False)
+    n = 24 * (6 + 5 + 4 + 3 + 2 + 1)
+    assert sizes == [(0, n), (n, 2 * n), (2 * n, 2 * 24 * 6 + 24)]  # in the last layer one neuron's position
+    assert len(places) == 2
 
 
 # ------------------------------------------------------------------------- the same effects however cut
