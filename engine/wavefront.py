@@ -232,7 +232,8 @@ class Wavefront:
 
     def _layout(self, rows: np.ndarray) -> Layout:
         """Pack rows."""
-        n_blocks = how_many_blocks(self._n_tokens(rows), self.ops.block_tokens, spread=self.model.device.type == "cpu")
+        on_cpu = self.model.device.type == "cpu"
+        n_blocks = how_many_blocks(self._n_tokens(rows), self.ops.block_tokens, spread=on_cpu)
         return lay_out(rows, self.rows.pair, self.rows.start, self.shapes, n_blocks)
 
     def _rope_tables(self, run: RunShape) -> tuple[Tensor, Tensor]:
