@@ -109,7 +109,7 @@ def compile_all(
         for model in models:
             seen: dict[str, tuple[str, str, str, Any]] = {}
             for precision in precisions or PRECISIONS_OF[arch]:
-                with _compiling_for(arch) as launches:
+                with compiling_for(arch) as launches:
                     _launch_everything(MODELS[model], PRECISIONS[precision])
                 for kernel, variant, binary in launches:
                     seen.setdefault(binary.hash, (precision, kernel, variant, binary))
@@ -118,7 +118,7 @@ def compile_all(
 
 
 @contextmanager
-def _compiling_for(arch: int) -> Iterator[list[tuple[str, str, Any]]]:
+def compiling_for(arch: int) -> Iterator[list[tuple[str, str, Any]]]:
     """Within it a kernel launch compiles for the architecture and does nothing else; yields what it made."""
     import triton
     from triton.backends.compiler import GPUTarget
