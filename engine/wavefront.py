@@ -287,6 +287,7 @@ class Wavefront:
                         self._tensor(source[part]),
                         None if whole else self._tensor(index[part]),
                         deltas[name],
+                        token[part],
                     )
                     out.setdefault(name, []).append(swap)
         return out

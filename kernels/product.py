@@ -22,6 +22,7 @@ from deltapatch.kernels.narrow_triton import narrow_rows
 
 _ROWS = 64  # on a CPU products in bfloat16 take a multiple of so many
 _WIDTHS = 16  # products in float8 take multiples of so many columns on both sides
+_ROWS_IN_FP8 = 272  # of long rows cuBLAS refuses fewer than 257 where it scales them
 _LARGEST_HALF = 65504.0
 _WIDE = (torch.float32, torch.float64)
 
@@ -129,7 +130,8 @@ def narrow(d: Tensor, precision: Precision) -> Scaled:
     if precision.scaled and d.dtype != precision.operand:
         scale, inverse = _powers(d, precision.top)
         return Scaled(_rounded(d * inverse.unsqueeze(1), precision), scale)
-    if d.device.type != "cpu" or precision.operand in _WIDE or not cpu_multiplies(precision):
+    ready = d.dtype == precision.operand
+    if d.device.type != "cpu" or ready or not cpu_multiplies(precision):
         return Scaled(_rounded(d, precision))
     # oneDNN makes and keeps a program for every new number of rows: let a few numbers serve all blocks.
     rows = -(-len(d) // _ROWS) * _ROWS
@@ -211,19 +213,48 @@ def _product_on_gpu(x: Tensor, weight: Operand) -> Tensor:
 
 def _product_in_fp8(x: Tensor, weight: Operand) -> Tensor:
     scale = x.new_ones(len(weight.values), dtype=torch.float32) if weight.scale is None else weight.scale
-    if not len(x) or any(n % _WIDTHS for n in weight.values.shape):
-        with float32_products("tf32"):  # exact here: a float8 has fewer digits
-            return torch.mm(x.float(), weight.values.float().t()).mul_(scale)
+    if len(x) and not any(n % _WIDTHS for n in weight.values.shape):
+        out = _scaled_by_row(x, weight.values, scale)
+        if out is not None:
+            return out
+    with float32_products("tf32"):  # exact here: a float8 has fewer digits
+        return torch.mm(x.float(), weight.values.float().t()).mul_(scale)
+
+
+# What `torch._scaled_mm` gives with matrices of a device and shape, as far as it was asked; None: nothing.
+# cuBLAS gives float32 on Hopper from CUDA 12.9 on, CUTLASS only bfloat16 in older versions of PyTorch.
+FP8_OUTPUTS: dict[tuple[torch.device, torch.Size], torch.dtype | None] = {}
+
+
+def _scaled_by_row(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
+    """x @ weight.T * scale in float32; None where this device has no such product of these shapes."""
+    n_tokens, key = len(x), (x.device, weight.shape)
+    if n_tokens < _ROWS_IN_FP8:
+        filled = x.new_empty(_ROWS_IN_FP8, x.shape[1])  # what the rows after ours hold does not matter
+        filled[:n_tokens] = x
+        x = filled
     ones = x.new_ones(len(x), 1, dtype=torch.float32)
-    out = torch._scaled_mm(
-        x,
-        weight.values.t(),
-        scale_a=ones,
-        scale_b=scale.unsqueeze(0),
-        out_dtype=torch.bfloat16,  # the only one that scales by row give
-        use_fast_accum=True,
-    )
-    return out.float()
+    known = FP8_OUTPUTS.get(key, torch.float32)
+    for out_dtype in (torch.float32, torch.bfloat16):
+        if known is None or out_dtype.itemsize > known.itemsize:
+            continue
+        try:  # a product that is refused is refused by the host, before anything runs
+            out = torch._scaled_mm(
+                x,
+                weight.t(),
+                scale_a=ones,
+                scale_b=scale.unsqueeze(0),
+                out_dtype=out_dtype,
+                use_fast_accum=True,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError):
+            continue
+        FP8_OUTPUTS[key] = out_dtype
+        return out[:n_tokens].float()
+    FP8_OUTPUTS[key] = None
+    return None
 
 
 def _powers(d: Tensor, top: int) -> tuple[Tensor, Tensor]:

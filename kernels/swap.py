@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
+
+from deltapatch.kernels.device import upload
 
 
 class Swap(NamedTuple):
@@ -15,16 +18,20 @@ class Swap(NamedTuple):
     source: Tensor  # [patch] int64, row of `delta`
     at: Tensor | None  # [patch] int64, head, neuron or coordinate; None: the whole vector
     delta: Tensor  # [source token, ...] with the site's own trailing shape
+    on_host: np.ndarray | None = None  # `token` once more, so that nobody waits for a device's
 
 
 def within(swaps: list[Swap], tokens: slice) -> list[Swap]:
     """The swaps that fall into some of the tokens, which are counted from the first of these."""
     out = []
-    for swap in swaps:
-        mine = (swap.token >= tokens.start) & (swap.token < tokens.stop)
-        at = None if swap.at is None else swap.at[mine]
-        out.append(Swap(swap.token[mine] - tokens.start, swap.source[mine], at, swap.delta))
-    return [swap for swap in out if len(swap.token)]
+    for token, source, at, delta, on_host in swaps:
+        told = token.cpu().numpy() if on_host is None else on_host
+        mine = np.flatnonzero((told >= tokens.start) & (told < tokens.stop))
+        if len(mine):
+            which = upload(mine, token.device)
+            at = None if at is None else at[which]
+            out.append(Swap(token[which] - tokens.start, source[which], at, delta, told[mine] - tokens.start))
+    return out
 
 
 def apply_swaps(d: Tensor, swaps: list[Swap]) -> None:
@@ -34,7 +41,7 @@ def apply_swaps(d: Tensor, swaps: list[Swap]) -> None:
         d: [token, d_model], [token, d_mlp] or [token, head, d_head].
         swaps: patches of the site.
     """
-    for token, source, at, delta in swaps:
+    for token, source, at, delta, _ in swaps:
         if at is None:
             d[token] = delta[source]
         else:
@@ -53,7 +60,7 @@ def gather_columns(swaps: list[Swap], weight: Tensor, n_tokens: int) -> Tensor:
         [token, d_model], zero where there is no patch.
     """
     out = weight.new_zeros(n_tokens, len(weight))
-    for token, source, at, delta in swaps:
+    for token, source, at, delta, _ in swaps:
         assert at is not None
         scale = delta[source, at].unsqueeze(1)  # [patch, 1]
         # Reading columns of a row-major matrix is slow: where many are needed, transpose it once.

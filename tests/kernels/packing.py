@@ -146,7 +146,7 @@ def random_swaps(seed, dtype, n_tokens, width, kinds):
 
 def swap_one_by_one(d, swaps):
     """The swaps written into [token, width], patch after patch in their order."""
-    for token, source, at, delta in swaps:
+    for token, source, at, delta, _ in swaps:
         values = exact(delta)
         for i, (t, s) in enumerate(zip(token.tolist(), source.tolist(), strict=True)):
             where = slice(None) if at is None else int(at[i])

@@ -53,7 +53,7 @@ def turn(d, rotary, tokens):
 
 
 def swap(d, swaps):
-    for token, source, at, delta in swaps:
+    for token, source, at, delta, _ in swaps:
         d[token.numpy(), at.numpy()] = exact(delta)[source.numpy(), at.numpy()]
 
 

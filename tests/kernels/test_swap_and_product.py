@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from kernels_packing import drawer, is_rounded, pack, packings, seeds
 
 from deltapatch.errors import DeltapatchError
+from deltapatch.kernels import product as product_module
 from deltapatch.kernels.device import upload
-from deltapatch.kernels.product import PRECISIONS, Scaled, narrow, narrow_weight, product
+from deltapatch.kernels.product import PRECISIONS, Operand, Scaled, narrow, narrow_weight, product
 from deltapatch.kernels.segments import keep_reads, read_segments
 from deltapatch.kernels.swap import Swap, apply_swaps, gather_columns
 
@@ -157,6 +158,70 @@ def test_some_outputs_of_a_weight():
     x, narrowed = narrow(torch.ones(2, 8), chosen), narrow_weight(weight, chosen)
     part = product(x, narrowed.rows(slice(2, 5))).values
     assert torch.equal(part, product(x, narrowed).values[:, 2:5])
+
+
+def refusing(rows, outputs):
+    """A stand-in for `torch._scaled_mm` that refuses fewer long rows and other outputs, and what it took."""
+    taken = []
+
+    def scaled_mm(x, matrix, *, scale_a, scale_b, out_dtype, use_fast_accum):
+        if out_dtype not in outputs:
+            raise ValueError("Only bf16 high precision output types are supported for row-wise scaling.")
+        if len(x) < rows and x.shape[1] > 9000:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED")
+        assert scale_a.shape == (len(x), 1)
+        assert scale_b.shape == (1, matrix.shape[1])
+        taken.append((len(x), out_dtype))
+        return (x.float() @ matrix.float() * scale_a * scale_b).to(out_dtype)
+
+    return scaled_mm, taken
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("n_rows", [1, 256, 257, 300])
+@pytest.mark.parametrize(
+    ("refused", "outputs", "want"),
+    [
+        (257, (F32, BF16), F32),
+        (257, (BF16,), BF16),
+        (0, (F32,), F32),
+        (1000, (F32, BF16), None),
+        (0, (), None),
+    ],
+    ids=["hopper", "cuda12.8", "any-rows", "no-long-rows", "no-fp8"],
+)
+def test_products_in_fp8_where_a_gpu_refuses_some(n_rows, refused, outputs, want, monkeypatch):
+    stand_in, taken = refusing(refused, outputs)
+    monkeypatch.setattr(torch, "_scaled_mm", stand_in)
+    monkeypatch.setattr(product_module, "FP8_OUTPUTS", {})
+    draw, chosen = drawer(n_rows, torch.float32), PRECISIONS["fp8"]
+    d, weight = draw(n_rows, 9216), draw(32, 9216) * 2.0 ** torch.arange(-16, 16)[:, None]
+    x, matrix = narrow(d, chosen).values.to(chosen.operand), narrow_weight(weight, chosen)
+    operand = matrix._replace(values=matrix.values.to(chosen.operand))
+    exact = x.double() @ operand.values.double().T
+    for _ in range(2):
+        got = product_module._product_in_fp8(x, operand)
+        assert got.dtype == torch.float32
+        off = (got / operand.scale - exact).norm() / exact.norm()
+        assert off <= (4e-3 if want == BF16 else 1e-5)
+    assert taken == ([] if want is None else [(max(n_rows, 272), want)] * 2)
+    assert list(product_module.FP8_OUTPUTS.values()) == [want]
+
+
+def test_a_product_in_fp8_that_finds_no_memory_says_so(monkeypatch):
+    """It is not taken for one that the GPU refuses."""
+
+    def full(*operands, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "_scaled_mm", full)
+    monkeypatch.setattr(product_module, "FP8_OUTPUTS", {})
+    x = torch.ones(2, 16).to(torch.float8_e4m3fn)
+    with pytest.raises(torch.OutOfMemoryError):
+        product_module._product_in_fp8(x, Operand(x[:1].expand(16, 16), None, PRECISIONS["fp8"]))
+    assert product_module.FP8_OUTPUTS == {}
 
 
 def test_a_weight_that_float16_does_not_hold():
