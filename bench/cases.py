@@ -16,6 +16,7 @@ from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 from deltapatch.models.spec import ModelSpec
 
+OPERATIONS = ("norms", "activations", "attention", "columns", "readout")
 _LENGTH = 16  # tokens of a prompt
 _PATCHES = 64  # of each place that is swapped
 
@@ -56,8 +57,8 @@ class Cases:
 
     def __iter__(self) -> Iterator[Case]:
         """All of them; the data of one operation is gone when the next one's is drawn."""
-        for make in (self.norms, self.activations, self.attention, self.columns, self.readout):
-            yield from make()
+        for operation in OPERATIONS:
+            yield from getattr(self, operation)()
 
     def norms(self) -> Iterator[Case]:
         """Residual adds and norms at the start, in the middle and at the end of a layer, and swaps."""

@@ -1,11 +1,15 @@
-"""All that is to be measured on a GPU, in one command of less than eight minutes.
+"""All that is to be measured on a GPU, in one command that ends within its time.
 
     python -m deltapatch.bench.gpu --out bench/results/gpu.json
+    python -m deltapatch.bench.gpu --tests
 
-It runs the tests that need a GPU, then measures the machine's limits, each kernel, whole sweeps of random
-models of true shapes, batched hooks on the same shapes, and the built-in models' effects in every precision.
-What fails is written down as failed, and the rest goes on. `--tiny` measures toy shapes anywhere, so that
-the command itself can be tested. The last line of stdout is one JSON object.
+The first measures, the most valuable first: half a minute of smoke, all neurons of GPT-J-6B, hooks on the
+same, the limits of the machine; then fp8, other shapes, each kernel, and the built-in models' effects in
+every precision. Each part is a process of its own with a limit of its own, and every number is in the file
+as soon as it is found: what fails, hangs or takes too long is an entry that says so, and the rest goes on.
+The second runs the tests that need a GPU, on all cores. docs/gpu.md says more.
+
+`--tiny` measures toy shapes anywhere, in Triton's interpreter, so that the command itself can be tested.
 
 On a machine where deltapatch is not installed, a link to this repository is enough:
 
@@ -14,305 +18,227 @@ On a machine where deltapatch is not installed, a link to this repository is eno
 """
 
 import json
+import os
+import queue
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
-from deltapatch.engine.runfolder import environment
-
 Report = dict[str, Any]
+_LEAST = 5.0  # seconds that a part is begun for
+_TAIL = 3000  # characters of what a process said that are kept
 
 
-class Bench:
-    """The machine, the sizes and what has been found.
+@dataclass(frozen=True)
+class Part:
+    """A process that measures.
 
-    Args:
-        device: where to measure.
-        tiny: toy shapes.
+    Attributes:
+        command: what it is started with; it writes a line of JSON to stdout for every number.
+        limit: seconds that it may take.
     """
 
-    def __init__(self, device: str, tiny: bool) -> None:
-        import torch
+    command: Sequence[str]
+    limit: float
 
-        from deltapatch.bench.true_shapes import CONFIGS
-        from deltapatch.kernels.product import PRECISIONS
 
-        self.device, self.tiny = torch.device(device), tiny
-        self.configs = {name: _shrunk(config) if tiny else config for name, config in CONFIGS.items()}
-        self.precisions = {name: PRECISIONS[name] for name in ("fp32", "tf32", "bf16", "fp16", "fp8")}
-        self.rows = 64 if tiny else 16384
-        self.rates: dict[str, float] = {}  # precision -> FLOP/s, the best over all shapes
+# In the order in which they are done.
+LIMITS = {"smoke": 60, "gptj": 200, "fp8": 90, "llama": 120, "pythia": 120, "kernels": 150, "precision": 120}
 
-    def seconds(self, work: Callable[[], Any], repeats: int = 10) -> float:
-        """The median time of one call, after three that do not count."""
-        import torch
 
-        for _ in range(3):
-            work()
-        times = []
-        for _ in range(repeats):
-            if self.device.type == "cuda":
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                work()
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end) / 1e3)
-            else:
-                began = time.perf_counter()
-                work()
-                times.append(time.perf_counter() - began)
-        return sorted(times)[repeats // 2]
+def measure(
+    parts: Mapping[str, Part], out: Path, seconds: float, say: Callable[[str], None], env: Mapping[str, str]
+) -> Report:
+    """Carry out parts, one after the other, until the time is over.
 
-    def once(self, work: Callable[[], Any]) -> tuple[Any, float, int]:
-        """What a call gives, its seconds, and the most memory that tensors took on the GPU meanwhile."""
-        import torch
+    Args:
+        parts: what to measure.
+        out: receives what is known after every number, whole.
+        seconds: for all parts together.
+        say: takes lines of progress.
+        env: of the processes.
 
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        result = work()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return result, time.perf_counter() - began, torch.cuda.max_memory_allocated() if on_gpu else 0
+    Returns:
+        What is in the file: `machine`, and of each part `steps` (name -> what was found), `ended` ("done", or
+        why it did not come to its end) and `took_seconds`.
+    """
+    report: Report = {"machine": None, "parts": {}}
+    until = time.monotonic() + seconds
+    for name, part in parts.items():
+        began = time.monotonic()
+        entry: Report = {"ended": "running", "took_seconds": 0.0, "steps": {}}
+        report["parts"][name] = entry
+        limit = min(part.limit, until - began)
+        if limit < min(_LEAST, part.limit):
+            entry["ended"] = "not begun: no time was left"
+        else:
+            say(f"{name}: at most {limit:.0f} s")
+            for line in _carried_out(part.command, limit, entry, env):
+                if "machine" in line:
+                    report["machine"] = report["machine"] or line["machine"]
+                else:
+                    entry["steps"][line["step"]] = line["found"]
+                    say(f"  {time.monotonic() - began:6.1f} s  {line['step']}: {_in_short(line['found'])}")
+                entry["took_seconds"] = round(time.monotonic() - began, 1)
+                _write(out, report)
+            say(f"  {entry['ended']} after {time.monotonic() - began:.0f} s")
+        entry["took_seconds"] = round(time.monotonic() - began, 1)
+        _write(out, report)
+    return report
 
-    # What is measured --------------------------------------------------------------------------------------
 
-    def limits(self) -> Report:
-        """Copy rate in GB/s, read and written; product rates in TFLOP/s at the models' shapes."""
-        import torch
+def _carried_out(
+    command: Sequence[str], limit: float, entry: Report, env: Mapping[str, str]
+) -> Iterator[Report]:
+    """The lines of a process as they come, until its time is over; `entry` receives how it ended."""
+    until = time.monotonic() + limit
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said, text=True, env=dict(env), start_new_session=True
+        )
+        lines: queue.Queue[str | None] = queue.Queue()
+        reader = threading.Thread(target=_read, args=(process, lines))
+        reader.start()
+        try:
+            while (text := lines.get(timeout=max(0.0, until - time.monotonic()))) is not None:
+                yield json.loads(text)
+            code = process.wait(timeout=max(0.0, until - time.monotonic()))
+            entry["ended"] = "done" if not code else f"failed with exit code {code}"
+        except (queue.Empty, subprocess.TimeoutExpired):
+            entry["ended"] = f"stopped after {limit:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            reader.join()
+            assert process.stdout is not None
+            process.stdout.close()
+        if entry["ended"] != "done":
+            said.seek(0)
+            entry["said"] = said.read()[-_TAIL:]
 
-        from deltapatch.kernels.product import narrow, narrow_weight, product
 
-        x = torch.randn((1 << 16) if self.tiny else (1 << 29), device=self.device)
-        y = torch.empty_like(x)
-        copy = 2 * x.numel() * 4 / self.seconds(lambda: y.copy_(x))
-        out: Report = {"copy_gb_s": copy / 1e9, "products_tflop_s": {}}
-        self.copy = copy
-        for model, config in self.configs.items():
-            spec = _spec(config)
-            wide = spec.n_heads * spec.d_head
-            shapes = {"qkv": (spec.d_model, wide), "up": (spec.d_model, spec.d_mlp),
-                      "down": (spec.d_mlp, spec.d_model)}  # fmt: skip
-            for name, (n_in, n_out) in shapes.items():
-                d = torch.randn(self.rows, n_in, device=self.device)
-                w = torch.randn(n_out, n_in, device=self.device)
-                for mode, precision in self.precisions.items():
-                    a, b = narrow(d, precision), narrow_weight(w, precision)
-                    rate = 2 * self.rows * n_in * n_out / self.seconds(partial(product, a, b))
-                    self.rates[mode] = max(rate, self.rates.get(mode, 0.0))
-                    out["products_tflop_s"].setdefault(mode, {})[f"{model} {name}"] = rate / 1e12
-        return out
+def _read(process: Any, lines: "queue.Queue[str | None]") -> None:
+    for line in process.stdout:
+        lines.put(line)
+    lines.put(None)
 
-    def kernels(self) -> Report:
-        """Each operation at the models' shapes: microseconds, GB/s of what must be read and written."""
-        from deltapatch.bench.cases import Cases
-        from deltapatch.kernels.backend import choose_backend
-        from deltapatch.kernels.product import PRECISIONS
 
-        backend = choose_backend("auto", self.device)
-        out: Report = {"backend": backend.name}
-        for model, config in self.configs.items():
-            for mode in ("fp32", "fp16"):
-                for case in Cases(backend, _spec(config), PRECISIONS[mode], self.rows, self.device):
-                    seconds = self.seconds(case.call)
-                    out[f"{model} {mode} {case.name}"] = {
-                        "microseconds": seconds * 1e6,
-                        "gb_s": case.n_bytes / seconds / 1e9,
-                        "of_copy": case.n_bytes / seconds / self.copy,
-                    }
-        return out
+def _write(out: Path, report: Report) -> None:
+    """The whole file, or the one before: never a part of one."""
+    draft = out.with_name(f".{out.name}.partial")
+    draft.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(draft, out)
 
-    def sweeps(self) -> Report:
-        """Whole sweeps, against the FLOPs that they need at the measured rate of their precision."""
-        neurons, components = ("mlp_post",), ("mlp_out", "attn_out")
-        out: Report = {}
-        for name in ("gptj-6b", "llama-7b", "pythia-2.8b"):
-            jobs: list[Any] = [(neurons, "last", 1, "fp16"), (neurons, "last", 1, "fp8")]
-            if name == "gptj-6b":
-                jobs.append((components, "all", 2 if self.tiny else 64, "fp16"))
-            out |= dict(self._sweeps_of(name, jobs))
-        return out
 
-    def _sweeps_of(self, name: str, jobs: list[Any]) -> Iterator[tuple[str, Report]]:
-        """Sweeps of one model: (sites, positions, pairs, precision)."""
-        import numpy as np
-        import torch
-
-        import deltapatch
-        from deltapatch.bench.true_shapes import random_model
-        from deltapatch.engine.costs import necessary_flops
-
-        model = random_model(self.configs[name], self.device, torch.float16)
-        spec, length = model.spec, 16
-        rng = np.random.default_rng(0)
-        for sites, positions, n_pairs, mode in jobs:
-            prompts = rng.integers(0, spec.d_vocab, (n_pairs, 2, length)).tolist()
-            pairs = [deltapatch.PromptPair(clean, corrupted, 3, 4) for clean, corrupted in prompts]
-
-            options: Any = {"positions": positions, "precision": mode, "progress": False}
-            sweep = partial(deltapatch.sweep, model, pairs, list(sites), **options)
-            sweep(layers=[spec.n_layers - 1] if positions == "last" else [0, spec.n_layers - 1])  # compiles
-            effects, seconds, peak = self.once(sweep)
-            meta = effects.meta
-            at = range(length) if positions == "all" else [-1]
-            each = sum(necessary_flops(spec, site, range(spec.n_layers), at, length) for site in sites)
-            yield (
-                f"{name} {'+'.join(sites)} {positions} {mode}",
-                {
-                    "seconds": seconds,
-                    "pairs": n_pairs,
-                    "rows": meta["rows"],
-                    "passes": meta["passes"],
-                    "rows_s": meta["rows"] / seconds,
-                    "tflop_s": n_pairs * each / seconds / 1e12,
-                    "of_product_rate": n_pairs * each / seconds / self.rates[mode],
-                    "peak_bytes": peak,
-                    "noise_floor": meta["noise_floor"],
-                },
-            )
-
-    def hooks(self) -> Report:
-        """Batched hooks on transformers' models in bfloat16, hidden neurons at the last position: rows/s."""
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        out: Report = {}
-        batch = 8 if self.tiny else 200
-        for name in ("gptj-6b", "llama-7b", "pythia-2.8b"):
-            fields = dict(self.configs[name])
-            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-            with torch.device(self.device):
-                before = torch.get_default_dtype()
-                torch.set_default_dtype(torch.bfloat16)
-                try:
-                    hf = AutoModelForCausalLM.from_config(config).eval()
-                finally:
-                    torch.set_default_dtype(before)
-            body, head = hf.base_model, hf.get_output_embeddings()
-            inner = [m for n, m in hf.named_modules() if n.endswith(("fc_out", "dense_4h_to_h", "down_proj"))]
-            ids = torch.randint(0, config.vocab_size, (batch, 16), device=self.device)
-            rows = torch.arange(batch, device=self.device)
-
-            def swap(module: Any, args: Any, rows: Any = rows) -> None:
-                args[0][rows, -1, rows] = 1.0
-
-            def forward(body: Any = body, head: Any = head, ids: Any = ids) -> None:
-                h = body(ids, use_cache=False).last_hidden_state[:, -1]
-                head(h).float().log_softmax(-1)[:, :2].cpu()
-
-            with torch.no_grad():
-                handle = inner[len(inner) // 2].register_forward_pre_hook(swap)
-                seconds = self.seconds(forward, repeats=5)
-                handle.remove()
-            out[name] = {"batch": batch, "rows_s": batch / seconds}
-            del hf, body, head, inner
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return out
-
-    def precision(self) -> Report:
-        """Effects of the built-in models in every precision, and by hooks, against float64."""
-        from deltapatch.bench.precision import precision
-        from deltapatch.bench.random_models import Shape
-        from deltapatch.bench.setup import make_workload
-
-        out: Report = {}
-        for name in ("gpt-neox", "gptj", "llama")[: 1 if self.tiny else 3]:
-            model = f"builtin:{name}-arithmetic"
-            with TemporaryDirectory() as folder:
-                work = make_workload(
-                    model, Shape(), None, 1 if self.tiny else 4, 16, Path(folder), device=self.device.type
+def failures(report: Report) -> list[str]:
+    """What did not come to its end, in words."""
+    out = []
+    for name, part in report["parts"].items():
+        for step, found in part["steps"].items():
+            if "failed" in found:
+                out.append(f"{name}, {step}: {found['failed']}")
+            elif found.get("compiled_meanwhile"):
+                out.append(
+                    f"{name}, {step}: compiled {', '.join(found['compiled_meanwhile'])} while it was timed"
                 )
-                result = precision(work)
-            keep = ("error", "rank_correlation", "top_worst", "reason")
-            out[model] = {
-                method: {key: found[key] for key in keep if key in found}
-                for method, found in result["methods"].items()
-            }
-        return out
+        if part["ended"] != "done":
+            out.append(f"{name}: {part['ended']}")
+    return out
 
 
-def run_tests() -> Report:
-    """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    return {"exit_code": done.returncode, "output": done.stdout[-6000:]}
+def table(report: Report) -> list[str]:
+    """A line for each whole sweep, and one for each way to do the same with hooks."""
+    out = []
+    for name, part in report["parts"].items():
+        for step, found in part["steps"].items():
+            if "seconds" in found:
+                share = found["of_product_rate"]
+                of_rate = "" if share is None else f", {share:.0%} of the product rate"
+                text = (
+                    f"{found['seconds']:.2f} s ({found['seconds_with_noise_floor']:.2f} with the noise floor)"
+                )
+                out.append(f"{name:<8} {step:<16} {text}, {found['rows_s']:,.0f} rows/s{of_rate}")
+            if step == "hooks" and "failed" not in found:
+                for kind, told in found.items():
+                    ratio = told["deltapatch_over_it"]
+                    times = "" if ratio is None else f"; deltapatch {ratio:.1f} times that"
+                    text = f"{told['rows_s']:,.0f} rows/s in batches of {told['batch']}{times}"
+                    out.append(f"{name:<8} hooks, {kind}: {text}")
+    return out
 
 
-def _triton_version() -> str:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "not installed"
+def _in_short(found: Report) -> str:
+    text = found.get("failed") or json.dumps(found)
+    return text if len(text) <= 160 else text[:157] + "..."
 
 
-def _spec(config: dict[str, Any]) -> Any:
-    from deltapatch.models.config import Config
-    from deltapatch.models.registry import read_config
+def test_command(workers: int | None) -> list[str]:
+    """What runs the tests that need a GPU: on all cores, warnings shown and not raised."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    command += ["-o", "filterwarnings=default"]
+    if find_spec("xdist") is not None:
+        command += ["--numprocesses", str(workers or os.cpu_count() or 1), "--dist", "worksteal"]
+    return command
 
-    return read_config(Config(config, "the benchmark's config"))[1]
 
-
-def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
-    """Toy shapes of the same kind."""
-    small = {"n_layer": 2, "num_hidden_layers": 2, "n_embd": 64, "hidden_size": 64, "n_head": 4,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 97,
-             "rotary_dim": 8}  # fmt: skip
-    return {key: small.get(key, value) for key, value in config.items()}
+def _environment(tiny: bool) -> dict[str, str]:
+    """Of the processes that measure."""
+    env = dict(os.environ)
+    # Blocks of PyTorch's memory grow in place, so that rows of every layer's sizes share them.
+    env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if tiny:
+        env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return env
 
 
 @click.command()
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--tiny", is_flag=True, help="Toy shapes: whether the command works, not how fast anything is.")
-@click.option("--only", help="Parts to do, with commas: tests, limits, kernels, sweeps, hooks, precision.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the JSON there too, after every part.")
-def main(device: str, tiny: bool, only: str | None, out: Path | None) -> None:
-    """Run the GPU's tests, then measure; write what was found after every part."""
-    import torch
-
-    bench = Bench(device, tiny)
-    name = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "CPU"
-    report: Report = {"device": name, "tiny": tiny, "triton": _triton_version(), **environment()}
-    parts: dict[str, Callable[[], Report]] = {
-        "tests": run_tests,
-        "limits": bench.limits,
-        "kernels": bench.kernels,
-        "sweeps": bench.sweeps,
-        "hooks": bench.hooks,
-        "precision": bench.precision,
+@click.option("--only", help=f"Parts to do, with commas: {', '.join(LIMITS)}.")
+@click.option(
+    "--seconds", default=540.0, show_default=True, help="For everything; what is not begun by then is left."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("gpu.json"),
+    show_default=True,
+    help="Receives every number as it is found.",
+)
+@click.option("--tests", is_flag=True, help="Run the tests that need a GPU instead, on all cores.")
+def main(device: str, tiny: bool, only: str | None, seconds: float, out: Path, tests: bool) -> None:
+    """Measure on a GPU, the most valuable first, or run the tests that need one."""
+    if tests:
+        sys.exit(subprocess.run(test_command(None), cwd=Path(__file__).parents[1]).returncode)
+    wanted = only.split(",") if only else list(LIMITS)
+    for name in wanted:
+        if name not in LIMITS:
+            raise click.BadParameter(f"unknown part {name!r}: choose from {', '.join(LIMITS)}")
+    if not out.parent.is_dir():
+        raise click.BadParameter(f"the folder of --out {out} is not there: make it first")
+    options = ["--device", "cpu" if tiny else device, *(["--tiny"] if tiny else [])]
+    parts = {
+        name: Part([sys.executable, "-m", "deltapatch.bench.gpu_parts", name, *options], LIMITS[name])
+        for name in wanted
     }
-    wanted = only.split(",") if only else list(parts)[1 if tiny else 0 :]
-    for part in wanted:
-        if part not in parts:
-            raise click.BadParameter(f"unknown part {part!r}: choose from {', '.join(parts)}")
-    if "limits" not in wanted and {"kernels", "sweeps"} & set(wanted):
-        wanted.insert(0, "limits")
-    failed = False
-    for part in wanted:
-        began = time.perf_counter()
-        try:
-            report[part] = parts[part]()
-        except Exception:  # a lent GPU's time is short: what can be measured still is
-            report[part] = {"failed": traceback.format_exc()}
-        failed |= "failed" in report[part] or bool(report[part].get("exit_code"))
-        report[part]["took_seconds"] = time.perf_counter() - began
-        click.echo(f"--- {part}\n{json.dumps(report[part], indent=1)}")
-        if out is not None:
-            out.write_text(json.dumps(report, indent=1) + "\n")
-    click.echo(json.dumps(report))
+    report = measure(parts, out, seconds, lambda text: click.echo(text, err=True), _environment(tiny))
+    for line in table(report):
+        click.echo(line)
+    failed = failures(report)
+    for line in failed:
+        click.echo(f"FAILED {line}")
+    click.echo(f"everything is in {out}")
     sys.exit(1 if failed else 0)
 
 

@@ -67,8 +67,8 @@ def precision(
         say(name)
         try:
             got, seconds = _values(peer, work, spec, cells)
-        except (DeltapatchError, RuntimeError) as error:  # not on this machine
-            found[name] = {"reason": " ".join(str(error).split())[:200]}
+        except Exception as error:  # not on this machine; compilers raise exceptions of their own
+            found[name] = {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
             continue
         each = [
             agreement(work, got[own], exact[own]) for own in np.split(np.arange(len(cells)), len(work.clean))

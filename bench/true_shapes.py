@@ -120,8 +120,12 @@ def write_random_model(
 
 def config_bytes(config: dict[str, Any], dtype: torch.dtype) -> int:
     """What a checkpoint of these shapes takes."""
-    spec = read_config(Config(config, "the benchmark's config"))[1]
-    return dtype.itemsize * sum(math.prod(shape) for _, shape in expected_shapes(spec))
+    return dtype.itemsize * sum(math.prod(shape) for _, shape in expected_shapes(spec_of(config)))
+
+
+def spec_of(config: dict[str, Any]) -> ModelSpec:
+    """The shape that a config describes."""
+    return read_config(Config(config, "the benchmark's config"))[1]
 
 
 def _random_tensors(

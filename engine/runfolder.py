@@ -144,7 +144,7 @@ def environment() -> dict[str, Any]:
 @cache  # each one's metadata is read from its file
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in ("deltapatch", "torch", "transformers", "numpy"):
+    for package in ("deltapatch", "torch", "triton", "transformers", "numpy"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -47,6 +47,10 @@ def add_norm_triton(
     scales = [torch.empty(n_tokens, device=device) if precision.scaled else None for _ in norms]
     tiles = base_tiles(segments, _ROWS, device)
     block = next_power_of_two(width)
+    if to is None and not norms:
+        # Rows that leave a layer lie together in some blocks and not in others. One kernel serves both, lest
+        # a sweep find one more to be compiled on its way.
+        to = torch.arange(n_tokens, device=device)
     with on_device(like):
         _add_norm_kernel[(len(tiles),)](
             out,

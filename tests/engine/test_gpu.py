@@ -1,13 +1,17 @@
 """Whole sweeps on a GPU: run with -m gpu (python -m deltapatch.bench.gpu does)."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from engine_tiny import VARIANTS, hf_model, pairs, true_model
 
 import deltapatch
+from deltapatch.engine.memory import default_budget
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.wavefront import Wavefront
+from deltapatch.models.memory import available
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +24,8 @@ def given(variant):
 
 
 def on_gpu(variant):
-    return deltapatch.from_transformers(hf_model(variant, torch.float32).to("cuda"))
+    # A module moves in place, and this one is shared by all tests.
+    return deltapatch.from_transformers(copy.deepcopy(hf_model(variant, torch.float32)).to("cuda"))
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
@@ -34,6 +39,16 @@ def test_a_gpu_finds_what_float64_finds(variant, precision):
     for site in SITES:
         a, b = (np.nan_to_num(e.values("logit_diff", site)) for e in (got, want))
         assert np.linalg.norm(a - b) <= TOLERANCE[precision] * np.linalg.norm(b), site
+
+
+def test_a_second_sweep_and_a_second_model_have_the_memory_of_the_first():
+    model = on_gpu("llama-grouped")
+    before = default_budget(model.device)
+    deltapatch.sweep(model, given("llama-grouped"), SITES, progress=False)
+    assert default_budget(model.device) >= 0.99 * before
+    held = torch.empty(int(0.6 * available(model.device)), dtype=torch.uint8, device="cuda")
+    del held  # PyTorch keeps it, and still it can be had
+    assert default_budget(model.device) >= 0.99 * before
 
 
 def test_two_runs_give_the_same_bits():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from deltapatch.kernels.lang import HAS_TRITON
 FILES = ("interpreted.py", "interpreted_attention.py")
 
 
-def begin(file, which="not slow", **environment):
+def begin(file, which="not slow", options=(), **environment):
     """Test a file in a process of its own: the interpreter and the compiler cannot share one."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which),
             *("-W", "ignore:overflow encountered in exp:RuntimeWarning"),  # numpy's: 1 / inf is meant to be 0
+            *options,
             str(Path(__file__).with_name(file)),
         ],
         env=os.environ | environment,
@@ -61,7 +63,12 @@ def test_larger_sweeps_in_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.parametrize("file", FILES)
 def test_every_kernel_on_the_gpu(file):
-    finish(begin(file, "slow or not slow", TRITON_INTERPRET="0", DELTAPATCH_TEST_DEVICE="cuda"))
+    # Versions of packages differ there, and so does what they warn of.
+    options = ["-o", "filterwarnings=default"]
+    if find_spec("xdist") is not None:  # each process compiles its part of the kernels
+        options += ["--numprocesses", "4", "--dist", "worksteal"]
+    environment = {"TRITON_INTERPRET": "0", "DELTAPATCH_TEST_DEVICE": "cuda"}
+    finish(begin(file, "slow or not slow", options, **environment))
 
 
 def test_auto_is_triton_on_a_gpu_alone(monkeypatch):

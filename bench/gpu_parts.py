@@ -1,0 +1,402 @@
+"""What is measured on a GPU, part by part; `deltapatch.bench.gpu` runs each in a process of its own.
+
+    python -m deltapatch.bench.gpu_parts gptj --device cuda
+
+writes a line of JSON to stdout for every number, as soon as it is found: its name and what was found, or
+why nothing was. A part is a list of such steps, the most valuable first; one that fails does not keep the
+next ones from being tried.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TextIO
+
+import click
+import numpy as np
+import torch
+
+import deltapatch
+from deltapatch.bench.cases import OPERATIONS, Cases
+from deltapatch.bench.clock import Clock
+from deltapatch.bench.peers import wiring
+from deltapatch.bench.precision import precision
+from deltapatch.bench.random_models import Shape
+from deltapatch.bench.setup import make_workload
+from deltapatch.bench.true_shapes import CONFIGS, random_model, spec_of
+from deltapatch.engine.costs import necessary_flops
+from deltapatch.engine.runfolder import environment
+from deltapatch.kernels.backend import choose_backend
+from deltapatch.kernels.compilations import count_compilations
+from deltapatch.kernels.lang import HAS_TRITON
+from deltapatch.kernels.product import PRECISIONS, narrow, narrow_weight, product
+from deltapatch.models.model import Model
+from deltapatch.models.spec import ModelSpec
+
+Report = dict[str, Any]
+Step = tuple[str, Callable[[], Report]]
+
+# Relative errors that a first look allows: of products of random matrices, of the effects of a small sweep.
+ROUNDING = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 1e-2, "fp16": 2e-3, "fp8": 1e-1}
+EFFECTS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2, "fp8": 0.3}
+NEURONS = (("mlp_post",), "last", 1)
+COMPONENTS = (("mlp_out", "attn_out"), "all", 64)
+_BATCHES = (64, 200, 512)  # of the hooks
+_NOISE_SAMPLE = 32
+
+
+class Bench:
+    """The machine, the sizes, and what has been found that later steps need.
+
+    Args:
+        device: where to measure.
+        tiny: toy shapes, in Triton's interpreter where there is no GPU.
+    """
+
+    def __init__(self, device: str, tiny: bool) -> None:
+        self.device, self.tiny = torch.device(device), tiny
+        self.clock = Clock(self.device)
+        self.backend = "triton" if HAS_TRITON else "reference"
+        self.configs = {name: _shrunk(config) if tiny else config for name, config in CONFIGS.items()}
+        self.rows, self.length = (4, 4) if tiny else (16384, 16)  # row tokens; tokens of a prompt
+        self.rates: dict[str, float] = {}  # precision -> FLOP/s, the best over all shapes
+        self.neurons_a_second: dict[str, float] = {}  # model -> in its first sweep
+        self._model: tuple[str, Model] | None = None
+
+    def part(self, name: str) -> Iterator[Step]:
+        """The steps of a part."""
+        parts: dict[str, Callable[[], Iterator[Step]]] = {
+            "smoke": self.smoke,
+            "gptj": self.gptj,
+            "fp8": self.fp8,
+            "llama": partial(self.shape, "llama-7b"),
+            "pythia": partial(self.shape, "pythia-2.8b"),
+            "kernels": self.kernels,
+            "precision": self.precision,
+        }
+        return parts[name]()
+
+    # The parts ---------------------------------------------------------------------------------------------
+
+    def smoke(self) -> Iterator[Step]:
+        """Half a minute that tells whether anything else is worth its time."""
+        for mode in ("bf16", "fp16", "fp8", "tf32", "fp32"):
+            yield f"products {mode}", partial(self.products_are_right, mode)
+        for mode in ("fp16", "bf16", "fp32", "fp8"):
+            yield f"small sweep {mode}", partial(self.a_small_sweep_is_right, mode)
+
+    def gptj(self) -> Iterator[Step]:
+        """All neurons of GPT-J-6B, hooks on the same, and the limits of the machine."""
+        name = "gptj-6b"
+        yield "product rate fp16", partial(self.product_rate, name, "fp16")
+        yield "neurons fp16", partial(self.sweep, name, NEURONS, "fp16")
+        yield "hooks", partial(self.hooks, name)
+        for mode in ("bf16", "tf32", "fp32"):
+            yield f"product rate {mode}", partial(self.product_rate, name, mode)
+        yield "copy", self.copy_rate
+        yield "neurons bf16", partial(self.sweep, name, NEURONS, "bf16")
+        yield "components fp16", partial(self.sweep, name, COMPONENTS, "fp16")
+
+    def fp8(self) -> Iterator[Step]:
+        """Products and the screen in fp8."""
+        yield "product rate fp8", partial(self.product_rate, "gptj-6b", "fp8")
+        yield "neurons fp8", partial(self.sweep, "gptj-6b", NEURONS, "fp8")
+
+    def shape(self, name: str) -> Iterator[Step]:
+        """All neurons of another model, and hooks on the same."""
+        yield "product rate fp16", partial(self.product_rate, name, "fp16")
+        yield "neurons fp16", partial(self.sweep, name, NEURONS, "fp16")
+        yield "hooks", partial(self.hooks, name)
+        yield "product rate bf16", partial(self.product_rate, name, "bf16")
+        yield "neurons bf16", partial(self.sweep, name, NEURONS, "bf16")
+
+    def kernels(self) -> Iterator[Step]:
+        """Each operation at the models' shapes."""
+        yield "copy", self.copy_rate
+        for mode in ("fp16",) if self.tiny else ("fp16", "bf16", "fp32"):
+            for name in ("gptj-6b", "llama-7b", "pythia-2.8b"):
+                for operation in OPERATIONS:
+                    yield f"{name} {mode} {operation}", partial(self.operation, name, mode, operation)
+
+    def precision(self) -> Iterator[Step]:
+        """Effects of the built-in models in every precision, and by hooks, against float64."""
+        for name in ("gptj",) if self.tiny else ("gptj", "gpt-neox", "llama"):
+            yield name, partial(self.errors, f"builtin:{name}-arithmetic")
+
+    # The steps ---------------------------------------------------------------------------------------------
+
+    def products_are_right(self, mode: str) -> Report:
+        """Products of many sizes against float64.
+
+        Raises:
+            AssertionError: one is wrong.
+        """
+        n_in, n_out = (64, 32) if self.tiny else (16384, 4096)
+        w = self.draw(n_out, n_in)
+        errors = {}
+        for n_rows in (1, 17, 255, 256, 257, 4097)[: 3 if self.tiny else 6]:
+            d = self.draw(n_rows, n_in)
+            found = product(narrow(d, PRECISIONS[mode]), narrow_weight(w, PRECISIONS[mode])).plain()
+            errors[str(n_rows)] = _error(found, d.double() @ w.double().t())
+        return _within({"error_by_rows": errors}, max(errors.values()), ROUNDING[mode])
+
+    def a_small_sweep_is_right(self, mode: str) -> Report:
+        """Effects of a built-in model against those in float64.
+
+        Raises:
+            AssertionError: they are wrong.
+        """
+        name = "builtin:gptj-arithmetic"
+        model = self.model("gptj-6b") if self.tiny else deltapatch.load_model(name, device=self.device)
+        ids = np.random.default_rng(0).integers(0, model.spec.d_vocab, (2, self.length)).tolist()
+        change = (model.logits(ids[0]) - model.logits(ids[1]))[-1]
+        answers = int(change.argmax()), int(change.argmin())
+        pair = deltapatch.PromptPair(ids[0], ids[1], *answers)
+        options: Any = {"positions": "last"} if self.tiny else {}
+        options |= {"sites": ["mlp_out", "z"], "metrics": "logit_diff", "noise_sample": 0, "progress": False}
+        true = deltapatch.sweep(model, [pair], precision="fp64", **options)
+        got = deltapatch.sweep(model, [pair], precision=mode, backend=self.backend, **options)
+        error = {}
+        for site in options["sites"]:
+            a, b = (torch.from_numpy(e.values("logit_diff", site=site)).nan_to_num() for e in (got, true))
+            error[site] = _error(a, b)
+        return _within({"error": error}, max(error.values()), EFFECTS[mode])
+
+    def copy_rate(self) -> Report:
+        """GB/s, read and written."""
+        self.copy = self._copy()
+        return {"gb_s": self.copy / 1e9}
+
+    def product_rate(self, name: str, mode: str) -> Report:
+        """TFLOP/s of the products of a model's layer."""
+        spec = self.spec(name)
+        wide, d = spec.n_heads * spec.d_head, spec.d_model
+        out = {}
+        for label, (n_in, n_out) in {
+            "qkv": (d, wide),
+            "up": (d, spec.d_mlp),
+            "down": (spec.d_mlp, d),
+        }.items():
+            a = narrow(self.draw(self.rows, n_in), PRECISIONS[mode])
+            b = narrow_weight(self.draw(n_out, n_in), PRECISIONS[mode])
+            rate = 2 * self.rows * n_in * n_out / self.clock.seconds(partial(product, a, b))
+            self.rates[mode] = max(rate, self.rates.get(mode, 0.0))
+            out[label] = rate / 1e12
+        return {"tflop_s": out}
+
+    def sweep(self, name: str, what: tuple[tuple[str, ...], str, int], mode: str) -> Report:
+        """A whole sweep, with and without the noise floor, against its FLOPs at the product rate."""
+        sites, positions, n_pairs = what
+        n_pairs = 1 if self.tiny else n_pairs
+        model = self.model(name)
+        spec = model.spec
+        prompts = np.random.default_rng(0).integers(0, spec.d_vocab, (n_pairs, 2, self.length)).tolist()
+        pairs = [deltapatch.PromptPair(clean, corrupted, 3, 4) for clean, corrupted in prompts]
+        options: Any = {"positions": positions, "precision": mode, "backend": self.backend, "progress": False}
+        whole = partial(deltapatch.sweep, model, pairs, list(sites), **options)
+        with count_compilations() as warm:
+            for noise_sample in (0, _NOISE_SAMPLE):
+                whole(layers=warm_layers(spec), noise_sample=noise_sample)
+        timed = []
+        with count_compilations() as compiled:
+            for noise_sample in (0, _NOISE_SAMPLE) if self.tiny else (0, 0, _NOISE_SAMPLE):
+                timed.append(self.clock.whole(partial(whole, noise_sample=noise_sample)))
+        *without, (effects, with_floor, _) = timed
+        seconds, meta = min(taken for _, taken, _ in without), effects.meta
+        at = range(self.length) if positions == "all" else [-1]
+        flops = n_pairs * sum(necessary_flops(spec, s, range(spec.n_layers), at, self.length) for s in sites)
+        if what == NEURONS:
+            self.neurons_a_second.setdefault(name, meta["rows"] / seconds)
+        return {
+            "seconds": seconds,
+            "seconds_of_each": [taken for _, taken, _ in without],
+            "seconds_with_noise_floor": with_floor,
+            "compiled_before": warm.count,
+            "compiled_meanwhile": compiled.names,
+            "pairs": n_pairs,
+            "rows": meta["rows"],
+            "passes": meta["passes"],
+            "rows_s": meta["rows"] / seconds,
+            "tflop_s": flops / seconds / 1e12,
+            "of_product_rate": flops / seconds / self.rates[mode] if mode in self.rates else None,
+            "peak_bytes": max(peak for _, _, peak in timed),
+            "noise_floor": meta["noise_floor"],
+        }
+
+    def hooks(self, name: str) -> Report:
+        """Batched hooks on transformers' model in bfloat16, hidden neurons at the last position: rows/s.
+
+        The whole model for each batch, and from the patched layer on: a batch then takes the layers that
+        remain, a mean over all layers. Each at the best of a few batch sizes.
+        """
+        model, spec = self._transformers_model(name), self.spec(name)
+        best: dict[str, tuple[float, int]] = {}
+        for batch in (4, 8) if self.tiny else _BATCHES:
+            hidden = self.draw(batch, self.length, spec.d_model).to(torch.bfloat16)
+            by_depth = [self._hooked(model, spec, hidden, depth) for depth in (spec.n_layers, 1)]
+            # Layers are alike: what is between follows.
+            depths = np.arange(1, spec.n_layers + 1)
+            mean = float(np.interp(depths, [1, spec.n_layers], by_depth[::-1]).mean())
+            for kind, seconds in (("whole model", by_depth[0]), ("from the patched layer on", mean)):
+                best[kind] = max(best.get(kind, (0.0, 0)), (batch / seconds, batch))
+        out: Report = {kind: {"rows_s": rate, "batch": batch} for kind, (rate, batch) in best.items()}
+        ours = self.neurons_a_second.get(name)
+        for found in out.values():
+            found["deltapatch_over_it"] = None if ours is None else ours / found["rows_s"]
+        return out
+
+    def operation(self, name: str, mode: str, operation: str) -> Report:
+        """Of each of its cases: microseconds, GB/s of what must be read and written, share of a copy's."""
+        backend = choose_backend(self.backend, self.device)
+        cases = Cases(backend, self.spec(name), PRECISIONS[mode], self.rows, self.device)
+        out = {}
+        for case in getattr(cases, operation)():
+            seconds = self.clock.seconds(case.call)
+            rate = case.n_bytes / seconds
+            out[case.name] = {"microseconds": seconds * 1e6, "gb_s": rate / 1e9, "of_copy": rate / self.copy}
+        return out
+
+    def errors(self, model: str) -> Report:
+        """Errors of every method, relative to float64."""
+        with TemporaryDirectory() as folder:
+            n_pairs, on = (1 if self.tiny else 4), self.device.type
+            work = make_workload(model, Shape(), None, n_pairs, 16, Path(folder), device=on)
+            found = precision(work)["methods"]
+        keep = ("error", "rank_correlation", "top_worst", "reason")
+        return {method: {key: told[key] for key in keep if key in told} for method, told in found.items()}
+
+    # What they are made of ---------------------------------------------------------------------------------
+
+    def spec(self, name: str) -> ModelSpec:
+        """Of a model's shape."""
+        return spec_of(self.configs[name])
+
+    def model(self, name: str) -> Model:
+        """A random model of that shape in float16; only the last one is kept."""
+        if self._model is None or self._model[0] != name:
+            self._model = None
+            self._model = name, random_model(self.configs[name], self.device, torch.float16)
+        return self._model[1]
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        """Random numbers of size one."""
+        return torch.randn(shape, device=self.device)
+
+    @cached_property
+    def copy(self) -> float:
+        """Bytes a second, read and written."""
+        return self._copy()
+
+    def _copy(self) -> float:
+        x = self.draw((1 << 16) if self.tiny else (1 << 29))
+        y = torch.empty_like(x)
+        return 2 * x.numel() * 4 / self.clock.seconds(lambda: y.copy_(x))
+
+    def _transformers_model(self, name: str) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self._model = None
+        fields = dict(self.configs[name])
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with self.device:
+                return AutoModelForCausalLM.from_config(config).eval()
+        finally:
+            torch.set_default_dtype(before)
+
+    def _hooked(self, model: Any, spec: ModelSpec, hidden: torch.Tensor, depth: int) -> float:
+        """Seconds of a batch through the last layers, with a neuron patched in the first of them."""
+        names = wiring.NAMES[spec.architecture]
+        body, head = model.get_submodule(names.backbone), model.get_output_embeddings()
+        blocks = getattr(body, names.layers)
+        rows = torch.arange(len(hidden), device=self.device)
+
+        def swap(module: Any, args: Any) -> None:
+            args[0][rows, -1, rows % args[0].shape[-1]] = 1.0
+
+        def forward() -> None:
+            last = body(inputs_embeds=hidden, use_cache=False).last_hidden_state[:, -1]
+            head(last).float().log_softmax(-1)[:, :2]
+
+        down, _ = wiring.module(blocks[len(blocks) - depth], spec, "mlp_post")
+        handle = down.register_forward_pre_hook(swap)
+        setattr(body, names.layers, blocks[len(blocks) - depth :])
+        try:
+            with torch.no_grad():
+                return self.clock.seconds(forward, repeats=5)
+        finally:
+            setattr(body, names.layers, blocks)
+            handle.remove()
+
+
+def warm_layers(spec: ModelSpec) -> Sequence[int]:
+    """Layers whose sweep launches all that a sweep of all layers does.
+
+    Rows enter in a layer and in the last one, and pass through a layer in which others enter.
+    """
+    return range(max(0, spec.n_layers - 3), spec.n_layers)
+
+
+def _error(found: torch.Tensor, want: torch.Tensor) -> float:
+    return float((found.double() - want).norm() / want.norm())
+
+
+def _within(found: Report, error: float, allowed: float) -> Report:
+    assert error <= allowed, f"an error of {error:.2g}, where {allowed:.2g} is allowed: {json.dumps(found)}"
+    return {**found, "allowed": allowed}
+
+
+def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
+    """Toy shapes of the same kind."""
+    small = {"n_layer": 4, "num_hidden_layers": 4, "n_embd": 16, "hidden_size": 16, "n_head": 1,
+             "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 4, "vocab_size": 32,
+             "rotary_dim": 8, "n_inner": 4}  # fmt: skip
+    return {key: small.get(key, value) for key, value in config.items()}
+
+
+def machine(device: torch.device) -> Report:
+    """What it is measured on."""
+    on_gpu = device.type == "cuda"
+    about: Report = {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        "cuda": torch.version.cuda,
+    }
+    if on_gpu:
+        about["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    return about | environment()
+
+
+def carry_out(steps: Iterator[Step], lines: TextIO) -> None:
+    """Do steps, and write a line for each."""
+    for name, work in steps:
+        try:
+            found = work()
+        except Exception as error:  # a lent GPU's time is short: what else can be measured still is
+            said = " ".join(str(error).split())[:500]
+            found = {"failed": f"{type(error).__name__}: {said}", "traceback": traceback.format_exc()[-4000:]}
+        print(json.dumps({"step": name, "found": found}), file=lines, flush=True)
+
+
+@click.command()
+@click.argument("part")
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--tiny", is_flag=True, help="Toy shapes.")
+def main(part: str, device: str, tiny: bool) -> None:
+    """Measure one part; a line of JSON for every number."""
+    # What libraries print goes to stderr: stdout has lines of ours alone.
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    bench = Bench(device, tiny)
+    print(json.dumps({"machine": machine(bench.device)}), file=lines, flush=True)
+    carry_out(bench.part(part), lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
