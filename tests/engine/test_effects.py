@@ -121,7 +121,7 @@ def test_a_run_folder_gives_the_effects_back(make_effects, tmp_path):
     assert found.direction == effects.direction
     np.testing.assert_array_equal(found.reference.logit, effects.reference.logit)
     assert found.meta["seconds"] == 1.5
-    assert set(found.meta["versions"]) == {"deltapatch", "torch", "transformers", "numpy", "python"}
+    assert set(found.meta["versions"]) == {"deltapatch", "torch", "triton", "transformers", "numpy", "python"}
     found.meta["date"] = "then"  # a copy keeps when and where the run was made
     found.save(tmp_path / "copy")
     assert load_effects(tmp_path / "copy").meta["date"] == "then"
