@@ -1,8 +1,9 @@
 """The model as users and the engine hold it: a spec, weights by layer, a tokenizer, plain logits."""
 
 import copy
+import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from torch import Tensor
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.checkpoint import TOKENIZER_FILES, ModuleTensors, find_folder, read_checkpoint
 from deltapatch.models.config import Config
+from deltapatch.models.fetch import hash_of_tensor
 from deltapatch.models.forward import block, readout, rope_tables
 from deltapatch.models.lora import read_adapter
 from deltapatch.models.memory import fits
@@ -27,6 +29,7 @@ from deltapatch.models.weights import (
     EndWeights,
     LayerWeights,
     cast,
+    map_tensors,
 )
 
 DTYPES = {
@@ -75,6 +78,7 @@ class Model:
         if not stream:
             self._ends = self._reader.ends()
             self._layers = [self._reader.layer(l) for l in range(self.spec.n_layers)]
+            self._as_read = [_version(tensor) for tensor in self._kept()]
 
     def __repr__(self) -> str:
         s = self.spec
@@ -212,8 +216,57 @@ class Model:
             raise DeltapatchError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
 
     def fingerprint(self) -> str:
-        """32 hex digits that tell models apart (see `Store.fingerprint`)."""
-        return self._reader.store.fingerprint()
+        """32 hex digits that tell models apart: a hash of every byte (see `Store.fingerprint`).
+
+        Weights of a file that were changed in memory since they were read count as they are now.
+
+        Raises:
+            DeltapatchError: the file has changed since the model was loaded.
+        """
+        found = self._reader.store.fingerprint()
+        if not self._edited():
+            return found
+        digest = hashlib.sha256(found.encode())
+        for tensor in self._kept():
+            digest.update(hash_of_tensor(tensor))
+        return digest.hexdigest()[:32]
+
+    def fingerprint_later(self) -> Callable[[], str | None]:
+        """Gives the fingerprint of what the model is now, once it is asked for: until then nothing is hashed.
+
+        None where that cannot be known then: the weights are in memory only, or the file has changed. The
+        weights in memory are not held.
+        """
+        store = self._reader.store
+        if not store.in_file or self._edited():
+            return lambda: None
+
+        def found() -> str | None:
+            try:
+                return store.fingerprint()
+            except (DeltapatchError, OSError):
+                return None
+
+        return found
+
+    def _edited(self) -> bool:
+        """Whether weights that were read from a file were changed in memory since."""
+        if self.stream or not self._reader.store.in_file:
+            return False
+        return [_version(tensor) for tensor in self._kept()] != self._as_read
+
+    def _kept(self) -> Iterator[Tensor]:
+        """All weights in memory."""
+        found: list[Tensor] = []
+
+        def take(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        for layer in self._layers:
+            map_tensors(layer, take)
+        map_tensors(self._ends, take)
+        return iter(found)
 
 
 def load_model(
@@ -270,6 +323,11 @@ def from_transformers(hf_model: Any, tokenizer: Any = None) -> Model:
     store = Store(architecture, spec, ModuleTensors(kind, state))
     name = str(getattr(hf_model.config, "_name_or_path", "") or kind)
     return Model(store, name, hf_model.device, tokenizer=tokenizer)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to, as PyTorch counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
