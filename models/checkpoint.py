@@ -322,7 +322,7 @@ def _look(path: Path) -> tuple[int, ...] | None:
     """What tells a file from one that has taken its place, or that was written to; None where it is gone."""
     try:
         about = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # what it is called may be no path
         return None
     return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 

@@ -11,6 +11,7 @@ from typing import Any
 from deltapatch.engine.runfolder import plain_errors
 from deltapatch.engine.runlock import held
 from deltapatch.errors import DeltapatchError
+from deltapatch.models.header import check_regular
 from deltapatch.models.model import Model
 from deltapatch.study import checkpoints
 from deltapatch.study import pairs as pair_files
@@ -284,6 +285,7 @@ def _drop_if_empty(folder: Path) -> None:
 
 def _is_study(folder: Path) -> bool:
     try:
+        check_regular(folder / SETTINGS)
         about: Any = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         return isinstance(about, dict) and about.get("format") == "deltapatch study"
     except (OSError, ValueError):

@@ -37,15 +37,17 @@ def test_streamed_effects_are_those_of_a_model_in_memory(dtype, precision, threa
     pairs = [
         deltapatch.PromptPair(*torch.randint(3000, (2, n), generator=draw).tolist(), 5, 6) for n in (5, 7, 5)
     ]
-    found = []
+    found, prints = [], set()
     for stream in (False, True):
         model = deltapatch.load_model(folder, device="cpu", stream=stream)
         options = {"precision": precision, "memory_budget": 1 << 28, "positions": [0, -1]}
         found.append(deltapatch.sweep(model, pairs, SITES, progress=False, **options))
+        prints.add(model.fingerprint())
     kept, streamed = found
     assert streamed.meta["stream"]
     assert not kept.meta["stream"]
     assert kept.meta["fingerprint"] == streamed.meta["fingerprint"]
+    assert len(prints) == 1
     for site in SITES:
         for name in MEASURED:
             assert np.array_equal(kept.values(name, site), streamed.values(name, site), equal_nan=True)
