@@ -97,6 +97,7 @@ Examples:
 @quiet
 def sweep(
     model: str,
+    revision: str | None,
     device: str,
     dtype: str,
     adapter: str | None,
@@ -167,6 +168,7 @@ def sweep(
     from deltapatch.models.model import load_model
 
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "stream": stream, "adapter": adapter}
+    loading |= {} if revision is None else {"revision": revision}
 
     plan: dict[str, Any] = {"model": model, "pairs": len(pairs)}
 

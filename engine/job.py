@@ -351,6 +351,8 @@ class Job:
         """What was run, for the record."""
         return {
             "model": self.model.name,
+            "revision": self.model.revision,
+            "commit": self.model.commit,
             "fingerprint": self.fingerprint,
             "architecture": self.model.spec.architecture,
             "source": self.source,

@@ -213,17 +213,28 @@ class ModuleTensors:
         return tensor
 
 
-def find_folder(path_or_id: str | Path, files: Iterable[str] = CHECKPOINT_FILES) -> Path:
+def find_folder(
+    path_or_id: str | Path, files: Iterable[str] = CHECKPOINT_FILES, *, revision: str | None = None
+) -> Path:
     """The local folder of a checkpoint: as given, of `builtin:NAME`, or of a hub id.
 
-    What a hub id names is downloaded into the hub's cache, `files` only.
+    What a hub id names is downloaded into the hub's cache, `files` only, and of a revision (a branch, a tag
+    or a commit) if one is given.
 
     Raises:
-        DeltapatchError: there is no such folder, and the hub has no such model or cannot be reached.
+        DeltapatchError: there is no such folder, and the hub has no such model or revision or cannot be
+            reached; a revision of what is no hub id.
     """
-    if str(path_or_id).startswith(BUILTIN):
+    if revision is not None and (not isinstance(revision, str) or not revision.strip()):
+        raise DeltapatchError(f"a revision is a branch, tag or commit of the hub, not {revision!r}")
+    path, builtin = Path(path_or_id).expanduser(), str(path_or_id).startswith(BUILTIN)
+    if revision is not None and (builtin or path.is_dir()):
+        raise DeltapatchError(
+            f"{path_or_id} is not a model of the hub, and has no revision {shown(revision)}: give its "
+            "hub id, or leave the revision out"
+        )
+    if builtin:
         return builtin_model_path(str(path_or_id).removeprefix(BUILTIN))
-    path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path
     if path.exists():
@@ -233,13 +244,21 @@ def find_folder(path_or_id: str | Path, files: Iterable[str] = CHECKPOINT_FILES)
         raise DeltapatchError(f"model folder {name} does not exist")
     from huggingface_hub import snapshot_download
 
+    of: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        return Path(snapshot_download(name, allow_patterns=list(files), **of))
     except Exception as error:  # the hub's client raises whatever its transport raises
         reason = str(error).strip().split("\n")[0]
+        what = "model of that name" if revision is None else f"revision {shown(revision)} of such a model"
         raise DeltapatchError(
-            f"there is no folder {name}, and the Hugging Face hub gives no model of that name: {reason}"
+            f"there is no folder {name}, and the Hugging Face hub gives no {what}: {reason}"
         ) from error
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds; None of another folder."""
+    inside = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    return folder.name if inside else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.models.checkpoint import TOKENIZER_FILES, ModuleTensors, find_folder, read_checkpoint
+from deltapatch.models.checkpoint import (
+    TOKENIZER_FILES,
+    ModuleTensors,
+    commit_of,
+    find_folder,
+    read_checkpoint,
+)
 from deltapatch.models.config import Config
 from deltapatch.models.fetch import hash_of_tensor
 from deltapatch.models.forward import block, readout, rope_tables
@@ -55,7 +61,11 @@ class Model:
         dtype: what the weights are stored in (of a mixed checkpoint, its matrices).
         stream: whether layers are read from the file in every pass, rather than kept.
         n_bytes: of all weights, as they are stored.
+        revision: of the hub, that was asked for; commit, the one that it is.
     """
+
+    revision: str | None = None
+    commit: str | None = None
 
     def __init__(
         self,
@@ -83,9 +93,14 @@ class Model:
     def __repr__(self) -> str:
         s = self.spec
         return (
-            f"Model({self.name!r}, {s.architecture}, {s.n_layers} layers, d_model {s.d_model}, "
+            f"Model({self.title!r}, {s.architecture}, {s.n_layers} layers, d_model {s.d_model}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}{', streamed' if self.stream else ''})"
         )
+
+    @property
+    def title(self) -> str:
+        """Its name, with its revision where one was asked for."""
+        return self.name if self.revision is None else f"{self.name} at {self.revision}"
 
     @property
     def resident_bytes(self) -> int:
@@ -275,6 +290,8 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     stream: bool = False,
     adapter: str | Path | None = None,
+    *,
+    revision: str | None = None,
 ) -> Model:
     """Load a GPT-J, GPT-NeoX or LLaMA checkpoint from safetensors.
 
@@ -287,19 +304,23 @@ def load_model(
             of them. A model that does not fit is streamed all the same: one that takes more than three
             quarters of the memory that can be had on its device (`models.memory.available`).
         adapter: folder or hub id of a LoRA adapter in PEFT's format, merged as the weights are read.
+        revision: of a model of the hub (not of its adapter): a branch, a tag or a commit, such as "step1000"
+            of a Pythia model's training.
 
     Raises:
         DeltapatchError: something about the checkpoint, the adapter or an argument is wrong; the message says
             what, and where.
     """
     on, given_dtype = choose_device(device), _dtype(dtype)
-    folder = find_folder(path_or_hub_id)
+    folder = find_folder(path_or_hub_id, revision=revision)
     fields, tensors = read_checkpoint(folder, str(path_or_hub_id))
     architecture, spec = read_config(Config(fields, str(folder / "config.json")))
     lora = None if adapter is None else read_adapter(adapter, architecture, spec)
     store = Store(architecture, spec, tensors, lora)
     stream = stream or not fits(store.n_bytes(given_dtype), on)
-    return Model(store, str(path_or_hub_id), on, given_dtype, stream, folder=folder)
+    model = Model(store, str(path_or_hub_id), on, given_dtype, stream, folder=folder)
+    model.revision, model.commit = revision, commit_of(folder)
+    return model
 
 
 def from_transformers(hf_model: Any, tokenizer: Any = None) -> Model:

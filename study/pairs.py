@@ -99,11 +99,12 @@ def read(folder: Path) -> Made | None:
 
 
 def command(
-    experiment: Experiment, settings: Settings, model: str, adapter: str | None, answers: str, out: str
+    experiment: Experiment, settings: Settings, model: Model, adapter: str | None, answers: str, out: str
 ) -> str:
     """The `deltapatch pairs` that makes the same file."""
     options = task_options(experiment, settings) | {"answers": answers}
-    words = ["deltapatch", "pairs", "--task", experiment.task, "--model", model]
+    words = ["deltapatch", "pairs", "--task", experiment.task, "--model", model.name]
+    words += ["--revision", model.revision] if model.revision else []
     words += ["--per-template", str(settings.pairs_of(experiment))]
     words += ["--shots", str(settings.shots_of(experiment)), "--seed", str(settings.seed)]
     for name, value in options.items():

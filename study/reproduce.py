@@ -21,7 +21,7 @@ from deltapatch.study.exhibits import EXHIBITS
 from deltapatch.study.found import Found
 from deltapatch.study.pairs import Made
 from deltapatch.study.presets import Experiment, choose, comparisons, experiments
-from deltapatch.study.published import published
+from deltapatch.study.published import Published, published
 from deltapatch.study.report import NUMBERS, REPORT, Section, clear, write_report
 from deltapatch.study.settings import SETTINGS, Settings, begin
 from deltapatch.study.subject import StudyStopped, Subject
@@ -29,6 +29,7 @@ from deltapatch.tasks.fact_files import read_facts
 from deltapatch.tasks.problem_file import read_problems
 
 _PROBE = "Q: What is the sum of 12 and 207? A: 219\nThe capital of France is Paris, twenty-one pens."
+_SAME_WEIGHTS = (None, "main", "float16")  # revisions of the models that the paper is about
 LOCK, OTHER, DIFFERENCES = "study.lock", "other", "differences"
 
 
@@ -100,7 +101,7 @@ def reproduce(
                     settings,
                     say,
                     progress,
-                    published(model, adapter),
+                    _paper(model, adapter),
                     settings.layer,
                     adapter,
                 )
@@ -112,6 +113,11 @@ def reproduce(
             finally:
                 (folder / LOCK).unlink(missing_ok=True)
                 _drop_if_empty(folder)
+
+
+def _paper(model: Model, adapter: str | None = None) -> Published | None:
+    """What the paper says of a model: nothing of a checkpoint in its training, for example."""
+    return published(model, adapter) if model.revision in _SAME_WEIGHTS else None
 
 
 def _study(subject: Subject, order: list[str], other: Model | None) -> Study:
@@ -126,7 +132,7 @@ def _study(subject: Subject, order: list[str], other: Model | None) -> Study:
     if other is not None:
         subject.say(f"The other checkpoint: {other.name}")
         second = replace(
-            subject, model=other, folder=subject.folder / OTHER, adapter=None, paper=published(other)
+            subject, model=other, folder=subject.folder / OTHER, adapter=None, paper=_paper(other)
         )
         given = partial(_given, second, subject, done)
         their_sections, their_failures = _experiments(second, [known[name] for name in done], given)

@@ -130,6 +130,66 @@ def test_a_finished_run_is_of_its_model_and_pairs(command, done, tiny, write_pai
     assert re.search(r"different model \(fingerprint\): \w{32} there, \w{32} here", refused.err)
 
 
+@pytest.fixture
+def hub(monkeypatch, tiny):
+    """A model of the hub, whose training step 1000 has one value of another kind; what was asked for."""
+    import huggingface_hub
+
+    early = shutil.copytree(tiny, tiny.parent / "early")
+    content = bytearray((early / "model.safetensors").read_bytes())
+    content[-2] ^= 1
+    (early / "model.safetensors").write_bytes(content)
+    asked = []
+
+    def download(name, allow_patterns, revision="main"):
+        asked.append((name, revision))
+        return str({"main": tiny, "step1000": early}[revision])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked
+
+
+def test_a_revision_of_the_hub(command, done, hub, tmp_path):
+    args, run = list(done[0]), tmp_path / "revision"
+    args[args.index("--model") + 1] = "some/model"
+    early = ("--revision", "step1000")
+    assert command(*args, *early, "--out", run).code == 0
+    about = json.loads((run / "run.json").read_text())
+    assert (about["model"], about["revision"]) == ("some/model", "step1000")
+    assert command(*args, *early, "--out", run, "--resume").code == 0
+    refused = command(*args, "--out", run, "--resume")
+    assert refused.code == 2
+    assert "is finished, with a different model (fingerprint)" in refused.err
+    refused = command(*done[0], *early, "--out", run, "--resume")
+    assert (refused.code, "has no revision 'step1000'" in refused.err) == (2, True)
+
+
+def test_every_command_that_loads_a_model_takes_a_revision(command, hub, tmp_path):
+    early, out = ("--revision", "step1000"), ("--out", tmp_path / "out")
+    bench = ("--model", "some/model", "--pairs", "nowhere", *early)
+    for words in (
+        ("info", "some/model", "--untimed", *early),
+        ("pairs", "--model", "some/model", "--per-template", "1", "--shots", "0", *early, *out),
+        ("convert", "some/model", *early, *out),
+        ("reproduce", "--model", "some/model", "--experiment", "shots-0", "--quick", "--dry-run", *early),
+        ("bench", "compare", "--peers", "deltapatch-fp32", *bench),
+        ("bench", "precision", *bench),
+    ):
+        hub.clear()
+        found = command(*words)
+        assert hub, found.err
+        assert set(hub) == {("some/model", "step1000")}
+        if words[0] in ("info", "reproduce"):
+            assert (found.code, "step1000" in found.out) == (0, True), found.err
+    hub.clear()
+    compared = ("--compare", "some/model", "--compare-revision", "step1000", "--dry-run", "--quick")
+    assert command("reproduce", "--model", "some/model", "--experiment", "shots-0", *compared).code == 0
+    assert [revision for _, revision in hub] == ["main", "step1000"]
+    alone = command("reproduce", "--model", "some/model", "--compare-revision", "step1000", "--dry-run")
+    assert (alone.code, "--compare names: give both" in alone.err) == (2, True)
+    assert command("bench", "compare", *early, "--layers", "1").code == 2
+
+
 @pytest.mark.parametrize("file", ["effects.safetensors", "pairs.jsonl", "run.json"])
 def test_a_finished_run_that_is_damaged_is_told(command, done, file):
     args, run = done
