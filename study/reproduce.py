@@ -23,7 +23,7 @@ from deltapatch.study.pairs import Made
 from deltapatch.study.presets import Experiment, choose, comparisons, experiments
 from deltapatch.study.published import Published, published
 from deltapatch.study.report import NUMBERS, REPORT, Section, clear, write_report
-from deltapatch.study.settings import SETTINGS, Settings, begin
+from deltapatch.study.settings import SETTINGS, Settings, begin, inputs
 from deltapatch.study.subject import StudyStopped, Subject
 from deltapatch.tasks.fact_files import read_facts
 from deltapatch.tasks.problem_file import read_problems
@@ -90,9 +90,7 @@ def reproduce(
         folder.mkdir(parents=True, exist_ok=True)
         with held(folder / LOCK, f"another process works on the study in {folder}: wait until it is done"):
             try:
-                prints = {"fingerprint": model.fingerprint()}
-                prints |= {"other": other.fingerprint()} if other is not None else {}
-                have = set(begin(folder, settings, prints, chosen))
+                have = set(begin(folder, settings, inputs(settings, model, other), chosen))
                 order = [name for name in experiments(settings.shots) if name in have]
                 subject = Subject(
                     model,
