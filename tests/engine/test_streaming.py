@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import deltapatch
-from deltapatch.bench.true_shapes import CONFIGS, write_random_model
+from deltapatch.bench.true_shapes import CONFIGS, RandomTensors, random_model, write_random_model
 from deltapatch.engine.metrics import MEASURED
 
 GPTJ = CONFIGS["gptj-6b"]
@@ -57,6 +57,17 @@ def test_streamed_effects_are_those_of_a_model_in_memory(dtype, precision, threa
                 "says_corrupted",
             )
     assert np.array_equal(kept.reference.logp, streamed.reference.logp)
+
+
+def test_weights_that_are_made_are_made_once(monkeypatch, tmp_path):
+    """A sweep that keeps nothing asks for no fingerprint, which would draw random weights again."""
+    model, drawn, read = random_model(GPTJ | SMALL, "cpu", torch.float32), [], RandomTensors.read
+    monkeypatch.setattr(RandomTensors, "read", lambda self, name: drawn.append(name) or read(self, name))
+    pairs = [deltapatch.PromptPair([1, 2, 3], [1, 5, 3], 5, 6)]
+    deltapatch.sweep(model, pairs, "z", progress=False, noise_sample=0)
+    assert drawn == []
+    deltapatch.sweep(model, pairs, "z", progress=False, noise_sample=0, out=tmp_path / "run")
+    assert len(drawn) == len(set(drawn)) > 10
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
