@@ -42,6 +42,8 @@ def make_workload(
     batch: int = 64,
     threads: int = 0,
     seed: int = 0,
+    *,
+    revision: str | None = None,
 ) -> Workload:
     """The workload of a command.
 
@@ -54,6 +56,7 @@ def make_workload(
         folder: where a random model is written.
         metric, device, batch, threads: of the workload.
         seed: of a random model and of pairs that are made.
+        revision: of a model of the hub.
 
     Raises:
         DeltapatchError: something about the model, the shape or the pairs is wrong.
@@ -61,7 +64,9 @@ def make_workload(
     check_metric(metric)
     if n_pairs < 1 or batch < 1 or threads < 0:
         raise DeltapatchError(f"{n_pairs} pairs in batches of {batch}: both must be at least 1")
-    path = make_model(shape, folder, seed) if model == RANDOM else find_folder(model)
+    if model == RANDOM and revision is not None:
+        raise DeltapatchError(f"a random model has no revision {revision!r}: leave it out")
+    path = make_model(shape, folder, seed) if model == RANDOM else find_folder(model, revision=revision)
     loaded = load_model(path, device=device)
     pairs: Sequence[PromptPair]
     if pairs_file is not None:

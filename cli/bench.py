@@ -9,7 +9,7 @@ import click
 
 from deltapatch.cli.bench_stream import stream
 from deltapatch.cli.delivery import deliver, out_file, read_sizes
-from deltapatch.cli.options import as_json, print_json, quiet, read_names, say
+from deltapatch.cli.options import as_json, print_json, quiet, read_names, revision, say
 from deltapatch.errors import DeltapatchError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -40,6 +40,7 @@ def _options(*options: Any) -> Callable[[Command], Command]:
 
 _model = _options(
     click.option("--model", default="random", show_default=True, help="random, or a model as for sweep."),
+    revision,
     click.option("--pairs", "pairs_file", help="Prompt pairs of one length; made up unless given."),
     click.option("--n-pairs", default=1, show_default=True, help="Pairs that are made up."),
 )
@@ -111,10 +112,7 @@ def compare(sweeps: str, out: Path | None, as_json: bool, quiet: bool, **chosen:
         spec = load_model(work.folder, device="cpu").spec
         cells = [(name, make_cells(name, spec, len(work.clean), work.length)) for name in wanted]
         result = run_comparison(work, cells, names, make_side, options, lambda text: say(text, quiet))
-    if chosen["model"] != "random":
-        result["model"]["name"] = chosen["model"]
-    else:
-        result["model"]["name"] = "random weights"
+    result["model"]["name"] = "random weights" if chosen["model"] == "random" else _title(chosen)
     deliver("compare", result, out, as_json, comparison)
 
 
@@ -172,6 +170,7 @@ def growth(
 
 @bench.command()
 @click.option("--model", default="builtin:gpt-neox-arithmetic", show_default=True, help="As for compare.")
+@revision
 @click.option("--pairs", "pairs_file", help="Prompt pairs of one length; made up unless given.")
 @click.option("--n-pairs", default=8, show_default=True, help="Pairs that are made up.")
 @_shape
@@ -192,7 +191,7 @@ def precision(layer: int | None, out: Path | None, as_json: bool, quiet: bool, *
     check_free(out)
     with tempfile.TemporaryDirectory(prefix="deltapatch-bench-") as folder:
         result = run_precision(_workload(chosen, Path(folder)), layer, lambda text: say(text, quiet))
-    result["model"]["name"] = chosen["model"]
+    result["model"]["name"] = _title(chosen)
     deliver("precision", result, out, as_json, table)
 
 
@@ -249,6 +248,11 @@ def _measurement(chosen: dict[str, Any], quiet: bool) -> tuple[Any, Any, Any]:
     return names, options, side_maker(chosen["isolate"], chosen["cache"], lambda text: say(text, quiet))
 
 
+def _title(chosen: dict[str, Any]) -> str:
+    at = "" if chosen["revision"] is None else f" at {chosen['revision']}"
+    return f"{chosen['model']}{at}"
+
+
 def _shape_of(chosen: dict[str, Any]) -> Any:
     from deltapatch.bench.random_models import Shape
 
@@ -267,4 +271,5 @@ def _workload(chosen: dict[str, Any], folder: Path) -> Any:
         chosen["length"],
         folder,
         *(chosen[name] for name in ("metric", "device", "batch", "threads", "seed")),
+        revision=chosen["revision"],
     )

@@ -2,7 +2,7 @@
 
 import click
 
-from deltapatch.cli.options import as_json, print_json
+from deltapatch.cli.options import as_json, print_json, revision
 
 EXAMPLES = """\b
 Examples:
@@ -13,15 +13,16 @@ Examples:
 @click.command(short_help="Rewrite .bin weights as safetensors.", epilog=EXAMPLES)
 @click.argument("source", metavar="SOURCE")
 @click.option("--out", required=True, type=click.Path(), help="The folder to make; it must not exist.")
+@revision
 @as_json
-def convert(source: str, out: str, as_json: bool) -> None:
+def convert(source: str, out: str, revision: str | None, as_json: bool) -> None:
     """Rewrite the .bin weights of SOURCE, a model or LoRA adapter (folder or hub id), as safetensors.
 
     Nothing in the files can run: they are read as tensors only. Config and tokenizer are copied along.
     """
     from deltapatch.models.convert import convert as rewrite
 
-    path = rewrite(source, out)
+    path = rewrite(source, out, revision=revision)
     if as_json:
         print_json({"source": source, "out": str(path)})
     else:

@@ -157,8 +157,10 @@ def _free(out: str | None) -> Path:
 def _check_ours(folder: Path) -> None:
     """Raise DeltapatchError where a folder has anything that the demo did not put there."""
     from deltapatch.engine.runfolder import EFFECTS, PAIRS, RUN, check_output
+    from deltapatch.models.header import check_regular
 
     try:
+        check_regular(folder / RUN)
         about = json.loads((folder / RUN).read_text(encoding="utf-8"))
         ours = isinstance(about, dict) and about.get("made_by") == MADE_BY
         ours = ours and {p.name for p in folder.iterdir()} <= {RUN, PAIRS, EFFECTS, "plots"}

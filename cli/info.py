@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltapatch.cli.options import as_json, in_bytes, in_flops, in_seconds, print_json, read_bytes, stream
+from deltapatch.cli.options import (
+    as_json,
+    in_bytes,
+    in_flops,
+    in_seconds,
+    print_json,
+    read_bytes,
+    revision,
+    stream,
+)
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
@@ -37,6 +46,7 @@ SWEEPS = (
 @click.option("--memory-budget", help="Memory that a sweep may use beside the model: 2GB, 512MiB.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @stream
+@revision
 @click.option("--untimed", is_flag=True, help="Do not time anything: say no times.")
 @as_json
 def info(
@@ -46,6 +56,7 @@ def info(
     memory_budget: str | None,
     device: str,
     stream: bool,
+    revision: str | None,
     untimed: bool,
     as_json: bool,
 ) -> None:
@@ -59,21 +70,19 @@ def info(
         if value < 1:
             raise DeltapatchError(f"{option} {value} is too few: give at least 1")
     budget = read_bytes(memory_budget)
-    facts = _facts(model, length, n_pairs, budget, device, stream, not untimed)
+    found = _model(model, device, stream, revision)
+    facts = {"model": model, "revision": revision, **_facts(found, length, n_pairs, budget, not untimed)}
     if as_json:
         print_json(facts)
     else:
         click.echo(_text(facts), nl=False)
 
 
-def _facts(
-    name: str, length: int, n_pairs: int, budget: int | None, device: str, stream: bool, timed: bool
-) -> dict[str, Any]:
+def _facts(model: "Model", length: int, n_pairs: int, budget: int | None, timed: bool) -> dict[str, Any]:
     from deltapatch.engine.costs import parameters
     from deltapatch.engine.forecast import forecasts
     from deltapatch.engine.prepare import Options
 
-    model = _model(name, device, stream)
     spec, pairs = model.spec, _pairs(n_pairs, length, model.spec.d_vocab)
     sweeps: list[dict[str, Any]] = []
     for positions in ("all", "last"):  # rows of one kind
@@ -85,7 +94,6 @@ def _facts(
     by = {(s["site"], s["positions"]): s for s in sweeps}
     n = parameters(spec)
     return {
-        "model": name,
         "spec": asdict(spec),
         "parameters": n,
         "memory_bytes": {"float32": 4 * n, "bfloat16": 2 * n, "weights": model.n_bytes},
@@ -98,14 +106,14 @@ def _facts(
     }
 
 
-def _model(name: str, device: str, stream: bool) -> "Model":
+def _model(name: str, device: str, stream: bool, revision: str | None) -> "Model":
     """The model where it is streamed and its weights are here; else one of its shapes."""
     from deltapatch.models.checkpoint import find_folder, read_json
     from deltapatch.models.memory import fits
     from deltapatch.models.model import choose_device, load_model
     from deltapatch.models.stand_in import stand_in
 
-    folder = find_folder(name, ("config.json",))
+    folder = find_folder(name, ("config.json",), revision=revision)
     if not (folder / "config.json").is_file():
         raise DeltapatchError(f"{folder} has no config.json: it is not a model folder")
     on = choose_device(device)
@@ -167,4 +175,5 @@ def _text(facts: dict[str, Any]) -> str:
     head = "".join(f"{name:<15} {value}\n" for name, value in lines.items())
     of = "one pair" if facts["n_pairs"] == 1 else f"{facts['n_pairs']:,} pairs"
     title = f"Sweeps over all layers, for {of} of {facts['length']} tokens"
-    return f"{facts['model']}\n\n{head}\n{as_text(Table(columns, 'rows'), title)}"
+    at = "" if facts["revision"] is None else f" at {facts['revision']}"
+    return f"{facts['model']}{at}\n\n{head}\n{as_text(Table(columns, 'rows'), title)}"

@@ -22,6 +22,10 @@ stream = click.option(
     help="Read weights from the file layer by layer in every pass, and keep none: for models larger than the "
     "memory, which are streamed without asking.",
 )
+revision = click.option(
+    "--revision",
+    help="Of a model of the hub: a branch, a tag or a commit, such as step1000 of a Pythia model.",
+)
 adapter = click.option("--adapter", help="A LoRA adapter (PEFT, safetensors) to merge into the model.")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -36,6 +40,7 @@ def loading(command: Command) -> Command:
             "--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, ..."
         ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        revision,
         model,
     ):
         command = option(command)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from deltapatch.cli.options import adapter, as_json, model, print_json, quiet, read_names, say
+from deltapatch.cli.options import adapter, as_json, model, print_json, quiet, read_names, revision, say
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
@@ -34,6 +34,7 @@ Examples:
 @click.command(short_help="Make prompt pairs of a task.", epilog=EXAMPLES)
 @click.option("--task", default="arithmetic", show_default=True, help="What the pairs are about.")
 @model
+@revision
 @click.option("--shots", type=int, help="Solved examples before each question; as in the paper unless given.")
 @click.option("--per-template", type=int, help="Pairs of each operator (or shape, relation) and template.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same pairs.")
@@ -72,6 +73,7 @@ Examples:
 def pairs(
     task: str,
     model: str,
+    revision: str | None,
     shots: int | None,
     per_template: int | None,
     seed: int,
@@ -105,7 +107,8 @@ def pairs(
 
     # Streamed, where only the model's tokenizer is wanted.
     lora = adapter if only_correct else None
-    loaded = load_model(model, device if only_correct else "cpu", stream=not only_correct, adapter=lora)
+    on = device if only_correct else "cpu"
+    loaded = load_model(model, on, stream=not only_correct, adapter=lora, revision=revision)
     made, dropped = make_pairs(task, loaded.tokenizer, per_template, shots, seed, **options)
     if only_correct:
         made = keep_answered(loaded, made, dropped, among)

@@ -22,6 +22,8 @@ Examples:
   deltapatch reproduce --model MODEL --experiment numerals-operands,retrieval --quick --out study
   deltapatch reproduce --model EleutherAI/gpt-j-6b --paper-size --facts LAMA/data --out gptj
   deltapatch reproduce --model BASE --adapter LORA --compare BASE --experiment three-operands --out tuned
+  deltapatch reproduce --model EleutherAI/pythia-70m --compare EleutherAI/pythia-70m \\
+      --compare-revision step1000 --experiment retrieval --out training
   deltapatch reproduce --model MODEL --out study --resume
   deltapatch reproduce --list
 \b
@@ -85,6 +87,7 @@ def _list(context: click.Context, option: click.Parameter, asked: bool) -> None:
     help="Whose coordinates are patched.  [default: where the MLP has the largest effect]",
 )
 @click.option("--compare", help="Another checkpoint, with the same tokens: the same study on the same pairs.")
+@click.option("--compare-revision", help="Its revision of the hub, as --revision: step1000, for example.")
 @click.option("--precision", default="auto", show_default=True, help="Of the sweeps, as for sweep.")
 @click.option("--memory-budget", help="Of the sweeps, as for sweep; fixed by model and device unless given.")
 @click.option("--out", help="The study's folder; it must not exist, unless a study is resumed.")
@@ -94,12 +97,14 @@ def _list(context: click.Context, option: click.Parameter, asked: bool) -> None:
 @quiet
 def reproduce(
     model: str,
+    revision: str | None,
     device: str,
     dtype: str,
     stream: bool,
     adapter: str | None,
     names: tuple[str, ...],
     compare: str | None,
+    compare_revision: str | None,
     out: str | None,
     resume: bool,
     dry_run: bool,
@@ -122,6 +127,8 @@ def reproduce(
         raise DeltapatchError("--experiment names no experiment; --list lists them")
     order = choose(chosen, given["shots"], () if given["problems"] else ("word-problems",))
 
+    if compare_revision is not None and compare is None:
+        raise DeltapatchError("--compare-revision is of the checkpoint that --compare names: give both")
     settings = _settings(given)
     settings.check()
 
@@ -131,9 +138,10 @@ def reproduce(
 
     if out and not dry_run:
         check_folder(out, resume)
-    loaded = load_model(model, device=device, dtype=dtype, stream=stream, adapter=adapter)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "stream": stream}
+    loaded = load_model(model, adapter=adapter, revision=revision, **how)
     say(f"{loaded!r}", quiet)
-    other = None if compare is None else load_model(compare, device=device, dtype=dtype, stream=stream)
+    other = None if compare is None else load_model(compare, revision=compare_revision, **how)
     check_inputs(loaded, settings, order, other)
     if dry_run:
         _estimate(loaded, settings, order, as_json)

@@ -97,6 +97,7 @@ Examples:
 @quiet
 def sweep(
     model: str,
+    revision: str | None,
     device: str,
     dtype: str,
     adapter: str | None,
@@ -136,10 +137,9 @@ def sweep(
     from deltapatch.engine.runfolder import RUN, check_output
     from deltapatch.tasks.jsonl import read_named_pairs
 
-    if out and (resume or part) and (Path(out) / RUN).is_file():
-        say(f"{out} is finished already: nothing to do", quiet)
-        click.echo(out)
-        return
+    # Of a run that is finished it is only seen whether it is of this sweep: nothing of that is told.
+    finished = bool(out) and (resume or part is not None) and (Path(out or "") / RUN).is_file()
+    hushed = quiet or finished
     if out and not resume and part is None:
         check_output(out)
     named = read_named_pairs(pairs_file)
@@ -168,15 +168,16 @@ def sweep(
     from deltapatch.models.model import load_model
 
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "stream": stream, "adapter": adapter}
+    loading |= {} if revision is None else {"revision": revision}
 
     plan: dict[str, Any] = {"model": model, "pairs": len(pairs)}
 
     def planned(loaded: str, rows: int, flops: float) -> None:
         plan.update(rows=rows, necessary_flops=flops)
-        say(loaded, quiet)
-        say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", quiet)
+        say(loaded, hushed)
+        say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", hushed)
 
-    if ray is not None:
+    if ray is not None and not finished:
         from deltapatch.engine.ray_sweep import ray_sweep
 
         assert out is not None
@@ -194,19 +195,20 @@ def sweep(
             **options,
         )
     else:
-        loaded = load_model(model, **loading)
+        loaded = load_model(model, **loading | ({"stream": True} if finished else {}))
         encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names)
         grid = make_grid(options["sites"], at, which, encoded, loaded.spec)
         planned(repr(loaded), *sweep_cost(grid, encoded, loaded.spec))
         longest = max(pair.answer_tokens for pair in encoded)
         if longest > 1:
             say(
-                f"answers have up to {longest} tokens: effects are of the probability of whole answers", quiet
+                f"answers have up to {longest} tokens: effects are of the probability of whole answers",
+                hushed,
             )
         if loaded.stream and not stream:
             size = in_bytes(loaded.n_bytes)
-            say(f"its {size} do not fit into the memory: every pass reads them from the file", quiet)
-        if dry_run:
+            say(f"its {size} do not fit into the memory: every pass reads them from the file", hushed)
+        if dry_run and not finished:
             found = forecast(loaded, pairs, Options(**options))
             if as_json:
                 print_json({"model": loaded.name, "stream": loaded.stream, **found.as_dict()})
@@ -214,25 +216,30 @@ def sweep(
                 click.echo(_plan(found, loaded.stream))
             return
         effects = run_sweep(loaded, pairs, progress=not quiet, out=out, resume=resume, shard=part, **options)
-    if part is not None:
+    if finished:
+        say(f"{out} is finished already: nothing to do", quiet)
+    elif part is not None:
         say(f"part {shard} is done; when all are: deltapatch merge {out}", quiet)
-        click.echo(out)
+        if as_json:
+            print_json({"out": out, "part": shard})
+        else:
+            click.echo(out)
         return
-    say(in_words(effects.meta), quiet)
-    seconds = effects.meta["seconds"]
-    say(
-        f"{plan['rows']:,} interventions in {seconds:.1f} s; "
-        f"accuracy of the unpatched runs {effects.accuracy():.1%}",
-        quiet,
-    )
+    else:
+        say(in_words(effects.meta), quiet)
+        say(
+            f"{plan['rows']:,} interventions in {effects.meta['seconds']:.1f} s; "
+            f"accuracy of the unpatched runs {effects.accuracy():.1%}",
+            quiet,
+        )
     if as_json:
         shapes = {name: dict(zip(s.axes, s.shape, strict=True)) for name, s in effects.sites.items()}
         print_json(
             {
                 "out": out,
                 **plan,
-                "answer_tokens": effects.meta["answer_tokens"],
-                "memory_budget": effects.meta["memory_budget"],
+                "answer_tokens": effects.answer_tokens,
+                "memory_budget": effects.meta.get("memory_budget"),
                 "accuracy": effects.accuracy(),
                 "sites": shapes,
                 "run": effects.meta,

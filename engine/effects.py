@@ -1,6 +1,6 @@
 """Effects: what a sweep found, as arrays with named axes, in memory and in a run folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -60,6 +60,12 @@ class Effects:
     reference: Reference
     direction: Direction
     meta: dict[str, Any] = field(default_factory=dict)
+    # Of a sweep that kept nothing: hashes the model, should its effects be saved.
+    _fingerprint: Callable[[], str | None] | None = field(default=None, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what only this process can ask."""
+        return self.__dict__ | {"_fingerprint": None}
 
     def site(self, name: str | None = None) -> SiteEffects:
         """The measured numbers of a site; the name may be left out when only one site was swept.
@@ -154,6 +160,8 @@ class Effects:
         """Write a run folder. DeltapatchError where the path is taken or cannot be written."""
         from deltapatch.engine.runfolder import write_run
 
+        if self.meta.get("fingerprint") is None and self._fingerprint is not None:
+            self.meta["fingerprint"] = self._fingerprint()
         write_run(self, path)
 
     def __repr__(self) -> str:

@@ -1,5 +1,6 @@
 """A job: checked options and encoded pairs, carried out pass by pass."""
 
+import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ class Job:
     noise_scale: float
     noise_sample: int | None
     partner: np.ndarray | None  # [pair], whose source run "resample" takes
+    stream: bool  # whether passes are cut as for a streamed model
+    fingerprint: str | None = None  # of the model, once it is asked for
     noise_floor: dict[str, Any] | None = None
     passes: int = 0
     rows: int = 0
@@ -117,7 +120,18 @@ class Job:
             noise_scale,
             noise_sample,
             partners(length, seed) if kind == "resample" else None,
+            model.stream,
         )
+
+    def identify(self) -> str:
+        """The model's fingerprint, taken once: where something is kept, not else, since it reads all weights.
+
+        Raises:
+            DeltapatchError: its file has changed since it was loaded.
+        """
+        if self.fingerprint is None:
+            self.fingerprint = self.model.fingerprint()
+        return self.fingerprint
 
     @property
     def n_sources(self) -> int:
@@ -191,6 +205,7 @@ class Job:
     def adopt(self, settings: Mapping[str, Any]) -> None:
         """Take what a run decided when it began."""
         self.precision, self.budget = PRECISIONS[settings["precision"]], settings["memory_budget"]
+        self.stream = settings["stream"]
 
     def settle(self, work: Work) -> tuple[Truth | None, int]:
         """Choose the precision; the truth of a sample, for the noise floor, and the number of passes.
@@ -220,7 +235,7 @@ class Job:
         """The passes that interventions are cut into."""
         costs = self.costs(places, precision, each.count)
         limit, share = self.limit(each.count), self.source == "mean"
-        return cut(tables, self.runs, costs, self.budget, share, limit, self.model.stream)
+        return cut(tables, self.runs, costs, self.budget, share, limit, self.stream)
 
     def limit(self, threads: int) -> Limit:
         """How much work a pass may be."""
@@ -230,7 +245,12 @@ class Job:
         """What things cost in memory, with patches at these places and so many blocks at once."""
         longest, block = max(run.length for run in self.runs), self.backend.block_tokens
         against_base = self.source in ("zero", "mean")
-        return Costs.of(self.model, precision, block, self.n_sources, longest, threads, places, against_base)
+        model = self.model
+        if model.stream != self.stream:
+            # Passes are those of the plan, whichever way this process keeps its weights.
+            model = copy.copy(model)
+            model.stream = self.stream
+        return Costs.of(model, precision, block, self.n_sources, longest, threads, places, against_base)
 
     def _carry(
         self, part: Pass, precision: Precision, each: Map, tick: Callable[[int], None] = lambda n: None
@@ -331,7 +351,9 @@ class Job:
         """What was run, for the record."""
         return {
             "model": self.model.name,
-            "fingerprint": self.model.fingerprint(),
+            "revision": self.model.revision,
+            "commit": self.model.commit,
+            "fingerprint": self.fingerprint,
             "architecture": self.model.spec.architecture,
             "source": self.source,
             "direction": self.direction,

@@ -1,12 +1,15 @@
 """The manifest of an unfinished run: its plan, checked before it is trusted, and never changed.
 
 Everything that decides a bit of the result is in `settings`: what the user chose, and what was taken from
-the machine when the run began (the memory budget and the threads, which decide how passes are cut, and the
-precision). A run that is resumed takes the latter from here.
+the machine when the run began (the memory budget, the threads and whether the model is streamed, which
+decide how passes are cut, and the precision). A run that is resumed takes the latter from here.
+
+`check_same` holds every process that resumes, shares or asks again for a run to them, finished or not.
 """
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -14,19 +17,19 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-import deltapatch
 from deltapatch.engine.audit import Sampled, Truth
+from deltapatch.engine.effects import Effects
 from deltapatch.engine.grid import Grid, SiteGrid
 from deltapatch.engine.job import Job
 from deltapatch.engine.metrics import MEASURED, Direction, Reference
 from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.runfolder import pairs_as_text
+from deltapatch.engine.runfolder import environment, pairs_as_text
 from deltapatch.engine.sites import SITES
 from deltapatch.engine.sources import SOURCES
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.product import PRECISIONS
 
-FORMAT, FORMAT_VERSION = "deltapatch unfinished run", 1
+FORMAT, FORMAT_VERSION = "deltapatch unfinished run", 2
 PLAN_VERSION = 3  # to be raised whenever passes are cut, or computed, in another way
 
 # What must be the same for two processes to work on one run, and what a sentence calls it.
@@ -51,8 +54,13 @@ _WORDS = {
     "precision": "precision",
     "memory_budget": "memory budget",
     "threads": "number of threads",
+    "stream": "way of keeping weights",
 }
-_SHORT = 40  # characters of a value that fit into a sentence
+_LEFT_OPEN = {"precision", "memory_budget", "threads", "stream", "backend"}  # None takes what the run has
+# Nobody asks for these, and they change the last bits at most: one run is of one kind, but one that is
+# finished answers for all.
+_SURROUNDINGS = {"plan", "deltapatch", "torch", "device", "threads"}
+_SHORT = 120  # characters of a value that fit into a sentence
 _MOST = 2**50  # of anything that is counted
 
 
@@ -93,23 +101,6 @@ class Manifest:
             offset += size
         return Grid(grids, offset)
 
-    def check_same(self, settings: Mapping[str, Any], where: object) -> None:
-        """Check that what a process was asked for is this plan; None leaves a choice to the plan.
-
-        Raises:
-            DeltapatchError: something differs.
-        """
-        for name, word in _WORDS.items():
-            mine, own = settings[name], self.settings[name]
-            if mine is None or mine == own:
-                continue
-            both = f": {own} there, {mine} here" if len(f"{own}{mine}") <= 2 * _SHORT else ""
-            both = " ".join(both.split())  # one line, whatever was read
-            raise DeltapatchError(
-                f"cannot resume {where}: it was begun with a different {word}{both}; give the same, or "
-                "choose another output path"
-            )
-
     def _body(self) -> dict[str, Any]:
         body = {
             "format": FORMAT,
@@ -126,14 +117,20 @@ class Manifest:
 
 
 def settings_of(
-    job: Job, grid: Grid, precision: str | None, budget: int | None, threads: int | None = None
+    job: Job,
+    grid: Grid,
+    precision: str | None,
+    budget: int | None,
+    threads: int | None = None,
+    stream: bool | None = None,
 ) -> dict[str, Any]:
     """What decides the result of a sweep; None for what the plan may decide."""
+    versions = environment()["versions"]
     return {
         "plan": PLAN_VERSION,
-        "deltapatch": deltapatch.__version__,
-        "torch": str(torch.__version__),
-        "model": job.model.fingerprint(),
+        "deltapatch": versions["deltapatch"],
+        "torch": versions["torch"],
+        "model": job.identify(),
         "dtype": str(job.model.dtype).removeprefix("torch."),
         "device": device_kind(job.model.device),
         "backend": job.backend.name,
@@ -147,12 +144,103 @@ def settings_of(
         "readout": job.readout,
         "metrics": list(job.measured),
         "seed": job.seed,
-        "noise_scale": job.noise_scale,
+        "noise_scale": job.noise_scale if job.source == "noise" else None,
         "noise_sample": job.noise_sample,
         "precision": precision,
         "memory_budget": budget,
         "threads": threads,
+        "stream": stream,
     }
+
+
+def settings_of_run(effects: Effects) -> dict[str, Any]:
+    """The settings of a finished run, as `settings_of` has them: those of what it holds, not what it says."""
+    meta, sites = effects.meta, effects.sites.values()
+    versions = meta["versions"] if isinstance(meta.get("versions"), dict) else {}
+    positions = {site.site: list(site.positions) for site in sites}
+    alike = len({str(at) for at in positions.values()}) == 1
+    measured = {site.site: list(site.measured) for site in sites}
+    said = {name: meta.get(name) for name in _WORDS}
+    return said | {
+        "deltapatch": versions.get("deltapatch"),
+        "torch": versions.get("torch"),
+        "model": meta.get("fingerprint"),
+        "device": meta.get("device_kind"),
+        "pairs": digest_of(effects.pairs),
+        "sites": [
+            {"site": s.site, "layers": s.layers.tolist(), "indices": s.shape[3] if len(s.shape) > 3 else 0}
+            for s in sites
+        ],
+        "positions": next(iter(positions.values())) if alike else positions,
+        "direction": effects.direction,
+        "metrics": next(iter(measured.values()))
+        if len({str(m) for m in measured.values()}) == 1
+        else measured,
+    }
+
+
+def check_same(own: Mapping[str, Any], asked: Mapping[str, Any], where: object, finished: bool) -> None:
+    """Check that what a process was asked for is what a run was begun with, or holds.
+
+    Args:
+        own: the settings of the run.
+        asked: those of the process; None leaves a choice to the run where there is one.
+        where: what a sentence calls the run.
+        finished: whether it is; then a difference of version or machine is a warning.
+
+    Raises:
+        DeltapatchError: something differs; what, and both values.
+    """
+    differ = {
+        name: f"{word}: {_both(name, own.get(name), asked[name])}"
+        for name, word in _WORDS.items()
+        if own.get(name) != asked[name] and not (asked[name] is None and name in _LEFT_OPEN)
+    }
+    if not differ:
+        return
+    what = f"a different {'; a different '.join(differ.values())}"
+    if not finished:
+        raise DeltapatchError(
+            f"cannot resume {where}: it was begun with {what}; give the same, or choose another output path"
+        )
+    if differ.keys() <= _SURROUNDINGS:
+        warnings.warn(f"run {where} was finished with {what}", stacklevel=4)
+        return
+    raise DeltapatchError(
+        f"run {where} is finished, with {what}; give the same, choose another output path, or remove it"
+    )
+
+
+def _both(name: str, own: Any, mine: Any) -> str:
+    """Two values that differ, on one line, whatever was read: from where they do where they are long."""
+    texts = [_said(name, own), _said(name, mine)]
+    if max(map(len, texts)) > _SHORT:
+        same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0)
+        begin = max(0, same - _SHORT // 3)
+        texts = [("..." if begin else "") + text[begin:] for text in texts]
+        texts = [text if len(text) <= _SHORT else f"{text[:_SHORT]}..." for text in texts]
+    return "{} there, {} here".format(*texts)
+
+
+def _said(name: str, value: Any) -> str:
+    if value is None:
+        return "none"
+    if name == "pairs":
+        return f"sha256 {str(value)[:12]}"
+    if name == "sites" and isinstance(value, list) and all(isinstance(s, dict) for s in value):
+        value = "; ".join(f"{s.get('site')} of layers {_ranges(s.get('layers'))}" for s in value)
+    return " ".join(str(value).split())
+
+
+def _ranges(numbers: Any) -> str:
+    """0-5,9."""
+    found: list[list[Any]] = []
+    for n in numbers if isinstance(numbers, list) else []:
+        if found and isinstance(n, int) and found[-1][1] == n - 1:
+            found[-1][1] = n
+        else:
+            found.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
 def device_kind(device: torch.device) -> str:
@@ -175,7 +263,7 @@ def read_manifest(text: str | bytes) -> Manifest:
     """
     body = json.loads(text)
     _need(isinstance(body, dict) and body.get("format") == FORMAT, "format")
-    _need(body.get("format_version") == FORMAT_VERSION, "format_version, perhaps of a newer deltapatch")
+    _need(body.get("format_version") == FORMAT_VERSION, "format_version, of another deltapatch")
     checksum = body.pop("sha256", None)
     _need(checksum == _digest(body), "checksum")
     settings, n_passes, n_pairs = body.get("settings"), body.get("n_passes"), body.get("n_pairs")
@@ -209,6 +297,7 @@ def _check_settings(s: dict[str, Any]) -> None:
     _need(isinstance(s["precision"], str) and s["precision"] in PRECISIONS, "precision")
     _need(_counts(s["memory_budget"]) and s["memory_budget"] > 0, "memory budget")
     _need(_counts(s["threads"]) and 0 < s["threads"] <= 4096, "threads")
+    _need(isinstance(s["stream"], bool), "stream")
     for name in ("model", "pairs", "deltapatch", "torch", "dtype", "device", "backend"):
         _need(isinstance(s[name], str), name)
 

@@ -11,11 +11,12 @@ from deltapatch.engine.gather import Gathered, PassEffects, split
 from deltapatch.engine.grid import Grid
 from deltapatch.engine.manifest import Manifest, digest_of
 from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.readrun import read_pairs_text
+from deltapatch.engine.readrun import read_pairs_text, read_run
 from deltapatch.engine.runfolder import PAIRS, RUN, UNFINISHED, is_begun
 from deltapatch.engine.shards import DamagedShard, Shards
-from deltapatch.engine.unfinished import Unfinished, read_plan, unfinished
+from deltapatch.engine.unfinished import Unfinished, read_plan, tidy, unfinished
 from deltapatch.errors import DeltapatchError
+from deltapatch.models.header import check_regular
 
 _NAMED = 10_000  # missing passes that are looked up for a message
 
@@ -30,12 +31,15 @@ def merge(path: str | PathLike[str]) -> bool:
         Whether there was anything to do: False where the run is finished already.
 
     Raises:
-        DeltapatchError: it is no run, a part is at work, passes are missing or damaged, or the disk is full.
+        DeltapatchError: it is no run, a part is at work, passes are missing or damaged, or the disk is full;
+            the run is finished and damaged.
     """
     path = Path(path)
+    if (path / RUN).is_file():
+        read_run(path)
+        tidy(path)
+        return False
     if not is_begun(path):
-        if (path / RUN).is_file():
-            return False
         raise DeltapatchError(f"{path} is not a run folder: give the output folder of the parts of a sweep")
     with unfinished(path, resume=True) as run:
         if run.finished:
@@ -75,6 +79,7 @@ def join(run: Unfinished) -> Effects:
 def _pairs(path: Path, manifest: Manifest) -> list[EncodedPair]:
     file = path / UNFINISHED / PAIRS
     try:
+        check_regular(file)
         pairs = read_pairs_text(file.read_text(encoding="utf-8"))
         if digest_of(pairs) != manifest.settings["pairs"] or len(pairs) != manifest.n_pairs:
             raise ValueError("they are not those of the manifest")

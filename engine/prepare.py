@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
+from deltapatch.engine import manifest as manifests
 from deltapatch.engine.effects import Effects
 from deltapatch.engine.gather import split
 from deltapatch.engine.grid import Grid, Layers, Positions, make_grid
 from deltapatch.engine.job import Job
-from deltapatch.engine.manifest import Manifest, settings_of
+from deltapatch.engine.manifest import Manifest, check_same, device_kind, settings_of, settings_of_run
 from deltapatch.engine.metrics import Direction, Reference
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.engine.work import Work
@@ -50,13 +52,22 @@ class Prepared:
         job: its checked options and encoded pairs.
         grid: what it patches.
         work: its interventions.
-        asked: the settings that decide its result, None where the plan may decide (see manifest.py).
+        options: what was asked for.
     """
 
     job: Job
     grid: Grid
     work: Work
-    asked: dict[str, Any]
+    options: Options
+
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """The settings that decide its result, None where the plan may decide (see manifest.py).
+
+        The model's fingerprint is among them: all its weights are read.
+        """
+        precision = None if self.options.precision == "auto" else self.options.precision
+        return settings_of(self.job, self.grid, precision, self.options.memory_budget)
 
     def plan(self) -> Manifest:
         """Decide what is left open: the precision, and how the passes are cut on this machine.
@@ -64,23 +75,40 @@ class Prepared:
         Raises:
             DeltapatchError: the memory budget has no room for one intervention.
         """
-        truth, n_passes = self.job.settle(self.work)
-        meta = self.job.meta()
+        job = self.job
+        job.identify()
+        truth, n_passes = job.settle(self.work)
+        meta = self._meta()
         settings = settings_of(
-            self.job, self.grid, meta["precision"], self.job.budget, torch.get_num_threads()
+            job, self.grid, meta["precision"], job.budget, meta["threads"], job.model.stream
         )
-        return Manifest(settings, n_passes, len(self.job.pairs), meta, truth)
+        return Manifest(settings, n_passes, len(job.pairs), meta, truth)
 
     def adopt(self, manifest: Manifest, where: object) -> None:
         """Take over the plan of a run. DeltapatchError where it is another sweep's."""
-        manifest.check_same(self.asked, where)
+        check_same(manifest.settings, self.asked, where, finished=False)
         self.job.adopt(manifest.settings)
+
+    def check_finished(self, effects: Effects, where: object) -> None:
+        """Check that a finished run is of this sweep; DeltapatchError where it is another's."""
+        left_open = {"backend": None} if self.options.backend == "auto" else {}
+        check_same(settings_of_run(effects), self.asked | left_open, where, finished=True)
 
     def effects(self, measured: dict[str, np.ndarray], reference: Reference) -> Effects:
         """What `Job.carry_out` found, with its axes."""
         job = self.job
         sites = split(self.grid, measured, len(job.pairs))
-        return Effects(sites, job.pairs, reference, job.direction, job.meta())
+        later = None if job.fingerprint is not None else job.model.fingerprint_later()
+        return Effects(sites, job.pairs, reference, job.direction, self._meta(), later)
+
+    def _meta(self) -> dict[str, Any]:
+        """What was run, for the record: all that `settings_of_run` asks for."""
+        return self.job.meta() | {
+            "device_kind": device_kind(self.job.model.device),
+            "threads": torch.get_num_threads(),
+            "noise_sample": self.job.noise_sample,
+            "plan": manifests.PLAN_VERSION,
+        }
 
 
 def prepare(model: Model, pairs: Sequence[PromptPair], options: Options) -> Prepared:
@@ -91,6 +119,4 @@ def prepare(model: Model, pairs: Sequence[PromptPair], options: Options) -> Prep
     """
     job = Job.of(model, pairs, **options.of_job())
     grid = make_grid(options.sites, options.positions, options.layers, job.pairs, model.spec)
-    work = Work.of_sweep(grid, job)
-    precision = None if options.precision == "auto" else options.precision
-    return Prepared(job, grid, work, settings_of(job, grid, precision, options.memory_budget))
+    return Prepared(job, grid, Work.of_sweep(grid, job), options)

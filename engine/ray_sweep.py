@@ -70,8 +70,9 @@ def ray_sweep(
     """
     inspect.signature(Options).bind(**options)
     path = Path(out)
+    finished = f"run {path} is finished already: load_effects reads it"
     if (path / RUN).is_file():
-        raise DeltapatchError(f"run {path} is finished already: load_effects reads it")
+        raise DeltapatchError(finished)
     if not resume:
         check_output(path)
     loading = dict(loading or {})
@@ -86,6 +87,8 @@ def ray_sweep(
             unfinished(path, resume) as run,
             closing(Team(ray, request, resources, size, run.state)) as team,
         ):
+            if run.finished:
+                raise DeltapatchError(finished)
             first, report = team.first()
             told(report)
             for text in report.warnings:

@@ -30,8 +30,9 @@ from deltapatch.engine.runfolder import (
 )
 from deltapatch.engine.sites import SITES
 from deltapatch.errors import DeltapatchError, shown
-from deltapatch.models.header import open_safetensors
+from deltapatch.models.header import check_regular, open_safetensors
 
+_MEND = "copy it again, or remove it and run the sweep again"
 _HINTS = get_type_hints(EncodedPair)
 _MOST = 2**50  # of anything that is counted
 _REFERENCE_DTYPES = {"prediction": np.int64, "says": np.bool_}  # others are float64
@@ -58,7 +59,9 @@ def read_run(path: str | os.PathLike[str]) -> Effects:
         about = json.loads((path / RUN).read_text(encoding="utf-8"))
         found = (about.get("format"), about.get("format_version"))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DeltapatchError(f"run folder {path} is damaged: {RUN} cannot be read ({error})") from error
+        raise DeltapatchError(
+            f"run folder {path} is damaged: {RUN} cannot be read ({error}): {_MEND}"
+        ) from error
     if found[0] != FORMAT:
         raise DeltapatchError(f"{path} is not a run folder: its {RUN} is not one of deltapatch")
     if not isinstance(found[1], int) or found[1] > FORMAT_VERSION:
@@ -77,9 +80,7 @@ def read_run(path: str | os.PathLike[str]) -> Effects:
         RecursionError,
         SafetensorError,
     ) as error:
-        raise DeltapatchError(
-            f"run folder {path} is damaged ({_reason(error)}): copy it again, or run the sweep again"
-        ) from error
+        raise DeltapatchError(f"run folder {path} is damaged ({_reason(error)}): {_MEND}") from error
 
 
 def read_pairs_text(text: str) -> list[EncodedPair]:
@@ -92,6 +93,7 @@ def _effects(path: Path, about: dict[str, Any]) -> Effects:
         same = about.get(CHECKSUM) == checksum(about, path)
         _need(same, "its files are not those that were written")
     _check_coordinates(about)
+    check_regular(path / PAIRS)
     pairs = read_pairs_text((path / PAIRS).read_text(encoding="utf-8"))
     sites: dict[str, SiteEffects] = {}
     with open_safetensors(path / EFFECTS, "numpy") as file:

@@ -28,11 +28,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+import deltapatch
 from deltapatch.engine.effects import Effects
 from deltapatch.engine.pairs import EncodedPair
 from deltapatch.engine.tensorfile import save_file
 from deltapatch.engine.wholefile import flush as _flush
 from deltapatch.errors import DeltapatchError
+from deltapatch.models.header import check_regular
 
 FORMAT = "deltapatch run"
 FORMAT_VERSION = 2  # 1: answers are single tokens, and `reference/says` is not written down
@@ -118,10 +120,14 @@ def pairs_as_text(pairs: Sequence[EncodedPair]) -> str:
 
 
 def checksum(about: dict[str, Any], folder: Path) -> str:
-    """The sha256, in hex, of a run's effects and pairs, and of its run.json but for date and time taken."""
+    """The sha256, in hex, of a run's effects and pairs, and of its run.json but for date and time taken.
+
+    OSError where a file cannot be read.
+    """
     said = {key: value for key, value in about.items() if key not in (CHECKSUM, "date", "seconds")}
     out = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in (EFFECTS, PAIRS):
+        check_regular(folder / name)
         with open(folder / name, "rb") as file:
             out.update(hashlib.file_digest(file, "sha256").digest())
     return out.hexdigest()
@@ -143,8 +149,8 @@ def environment() -> dict[str, Any]:
 
 @cache  # each one's metadata is read from its file
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("deltapatch", "torch", "triton", "transformers", "numpy"):
+    versions = {"python": platform.python_version(), "deltapatch": deltapatch.__version__}
+    for package in ("torch", "triton", "transformers", "numpy"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

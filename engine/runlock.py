@@ -7,6 +7,7 @@ there, and the plan is written once, so processes that do the same pass waste ti
 
 import errno
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
+_PLAINLY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a link or pipe leads nowhere
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -33,7 +35,7 @@ def held(path: Path, busy: str, shared: bool = False, wait: bool = False) -> Ite
         wait: for the others, rather than say so.
 
     Raises:
-        DeltapatchError: another process holds it.
+        DeltapatchError: another process holds it, or it is a folder, a pipe or a device.
     """
     handle = _acquire(path, busy, shared, wait)
     try:
@@ -46,10 +48,14 @@ def _acquire(path: Path, busy: str, shared: bool, wait: bool) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | _PLAINLY, 0o666)
         except FileNotFoundError:  # its folder was removed just now, by a run that finished
             continue
+        except IsADirectoryError as error:
+            raise DeltapatchError(_no_lock(path)) from error
         try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise DeltapatchError(_no_lock(path))
             if fcntl is not None:
                 _lock(handle, path, shared, wait)
             # A run that finished may have removed the file between opening and locking it.
@@ -62,6 +68,10 @@ def _acquire(path: Path, busy: str, shared: bool, wait: bool) -> int:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _no_lock(path: Path) -> str:
+    return f"{path} should be a lock, and is no regular file: remove it"
 
 
 def _lock(handle: int, path: Path, shared: bool, wait: bool) -> None:

@@ -16,9 +16,9 @@ from deltapatch.engine.metrics import Direction, Reference, compute
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.engine.planner import row_layers
 from deltapatch.engine.prepare import Options, Prepared, prepare
-from deltapatch.engine.runfolder import RUN, check_output, is_begun, pairs_as_text
+from deltapatch.engine.runfolder import RUN, check_output
 from deltapatch.engine.sites import PLACES
-from deltapatch.engine.unfinished import unfinished
+from deltapatch.engine.unfinished import tidy, unfinished
 from deltapatch.engine.work import Work
 from deltapatch.engine.workers import threads
 from deltapatch.errors import DeltapatchError
@@ -104,7 +104,8 @@ def sweep(
         DeltapatchError: bad input, one clear sentence.
     """
     part = _part(shard, out)
-    if out is not None and not resume and part is None:
+    joins = resume or part is not None
+    if out is not None and not joins:
         check_output(out)
     options = Options(
         sites,
@@ -125,11 +126,11 @@ def sweep(
     if out is None:
         return ready.effects(*ready.job.carry_out(ready.work, progress))
     path = Path(out)
-    if (resume or part is not None) and (path / RUN).is_file() and not is_begun(path):
-        return _finished(load_effects(out), ready, out)
+    if joins and (path / RUN).is_file():
+        return _finished(path, ready)
     with unfinished(path, resume, part) as kept:
         if kept.finished:
-            return _finished(load_effects(out), ready, out)
+            return _finished(path, ready)
         with kept.planning():
             if kept.manifest is None:
                 kept.begin(ready.plan(), ready.job.pairs)
@@ -204,21 +205,9 @@ def _part(shard: tuple[int, int] | None, out: object) -> tuple[int, int] | None:
     return i - 1, n
 
 
-def _finished(effects: Effects, ready: Prepared, out: object) -> Effects:
-    """The effects of a finished run, if they are those of this sweep."""
-    job, meta = ready.job, ready.job.meta()
-    same = {
-        "model (fingerprint)": effects.meta.get("fingerprint") == meta["fingerprint"],
-        "pairs": pairs_as_text(effects.pairs) == pairs_as_text(job.pairs),
-        "direction": effects.direction == job.direction,
-        "source": effects.meta.get("source") == job.source,
-        "readout": effects.meta.get("readout") == job.readout,
-        "seed": effects.meta.get("seed") == job.seed,
-        "sites": list(effects.sites) == [g.site.name for g in ready.grid.sites],
-    }
-    for word, equal in same.items():
-        if not equal:
-            raise DeltapatchError(
-                f"run {out} is finished, with a different {word}: choose another output path or remove it"
-            )
+def _finished(path: Path, ready: Prepared) -> Effects:
+    """The effects of a finished run. DeltapatchError where it is damaged, or of another sweep."""
+    effects = load_effects(path)
+    ready.check_finished(effects, path)
+    tidy(path)
     return effects

@@ -41,6 +41,7 @@ from deltapatch.engine.runlock import held
 from deltapatch.engine.shards import DamagedShard, Shards
 from deltapatch.engine.wholefile import flush, write_new, write_whole
 from deltapatch.errors import DeltapatchError
+from deltapatch.models.header import check_regular
 
 GO_ON = "the same sweep with --resume (in Python resume=True) goes on from there"
 
@@ -195,11 +196,12 @@ def unfinished(path: Path, resume: bool, part: tuple[int, int] | None = None) ->
         DeltapatchError: the path is taken, or another process works on it.
     """
     join, new = resume or part is not None, not path.exists()
-    if not (join and is_begun(path)):
+    if not (join and (is_begun(path) or (path / RUN).is_file())):  # another process may just have finished it
         check_output(path)
     folder = path / UNFINISHED
     if folder.is_symlink():
         raise DeltapatchError(f"{folder} is a link: what is written must stay in the run folder; remove it")
+    finished = False
     busy = f"another process works on run folder {path}: wait until it is done, or choose another output path"
     with ExitStack() as locks:
         with plain_errors(path):
@@ -219,12 +221,22 @@ def unfinished(path: Path, resume: bool, part: tuple[int, int] | None = None) ->
                 raise
             raise KeyboardInterrupt(f"Interrupted; {run.state()}") from None
         finally:
-            if run.finished:
-                if part is None:
-                    clean(path)
-            elif run.drop_if_empty() and new:
+            finished = run.finished
+            if not finished and run.drop_if_empty() and new:
                 with suppress(OSError):  # something else may lie there by now
                     path.rmdir()
+    if finished:
+        tidy(path)
+
+
+def tidy(path: Path) -> None:
+    """Remove what a finished run no longer needs, unless another process is there, which will."""
+    folder = path / UNFINISHED
+    if folder.is_symlink() or not is_begun(path):
+        return
+    with suppress(DeltapatchError, OSError), held(folder / LOCK, ""):
+        if (path / RUN).is_file():
+            clean(path)
 
 
 def read_plan(path: Path) -> Manifest:
@@ -233,8 +245,10 @@ def read_plan(path: Path) -> Manifest:
     Raises:
         DeltapatchError: it is missing or damaged.
     """
+    file = path / UNFINISHED / MANIFEST
     try:
-        return read_manifest((path / UNFINISHED / MANIFEST).read_bytes())
+        check_regular(file)
+        return read_manifest(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise DeltapatchError(
@@ -249,7 +263,8 @@ def clean(path: Path) -> None:
     _remove_drafts(folder)
     for pattern in ("*.safetensors", MANIFEST, PAIRS, "*.lock"):
         for file in folder.glob(pattern):
-            file.unlink(missing_ok=True)
+            if file.is_symlink() or not file.is_dir():
+                file.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
 

@@ -5,6 +5,7 @@ checkpoint's own dtype shares those pages with every other process that maps the
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.builtin_models import BUILTIN, builtin_model_path
-from deltapatch.models.fetch import fetch, sample, tensor_spans
+from deltapatch.models.fetch import fetch, hash_of_file, hash_of_tensor, tensor_spans
 from deltapatch.models.header import open_safetensors
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -62,8 +63,8 @@ class Tensors(Protocol):
     def fetch(self, name: str) -> Tensor:
         """The same with its data read now; it takes no memory once it is dropped."""
 
-    def sample(self, name: str, step: int) -> Tensor:
-        """Every `step`th value, flat."""
+    def hash(self, name: str) -> bytes:
+        """A hash of all bytes of one."""
 
 
 class SafetensorsFiles:
@@ -77,6 +78,7 @@ class SafetensorsFiles:
 
     def __init__(self, where: str, files: list[Path], index: dict[str, str] | None = None) -> None:
         self.where = where
+        self._looks = {path.name: _look(path) for path in files}  # before they are opened
         self._files = {path.name: _open(path) for path in files}
         self._paths = {path.name: path for path in files}
         if index is None:
@@ -130,19 +132,28 @@ class SafetensorsFiles:
         """One tensor, on the CPU, read from the file now into a mapping of its own.
 
         Raises:
-            DeltapatchError: its dtype is not a floating-point one of 16 bits or more.
+            DeltapatchError: its dtype is not a floating-point one of 16 bits or more, or the file is another
+                one by now.
         """
+        self._check_unchanged(name)
         found = fetch(*self._span(name), self.dtype(name))
         return self.read(name) if found is None else found.view(self.shape(name))
 
-    def sample(self, name: str, step: int) -> Tensor:
-        """Every `step`th value of one tensor; little else of it is read.
+    def hash(self, name: str) -> bytes:
+        """A hash of all bytes of one tensor, which are read from the file where it is not known yet.
 
         Raises:
-            DeltapatchError: its dtype is not a floating-point one of 16 bits or more.
+            DeltapatchError: the file is another one by now.
         """
-        found = sample(*self._span(name), self.dtype(name), step)
-        return self.read(name).reshape(-1)[::step] if found is None else found
+        self._check_unchanged(name)
+        return hash_of_file(*self._span(name))
+
+    def _check_unchanged(self, name: str) -> None:
+        file = self._home[name]
+        if _look(self._paths[file]) != self._looks[file]:
+            raise DeltapatchError(
+                f"{self._paths[file]} has changed since the model was loaded: load the model again"
+            )
 
     def _span(self, name: str) -> tuple[Path, tuple[int, int]]:
         """The file of a tensor, and where it lies there."""
@@ -181,9 +192,9 @@ class ModuleTensors:
         """One tensor, which is in memory already."""
         return self.read(name)
 
-    def sample(self, name: str, step: int) -> Tensor:
-        """Every `step`th value of one tensor."""
-        return self.read(name).reshape(-1)[::step]
+    def hash(self, name: str) -> bytes:
+        """A hash of all bytes of one tensor, as they are now."""
+        return hash_of_tensor(self.read(name))
 
     def read(self, name: str) -> Tensor:
         """One tensor, wherever the module keeps it.
@@ -202,17 +213,28 @@ class ModuleTensors:
         return tensor
 
 
-def find_folder(path_or_id: str | Path, files: Iterable[str] = CHECKPOINT_FILES) -> Path:
+def find_folder(
+    path_or_id: str | Path, files: Iterable[str] = CHECKPOINT_FILES, *, revision: str | None = None
+) -> Path:
     """The local folder of a checkpoint: as given, of `builtin:NAME`, or of a hub id.
 
-    What a hub id names is downloaded into the hub's cache, `files` only.
+    What a hub id names is downloaded into the hub's cache, `files` only, and of a revision (a branch, a tag
+    or a commit) if one is given.
 
     Raises:
-        DeltapatchError: there is no such folder, and the hub has no such model or cannot be reached.
+        DeltapatchError: there is no such folder, and the hub has no such model or revision or cannot be
+            reached; a revision of what is no hub id.
     """
-    if str(path_or_id).startswith(BUILTIN):
+    if revision is not None and (not isinstance(revision, str) or not revision.strip()):
+        raise DeltapatchError(f"a revision is a branch, tag or commit of the hub, not {revision!r}")
+    path, builtin = Path(path_or_id).expanduser(), str(path_or_id).startswith(BUILTIN)
+    if revision is not None and (builtin or path.is_dir()):
+        raise DeltapatchError(
+            f"{path_or_id} is not a model of the hub, and has no revision {shown(revision)}: give its "
+            "hub id, or leave the revision out"
+        )
+    if builtin:
         return builtin_model_path(str(path_or_id).removeprefix(BUILTIN))
-    path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path
     if path.exists():
@@ -222,13 +244,21 @@ def find_folder(path_or_id: str | Path, files: Iterable[str] = CHECKPOINT_FILES)
         raise DeltapatchError(f"model folder {name} does not exist")
     from huggingface_hub import snapshot_download
 
+    of: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        return Path(snapshot_download(name, allow_patterns=list(files), **of))
     except Exception as error:  # the hub's client raises whatever its transport raises
         reason = str(error).strip().split("\n")[0]
+        what = "model of that name" if revision is None else f"revision {shown(revision)} of such a model"
         raise DeltapatchError(
-            f"there is no folder {name}, and the Hugging Face hub gives no model of that name: {reason}"
+            f"there is no folder {name}, and the Hugging Face hub gives no {what}: {reason}"
         ) from error
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds; None of another folder."""
+    inside = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    return folder.name if inside else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -305,6 +335,15 @@ def check_finite(tensor: Tensor, name: str, place: str) -> None:
     # Both ends pass a NaN on, in one pass over the data and without a mask of its size.
     if tensor.numel() and not all(end.isfinite() for end in torch.aminmax(tensor)):
         raise DeltapatchError(f"{place}: tensor {name!r} holds NaN or infinity: the checkpoint is damaged")
+
+
+def _look(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from one that has taken its place, or that was written to; None where it is gone."""
+    try:
+        about = os.stat(path)
+    except (OSError, ValueError):  # what it is called may be no path
+        return None
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def _open(path: Path) -> Any:

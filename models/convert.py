@@ -29,7 +29,7 @@ _COPIED = ("config.json", "generation_config.json", "adapter_config.json", *TOKE
 _WANTED = (_MODEL, _INDEX, "pytorch_model-*-of-*.bin", _ADAPTER, *_COPIED)
 
 
-def convert(path_or_id: str | Path, out: str | Path) -> Path:
+def convert(path_or_id: str | Path, out: str | Path, *, revision: str | None = None) -> Path:
     """Rewrite a checkpoint as safetensors, with its config and tokenizer; dtypes stay.
 
     Files are unpickled as tensors only (`weights_only`), so nothing in them can run. Everything is written to
@@ -38,6 +38,7 @@ def convert(path_or_id: str | Path, out: str | Path) -> Path:
     Args:
         path_or_id: a folder or hub id with pytorch_model.bin, its shards, or adapter_model.bin.
         out: the folder to make; it must not exist.
+        revision: of a checkpoint of the hub, as for `load_model`.
 
     Returns:
         The folder that was made.
@@ -45,7 +46,7 @@ def convert(path_or_id: str | Path, out: str | Path) -> Path:
     Raises:
         DeltapatchError: `out` exists, the checkpoint is broken or not supported, or the disk is full.
     """
-    source, target = find_folder(path_or_id, _WANTED), Path(out).expanduser()
+    source, target = find_folder(path_or_id, _WANTED, revision=revision), Path(out).expanduser()
     if target.exists() or target.is_symlink():
         raise DeltapatchError(f"{target} exists already: choose another output, or remove it first")
     shards = {file: _load(source / file) for file in _weight_files(source)}

@@ -1,8 +1,9 @@
 """The model as users and the engine hold it: a spec, weights by layer, a tokenizer, plain logits."""
 
 import copy
+import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -13,8 +14,15 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.models.checkpoint import TOKENIZER_FILES, ModuleTensors, find_folder, read_checkpoint
+from deltapatch.models.checkpoint import (
+    TOKENIZER_FILES,
+    ModuleTensors,
+    commit_of,
+    find_folder,
+    read_checkpoint,
+)
 from deltapatch.models.config import Config
+from deltapatch.models.fetch import hash_of_tensor
 from deltapatch.models.forward import block, readout, rope_tables
 from deltapatch.models.lora import read_adapter
 from deltapatch.models.memory import fits
@@ -27,6 +35,7 @@ from deltapatch.models.weights import (
     EndWeights,
     LayerWeights,
     cast,
+    map_tensors,
 )
 
 DTYPES = {
@@ -52,7 +61,11 @@ class Model:
         dtype: what the weights are stored in (of a mixed checkpoint, its matrices).
         stream: whether layers are read from the file in every pass, rather than kept.
         n_bytes: of all weights, as they are stored.
+        revision: of the hub, that was asked for; commit, the one that it is.
     """
+
+    revision: str | None = None
+    commit: str | None = None
 
     def __init__(
         self,
@@ -75,13 +88,19 @@ class Model:
         if not stream:
             self._ends = self._reader.ends()
             self._layers = [self._reader.layer(l) for l in range(self.spec.n_layers)]
+            self._as_read = [_version(tensor) for tensor in self._kept()]
 
     def __repr__(self) -> str:
         s = self.spec
         return (
-            f"Model({self.name!r}, {s.architecture}, {s.n_layers} layers, d_model {s.d_model}, "
+            f"Model({self.title!r}, {s.architecture}, {s.n_layers} layers, d_model {s.d_model}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}{', streamed' if self.stream else ''})"
         )
+
+    @property
+    def title(self) -> str:
+        """Its name, with its revision where one was asked for."""
+        return self.name if self.revision is None else f"{self.name} at {self.revision}"
 
     @property
     def resident_bytes(self) -> int:
@@ -212,8 +231,57 @@ class Model:
             raise DeltapatchError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
 
     def fingerprint(self) -> str:
-        """32 hex digits that tell models apart (see `Store.fingerprint`)."""
-        return self._reader.store.fingerprint()
+        """32 hex digits that tell models apart: a hash of every byte (see `Store.fingerprint`).
+
+        Weights of a file that were changed in memory since they were read count as they are now.
+
+        Raises:
+            DeltapatchError: the file has changed since the model was loaded.
+        """
+        found = self._reader.store.fingerprint()
+        if not self._edited():
+            return found
+        digest = hashlib.sha256(found.encode())
+        for tensor in self._kept():
+            digest.update(hash_of_tensor(tensor))
+        return digest.hexdigest()[:32]
+
+    def fingerprint_later(self) -> Callable[[], str | None]:
+        """Gives the fingerprint of what the model is now, once it is asked for: until then nothing is hashed.
+
+        None where that cannot be known then: the weights are in memory only, or the file has changed. The
+        weights in memory are not held.
+        """
+        store = self._reader.store
+        if not store.in_file or self._edited():
+            return lambda: None
+
+        def found() -> str | None:
+            try:
+                return store.fingerprint()
+            except (DeltapatchError, OSError):
+                return None
+
+        return found
+
+    def _edited(self) -> bool:
+        """Whether weights that were read from a file were changed in memory since."""
+        if self.stream or not self._reader.store.in_file:
+            return False
+        return [_version(tensor) for tensor in self._kept()] != self._as_read
+
+    def _kept(self) -> Iterator[Tensor]:
+        """All weights in memory."""
+        found: list[Tensor] = []
+
+        def take(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        for layer in self._layers:
+            map_tensors(layer, take)
+        map_tensors(self._ends, take)
+        return iter(found)
 
 
 def load_model(
@@ -222,6 +290,8 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     stream: bool = False,
     adapter: str | Path | None = None,
+    *,
+    revision: str | None = None,
 ) -> Model:
     """Load a GPT-J, GPT-NeoX or LLaMA checkpoint from safetensors.
 
@@ -234,19 +304,23 @@ def load_model(
             of them. A model that does not fit is streamed all the same: one that takes more than three
             quarters of the memory that can be had on its device (`models.memory.available`).
         adapter: folder or hub id of a LoRA adapter in PEFT's format, merged as the weights are read.
+        revision: of a model of the hub (not of its adapter): a branch, a tag or a commit, such as "step1000"
+            of a Pythia model's training.
 
     Raises:
         DeltapatchError: something about the checkpoint, the adapter or an argument is wrong; the message says
             what, and where.
     """
     on, given_dtype = choose_device(device), _dtype(dtype)
-    folder = find_folder(path_or_hub_id)
+    folder = find_folder(path_or_hub_id, revision=revision)
     fields, tensors = read_checkpoint(folder, str(path_or_hub_id))
     architecture, spec = read_config(Config(fields, str(folder / "config.json")))
     lora = None if adapter is None else read_adapter(adapter, architecture, spec)
     store = Store(architecture, spec, tensors, lora)
     stream = stream or not fits(store.n_bytes(given_dtype), on)
-    return Model(store, str(path_or_hub_id), on, given_dtype, stream, folder=folder)
+    model = Model(store, str(path_or_hub_id), on, given_dtype, stream, folder=folder)
+    model.revision, model.commit = revision, commit_of(folder)
+    return model
 
 
 def from_transformers(hf_model: Any, tokenizer: Any = None) -> Model:
@@ -270,6 +344,11 @@ def from_transformers(hf_model: Any, tokenizer: Any = None) -> Model:
     store = Store(architecture, spec, ModuleTensors(kind, state))
     name = str(getattr(hf_model.config, "_name_or_path", "") or kind)
     return Model(store, name, hf_model.device, tokenizer=tokenizer)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to, as PyTorch counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltapatch.models.architecture import expected_shapes
 from deltapatch.models.config import Config
+from deltapatch.models.fetch import hash_of_tensor
 from deltapatch.models.model import DTYPES, Model
 from deltapatch.models.registry import read_config
 from deltapatch.models.store import Store
@@ -86,9 +87,9 @@ class MadeTensors(ABC):
         """The same."""
         return self.read(name)
 
-    def sample(self, name: str, step: int) -> Tensor:
-        """Every `step`th value, flat."""
-        return self.read(name).reshape(-1)[::step]
+    def hash(self, name: str) -> bytes:
+        """A hash of all bytes of one."""
+        return hash_of_tensor(self.read(name))
 
 
 class _Tensors(MadeTensors):

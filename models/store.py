@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import torch
@@ -14,8 +15,6 @@ from deltapatch.models.architecture import Architecture, Slot, assign, expected_
 from deltapatch.models.checkpoint import Tensors, check_finite
 from deltapatch.models.lora import Adapter
 from deltapatch.models.spec import ModelSpec
-
-_SAMPLES = 64  # values of each tensor that go into the fingerprint
 
 
 class Store:
@@ -33,7 +32,6 @@ class Store:
         self._tensors = tensors
         self._adapter = adapter
         self._found_finite: set[Slot] = set()
-        self._fingerprint: str | None = None
         self._names = assign(architecture, tensors.names(), tensors.where)
         expected = set()
         for slot, shape in expected_shapes(spec):
@@ -114,22 +112,21 @@ class Store:
     def fingerprint(self) -> str:
         """32 hex digits that tell models apart, the same for one model in one file, in shards or in memory.
 
-        It covers the spec, shapes and dtypes, the adapter, and a sample of each tensor's values, so that it
-        costs next to nothing for a large file; a change of a few values may go unnoticed. That of a file is
-        taken once; a model in memory may change.
-        """
-        if self._fingerprint is None or not self.in_file:
-            self._fingerprint = self._taken()
-        return self._fingerprint
+        It covers the spec, shapes and dtypes, the adapter, and every byte of every tensor: all of them are
+        read, by as many threads as PyTorch has. What is in a file is hashed once, unless the file changes.
 
-    def _taken(self) -> str:
-        digest = hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode())
-        for slot in sorted(self._names, key=lambda s: (s.layer is None, s.layer or 0, s.name)):
-            name = self._names[slot]
-            n = math.prod(self._tensors.shape(name))
-            values = self._tensors.sample(name, max(1, n // _SAMPLES))
-            digest.update(f"{slot.layer} {slot.name} {n} {values.dtype}".encode())
-            digest.update(values.to("cpu", torch.float64).numpy().tobytes())
+        Raises:
+            DeltapatchError: a file has changed since it was loaded.
+        """
+        slots = sorted(self._names, key=lambda s: (s.layer is None, s.layer or 0, s.name))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            hashes = pool.map(self._tensors.hash, [self._names[slot] for slot in slots])
+            digest = hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode())
+            for slot, own in zip(slots, hashes, strict=True):
+                name = self._names[slot]
+                shape, dtype = list(self._tensors.shape(name)), self._tensors.dtype(name)
+                digest.update(f"{slot.layer} {slot.name} {shape} {dtype}".encode())
+                digest.update(own)
         if self._adapter is not None:
             digest.update(self._adapter.digest())
         return digest.hexdigest()[:32]

@@ -60,13 +60,13 @@ def differences(one: Found, other: Found) -> Iterator[Exhibit]:
         table,
         lambda: layer_panels(panels, one.signed, "position", rotate=True, label=label),
     )
-    layers, seed = first.layers_of("mlp_out"), one.subject.settings.seed
+    layers, seed, names = first.layers_of("mlp_out"), one.subject.settings.seed, _names(one, other)
     for site in SITES:
         lines = {}
-        for found, effects in ((one, first), (other, second)):
+        for name, effects in zip(names, (first, second), strict=True):
             values = last_position(effects, one.signed, site)
             assert values is not None
-            lines[found.subject.short] = values
+            lines[name] = values
         yield Exhibit(
             f"curves_{site}",
             f"{site} at the last token",
@@ -79,9 +79,18 @@ def differences(one: Found, other: Found) -> Iterator[Exhibit]:
     for run in ("coordinates", "neurons"):
         site = KINDS[run][0]
         if site in one.means and site in other.means and one.means[site].shape == other.means[site].shape:
-            means = {found.subject.short: found.means[site] for found in (one, other)}
+            means = dict(zip(names, (one.means[site], other.means[site]), strict=True))
             top = one.subject.settings.top
             yield replace(overlap(f"overlap_{run}", "before and after", run, means, top), figure=None)
+
+
+def _names(one: Found, other: Found) -> tuple[str, str]:
+    """What legends call the two: never one name for both."""
+    for name in ("short", "title"):
+        first, second = getattr(one.subject, name), getattr(other.subject, name)
+        if first != second:
+            return first, second
+    return f"{first}, the first", f"{second}, the second"
 
 
 def _accuracy(one: Found, other: Found, who: str) -> Exhibit:

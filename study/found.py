@@ -164,22 +164,23 @@ class Found:
 
     def commands(self) -> list[str]:
         """The commands that make this experiment's pairs and runs alone."""
-        name, settings = self.subject.model.name, self.subject.settings
+        model, settings = self.subject.model, self.subject.settings
         files = f"{self.experiment.name}/{pair_files.PAIRS}"
         adapter, answers = self.subject.adapter, self.made.answers
-        lines = [pair_files.command(self.experiment, settings, name, adapter, answers, files)]
+        lines = [pair_files.command(self.experiment, settings, model, adapter, answers, files)]
         for run in self.experiment.runs:
             plan = RUNS[run]
             words = [
                 "deltapatch",
                 "sweep",
                 "--model",
-                name,
+                model.name,
                 "--pairs",
                 files,
                 "--sites",
                 ",".join(plan.sites),
             ]
+            words += ["--revision", model.revision] if model.revision else []
             words += ["--adapter", adapter] if adapter else []
             at = self.positions(run)
             words += [] if at == "all" else [f"--positions={at if isinstance(at, str) else _listed(at)}"]

@@ -4,13 +4,14 @@ The ranking comes from some of the pairs, and the joint patches act on others, s
 top k is not the luck by which they came to the top.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from deltapatch.analysis.faithfulness import Plan, needed, plan, ranking, sizes_up_to
 from deltapatch.analysis.select import select
@@ -25,6 +26,7 @@ from deltapatch.engine.sweep import Outcome, run
 from deltapatch.engine.tensorfile import save_file
 from deltapatch.engine.wholefile import write_whole
 from deltapatch.errors import DeltapatchError
+from deltapatch.models.header import open_safetensors
 from deltapatch.study.exhibit import Exhibit
 from deltapatch.study.found import Found
 from deltapatch.study.oracle import CHECKED, errors, plain_effects
@@ -146,9 +148,10 @@ def _carry_out(
 ) -> np.ndarray:
     """The metric of every intervention; what was done before is read."""
     path = found.folder / JOINT / f"{name}.safetensors"
-    outcome = _read(path, len(interventions), len(acted))
     settings, model = found.subject.settings, found.subject.model
     pairs = [found.made.pairs[i] for i in acted.tolist()]
+    asked = hashlib.sha256(repr((pairs, interventions, direction)).encode()).hexdigest()
+    outcome = _read(path, len(interventions), len(acted), asked)
     if outcome is None:
         found.subject.say(f"  joint patches, {name}: {len(interventions):,}")
         with found.subject.stopping(f"{found.experiment.name}, joint patches"):
@@ -164,7 +167,7 @@ def _carry_out(
                 progress=found.subject.progress,
             )
             with plain_errors(path, "what was done before is kept; free some, and resume"):
-                _write(path, outcome)
+                _write(path, outcome, asked)
     outcome = replace(outcome, pair=np.array([i.pair for i in interventions]), direction=direction)
     found.checks[f"joint {name}"] = _check(found, name, outcome, acted, interventions, direction)
     return outcome.values(METRIC)
@@ -201,20 +204,20 @@ def _with_all(curve: Table, ends: np.ndarray, n: int, joint: Plan, seed: int) ->
     return Table({name: np.concatenate([curve.columns[name], c[name]]) for name in curve.columns}, METRIC)
 
 
-def _write(path: Path, outcome: Outcome) -> None:
+def _write(path: Path, outcome: Outcome, asked: str) -> None:
     tensors = {f"measured/{name}": values for name, values in outcome.measured.items()}
     tensors |= {f"reference/{name}": array for name, array in outcome.reference.arrays().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"precision": outcome.meta["precision"]}
+    metadata = {"precision": outcome.meta["precision"], "asked": asked}
     write_whole(path, lambda draft: save_file(tensors, draft, metadata))
 
 
-def _read(path: Path, n: int, n_pairs: int) -> Outcome | None:
-    """What was written; None where nothing was, or not of this shape."""
+def _read(path: Path, n: int, n_pairs: int, asked: str) -> Outcome | None:
+    """What was written; None where nothing was, or of other interventions."""
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="numpy") as file:
+        with open_safetensors(path, "numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         names = Reference.empty(0).arrays()
@@ -225,7 +228,8 @@ def _read(path: Path, n: int, n_pairs: int) -> Outcome | None:
             for kind, _, name in [key.partition("/")]
             if kind == "measured"
         }
-        fits = len(reference.logit) == n_pairs and all(len(a) == n for a in measured.values())
+        fits = metadata.get("asked") == asked and len(reference.logit) == n_pairs
+        fits = fits and all(len(a) == n for a in measured.values())
         if not fits or not set(CHECKED) <= set(measured):
             return None
         return Outcome(

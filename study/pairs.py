@@ -1,5 +1,6 @@
 """The pairs of an experiment: made for a tokenizer, asked of the model, kept with what was dropped."""
 
+import hashlib
 import json
 import shlex
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def write(folder: Path, made: Made) -> None:
         "right": made.right.astype(int).tolist(),
     }
     write_pairs(folder / PAIRS, made.pairs)
+    about["sha256"] = _hash(folder)  # what is said of each pair is said of these
     text = json.dumps(about, ensure_ascii=False) + "\n"
     write_whole(folder / MADE, lambda draft: draft.write_text(text, encoding="utf-8"))
 
@@ -90,20 +92,29 @@ def read(folder: Path) -> Made | None:
         return None
     try:
         about = json.loads((folder / MADE).read_text(encoding="utf-8"))
+        if about["sha256"] != _hash(folder):
+            raise ValueError
         dropped = Dropped(notes=about["notes"])
         dropped.reasons.update(about["dropped"])
         right = np.array(about["right"], dtype=bool).reshape(-1, 2)
         return Made(read_pairs(folder / PAIRS), dropped, about["answers"], about["asked"], right)
     except (ValueError, KeyError, TypeError) as error:
-        raise DeltapatchError(f"{folder / MADE} is damaged: remove {folder} and resume") from error
+        raise DeltapatchError(
+            f"{folder / MADE} is not of the pairs beside it, or damaged: remove {folder} and resume"
+        ) from error
+
+
+def _hash(folder: Path) -> str:
+    return hashlib.sha256((folder / PAIRS).read_bytes()).hexdigest()
 
 
 def command(
-    experiment: Experiment, settings: Settings, model: str, adapter: str | None, answers: str, out: str
+    experiment: Experiment, settings: Settings, model: Model, adapter: str | None, answers: str, out: str
 ) -> str:
     """The `deltapatch pairs` that makes the same file."""
     options = task_options(experiment, settings) | {"answers": answers}
-    words = ["deltapatch", "pairs", "--task", experiment.task, "--model", model]
+    words = ["deltapatch", "pairs", "--task", experiment.task, "--model", model.name]
+    words += ["--revision", model.revision] if model.revision else []
     words += ["--per-template", str(settings.pairs_of(experiment))]
     words += ["--shots", str(settings.shots_of(experiment)), "--seed", str(settings.seed)]
     for name, value in options.items():

@@ -43,6 +43,7 @@ def write_report(
     numbers = {
         "format": "deltapatch study",
         "model": subject.model.name,
+        "revision": subject.model.revision,
         "adapter": subject.adapter,
         "fingerprint": subject.model.fingerprint(),
         "spec": asdict(subject.model.spec),

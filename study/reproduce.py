@@ -11,6 +11,7 @@ from typing import Any
 from deltapatch.engine.runfolder import plain_errors
 from deltapatch.engine.runlock import held
 from deltapatch.errors import DeltapatchError
+from deltapatch.models.header import check_regular
 from deltapatch.models.model import Model
 from deltapatch.study import checkpoints
 from deltapatch.study import pairs as pair_files
@@ -20,14 +21,15 @@ from deltapatch.study.exhibits import EXHIBITS
 from deltapatch.study.found import Found
 from deltapatch.study.pairs import Made
 from deltapatch.study.presets import Experiment, choose, comparisons, experiments
-from deltapatch.study.published import published
+from deltapatch.study.published import Published, published
 from deltapatch.study.report import NUMBERS, REPORT, Section, clear, write_report
-from deltapatch.study.settings import SETTINGS, Settings, begin
+from deltapatch.study.settings import SETTINGS, Settings, begin, inputs
 from deltapatch.study.subject import StudyStopped, Subject
 from deltapatch.tasks.fact_files import read_facts
 from deltapatch.tasks.problem_file import read_problems
 
 _PROBE = "Q: What is the sum of 12 and 207? A: 219\nThe capital of France is Paris, twenty-one pens."
+_SAME_WEIGHTS = (None, "main", "float16")  # revisions of the models that the paper is about
 LOCK, OTHER, DIFFERENCES = "study.lock", "other", "differences"
 
 
@@ -88,9 +90,7 @@ def reproduce(
         folder.mkdir(parents=True, exist_ok=True)
         with held(folder / LOCK, f"another process works on the study in {folder}: wait until it is done"):
             try:
-                prints = {"fingerprint": model.fingerprint()}
-                prints |= {"other": other.fingerprint()} if other is not None else {}
-                have = set(begin(folder, settings, prints, chosen))
+                have = set(begin(folder, settings, inputs(settings, model, other), chosen))
                 order = [name for name in experiments(settings.shots) if name in have]
                 subject = Subject(
                     model,
@@ -99,7 +99,7 @@ def reproduce(
                     settings,
                     say,
                     progress,
-                    published(model, adapter),
+                    _paper(model, adapter),
                     settings.layer,
                     adapter,
                 )
@@ -111,6 +111,11 @@ def reproduce(
             finally:
                 (folder / LOCK).unlink(missing_ok=True)
                 _drop_if_empty(folder)
+
+
+def _paper(model: Model, adapter: str | None = None) -> Published | None:
+    """What the paper says of a model: nothing of a checkpoint in its training, for example."""
+    return published(model, adapter) if model.revision in _SAME_WEIGHTS else None
 
 
 def _study(subject: Subject, order: list[str], other: Model | None) -> Study:
@@ -125,7 +130,7 @@ def _study(subject: Subject, order: list[str], other: Model | None) -> Study:
     if other is not None:
         subject.say(f"The other checkpoint: {other.name}")
         second = replace(
-            subject, model=other, folder=subject.folder / OTHER, adapter=None, paper=published(other)
+            subject, model=other, folder=subject.folder / OTHER, adapter=None, paper=_paper(other)
         )
         given = partial(_given, second, subject, done)
         their_sections, their_failures = _experiments(second, [known[name] for name in done], given)
@@ -284,6 +289,7 @@ def _drop_if_empty(folder: Path) -> None:
 
 def _is_study(folder: Path) -> bool:
     try:
+        check_regular(folder / SETTINGS)
         about: Any = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         return isinstance(about, dict) and about.get("format") == "deltapatch study"
     except (OSError, ValueError):

@@ -1,5 +1,6 @@
 """What a study is made with: sizes, seeds and options, kept in its folder, and the same on resuming."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ _WORDS = {
     "facts": "file of facts",
     "problems": "file of word problems",
     "fingerprint": "model (fingerprint)",
+    "other": "other checkpoint (fingerprint)",
+    "dtype": "dtype",
+    "facts_sha256": "content of the file of facts",
+    "problems_sha256": "content of the file of word problems",
 }
 
 
@@ -107,8 +112,34 @@ class Settings:
         return (1 << 30) + 8 * (2 * layer + ends)
 
 
-def begin(folder: Path, settings: Settings, fingerprints: dict[str, str], chosen: list[str]) -> list[str]:
+def inputs(settings: Settings, model: Model, other: Model | None) -> dict[str, str | None]:
+    """What a study depends on beside its settings: the weights and files that are behind their names."""
+    return {
+        "fingerprint": model.fingerprint(),
+        "other": None if other is None else other.fingerprint(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "facts_sha256": _hash(settings.facts),
+        "problems_sha256": _hash(settings.problems),
+    }
+
+
+def _hash(name: str | None) -> str | None:
+    """Of a file, or of all files in a folder."""
+    if name is None:
+        return None
+    path, out = Path(name), hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        out.update(f"{file.relative_to(path).as_posix()}\n".encode())
+        with open(file, "rb") as content:
+            out.update(hashlib.file_digest(content, "sha256").digest())
+    return out.hexdigest()
+
+
+def begin(folder: Path, settings: Settings, given: dict[str, str | None], chosen: list[str]) -> list[str]:
     """Write a study's settings, or hold a study that is resumed to those that it was begun with.
+
+    Args:
+        given: what `inputs` says.
 
     Returns:
         the names of the experiments that the study has, those of earlier times among them.
@@ -117,18 +148,17 @@ def begin(folder: Path, settings: Settings, fingerprints: dict[str, str], chosen
         DeltapatchError: the folder holds a study with other settings, or no study.
     """
     path = folder / SETTINGS
-    mine: dict[str, Any] = {"format": "deltapatch study", "settings": asdict(settings), **fingerprints}
+    mine: dict[str, Any] = {"format": "deltapatch study", "settings": asdict(settings), **given}
     if path.is_file():
         try:
             own = json.loads(path.read_text(encoding="utf-8"))
-            before = {**own["settings"], **{name: own.get(name) for name in ("fingerprint", "other")}}
+            before = {**own["settings"], **{name: own.get(name) for name in given}}
             chosen = [*own["experiments"], *(name for name in chosen if name not in own["experiments"])]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DeltapatchError(
                 f"{path} is damaged: remove the folder, or choose another with --out"
             ) from error
-        now = {**mine["settings"], **{name: fingerprints.get(name) for name in ("fingerprint", "other")}}
-        for name, value in now.items():
+        for name, value in {**mine["settings"], **given}.items():
             if before.get(name) != value:
                 word = _WORDS.get(name, name.replace("_", " "))
                 raise DeltapatchError(

@@ -49,13 +49,15 @@ class Subject:
     @property
     def title(self) -> str:
         """The model as tables and figures call it."""
-        return self.model.name + (f" + {self.adapter}" if self.adapter else "")
+        return self.model.title + (f" + {self.adapter}" if self.adapter else "")
 
     @property
     def short(self) -> str:
         """The model as a legend calls it."""
         names = [self.model.name, *([self.adapter] if self.adapter else [])]
-        return " + ".join(PurePath(name).name for name in names)
+        own, *adapter = (PurePath(name).name for name in names)
+        at = f" at {self.model.revision}" if self.model.revision else ""
+        return " + ".join([own + at, *adapter])
 
     @contextmanager
     def stopping(self, what: str) -> Iterator[None]:

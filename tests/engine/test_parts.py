@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engine_survivor import process, same, sweep
+from engine_survivor import budget, make_hf_model, make_pairs, process, same, sweep
 
 import deltapatch
 from deltapatch import DeltapatchError
@@ -25,6 +25,37 @@ def test_parts_merge_to_the_same_bytes(parts, whole, tmp_path):
     resumed = Path(shutil.copytree(parts, tmp_path / "resumed"))
     sweep(resumed, resume=True)
     assert same(resumed, whole)
+
+
+def test_parts_that_keep_weights_in_different_ways(tmp_path):
+    """A streamed model's passes are cut in another way: all parts cut as the first one did."""
+    folder, pairs = tmp_path / "model", make_pairs(8)
+    make_hf_model().save_pretrained(folder)
+    kept, streamed = (deltapatch.load_model(folder, device="cpu", stream=s) for s in (False, True))
+    few = budget(kept, tokens=80, rows=20)
+    options = {"pairs": pairs, "memory_budget": few}
+    sweep(tmp_path / "kept", model=kept, **options)
+    sweep(tmp_path / "streamed", model=streamed, **options)
+    counts = [deltapatch.load_effects(tmp_path / name).meta["passes"] for name in ("kept", "streamed")]
+    assert counts[0] != counts[1]
+    for first, second, like in ((kept, streamed, "kept"), (streamed, kept, "streamed")):
+        run = tmp_path / f"like {like}"
+        sweep(run, model=first, shard=(1, 2), **options)
+        sweep(run, model=second, shard=(2, 2), **options)
+        assert merge(run)
+        assert deltapatch.load_effects(run).meta["passes"] == counts[like == "streamed"]
+        effects = [(r / "effects.safetensors").read_bytes() for r in (run, tmp_path / like)]
+        assert effects[0] == effects[1]
+
+
+def test_a_part_of_a_finished_run_leaves_nothing_behind(whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run / "unfinished").mkdir()
+    sweep(run, shard=(1, 2))
+    assert not merge(run)
+    with unfinished.unfinished(run, False, (0, 2)):  # one that began before it was finished
+        pass
+    assert same(run, whole)
 
 
 def test_parts_of_what_auto_chose(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import deltapatch
-from deltapatch.bench.true_shapes import CONFIGS, write_random_model
+from deltapatch.bench.true_shapes import CONFIGS, RandomTensors, random_model, write_random_model
 from deltapatch.engine.metrics import MEASURED
 
 GPTJ = CONFIGS["gptj-6b"]
@@ -37,15 +37,17 @@ def test_streamed_effects_are_those_of_a_model_in_memory(dtype, precision, threa
     pairs = [
         deltapatch.PromptPair(*torch.randint(3000, (2, n), generator=draw).tolist(), 5, 6) for n in (5, 7, 5)
     ]
-    found = []
+    found, prints = [], set()
     for stream in (False, True):
         model = deltapatch.load_model(folder, device="cpu", stream=stream)
         options = {"precision": precision, "memory_budget": 1 << 28, "positions": [0, -1]}
         found.append(deltapatch.sweep(model, pairs, SITES, progress=False, **options))
+        prints.add(model.fingerprint())
     kept, streamed = found
     assert streamed.meta["stream"]
     assert not kept.meta["stream"]
     assert kept.meta["fingerprint"] == streamed.meta["fingerprint"]
+    assert len(prints) == 1
     for site in SITES:
         for name in MEASURED:
             assert np.array_equal(kept.values(name, site), streamed.values(name, site), equal_nan=True)
@@ -55,6 +57,17 @@ def test_streamed_effects_are_those_of_a_model_in_memory(dtype, precision, threa
                 "says_corrupted",
             )
     assert np.array_equal(kept.reference.logp, streamed.reference.logp)
+
+
+def test_weights_that_are_made_are_made_once(monkeypatch, tmp_path):
+    """A sweep that keeps nothing asks for no fingerprint, which would draw random weights again."""
+    model, drawn, read = random_model(GPTJ | SMALL, "cpu", torch.float32), [], RandomTensors.read
+    monkeypatch.setattr(RandomTensors, "read", lambda self, name: drawn.append(name) or read(self, name))
+    pairs = [deltapatch.PromptPair([1, 2, 3], [1, 5, 3], 5, 6)]
+    deltapatch.sweep(model, pairs, "z", progress=False, noise_sample=0)
+    assert drawn == []
+    deltapatch.sweep(model, pairs, "z", progress=False, noise_sample=0, out=tmp_path / "run")
+    assert len(drawn) == len(set(drawn)) > 10
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")

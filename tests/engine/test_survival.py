@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from engine_survivor import (
     Stop,
     budget,
     cut_off,
+    make_hf_model,
     make_model,
     make_pairs,
     passes_of,
@@ -69,6 +72,124 @@ def test_resuming_nothing_starts_and_resuming_all_does_nothing(whole, tmp_path, 
     assert done == []
     with pytest.raises(DeltapatchError, match="is finished, with a different direction"):
         sweep(tmp_path / "run", resume=True, direction="noise")
+
+
+@pytest.fixture
+def done(whole, tmp_path):
+    """A copy of a finished run."""
+    return Path(shutil.copytree(whole, tmp_path / "done"))
+
+
+def test_a_finished_run_answers_its_own_question_alone(done, monkeypatch):
+    changes = {
+        "pairs": (make_pairs(5), r"pairs: sha256 \w+ there, sha256 \w+ here"),
+        "sites": ("z,mlp_out", "sites or layers: mlp_out of layers 0-1; z of layers 0-1 there, z of"),
+        "layers": ([1], "sites or layers: .*, mlp_out of layers 1; z of layers 1 here"),
+        "positions": ("all", r"positions: \[1, -1\] there, \[0, 1, 2, 3, 4\] here"),
+        "direction": ("noise", "direction: denoise there, noise here"),
+        "source": (
+            "noise",
+            "source: counterpart there, noise here; a different noise scale: none there, 3.0",
+        ),
+        "readout": (-2, "readout: last there, -2 here"),
+        "metrics": ("logit_diff", r"metrics: \[.*\] there, \[.*\] here"),
+        "seed": (1, "seed: 0 there, 1 here"),
+        "noise_sample": (None, "noise sample: 4 there, none here"),
+        "precision": ("fp32", "precision: bf16 there, fp32 here"),
+        "memory_budget": (10**9, r"memory budget: \d+ there, 1000000000 here"),
+    }
+    monkeypatch.setattr(deltapatch.engine.job.Job, "_carry", None)
+    for name, (value, what) in changes.items():
+        for joins in ({"resume": True}, {"shard": (1, 2)}):
+            with pytest.raises(DeltapatchError, match=f"run .* is finished, with a different {what}"):
+                sweep(done, **joins, **{name: value})
+    assert sweep(done, resume=True, memory_budget=None).values("ie", "z").shape == (6, 2, 2, 2)
+
+
+def test_a_finished_run_of_another_version_answers_and_says_so(done, monkeypatch):
+    monkeypatch.setattr(manifests, "PLAN_VERSION", 99)
+    monkeypatch.setattr(manifests, "device_kind", lambda device: "abacus")
+    said = (
+        r"was finished with a different version of the plan: \d+ there, 99 here; .*cpu.* there, abacus here"
+    )
+    with pytest.warns(UserWarning, match=said):
+        sweep(done, resume=True)
+
+
+def test_effects_that_were_saved_or_selected_are_those_of_their_sweep(tmp_path, whole):
+    from deltapatch.analysis.select import select
+
+    model = make_model()
+    folder = tmp_path / "model"
+    make_hf_model().save_pretrained(folder)
+    from_file = deltapatch.load_model(folder, device="cpu")
+    found = sweep(None, model=from_file)
+    assert found.meta["fingerprint"] is None  # nothing is kept, and nothing hashed
+    pickle.loads(pickle.dumps(found)).save(tmp_path / "elsewhere")
+    select(found, pairs=[0, 1]).save(tmp_path / "some")
+    found.save(tmp_path / "saved")
+    sweep(tmp_path / "saved", model=model, resume=True)  # the same weights
+    with pytest.raises(DeltapatchError, match=r"different pairs: sha256 \w+ there"):
+        sweep(tmp_path / "some", resume=True)
+    sweep(None).save(tmp_path / "memory")  # of weights that may be others by now
+    for run in ("memory", "elsewhere"):
+        with pytest.raises(DeltapatchError, match=r"different model \(fingerprint\): none there"):
+            sweep(tmp_path / run, resume=True)
+
+
+def test_a_sweep_that_keeps_nothing_hashes_nothing(monkeypatch):
+    monkeypatch.setattr(deltapatch.Model, "fingerprint", None)
+    assert sweep(None).pairs
+
+
+def test_an_edited_model_is_another_one(cut, done):
+    hf = make_hf_model()
+    hf.gpt_neox.layers[1].attention.dense.weight.data[:, 8:] = 0  # the second of two heads
+    model = deltapatch.from_transformers(hf)
+    for run in (cut, done):
+        with pytest.raises(
+            DeltapatchError, match=r"different model \(fingerprint\): \w{32} there, \w{32} here"
+        ):
+            sweep(run, model=model, resume=True)
+
+
+def test_long_values_are_told_from_where_they_differ():
+    own, mine = list(range(500)), [*range(400), 7]
+    said = manifests._both("positions", own, mine)
+    assert re.fullmatch(r"\.\.\..*, 398, 399, 400, 401, .*\.\.\. there, \.\.\..*, 398, 399, 7\] here", said)
+    assert len(said) < 300
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_pipes_and_folders_in_the_place_of_files(done, cut, parts, tmp_path):
+    for name in ("effects.safetensors", "pairs.jsonl"):
+        (done / name).unlink()
+        os.mkfifo(done / name)
+        for act in (deltapatch.load_effects, merge, lambda run: sweep(run, resume=True)):
+            with pytest.raises(DeltapatchError, match=r"is damaged .*no regular file"):
+                act(done)
+    inside = cut / "unfinished"
+    (inside / "manifest.json").unlink()
+    os.mkfifo(inside / "manifest.json")
+    with pytest.raises(DeltapatchError, match=r"manifest.json is damaged \(it is no regular file\)"):
+        sweep(cut, resume=True)
+    run = Path(shutil.copytree(parts, tmp_path / "parts"))
+    for name in ("pairs.jsonl", "1.safetensors"):
+        (run / "unfinished" / name).unlink()
+        os.mkfifo(run / "unfinished" / name)
+    with pytest.raises(DeltapatchError, match=r"pairs.jsonl is damaged"):
+        merge(run)
+    with pytest.warns(UserWarning, match=r"1.safetensors is damaged"):
+        sweep(run, resume=True)
+    for name in ("run.lock", "plan.lock"):
+        for make in (os.mkdir, os.mkfifo):
+            other = tmp_path / f"{name} {make.__name__}"
+            (other / "unfinished").mkdir(parents=True)
+            (other / "unfinished" / "run.lock").touch()
+            (other / "unfinished" / name).unlink(missing_ok=True)
+            make(other / "unfinished" / name)
+            with pytest.raises(DeltapatchError, match=f"{name} should be a lock, and is no regular file"):
+                sweep(other, resume=True)
 
 
 def test_readers_and_writers_of_an_unfinished_run_are_told(cut):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from deltapatch import DeltapatchError, load_model
 from deltapatch.models.checkpoint import check_finite
+from deltapatch.models.convert import convert
 
 WEIGHTS = "model.safetensors"
 
@@ -71,6 +72,49 @@ def test_a_hub_id_downloads_what_is_needed(monkeypatch, folder, ids):
     assert {"config.json", WEIGHTS, "tokenizer.json"} <= set(asked["patterns"])
     assert not [p for p in asked["patterns"] if p.endswith((".bin", ".py"))]
     assert torch.equal(model.logits(ids), load_model(folder, device="cpu").logits(ids))
+
+
+@pytest.fixture
+def hub(monkeypatch, build, tmp_path):
+    """A model of the hub with a checkpoint in training: what was asked for, and the commits of both."""
+    import huggingface_hub
+
+    asked, commits = [], {"main": "a" * 40, "step1000": "b" * 40}
+    for seed, commit in enumerate(commits.values()):
+        build("gpt_neox", seed=seed).save_pretrained(tmp_path / "snapshots" / commit)
+
+    def download(name, allow_patterns, revision="main"):
+        asked.append(revision)
+        if revision not in commits:
+            raise OSError("404")
+        return str(tmp_path / "snapshots" / commits[revision])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked, commits
+
+
+def test_a_revision_of_a_hub_model(hub, folder, tmp_path):
+    asked, commits = hub
+    main, early = load_model("some/model", "cpu"), load_model("some/model", "cpu", revision="step1000")
+    assert asked == ["main", "step1000"]
+    assert (early.name, early.revision, early.commit) == ("some/model", "step1000", commits["step1000"])
+    assert (main.revision, main.commit) == (None, commits["main"])
+    assert main.fingerprint() != early.fingerprint()
+    assert "'some/model at step1000'" in repr(early)
+    with pytest.raises(DeltapatchError, match="no revision 'step7' of such a model: 404"):
+        load_model("some/model", "cpu", revision="step7")
+    for local in (folder, "builtin:gpt-neox-arithmetic"):
+        with pytest.raises(DeltapatchError, match="is not a model of the hub, and has no revision 'step7'"):
+            load_model(local, "cpu", revision="step7")
+    with pytest.raises(DeltapatchError, match="a revision is a branch, tag or commit of the hub, not ''"):
+        load_model("some/model", "cpu", revision="")
+
+
+def test_a_revision_is_converted(hub, tmp_path):
+    asked, _ = hub
+    with pytest.raises(DeltapatchError, match=f"snapshots/{'b' * 40} holds safetensors already"):
+        convert("some/model", tmp_path / "out", revision="step1000")
+    assert asked == ["step1000"]
 
 
 def test_a_hub_model_without_safetensors(monkeypatch, folder):

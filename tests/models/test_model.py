@@ -1,5 +1,6 @@
 """Loading, sharing, streaming, token checks, the tokenizer and the fingerprint."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -7,8 +8,10 @@ import warnings
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from deltapatch import DeltapatchError, from_transformers, load_model
+from deltapatch.models import fetch
 from deltapatch.models.model import Model
 
 KINDS = ["gpt_neox", "gptj", "llama"]
@@ -185,6 +188,69 @@ def test_fingerprint(build, saved, tmp_path):
     assert from_transformers(one.to(torch.bfloat16)).fingerprint() != print_one
     other_eps = build("gpt_neox", layer_norm_eps=1e-4)
     assert from_transformers(other_eps).fingerprint() != print_one
+
+
+def test_any_value_of_any_tensor_counts(build, saved):
+    hf = build("llama")
+    folder = saved(hf)
+    prints, state = {load_model(folder, device="cpu").fingerprint()}, hf.state_dict()
+    for tensor in state.values():
+        for at in (1, -2):  # neither is in a column or row that begins something
+            before = tensor.view(-1)[at].clone()
+            tensor.view(-1)[at] *= 1.001
+            prints.add(from_transformers(hf).fingerprint())
+            save_file(state, folder / "model.safetensors", {"format": "pt"})
+            prints.add(load_model(folder, device="cpu", stream=True).fingerprint())
+            tensor.view(-1)[at] = before
+    assert len(prints) == 1 + 2 * len(state)
+
+
+def test_a_changed_file_is_hashed_again_and_a_known_one_is_not(build, saved, monkeypatch):
+    path = saved(build("gptj")) / "model.safetensors"
+    hashed, really = [], fetch._hash_span
+    monkeypatch.setattr(fetch, "_hash_span", lambda *a: hashed.append(a) or really(*a))
+    monkeypatch.setattr(fetch, "_SETTLED", -1)  # as if it had been written long ago
+    before = load_model(path.parent, device="cpu").fingerprint()
+    n = len(hashed)
+    assert n > 20
+    assert load_model(path.parent, device="cpu").fingerprint() == before
+    assert len(hashed) == n
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # only its inode's time tells
+    assert load_model(path.parent, device="cpu").fingerprint() != before
+    monkeypatch.setattr(fetch, "_SETTLED", 10**12)
+    os.utime(path)
+    for _ in range(2):  # too new to be known by its times
+        n = len(hashed)
+        load_model(path.parent, device="cpu").fingerprint()
+        assert len(hashed) > n
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float64"])
+def test_weights_that_were_edited_after_loading(build, saved, dtype):
+    model = load_model(saved(build("gpt_neox")), device="cpu", dtype=dtype)
+    before, later = model.fingerprint(), model.fingerprint_later()
+    assert later() == before
+    model.layer(1, dtype=None).out.weight[:, :8] = 0
+    assert model.fingerprint() != before
+    assert later() == before  # what it was when it was asked
+    assert model.fingerprint_later()() is None
+    assert from_transformers(build("gpt_neox")).fingerprint_later()() is None
+
+
+def test_a_file_that_was_replaced_after_loading(build, saved, ids):
+    path = saved(build("llama")) / "model.safetensors"
+    kept, streamed = (load_model(path.parent, device="cpu", stream=stream) for stream in (False, True))
+    later = kept.fingerprint_later()
+    copy = path.with_suffix(".copy")
+    copy.write_bytes(path.read_bytes())
+    copy.replace(path)
+    for act in (kept.fingerprint, streamed.fingerprint, lambda: streamed.logits(ids)):
+        with pytest.raises(DeltapatchError, match="has changed since the model was loaded: load the model"):
+            act()
+    assert later() is None
 
 
 def test_loading_does_not_import_transformers(build, saved):

@@ -1,5 +1,6 @@
 """A small study end to end: its files, its commands alone, the same bytes twice, resuming, checkpoints."""
 
+import copy
 import csv
 import json
 import re
@@ -21,9 +22,12 @@ from deltapatch.cli.main import cli
 from deltapatch.engine.effects import load_effects
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import load_model
+from deltapatch.study import checkpoints
+from deltapatch.study import pairs as pair_files
 from deltapatch.study import published as papers
 from deltapatch.study.published import Published
 from deltapatch.study.reproduce import reproduce
+from deltapatch.study.settings import begin, inputs
 from deltapatch.tasks.jsonl import read_pairs
 
 
@@ -187,6 +191,55 @@ def test_a_study_is_resumed_with_its_own_settings(study, model, other) -> None:
             reproduce(model, study.folder, wrong, NAMES, resume=True, progress=False)
     with pytest.raises(DeltapatchError, match=r"different model \(fingerprint\)"):
         reproduce(other, study.folder, SMALL, NAMES, resume=True, progress=False)
+
+
+def test_a_study_is_resumed_with_its_own_weights_and_files(model, model_folder, other, tmp_path) -> None:
+    facts, problems = tmp_path / "facts", tmp_path / "problems.jsonl"
+    (facts / "data").mkdir(parents=True)
+    for file in (facts / "data" / "P36.jsonl", problems):
+        file.write_text("{}\n")
+    settings = replace(SMALL, facts=str(facts), problems=str(problems))
+    begin(tmp_path / "study", settings, inputs(settings, model, None), ["factual"])
+    assert begin(tmp_path / "study", settings, inputs(settings, model, None), []) == ["factual"]
+    wide = load_model(model_folder, device="cpu", dtype="float64")
+    for given, what in (
+        (inputs(settings, wide, None), r"dtype \(float32 there, float64 here\)"),
+        (inputs(settings, model, other), r"other checkpoint \(fingerprint\) \(None there, \w{32} here\)"),
+    ):
+        with pytest.raises(DeltapatchError, match=f"begun with a different {what}"):
+            begin(tmp_path / "study", settings, given, [])
+    for file, what in ((facts / "data" / "P36.jsonl", "facts"), (problems, "word problems")):
+        file.write_text("{} \n")
+        with pytest.raises(DeltapatchError, match=f"different content of the file of {what}"):
+            begin(tmp_path / "study", settings, inputs(settings, model, None), [])
+        file.write_text("{}\n")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_was_kept_of_another_question_does_not_count(study, model, tmp_path) -> None:
+    folder = Path(shutil.copytree(study.folder, tmp_path / "study"))
+    joint = folder / "factual" / "joint"
+    one, two = joint / "neurons-noise.safetensors", joint / "neurons-denoise.safetensors"
+    content = one.read_bytes()
+    shutil.copy(two, one)  # of as many interventions on as many pairs
+    said: list[str] = []
+    reproduce(model, folder, SMALL, NAMES, resume=True, progress=False, say=said.append)
+    assert one.read_bytes() == content
+    assert sum("joint patches" in line for line in said) == 1
+    pairs = folder / "shots-0" / "pairs.jsonl"
+    pairs.write_text("".join(sorted(pairs.read_text().splitlines(keepends=True))[::-1]))
+    with pytest.raises(DeltapatchError, match=r"pairs.json is not of the pairs beside it, .*: remove"):
+        pair_files.read(folder / "shots-0")
+
+
+def test_legends_tell_checkpoints_of_one_name_apart(study) -> None:
+    found = study.done["factual"]
+    assert checkpoints._names(found, found)[0] != checkpoints._names(found, found)[1]
+    model = copy.copy(found.subject.model)
+    model.revision = "step1000"
+    early = replace(found, subject=replace(found.subject, model=model))
+    assert checkpoints._names(found, early) == ("tiny", "tiny at step1000")
+    assert all("--revision step1000" in line for line in early.commands())
 
 
 def test_an_error_of_a_run_ends_the_study(model, tmp_path) -> None:
