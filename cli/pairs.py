@@ -88,8 +88,8 @@ def pairs(
 
     Degenerate pairs are left out, and how many and why is said on stderr.
     """
+    from deltapatch.engine.pairs_file import write_pairs
     from deltapatch.tasks.answered import keep_answered
-    from deltapatch.tasks.jsonl import write_pairs
     from deltapatch.tasks.registry import TASKS, make_pairs
 
     if Path(out).exists():

@@ -133,8 +133,8 @@ def sweep(
     at, which, budget = read_positions(positions), read_layers(layers), read_bytes(memory_budget)
     measured = "all" if metrics == "all" else read_names(metrics)
 
+    from deltapatch.engine.pairs_file import read_named_pairs
     from deltapatch.engine.runfolder import RUN, check_output
-    from deltapatch.tasks.jsonl import read_named_pairs
 
     if out and (resume or part) and (Path(out) / RUN).is_file():
         say(f"{out} is finished already: nothing to do", quiet)

@@ -7,20 +7,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from deltapatch.engine.arguments import count, n_bytes, position, scale, seed
 from deltapatch.engine.effects import Effects
 from deltapatch.engine.gather import split
 from deltapatch.engine.grid import Grid, Layers, Positions, make_grid
 from deltapatch.engine.job import Job
 from deltapatch.engine.manifest import Manifest, settings_of
-from deltapatch.engine.metrics import Direction, Reference
-from deltapatch.engine.pairs import PromptPair
+from deltapatch.engine.metrics import Direction, Reference, metric_names
+from deltapatch.engine.pairs_file import Pairs
 from deltapatch.engine.work import Work
+from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.model import Model
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `sweep` is asked for, as its docstring says it."""
+    """What `sweep` is asked for, as its docstring says it. What is given another way is made the same.
+
+    Raises:
+        DeltapatchError: an option is of another type, or out of range.
+    """
 
     sites: str | Sequence[str] = ("mlp_out", "attn_out")
     positions: Positions = "all"
@@ -29,12 +35,27 @@ class Options:
     source: str = "counterpart"
     precision: str = "auto"
     backend: str = "auto"
-    memory_budget: int | None = None
+    memory_budget: int | str | None = None
     metrics: str | Sequence[str] = "all"
     readout: int | str = "last"
     seed: int = 0
     noise_scale: float = 3.0
     noise_sample: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("direction", "source", "precision", "backend"):
+            if not isinstance(value := getattr(self, name), str):
+                raise DeltapatchError(f"{name} must be a name, not {shown(value)}")
+        same = {
+            "memory_budget": n_bytes(self.memory_budget, "the memory budget"),
+            "metrics": metric_names(self.metrics),
+            "readout": position(self.readout, "readout must be a whole number or a label"),
+            "seed": seed(self.seed),
+            "noise_scale": scale(self.noise_scale, "noise_scale"),
+            "noise_sample": count(self.noise_sample, "the noise sample"),
+        }
+        for name, value in same.items():
+            object.__setattr__(self, name, value)
 
     def of_job(self) -> dict[str, Any]:
         """Those that `Job.of` takes: all but what is patched."""
@@ -83,7 +104,7 @@ class Prepared:
         return Effects(sites, job.pairs, reference, job.direction, job.meta())
 
 
-def prepare(model: Model, pairs: Sequence[PromptPair], options: Options) -> Prepared:
+def prepare(model: Model, pairs: Pairs, options: Options) -> Prepared:
     """Check a sweep.
 
     Raises:
@@ -93,4 +114,5 @@ def prepare(model: Model, pairs: Sequence[PromptPair], options: Options) -> Prep
     grid = make_grid(options.sites, options.positions, options.layers, job.pairs, model.spec)
     work = Work.of_sweep(grid, job)
     precision = None if options.precision == "auto" else options.precision
-    return Prepared(job, grid, work, settings_of(job, grid, precision, options.memory_budget))
+    budget = n_bytes(options.memory_budget, "the memory budget")
+    return Prepared(job, grid, work, settings_of(job, grid, precision, budget))

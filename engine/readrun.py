@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 from safetensors import SafetensorError
 
+from deltapatch.engine.arguments import check_label
 from deltapatch.engine.effects import Effects, SiteEffects
 from deltapatch.engine.metrics import MEASURED, Direction, Reference
 from deltapatch.engine.pairs import EncodedPair
@@ -149,7 +150,10 @@ def _pair(found: Any) -> EncodedPair:
         _need(bool(found[name]), f"{name} of a pair in {PAIRS}")
     for name, value in found.items():
         _need(_is(value, _HINTS[name]), f"{name} of a pair in {PAIRS}")
-    return EncodedPair(**found)
+    pair = EncodedPair(**found)
+    for label, place in pair.labels.items():
+        check_label(label, place, len(pair.clean), PAIRS)
+    return pair
 
 
 def _is(value: Any, hint: Any) -> bool:

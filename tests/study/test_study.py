@@ -19,12 +19,12 @@ from deltapatch.analysis.importance import relative_importance
 from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.cli.main import cli
 from deltapatch.engine.effects import load_effects
+from deltapatch.engine.pairs_file import read_pairs
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import load_model
 from deltapatch.study import published as papers
 from deltapatch.study.published import Published
 from deltapatch.study.reproduce import reproduce
-from deltapatch.tasks.jsonl import read_pairs
 
 
 @pytest.fixture
