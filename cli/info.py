@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltapatch.cli.options import as_json, in_bytes, in_flops, in_seconds, print_json, read_bytes, stream
+from deltapatch.cli.options import as_json, in_flops, in_seconds, print_json, stream
+from deltapatch.engine.arguments import in_bytes, n_bytes
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def info(
     for option, value in (("--length", length), ("--n-pairs", n_pairs)):
         if value < 1:
             raise DeltapatchError(f"{option} {value} is too few: give at least 1")
-    budget = read_bytes(memory_budget)
+    budget = n_bytes(memory_budget, "--memory-budget")
     facts = _facts(model, length, n_pairs, budget, device, stream, not untimed)
     if as_json:
         print_json(facts)

@@ -164,7 +164,7 @@ def check_label(name: str, place: int, length: int, where: str) -> None:
         DeltapatchError: it does.
     """
     means = {"last": length - 1, "first": 0}.get(name)
-    if re.fullmatch(r"[+-]?\d+", name):
+    if re.fullmatch(r"[+-]?\d{1,18}", name):
         number = int(name)
         means = number + length if number < 0 else number
     elif name not in WORDS:

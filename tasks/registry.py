@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from deltapatch.engine.arguments import seed as check_seed
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError
 from deltapatch.tasks.arithmetic import arithmetic_pairs
@@ -90,4 +91,4 @@ def make_pairs(
         )
     common = {"per_template": per_template, "shots": shots}
     given = {name: value for name, value in common.items() if value is not None}
-    return make(tokenizer, seed=seed, **given, **options)
+    return make(tokenizer, seed=check_seed(seed), **given, **options)
