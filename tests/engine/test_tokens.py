@@ -1,4 +1,4 @@
-"""Text in tokens, by small real tokenizers of every kind: what is put before and behind a text, and spaces."""
+"""Text in tokens, by small real tokenizers of every kind: what is put around a text, and spaces."""
 
 import warnings
 
@@ -122,7 +122,7 @@ def test_answers_to_ids_of_no_text_get_no_space_of_the_tokenizers(kind, prompt):
 def test_what_was_done_is_said_once():
     pairs = [PromptPair("The city", "The city", " 42", " 53"), PromptPair("<s>The", "<s>The", " 42", " 53")]
     tokenizer = make("legacy", "bos-eos")
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="is left out, since the answer follows there") as said:
         encode_pairs(pairs, tokenizer, len(tokenizer))
     assert sorted(str(w.message) for w in said) == [
         "pair 1: the corrupted prompt begins with '<s>' itself, so the tokenizer's own is not put before it "
