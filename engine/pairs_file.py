@@ -4,11 +4,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from deltapatch.engine.pairs import PromptPair
-from deltapatch.errors import DeltapatchError, shown
+from deltapatch.errors import DeltapatchError, path_of, shown
 
 # What may be given as the pairs of a sweep or run.
 Pairs = str | os.PathLike[str] | PromptPair | Mapping[str, Any] | Iterable[PromptPair | Mapping[str, Any]]
@@ -29,7 +28,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[PromptPair]:
 
 def read_named_pairs(path: str | os.PathLike[str]) -> list[tuple[str, PromptPair]]:
     """As `read_pairs`, each pair with its name for errors, for example "pairs.jsonl, line 7"."""
-    path = Path(path)
+    path = path_of(path, "a pairs file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -86,7 +85,7 @@ def write_pairs(path: str | os.PathLike[str], pairs: Sequence[PromptPair]) -> No
     Raises:
         DeltapatchError: the file cannot be written, or a pair's meta holds what JSON cannot.
     """
-    path = Path(path)
+    path = path_of(path, "a pairs file")
     try:
         text = "".join(json.dumps(asdict(p), ensure_ascii=False, allow_nan=False) + "\n" for p in pairs)
     except (TypeError, ValueError) as error:

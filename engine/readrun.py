@@ -30,7 +30,7 @@ from deltapatch.engine.runfolder import (
     is_begun,
 )
 from deltapatch.engine.sites import SITES
-from deltapatch.errors import DeltapatchError, shown
+from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.models.header import open_safetensors
 
 _HINTS = get_type_hints(EncodedPair)
@@ -45,7 +45,7 @@ def read_run(path: str | os.PathLike[str]) -> Effects:
     Raises:
         DeltapatchError: it is not a run folder, is damaged, or is of a newer format.
     """
-    path = Path(path)
+    path = path_of(path, "a run folder")
     if not path.exists():
         raise DeltapatchError(f"run folder {path} does not exist")
     if is_begun(path) and not (path / RUN).exists():

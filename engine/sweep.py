@@ -22,7 +22,7 @@ from deltapatch.engine.sites import PLACES
 from deltapatch.engine.unfinished import unfinished
 from deltapatch.engine.work import Work
 from deltapatch.engine.workers import threads
-from deltapatch.errors import DeltapatchError, shown
+from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.models.model import Model
 
 
@@ -106,8 +106,8 @@ def sweep(
     Raises:
         DeltapatchError: bad input, one clear sentence.
     """
-    if not isinstance(out, str | PathLike | None):
-        raise DeltapatchError(f"out must be the path of a folder to make, not {shown(out)}")
+    if out is not None:
+        path_of(out, "out")
     part = _part(shard, out)
     if out is not None and not resume and part is None:
         check_output(out)

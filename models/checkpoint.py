@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from deltapatch.errors import DeltapatchError, shown
+from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.models.builtin_models import BUILTIN, builtin_model_path
 from deltapatch.models.fetch import fetch, sample, tensor_spans
 from deltapatch.models.header import open_safetensors
@@ -210,9 +210,9 @@ def find_folder(path_or_id: str | Path, files: Iterable[str] = CHECKPOINT_FILES)
     Raises:
         DeltapatchError: there is no such folder, and the hub has no such model or cannot be reached.
     """
+    path = path_of(path_or_id, "a model or adapter").expanduser()
     if str(path_or_id).startswith(BUILTIN):
         return builtin_model_path(str(path_or_id).removeprefix(BUILTIN))
-    path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path
     if path.exists():

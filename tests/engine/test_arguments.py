@@ -17,8 +17,9 @@ from deltapatch.engine.arguments import WORDS, in_bytes, n_bytes
 from deltapatch.engine.effects import load_effects
 from deltapatch.engine.metrics import METRICS
 from deltapatch.engine.pairs import encode_pairs
-from deltapatch.engine.pairs_file import write_pairs
+from deltapatch.engine.pairs_file import read_pairs, write_pairs
 from deltapatch.engine.sites import HOOK_NAMES, SITES, find_site
+from deltapatch.tasks.fact_files import read_facts
 from deltapatch.tasks.problem_file import read_problems
 from deltapatch.tasks.registry import make_pairs
 
@@ -160,7 +161,7 @@ WRONG = [
     ({"noise_scale": "3"}, "noise_scale must be a number, 0 or more, not '3'"),
     ({"noise_scale": float("nan")}, "noise_scale must be a number, 0 or more, not nan"),
     ({"noise_sample": 1.5}, "the noise sample must be a whole number, 0 or more, not 1.5"),
-    ({"out": 3}, "out must be the path of a folder to make, not 3"),
+    ({"out": 3}, "out must be a path, not 3"),
     ({"out": "x", "shard": "2/8"}, "shard must be two whole numbers such as (2, 8)"),
     ({"out": "x", "shard": (1, 2.0)}, "shard must be two whole numbers such as (2, 8)"),
 ]
@@ -247,6 +248,16 @@ def test_patches_are_checked_as_axes_are(model, patch, message):
         (lambda e: e.values(len), "a metric must be a name, not a function"),
         (lambda e: e.values("ie", ["mlp_out"]), "unknown site ['mlp_out']"),
         (lambda e: e.values("ie", 3), "unknown site 3"),
+        (lambda e: e.columns(None), "metrics must be names such as ['ie', 'recovered'], not None"),
+        (lambda e: e.columns("ie", 3), "unknown site 3"),
+        (lambda e: e.save(None), "a run folder must be a path, not None"),
+        (lambda e: load_effects(3), "a run folder must be a path, not 3"),
+        (lambda e: read_pairs(3), "a pairs file must be a path, not 3"),
+        (lambda e: write_pairs(None, []), "a pairs file must be a path, not None"),
+        (lambda e: deltapatch.load_model(None), "a model or adapter must be a path, not None"),
+        (lambda e: make_pairs("arithmetic", None, per_template=1.5), "per_template must be a whole number"),
+        (lambda e: make_pairs("arithmetic", None, shots=-1), "shots must be 0 or more, not -1"),
+        (lambda e: make_pairs("arithmetic", None, max_number="9"), "max_number must be a whole number"),
     ],
 )
 def test_effects_name_the_argument(effects, ask, message):
@@ -322,6 +333,14 @@ def test_a_run_folder_whose_labels_overruled_a_word(model, tmp_path, monkeypatch
     sweep(model, labelled("last", 2), out=tmp_path / "run")
     with pytest.raises(DeltapatchError, match="label 'last' is at position 2"):
         load_effects(tmp_path / "run")
+
+
+def test_a_relation_is_no_word_of_the_tool(tmp_path):
+    """In the study's tables and measures `all` are all pairs, and a group of that name took their place."""
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"subject": "Paris", "relation": "all", "object": "France"}\n')
+    with pytest.raises(DeltapatchError, match=r"facts.jsonl: a relation is called 'all'"):
+        read_facts(path, None)
 
 
 @pytest.mark.parametrize(
