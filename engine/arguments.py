@@ -7,7 +7,7 @@ the shell. Torch and numpy are not needed, so that `--help` does not wait for th
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from deltapatch.errors import DeltapatchError, shown
@@ -16,6 +16,7 @@ from deltapatch.errors import DeltapatchError, shown
 # the same.
 WORDS = ("last", "first", "all", "each", "together", "any", "early", "middle", "between", "late")
 
+_SIZES = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("kmgt", 1)}
 
@@ -112,7 +113,7 @@ def n_bytes(value: object, what: str) -> int | None:
         return None
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", value.lower())
-        number = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+        number = round(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
         if number < 1:
             raise DeltapatchError(f"{what} {shown(value)} is not an amount of memory such as 2GB or 512MiB")
         return number
@@ -126,7 +127,23 @@ def n_bytes(value: object, what: str) -> int | None:
 
 def in_bytes(number: float) -> str:
     """An amount of memory for people: 1.5 GB."""
-    return scaled(number, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
+    return scaled(number, _SIZES)
+
+
+def at_most_bytes(number: float) -> str:
+    """As `in_bytes`, to four digits and never more than it is: for what is not enough."""
+    return _cut(number, math.floor)
+
+
+def at_least_bytes(number: float) -> str:
+    """As `in_bytes`, to four digits and never less than it is: for what would be enough."""
+    return _cut(number, math.ceil)
+
+
+def _cut(number: float, towards: Callable[[float], int]) -> str:
+    power = max(0, min(len(_SIZES) - 1, int(math.log10(max(number, 1))) // 3))
+    digits = 3 - int(math.log10(max(number, 1))) % 3 if power else 0
+    return f"{towards(number / 1000**power * 10**digits) / 10**digits:g} {_SIZES[power]}"
 
 
 def scaled(number: float, units: tuple[str, ...]) -> str:

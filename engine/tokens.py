@@ -12,6 +12,7 @@ from typing import Any
 
 from deltapatch.errors import DeltapatchError, shown
 
+_SPACE = "▁"  # how tokenizers of LLaMA's kind write a space
 # What an answer may stand behind where a prompt of ids is no text of its own.
 _ANCHORS = (":", "\n", "a", "0", ".")
 
@@ -118,10 +119,10 @@ def pieces(tokenizer: Any, ids: Sequence[int], known: dict[int, str] | None = No
 
 def _piece(tokenizer: Any, token: int) -> str:
     alone = _decoded(tokenizer, [token])
-    # Some decoders drop the space that a text begins with: behind another token it is there.
-    again = _decoded(tokenizer, [token, token])[len(alone) :]
-    special = token in getattr(tokenizer, "all_special_ids", ())
-    return again if again == f" {alone}" and alone and not special else alone
+    # Decoders drop the space that a text begins with, and here it is what tells two tokens apart.
+    raw = str(tokenizer.convert_ids_to_tokens(token))
+    spaces = len(raw) - len(raw.lstrip(_SPACE))
+    return alone if alone.startswith(_SPACE) else " " * spaces + alone.lstrip(" ") if spaces else alone
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from deltapatch import DeltapatchError, Intervention, Patch, PromptPair
 from deltapatch.analysis.faithfulness import plan
 from deltapatch.analysis.significance import pooled_null
 from deltapatch.analysis.statistics import pair_counts
-from deltapatch.engine.arguments import WORDS, in_bytes, n_bytes
+from deltapatch.engine.arguments import WORDS, at_least_bytes, at_most_bytes, in_bytes, n_bytes
 from deltapatch.engine.effects import load_effects
 from deltapatch.engine.metrics import METRICS
 from deltapatch.engine.pairs import encode_pairs
@@ -407,6 +407,14 @@ def test_names_of_no_site(name):
 )
 def test_sizes_for_people(number, text):
     assert in_bytes(number) == text
+
+
+def test_sizes_that_are_compared():
+    """What is not enough is never told as what would be."""
+    assert (at_most_bytes(1_137_999_999), at_least_bytes(1_137_999_999)) == ("1.137 GB", "1.138 GB")
+    for number in (1, 9, 999, 1000, 1001, 12_345, 999_999, 1_000_000, 50_812_345, 10**12 + 1):
+        assert n_bytes(at_most_bytes(number), "it") <= number <= n_bytes(at_least_bytes(number), "it")
+        assert n_bytes(at_least_bytes(number), "it") <= number * 1.002
 
 
 @pytest.mark.parametrize(

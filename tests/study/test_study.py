@@ -190,7 +190,7 @@ def test_a_study_is_resumed_with_its_own_settings(study, model, other) -> None:
 
 
 def test_an_error_of_a_run_ends_the_study(model, tmp_path) -> None:
-    with pytest.raises(DeltapatchError, match="shots-0, components: a memory budget of 0 MB is too small"):
+    with pytest.raises(DeltapatchError, match="shots-0, components: a memory budget of 1 kB is too small"):
         reproduce(model, tmp_path / "study", replace(SMALL, memory_budget=1000), ("shots",), progress=False)
 
 
