@@ -5,7 +5,7 @@ from textwrap import wrap
 from typing import Any
 
 from deltapatch.engine.pairs import EncodedPair, PromptPair
-from deltapatch.engine.tokens import pieces, tokenise
+from deltapatch.engine.tokens import around, pieces
 
 _WIDTH = 80
 _TOKEN = 22  # columns of a token at most
@@ -21,7 +21,7 @@ def shown_pairs(
         encoded: the same, in tokens.
         tokenizer: of the model, or None.
     """
-    front = [] if tokenizer is None else tokenise(tokenizer, "a").front
+    front = [] if tokenizer is None else around(tokenizer).front
     out = []
     for pair, name, own in zip(pairs, names, encoded, strict=True):
         length = len(own.clean)

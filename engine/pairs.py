@@ -3,10 +3,11 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from deltapatch.engine.arguments import check_label, label_name, whole
-from deltapatch.engine.tokens import Tokens, after, pieces, text_before, tokenise
+from deltapatch.engine.tokens import Tokens, after, around, pieces, text_before, tokenise
 from deltapatch.errors import DeltapatchError, shown
 
 
@@ -131,7 +132,6 @@ class _Encoder:
         self.tokenizer, self.d_vocab = tokenizer, d_vocab
         self.notes: dict[str, str] = {}
         self._texts: dict[int, str] = {}  # of every token that was met
-        self._template: Tokens | None = None
 
     def encode(self, pair: PromptPair, name: str) -> EncodedPair:
         """The checked form of a pair."""
@@ -206,12 +206,10 @@ class _Encoder:
                 f"{name}: the {which} prompt, given as ids, begins with {self._as_one(front)!r} twice"
             )
 
-    @property
+    @cached_property
     def _around(self) -> Tokens:
-        """A text that begins and ends with nothing special, for what the tokenizer puts around it."""
-        if self._template is None:
-            self._template = tokenise(self.tokenizer, "a")
-        return self._template
+        """What the tokenizer puts around a text."""
+        return around(self.tokenizer)
 
     def _answer(
         self, answer: str | int | list[int], prompt: str | list[int], ids: list[int], which: str, name: str
@@ -257,7 +255,7 @@ class _Encoder:
     def _ids(self, tokens: Any, which: str, name: str) -> list[int]:
         """Token ids, every one checked."""
         must = f"{name}: {which} must be text or token ids (whole numbers)"
-        if not isinstance(tokens, Iterable) or isinstance(tokens, bytes | Mapping):
+        if not isinstance(tokens, Iterable) or isinstance(tokens, bytes | Mapping | set):
             raise DeltapatchError(f"{must}, not {shown(tokens)}.")
         ids = [whole(token, must) for token in tokens]
         for token in ids:

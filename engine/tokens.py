@@ -70,7 +70,10 @@ def after(tokenizer: Any, prompt: str, ids: Sequence[int], answer: str) -> list[
         ids: its tokens, as `tokenise` gives them.
         answer: with the space before it, if there is to be one.
     """
-    found = tokenise(tokenizer, prompt + answer).ids
+    try:
+        found = tokenise(tokenizer, prompt + answer).ids
+    except DeltapatchError:  # another candidate may do
+        return "makes a text that the tokenizer cannot read"
     added = found[len(ids) :]
     if found[: len(ids)] != list(ids):
         return "changes how the end of the prompt is tokenised"
@@ -88,19 +91,33 @@ def text_before(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[int]] | N
     a tokenizer that puts a space before a whole text would put one before an answer that stood alone. None
     where the tokenizer has no token for any of them.
     """
-    front = tokenise(tokenizer, _ANCHORS[0]).front
+    front = around(tokenizer).front
     own = list(ids[len(front) :]) if front and list(ids[: len(front)]) == front else list(ids)
     for some in (own, own[-1:]):
         if some:
             text = _decoded(tokenizer, some)
-            found = tokenise(tokenizer, text)
-            if text and found.ids == [*found.front, *some]:
+            found = _known(tokenizer, text)
+            if text and found is not None and found.ids == [*found.front, *some]:
                 return text, found.ids
     for text in _ANCHORS:
-        found = tokenise(tokenizer, text)
-        if len(found.ids) > len(found.front) and getattr(tokenizer, "unk_token_id", None) not in found.ids:
+        found = _known(tokenizer, text)
+        if found is not None and getattr(tokenizer, "unk_token_id", None) not in found.ids:
             return text, found.ids
     return None
+
+
+def around(tokenizer: Any) -> Tokens:
+    """A text without anything special in it, for the `front` and `end` that the template puts around it."""
+    return next((found for text in _ANCHORS if (found := _known(tokenizer, text))), Tokens([], [], []))
+
+
+def _known(tokenizer: Any, text: str) -> Tokens | None:
+    """A text that was not written by the user in tokens; None where the tokenizer has none for it."""
+    try:
+        found = tokenise(tokenizer, text)
+    except DeltapatchError:  # a word that it does not know
+        return None
+    return found if found.ids else None
 
 
 def pieces(tokenizer: Any, ids: Sequence[int], known: dict[int, str] | None = None) -> list[str]:
@@ -133,9 +150,10 @@ def _call(tokenizer: Any, text: str, offsets: bool) -> tuple[list[int], list[int
     """Token ids, which of them the template added, and where they lie."""
     try:
         found = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=offsets)
-        ids = list(found["input_ids"])
-        places = list(found["offset_mapping"]) if offsets else []
-        return ids, list(found["special_tokens_mask"]), places
+        ids, added = list(found["input_ids"]), list(found["special_tokens_mask"])
+        if len(ids) != len(added):
+            raise ValueError("it does not say which special tokens it adds")
+        return ids, added, list(found["offset_mapping"]) if offsets else []
     except Exception as error:  # of whatever kind its library has; half a surrogate pair is enough
         reason = str(error).strip().split("\n")[0]
         raise DeltapatchError(f"the tokenizer cannot read {shown(text)} ({shown(reason)})") from error

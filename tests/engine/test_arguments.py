@@ -125,6 +125,7 @@ WRONG = [
         {"pairs": PromptPair(b"ab", b"cd", 2, 3)},
         "pair 0: clean must be text or token ids (whole numbers), not b'",
     ),
+    ({"pairs": PromptPair({1, 2}, {3}, 2, 3)}, "pair 0: clean must be text or token ids (whole numbers)"),
     ({"pairs": PromptPair([1], [2], None, 3)}, "pair 0: clean_answer must be text or token ids"),
     ({"pairs": PromptPair([1], [2], {1: 2}, 3)}, "pair 0: clean_answer must be text or token ids"),
     ({"pairs": PromptPair([1], [2], 3, 4, None)}, "pair 0: labels must be a dictionary, not None"),

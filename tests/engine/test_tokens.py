@@ -153,6 +153,27 @@ def test_a_text_of_special_tokens_alone_is_empty():
         encode_pairs([PromptPair(" ", " ", 2, 2)], tokenizer, 3)
 
 
+def test_ids_beside_a_tokenizer_that_knows_few_words():
+    """It fails at any other word, and ids do not need it; a text answer behind them does."""
+    words = Tokenizer(models.WordLevel({"1": 0, "2": 1, "</s>": 2}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    pair = encoded(tokenizer, [0, 1], [1, 1], 0, "2")
+    assert (pair.clean_answer, pair.corrupted_answer) == ([0], [1])
+
+
+def test_a_tokenizer_that_does_not_say_what_it_adds():
+    class Careless:
+        """Its mask is that of the text alone."""
+
+        def __call__(self, text, **wanted):
+            return {"input_ids": [1, *map(ord, text)], "special_tokens_mask": [0] * len(text)}
+
+    with pytest.raises(DeltapatchError, match="it does not say which special tokens it adds"):
+        encode_pairs([PromptPair("a", "b", "c", "d")], Careless(), 200)
+
+
 def test_tokens_keep_the_space_that_belongs_to_them(kind):
     tokenizer = make(kind)
     ids = tokenise(tokenizer, "The: 42").ids
