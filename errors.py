@@ -1,5 +1,8 @@
 """The one error that a user's mistake raises: a sentence that names what is wrong and what to do."""
 
+import os
+from pathlib import Path
+
 _LONGEST = 1000  # characters of a message
 
 
@@ -13,6 +16,13 @@ class DeltapatchError(ValueError):
     def __init__(self, message: str) -> None:
         line = " ".join(str(message).splitlines())
         super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST - 300]} ... {line[-290:]}")
+
+
+def path_of(value: object, what: str) -> Path:
+    """The path that an argument is. DeltapatchError where it is none."""
+    if not isinstance(value, str | os.PathLike):
+        raise DeltapatchError(f"{what} must be a path, not {shown(value)}")
+    return Path(value)
 
 
 def shown(value: object, most: int = 80) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from deltapatch.analysis.select import select
 from deltapatch.analysis.statistics import bootstrap, mean_over, mean_over_pairs
 from deltapatch.analysis.tables import Table
+from deltapatch.engine.arguments import seed as check_seed
 from deltapatch.engine.effects import Effects
 from deltapatch.engine.interventions import Intervention, Patch
 from deltapatch.engine.sites import SITES
@@ -157,7 +158,7 @@ def plan(
     most = min(len(ranked), len(pool) if random_sets else len(ranked))
     if not chosen or chosen[0] < 1 or chosen[-1] > most:
         raise DeltapatchError(f"sizes go from 1 to {most}, the number of patches, not {list(sizes or ())}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     orders = {_RANKING: list(ranked[: chosen[-1]])}
     for group in range(random_sets):
         orders[group] = [pool[i] for i in rng.permutation(len(pool))[: chosen[-1]].tolist()]

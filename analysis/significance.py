@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deltapatch.analysis.statistics import divide, parts
+from deltapatch.engine.arguments import seed as check_seed
 from deltapatch.errors import DeltapatchError
 
 _EXACT = 12  # up to that many pairs, all patterns of signs are gone through
@@ -111,7 +112,8 @@ def _signs(n: int, draws: int, seed: int) -> np.ndarray:
     """[pattern, pair], all of them where they are few."""
     if draws < 1:
         raise DeltapatchError(f"a permutation test needs at least one draw, not {draws}")
-    return _all_signs(n) if n <= _EXACT else np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, n))
+    rng = np.random.default_rng(check_seed(seed))
+    return _all_signs(n) if n <= _EXACT else rng.choice([-1.0, 1.0], size=(draws, n))
 
 
 def _without_values(p: np.ndarray, values: np.ndarray, cells: np.ndarray) -> np.ndarray:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from deltapatch.engine.arguments import seed as check_seed
+
 _CHUNK_BYTES = 64_000_000  # of what is held at a time for [draw, cell]
 
 
@@ -44,7 +46,11 @@ def bootstrap(
 
 def pair_counts(n: int, draws: int, seed: int) -> np.ndarray:
     """[draw, pair], how often each draw takes each of n pairs: a draw's mean is a product and not a copy."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+    return (
+        np.random.default_rng(check_seed(seed))
+        .multinomial(n, np.full(n, 1 / n), size=draws)
+        .astype(np.float64)
+    )
 
 
 def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

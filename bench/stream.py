@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deltapatch.engine.arguments import in_bytes
 from deltapatch.errors import DeltapatchError
 
 _EVERY = 0.005  # seconds between two looks at the memory
@@ -73,7 +74,7 @@ def make_checkpoint(shape: str, layers: int | None, folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     need, free = config_bytes(config, torch.float16), shutil.disk_usage(folder).free
     if need > free:
-        raise DeltapatchError(f"{folder} has {free / 1e9:.1f} GB free, but the model takes {need / 1e9:.1f}")
+        raise DeltapatchError(f"{folder} has {in_bytes(free)} free, but the model takes {in_bytes(need)}")
     write_random_model(config, folder, torch.float16)
     return True
 

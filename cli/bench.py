@@ -9,7 +9,7 @@ import click
 
 from deltapatch.cli.bench_stream import stream
 from deltapatch.cli.delivery import deliver, out_file, read_sizes
-from deltapatch.cli.options import as_json, print_json, quiet, read_names, revision, say
+from deltapatch.cli.options import SEED, as_json, print_json, quiet, read_names, revision, say
 from deltapatch.errors import DeltapatchError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -58,7 +58,7 @@ _work = _options(
     click.option("--batch", default=64, show_default=True, help="Rows of a batch, where a peer takes them."),
     click.option("--threads", default=0, help="Of PyTorch; its own choice unless given."),
     click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
-    click.option("--seed", default=0, show_default=True),
+    click.option("--seed", type=SEED, default=0, show_default=True),
 )
 _measure = _options(
     click.option("--peers", default="all", show_default=True, help="Names, with commas; see bench peers."),

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from deltapatch.cli.delivery import deliver, out_file, read_sizes
-from deltapatch.cli.options import as_json, quiet, read_bytes, read_names, read_positions, say
+from deltapatch.cli.options import as_json, quiet, read_names, read_positions, say
+from deltapatch.engine.arguments import n_bytes
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
@@ -72,7 +73,8 @@ def stream(
     from deltapatch.bench.stream import Sweep, make_checkpoint, measure
 
     check_free(out)
-    at, budget, cap = read_positions(positions), read_bytes(memory_budget), read_bytes(device_memory)
+    at, budget = read_positions(positions), n_bytes(memory_budget, "--memory-budget")
+    cap = n_bytes(device_memory, "--device-memory")
     wanted = [
         (n, low, high) for n in read_sizes("--n-pairs", counts) for low, high in _ranges("--length", lengths)
     ]

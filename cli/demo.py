@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltapatch.cli.options import as_json, print_json, quiet, say
+from deltapatch.cli.options import SEED, as_json, print_json, quiet, say
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ METRIC = "recovered"  # the model is so sure that the indirect effect, a ratio, 
     help="Where the run and its plots go; a folder that an earlier demo made is replaced. A new folder "
     "deltapatch-demo unless given.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the pairs.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the pairs.")
 @as_json
 @quiet
 def demo(out: str | None, seed: int, as_json: bool, quiet: bool) -> None:

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from deltapatch.cli.options import read_names
+from deltapatch.cli.options import SEED, read_names
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
@@ -37,7 +37,7 @@ Examples:
     "--fdr", type=float, help="As --interval, and only the rows with q at most this, 0.05 for example."
 )
 @click.option("--draws", default=1000, show_default=True, help="Of the bootstrap and the test.")
-@click.option("--seed", default=0, show_default=True, help="Of the bootstrap and the test.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the bootstrap and the test.")
 @click.option("--top", type=int, help="Only the K rows with the largest magnitude.")
 @click.option(
     "--format",

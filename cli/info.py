@@ -5,16 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltapatch.cli.options import (
-    as_json,
-    in_bytes,
-    in_flops,
-    in_seconds,
-    print_json,
-    read_bytes,
-    revision,
-    stream,
-)
+from deltapatch.cli.options import as_json, in_flops, in_seconds, print_json, revision, stream
+from deltapatch.engine.arguments import in_bytes, n_bytes
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
@@ -69,7 +61,7 @@ def info(
     for option, value in (("--length", length), ("--n-pairs", n_pairs)):
         if value < 1:
             raise DeltapatchError(f"{option} {value} is too few: give at least 1")
-    budget = read_bytes(memory_budget)
+    budget = n_bytes(memory_budget, "--memory-budget")
     found = _model(model, device, stream, revision)
     facts = {"model": model, "revision": revision, **_facts(found, length, n_pairs, budget, not untimed)}
     if as_json:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from deltapatch.engine.arguments import scaled
 from deltapatch.errors import DeltapatchError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -28,7 +29,7 @@ revision = click.option(
 )
 adapter = click.option("--adapter", help="A LoRA adapter (PEFT, safetensors) to merge into the model.")
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+SEED = click.IntRange(0)
 
 
 def loading(command: Command) -> Command:
@@ -56,7 +57,7 @@ def read_positions(text: str) -> str | list[int | str]:
         raise DeltapatchError(
             f"--positions {text!r} is not all, last, or numbers and labels such as 3,-1,op1"
         )
-    return [int(item) if re.fullmatch(r"-?\d+", item) else item for item in items]
+    return [int(item) if re.fullmatch(r"[+-]?\d{1,18}", item) else item for item in items]
 
 
 def read_layers(text: str) -> str | list[int]:
@@ -65,7 +66,7 @@ def read_layers(text: str) -> str | list[int]:
         return "all"
     layers: list[int] = []
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", item)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise DeltapatchError(f"--layers {text!r} is not all, or numbers and ranges such as 0-5,9")
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
@@ -75,16 +76,6 @@ def read_layers(text: str) -> str | list[int]:
 def read_names(text: str) -> list[str]:
     """Names with commas between."""
     return [item.strip() for item in text.split(",") if item.strip()]
-
-
-def read_bytes(text: str | None) -> int | None:
-    """2GB, 512MiB, or a number of bytes."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
-    if not match or not float(match[1]):
-        raise DeltapatchError(f"--memory-budget {text!r} is not an amount of memory such as 2GB or 512MiB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def read_shard(text: str | None) -> tuple[int, int] | None:
@@ -97,21 +88,9 @@ def read_shard(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def in_bytes(number: float) -> str:
-    """An amount of memory for people: 1.5 GB."""
-    return _scaled(number, ("B", "kB", "MB", "GB", "TB"))
-
-
 def in_flops(number: float) -> str:
     """A number of FLOPs for people: 1.5 TFLOP."""
-    return _scaled(number, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
-
-
-def _scaled(number: float, units: tuple[str, ...]) -> str:
-    power = 0
-    while round(number, 0) >= 1000 and power < len(units) - 1:
-        number, power = number / 1000, power + 1
-    return f"{number:.3g} {units[power]}"
+    return scaled(number, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
 
 
 def in_seconds(number: float) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from deltapatch.cli.options import adapter, as_json, model, print_json, quiet, read_names, revision, say
+from deltapatch.cli.options import SEED, adapter, as_json, model, print_json, quiet, read_names, revision, say
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
@@ -27,17 +27,24 @@ Examples:
   deltapatch pairs --task arithmetic --model EleutherAI/gpt-j-6b --per-template 50 --seed 1 --out pairs.jsonl
   deltapatch pairs --task arithmetic --differ same_result --operators +,-,max --model MODEL --out pairs.jsonl
   deltapatch pairs --task arithmetic --answers text --max-number 999 --model MODEL --out pairs.jsonl
+  deltapatch pairs --show pairs.jsonl --model MODEL
   deltapatch pairs --task factual --data LAMA/data --relations P36,P103 --model MODEL --out pairs.jsonl
 """
 
 
 @click.command(short_help="Make prompt pairs of a task.", epilog=EXAMPLES)
+@click.option(
+    "--show",
+    metavar="FILE",
+    help="Make no pairs: print those of a pairs file as MODEL sees them, each token with its position, with "
+    "labels and answers.",
+)
 @click.option("--task", default="arithmetic", show_default=True, help="What the pairs are about.")
 @model
 @revision
 @click.option("--shots", type=int, help="Solved examples before each question; as in the paper unless given.")
 @click.option("--per-template", type=int, help="Pairs of each operator (or shape, relation) and template.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same pairs.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same pairs.")
 @click.option("--operators", help="Of + - * / % ^ max min > <, with commas between.  [default: + - * /]")
 @click.option("--shapes", help='Expressions such as "(x + y) * z", with commas between.  [default: all]')
 @click.option(
@@ -67,10 +74,11 @@ Examples:
 )
 @click.option("--device", default="auto", show_default=True, help="With --only-correct: auto, cpu or cuda.")
 @adapter
-@click.option("--out", required=True, type=click.Path(), help="The pairs file to make; it must not exist.")
+@click.option("--out", type=click.Path(), help="The pairs file to make; it must not exist.")
 @as_json
 @quiet
 def pairs(
+    show: str | None,
     task: str,
     model: str,
     revision: str | None,
@@ -81,17 +89,24 @@ def pairs(
     among: str,
     device: str,
     adapter: str | None,
-    out: str,
+    out: str | None,
     as_json: bool,
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Make prompt pairs and write them to a file, one JSON object a line.
+    """Make prompt pairs and write them to a file, one JSON object a line; or show those of a file.
 
     Degenerate pairs are left out, and how many and why is said on stderr.
     """
+    if show is not None:
+        if out:
+            raise DeltapatchError("--show and --out do not go together: leave one out")
+        _show(show, model, as_json)
+        return
+    if not out:
+        raise DeltapatchError("Missing option '--out': the pairs file to make (or --show FILE to make none)")
+    from deltapatch.engine.pairs_file import write_pairs
     from deltapatch.tasks.answered import keep_answered
-    from deltapatch.tasks.jsonl import write_pairs
     from deltapatch.tasks.registry import TASKS, make_pairs
 
     if Path(out).exists():
@@ -120,6 +135,23 @@ def pairs(
         print_json(facts | {"notes": dropped.notes})
     else:
         click.echo(out)
+
+
+def _show(path: str, model: str, as_json: bool) -> None:
+    """Print the pairs of a file as a model sees them."""
+    from deltapatch.cli.show import as_text, shown_pairs
+    from deltapatch.engine.pairs import encode_pairs
+    from deltapatch.engine.pairs_file import read_named_pairs
+    from deltapatch.models.model import load_model
+
+    names, given = zip(*read_named_pairs(path), strict=True)
+    loaded = load_model(model, "cpu", stream=True)  # of which only the tokenizer is read
+    encoded = encode_pairs(given, loaded.tokenizer, loaded.spec.d_vocab, names)
+    found = shown_pairs(given, names, encoded, loaded.tokenizer)
+    if as_json:
+        print_json({"model": model, "pairs": found})
+    else:
+        click.echo(as_text(found), nl=False)
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:

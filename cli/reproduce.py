@@ -5,15 +5,16 @@ from typing import Any
 import click
 
 from deltapatch.cli.options import (
+    SEED,
     as_json,
     in_flops,
     loading,
     print_json,
     quiet,
-    read_bytes,
     read_names,
     say,
 )
+from deltapatch.engine.arguments import n_bytes
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
@@ -62,7 +63,9 @@ def _list(context: click.Context, option: click.Parameter, asked: bool) -> None:
     show_default=True,
     help="Exemplars before each question; two operands also with every smaller number.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of pairs, intervals, tests and random sets.")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="Of pairs, intervals, tests and random sets."
+)
 @click.option(
     "--max-number", type=int, help="The largest number, where a model knows none up to the tasks' own 300."
 )
@@ -181,7 +184,7 @@ def _settings(given: dict[str, Any]) -> Any:
     if quick and paper:
         raise DeltapatchError("--quick and --paper-size exclude each other")
     size = "quick" if quick else "paper" if paper else "usual"
-    given["memory_budget"] = read_bytes(given["memory_budget"])
+    given["memory_budget"] = n_bytes(given["memory_budget"], "--memory-budget")
     return Settings(size=size, **given)
 
 

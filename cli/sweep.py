@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltapatch.cli.options import (
+    SEED,
     as_json,
-    in_bytes,
     in_flops,
     in_seconds,
     loading,
     print_json,
     quiet,
-    read_bytes,
     read_layers,
     read_names,
     read_positions,
     read_shard,
     say,
 )
+from deltapatch.engine.arguments import in_bytes, n_bytes
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ Examples:
     "--metrics", default="all", show_default=True, help="Metrics to be asked for later, with commas."
 )
 @click.option("--memory-budget", help="Memory that the sweep may use beside the model: 2GB, 512MiB.")
-@click.option("--seed", default=0, show_default=True, help="Of the sources resample and noise.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the sources resample and noise.")
 @click.option("--out", help="The run folder to make; it must not exist, unless a sweep is resumed.")
 @click.option(
     "--resume",
@@ -131,11 +131,15 @@ def sweep(
             raise DeltapatchError(f"--ray and {option} do not go together: leave one out")
     if ray_cpus and ray is None:
         raise DeltapatchError("--ray-cpus says of how many CPUs the workers of --ray are: give --ray as well")
-    at, which, budget = read_positions(positions), read_layers(layers), read_bytes(memory_budget)
+    at, which, budget = (
+        read_positions(positions),
+        read_layers(layers),
+        n_bytes(memory_budget, "--memory-budget"),
+    )
     measured = "all" if metrics == "all" else read_names(metrics)
 
+    from deltapatch.engine.pairs_file import read_named_pairs
     from deltapatch.engine.runfolder import RUN, check_output
-    from deltapatch.tasks.jsonl import read_named_pairs
 
     # Of a run that is finished it is only seen whether it is of this sweep: nothing of that is told.
     finished = bool(out) and (resume or part is not None) and (Path(out or "") / RUN).is_file()

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from deltapatch.engine.arguments import several
 from deltapatch.engine.metrics import METRICS, Direction, Reference, compute
 from deltapatch.engine.pairs import EncodedPair
 from deltapatch.engine.sites import find_site
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, path_of
 
 AXES = ("pair", "layer", "position", "index")  # of every measured array; whole-vector sites have no index
 
@@ -133,8 +134,8 @@ class Effects:
 
         `index` is -1 for sites without one. `position` is an object array where any position is a label.
         """
-        metrics = [metrics] if isinstance(metrics, str) else list(metrics)
-        sites = [sites] if isinstance(sites, str) else list(sites or self.sites)
+        metrics = list(several(metrics, "metrics", "names such as ['ie', 'recovered']"))  # type: ignore[arg-type]
+        sites = list(several(sites or list(self.sites), "sites", "names of sites"))  # type: ignore[arg-type]
         parts = [self._site_columns(metrics, site) for site in sites]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -162,7 +163,7 @@ class Effects:
 
         if self.meta.get("fingerprint") is None and self._fingerprint is not None:
             self.meta["fingerprint"] = self._fingerprint()
-        write_run(self, path)
+        write_run(self, path_of(path, "a run folder"))
 
     def __repr__(self) -> str:
         what = ", ".join(str(self.meta[k]) for k in ("model", "precision", "backend") if k in self.meta)

@@ -1,10 +1,11 @@
 """Grids: what a sweep patches, as axes, and the patches of one pair as arrays, never as objects."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from deltapatch.engine.arguments import position, several, whole
 from deltapatch.engine.layout import RunShape
 from deltapatch.engine.pairs import EncodedPair
 from deltapatch.engine.patches import PatchTable, place_of
@@ -12,8 +13,8 @@ from deltapatch.engine.sites import Site, check_site, find_site
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.spec import ModelSpec
 
-Positions = str | Sequence[int | str]
-Layers = str | Sequence[int]
+Positions = str | int | Sequence[int | str]
+Layers = str | int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -150,59 +151,55 @@ def make_grid(
 
 
 def listed(names: str | Sequence[str]) -> list[str]:
-    """Names, given as a list or with commas between."""
-    return [n.strip() for n in names.split(",") if n.strip()] if isinstance(names, str) else list(names)
+    """Names of sites, given as a list or with commas between. DeltapatchError where it is something else."""
+    if isinstance(names, str):
+        return [n.strip() for n in names.split(",") if n.strip()]
+    return list(several(names, "sites", "names such as ['mlp_out', 'z']"))  # type: ignore[arg-type]
 
 
 def _layers(layers: Layers, spec: ModelSpec) -> list[int]:
-    if isinstance(layers, str):
-        if layers == "all":
-            return list(range(spec.n_layers))
+    if isinstance(layers, str) and layers != "all":
         raise DeltapatchError(f"layers must be 'all' or a list of numbers, not {layers!r}")
+    given = list(several(layers, "layers", "'all' or a list of numbers"))
+    if _is_all(given):
+        return list(range(spec.n_layers))
     out: list[int] = []
-    for item in _flat(layers):
-        if not isinstance(item, int | np.integer) or isinstance(item, bool):
-            raise DeltapatchError(f"a layer must be a whole number, not {item!r}")
-        if not 0 <= item < spec.n_layers:
+    for item in given:
+        layer = whole(item, "a layer must be a whole number")
+        if not 0 <= layer < spec.n_layers:
             raise DeltapatchError(
-                f"layer {item} does not exist: this model has layers 0 to {spec.n_layers - 1}"
+                f"layer {layer} does not exist: this model has layers 0 to {spec.n_layers - 1}"
             )
-        out.append(int(item))
+        out.append(layer)
     if not out:
         raise DeltapatchError("no layers were given: name at least one, or 'all'")
     return list(dict.fromkeys(out))
 
 
-def _flat(items: Sequence[int] | Sequence[Sequence[int]]) -> Iterator[object]:
-    for item in items:
-        if isinstance(item, range):
-            yield from item
-        else:
-            yield item
+def _is_all(given: Sequence[object]) -> bool:
+    """Whether "all" was asked for, by itself or as the one item of a list."""
+    return len(given) == 1 and isinstance(given[0], str) and given[0] == "all"
 
 
 def _positions(positions: Positions, pairs: list[EncodedPair]) -> list[int | str]:
     longest = max(len(p.clean) for p in pairs)
-    if isinstance(positions, str):
-        if positions == "all":
-            return list(range(longest))
-        positions = [-1 if positions == "last" else positions]
+    if isinstance(positions, str) and positions == "last":
+        return [-1]
+    given = list(several(positions, "positions", "'all', 'last', or a list of numbers and labels"))
+    if _is_all(given):
+        return list(range(longest))
     out: list[int | str] = []
-    for at in _flat(positions):  # type: ignore[arg-type]
+    for item in given:
+        at = position(item)
         if isinstance(at, str) and at != "last" and not any(at in p.labels for p in pairs):
             known = sorted({label for p in pairs for label in p.labels})
             has = f"the pairs' labels are {', '.join(known)}" if known else "the pairs have no labels"
+            alone = "'all' stands alone" if at == "all" else f"no pair has a position labelled {at!r}"
+            raise DeltapatchError(f"{alone}: {has}; or use all, last or numbers")
+        if isinstance(at, int) and not -longest <= at < longest:
             raise DeltapatchError(
-                f"no pair has a position labelled {at!r}: {has}; or use all, last or numbers"
+                f"position {at} does not exist: the longest prompt has positions 0 to {longest - 1}"
             )
-        if isinstance(at, int | np.integer) and not isinstance(at, bool):
-            at = int(at)
-            if not -longest <= at < longest:
-                raise DeltapatchError(
-                    f"position {at} does not exist: the longest prompt has positions 0 to {longest - 1}"
-                )
-        elif not isinstance(at, str):
-            raise DeltapatchError(f"a position must be a whole number or a label, not {at!r}")
         if at not in out:
             out.append(at)
     if not out:

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deltapatch.engine.arguments import position, several, whole
 from deltapatch.engine.pairs import EncodedPair
 from deltapatch.engine.patches import PatchTable, place_of
 from deltapatch.engine.sites import check_site, find_site
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.spec import ModelSpec
 
 
@@ -19,7 +20,7 @@ class Patch:
 
     Attributes:
         site: a name of `sites.SITES`, or TransformerLens' hook name of it.
-        layer: from 0.
+        layer: from 0; the same as in the site's name where that has one (``blocks.3.attn.hook_z``).
         position: from 0, negative from the end, or one of the pair's labels.
         index: head, neuron or coordinate, for the sites that have one.
     """
@@ -32,10 +33,34 @@ class Patch:
 
 @dataclass(frozen=True)
 class Intervention:
-    """Patches applied together to the base run of one pair."""
+    """Patches, one or several, applied together to the base run of one pair."""
 
     pair: int
     patches: Sequence[Patch]
+
+
+def checked(interventions: Intervention | Sequence[Intervention]) -> list[Intervention]:
+    """Interventions, given as several or as one, each with a list of patches.
+
+    Raises:
+        DeltapatchError: they are something else, or there are none.
+    """
+    found: list[Intervention] = []
+    for given in several(interventions, "interventions", "a list of Intervention"):
+        where = f"intervention {len(found)}"
+        if not isinstance(given, Intervention):
+            raise DeltapatchError(
+                f"{where} must be Intervention(pair, patches), not {shown(given)}; a Patch belongs in one"
+            )
+        pair = whole(given.pair, f"{where}: pair must be the number of a pair")
+        patches = list(several(given.patches, f"{where}: patches", "a list of Patch"))
+        for patch in patches:
+            if not isinstance(patch, Patch):
+                raise DeltapatchError(f"{where}: patches must be a list of Patch, not of {shown(patch)}")
+        found.append(Intervention(pair, patches))  # type: ignore[arg-type]  # just checked
+    if not found:
+        raise DeltapatchError("there are no interventions: give at least one")
+    return found
 
 
 def tables_of(
@@ -43,12 +68,13 @@ def tables_of(
 ) -> dict[int, tuple[PatchTable, np.ndarray]]:
     """The interventions of each pair that has any: (table, which interventions they are).
 
+    Args:
+        interventions: as `checked` gives them.
+
     Raises:
-        DeltapatchError: no interventions, one without patches, one that patches an activation twice, or
-            something that the pair or the model does not have.
+        DeltapatchError: one is without patches or patches an activation twice, or names something that the
+            pair or the model does not have.
     """
-    if not interventions:
-        raise DeltapatchError("there are no interventions: give at least one")
     by_pair: dict[int, list[int]] = {}
     for i, intervention in enumerate(interventions):
         if not 0 <= intervention.pair < len(pairs):
@@ -98,31 +124,45 @@ def _patch(
     Args:
         places: of the pair that are known, by the patch's site, layer and position.
     """
-    key = (patch.site, patch.layer, patch.position)
-    place = places.get(key)
+    # Checked before they are looked up: 1.0 and True are equal to 1.
+    site, layer, at, index = patch.site, patch.layer, patch.position, patch.index
+    if not isinstance(site, str):
+        find_site(site)
+    if type(layer) is not int:
+        layer = whole(layer, f"{where}: a layer must be a whole number")
+    if type(at) is not int:
+        at = position(at, f"{where}: a position must be a whole number or a label")
+    place = places.get((site, layer, at))
     if place is None:
-        place = places[key] = _find(patch, where, pair, spec)
-    index, size = patch.index, place.size
+        place = places[site, layer, at] = _find(site, layer, at, where, pair, spec)
+    size = place.size
     if not size and index is not None:
-        raise DeltapatchError(f"{where}: site {place.site} takes no index, but {index} was given")
-    if size and (index is None or not 0 <= index < size):
-        raise DeltapatchError(f"{where}: site {place.site} needs an index from 0 to {size - 1}, not {index}")
-    return place.layer, place.place, place.position, -1 if index is None else index
+        raise DeltapatchError(f"{where}: site {place.site} takes no index, but {shown(index)} was given")
+    if not size:
+        return place.layer, place.place, place.position, -1
+    needs = f"{where}: site {place.site} needs an index from 0 to {size - 1}"
+    index = whole(index, needs)
+    if not 0 <= index < size:
+        raise DeltapatchError(f"{needs}, not {index}")
+    return place.layer, place.place, place.position, index
 
 
-def _find(patch: Patch, where: str, pair: EncodedPair, spec: ModelSpec) -> _Place:
-    site, named = find_site(patch.site)
+def _find(name: str, layer: int, at: int | str, where: str, pair: EncodedPair, spec: ModelSpec) -> _Place:
+    site, named = find_site(name)
     check_site(site, spec)
-    layer = patch.layer if named is None else named
+    if named not in (None, layer):
+        raise DeltapatchError(
+            f"{where}: site {name!r} is in layer {named}, but layer {layer} is given beside it: give the same"
+        )
     if not 0 <= layer < spec.n_layers:
         raise DeltapatchError(
             f"{where}: layer {layer} does not exist: this model has 0 to {spec.n_layers - 1}"
         )
-    position = pair.resolve(patch.position)
-    if position is None:
+    place = pair.resolve(at)
+    if place is None:
         raise DeltapatchError(
-            f"{where}: its pair has no position {patch.position!r}; "
+            f"{where}: its pair has no position {at!r}; "
             f"the prompt has {len(pair.clean)} tokens and labels {sorted(pair.labels) or 'none'}"
         )
-    place, shift = place_of(site.name, 0)
-    return _Place(layer + int(shift), place, position, site.name, site.n_indices(spec))
+    number, shift = place_of(site.name, 0)
+    return _Place(layer + int(shift), number, place, site.name, site.n_indices(spec))

@@ -17,8 +17,9 @@ from deltapatch.engine.gather import Gathered, PassEffects
 from deltapatch.engine.layout import PairShapes, RunShape
 from deltapatch.engine.limit import Limit
 from deltapatch.engine.memory import Costs, default_budget
-from deltapatch.engine.metrics import MEASURED, Direction, Reference, measured_for
-from deltapatch.engine.pairs import EncodedPair, PromptPair, encode_pairs, read_at
+from deltapatch.engine.metrics import Direction, Reference, measured_for
+from deltapatch.engine.pairs import EncodedPair, encode_pairs, read_at
+from deltapatch.engine.pairs_file import Pairs, as_pairs
 from deltapatch.engine.planner import Pass, cut, row_layers
 from deltapatch.engine.products import has_float8
 from deltapatch.engine.progress import progress_bar
@@ -27,7 +28,7 @@ from deltapatch.engine.sources import Prompts, Source, check_source, partners
 from deltapatch.engine.wavefront import PassResult, Wavefront
 from deltapatch.engine.work import Keeper, Tables, Work
 from deltapatch.engine.workers import Map, workers
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, shown
 from deltapatch.kernels.backend import Backend, choose_backend
 from deltapatch.kernels.device import float32_products
 from deltapatch.kernels.product import PRECISIONS, Precision
@@ -66,23 +67,27 @@ class Job:
     def of(
         cls,
         model: Model,
-        pairs: Sequence[PromptPair],
+        pairs: Pairs,
         direction: Direction,
         source: str,
         precision: str,
         backend: str,
         memory_budget: int | None,
-        metrics: str | Sequence[str],
+        metrics: Sequence[str],
         readout: int | str,
         seed: int,
         noise_scale: float,
         noise_sample: int | None,
     ) -> "Job":
-        """Check the options of a sweep or run, and encode its pairs.
+        """Check the options of a sweep or run, as `prepare.Options` has them, and encode its pairs.
 
         Raises:
             DeltapatchError: an option or a pair is wrong.
         """
+        if not isinstance(model, Model):
+            raise DeltapatchError(
+                f"model must be what load_model or from_transformers returns, not {shown(model)}"
+            )
         if direction not in ("denoise", "noise"):
             raise DeltapatchError(f"unknown direction {direction!r}: choose denoise or noise")
         if precision != "auto" and precision not in PRECISIONS:
@@ -91,15 +96,10 @@ class Job:
             )
         if precision == "fp8" and not has_float8(model.device):
             raise DeltapatchError(f"precision fp8 needs a newer GPU than {model.device}: use fp16 or bf16")
-        if noise_sample is not None and noise_sample < 0:
-            raise DeltapatchError(f"the noise sample must be 0 or more effects, not {noise_sample}")
-        if memory_budget is not None and memory_budget <= 0:
-            raise DeltapatchError(f"the memory budget must be positive, not {memory_budget}")
         kind = check_source(source)
-        if isinstance(metrics, str) and metrics != "all":
-            metrics = [m.strip() for m in metrics.split(",")]
-        measured = MEASURED if metrics == "all" else measured_for(tuple(metrics))
-        encoded = encode_pairs(pairs, model.tokenizer, model.spec.d_vocab)
+        measured = measured_for(tuple(metrics))
+        given, names = as_pairs(pairs)
+        encoded = encode_pairs(given, model.tokenizer, model.spec.d_vocab, names)
         length = np.array([read_at(readout, i, p) + 1 for i, p in enumerate(encoded)])
         continued = [continuation(pair.clean_answer, pair.corrupted_answer) for pair in encoded]
         for number, pair in enumerate(encoded):

@@ -15,10 +15,13 @@ from typing import Literal
 
 import numpy as np
 
-from deltapatch.errors import DeltapatchError
+from deltapatch.engine.arguments import choice, several
+from deltapatch.errors import DeltapatchError, shown
 
 Direction = Literal["denoise", "noise"]
 Formula = Callable[[Mapping[str, np.ndarray], "Reference", Direction], np.ndarray]
+
+_EXAMPLE = "'all' or names such as ['ie', 'recovered']"
 
 # What the engine writes down of each intervention; each is itself a metric.
 MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "flip", "says_clean", "says_corrupted")
@@ -134,9 +137,29 @@ METRICS: dict[str, Metric] = {
 
 def check_metric(name: str) -> Metric:
     """The metric of that name, or a sentence that lists the names."""
-    if name not in METRICS:
-        raise DeltapatchError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
-    return METRICS[name]
+    if callable(name):
+        raise DeltapatchError(
+            f"a metric must be a name, not a function ({shown(name)}): choose from {', '.join(METRICS)}"
+        )
+    return METRICS[choice(name, METRICS, "metric")]
+
+
+def metric_names(metrics: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of metrics, given as one, as several, with commas between, or as "all".
+
+    Raises:
+        DeltapatchError: there are none, or one is unknown.
+    """
+    given = metrics.split(",") if isinstance(metrics, str) else list(several(metrics, "metrics", _EXAMPLE))
+    names = [name.strip() if isinstance(name, str) else name for name in given]
+    names = [name for name in names if name != ""]
+    if not names:
+        raise DeltapatchError(f"no metrics were given: metrics must be {_EXAMPLE}")
+    if names == ["all"]:
+        return tuple(METRICS)
+    for name in names:
+        check_metric(name)  # type: ignore[arg-type]  # which says so
+    return tuple(names)  # type: ignore[arg-type]  # just checked
 
 
 def measured_for(metrics: tuple[str, ...]) -> tuple[str, ...]:

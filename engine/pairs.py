@@ -1,11 +1,13 @@
 """Prompt pairs, and their checked, tokenised form: what every sweep starts from."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-
+from deltapatch.engine.arguments import check_label, label_name, whole
+from deltapatch.engine.tokens import Tokens, after, around, pieces, text_before, tokenise
 from deltapatch.errors import DeltapatchError, shown
 
 
@@ -17,7 +19,8 @@ class PromptPair:
         clean, corrupted: text, or a list of token ids.
         clean_answer, corrupted_answer: text (tokenised in context, to one token or several), a token id, or a
             list of them.
-        labels: name -> position, for example ``{"op1": 4, "last": -1}``.
+        labels: name -> position, for example ``{"op1": 4, "subject": -3}``. A word of the tool, as
+            `last`, names only what it means without a label.
         meta: anything else that should travel with the pair (template, operands, ...).
     """
 
@@ -61,7 +64,7 @@ class EncodedPair:
     def resolve(self, position: int | str) -> int | None:
         """The place, from 0, of an int (from the end where negative) or a label; None where there is none."""
         if isinstance(position, str):
-            return self.labels.get(position, len(self.clean) - 1 if position == "last" else None)
+            return len(self.clean) - 1 if position == "last" else self.labels.get(position)
         place = position + len(self.clean) if position < 0 else position
         return place if 0 <= place < len(self.clean) else None
 
@@ -71,13 +74,13 @@ def encode_pairs(
 ) -> list[EncodedPair]:
     """Tokenise and check pairs.
 
-    Prompts given as text are tokenised with the tokenizer's defaults, special tokens included (LLaMA's BOS);
-    prompts given as ids are used as they are. An answer given as text is tokenised in context: the tokens of
-    prompt + answer must be those of the prompt and one or several more. It is tried as given and, where the
-    prompt does not end in a space and the answer does not begin with one, with a space between them; what
-    makes fewer tokens counts, as given where both make as many. For a prompt given as ids there is no text to
-    append to: the answer is tokenised alone, without special tokens, as given and with a leading space. An
-    unknown-word token is no answer.
+    Prompts given as text are tokenised with the special tokens that the tokenizer puts at the front, once,
+    and none at the end (see `tokens.py`); prompts given as ids are used as they are. An answer given as text
+    is tokenised in context: the tokens of prompt + answer must be those of the prompt and one or several
+    more. It is tried as given and, where the prompt does not end in a space and the answer does not begin
+    with one, with a space between them; what makes fewer tokens counts, as given where both make as many. The
+    context of a prompt given as ids is the text that has these ids, or of its last token. An unknown-word
+    token is no answer.
 
     Args:
         pairs: at least one pair.
@@ -87,15 +90,22 @@ def encode_pairs(
 
     Raises:
         DeltapatchError: no pairs; text without a tokenizer; an empty prompt or answer; prompts of unequal
-            length; a token id or a label position out of range; an answer that changes the tokens of its
-            prompt or is unknown to the tokenizer.
+            length; a token id or a label position out of range; a label that says something else than the
+            word of the tool that it is; an answer that changes the tokens of its prompt or is unknown to the
+            tokenizer; a prompt of ids that ends in an end token.
+
+    Warns:
+        where a prompt's tokens are not those that the tokenizer itself would make of it.
     """
     if not pairs:
         raise DeltapatchError("There are no prompt pairs: give at least one.")
     if names is None:
         names = [f"pair {i}" for i in range(len(pairs))]
-    texts: dict[int, str] = {}
-    return [_encode(pair, tokenizer, d_vocab, name, texts) for pair, name in zip(pairs, names, strict=True)]
+    encoder = _Encoder(tokenizer, d_vocab)
+    encoded = [encoder.encode(pair, name) for pair, name in zip(pairs, names, strict=True)]
+    for note in encoder.notes.values():
+        warnings.warn(note, stacklevel=2)
+    return encoded
 
 
 def read_at(readout: int | str, number: int, pair: EncodedPair) -> int:
@@ -111,149 +121,166 @@ def read_at(readout: int | str, number: int, pair: EncodedPair) -> int:
     return at
 
 
-def _encode(pair: PromptPair, tokenizer: Any, d_vocab: int, name: str, texts: dict[int, str]) -> EncodedPair:
-    """The checked form of a pair; `texts` keeps the text of every token that was met."""
-    clean = _prompt_ids(pair.clean, "clean", tokenizer, d_vocab, name)
-    corrupted = _prompt_ids(pair.corrupted, "corrupted", tokenizer, d_vocab, name)
-    if len(clean) != len(corrupted):
-        raise DeltapatchError(
-            f"{name}: the prompts must have the same number of tokens, but clean has {len(clean)} "
-            f"{_shown(clean, tokenizer)} and corrupted has {len(corrupted)} {_shown(corrupted, tokenizer)}."
+class _Encoder:
+    """Encodes pairs for one tokenizer.
+
+    Attributes:
+        notes: what was done that users would not expect, each kind once.
+    """
+
+    def __init__(self, tokenizer: Any, d_vocab: int) -> None:
+        self.tokenizer, self.d_vocab = tokenizer, d_vocab
+        self.notes: dict[str, str] = {}
+        self._texts: dict[int, str] = {}  # of every token that was met
+
+    def encode(self, pair: PromptPair, name: str) -> EncodedPair:
+        """The checked form of a pair."""
+        clean = self._prompt(pair.clean, "clean", name)
+        corrupted = self._prompt(pair.corrupted, "corrupted", name)
+        if len(clean) != len(corrupted):
+            raise DeltapatchError(
+                f"{name}: the prompts must have the same number of tokens, but clean has {len(clean)} "
+                f"{self._pieces(clean)} and corrupted has {len(corrupted)} {self._pieces(corrupted)}."
+            )
+        clean_answer = self._answer(pair.clean_answer, pair.clean, clean, "clean_answer", name)
+        corrupted_answer = self._answer(
+            pair.corrupted_answer, pair.corrupted, corrupted, "corrupted_answer", name
         )
-    clean_answer = _answer_ids(pair.clean_answer, pair.clean, clean, "clean_answer", tokenizer, d_vocab, name)
-    corrupted_answer = _answer_ids(
-        pair.corrupted_answer, pair.corrupted, corrupted, "corrupted_answer", tokenizer, d_vocab, name
-    )
-    return EncodedPair(
-        clean=clean,
-        corrupted=corrupted,
-        clean_answer=clean_answer,
-        corrupted_answer=corrupted_answer,
-        labels={label: _position(label, p, len(clean), name) for label, p in pair.labels.items()},
-        meta=dict(pair.meta),
-        clean_text=_pieces(clean, tokenizer, texts),
-        corrupted_text=_pieces(corrupted, tokenizer, texts),
-        clean_answer_text=_as_one(clean_answer, tokenizer, texts),
-        corrupted_answer_text=_as_one(corrupted_answer, tokenizer, texts),
-    )
+        for field_, value in (("labels", pair.labels), ("meta", pair.meta)):
+            if not isinstance(value, Mapping):
+                raise DeltapatchError(f"{name}: {field_} must be a dictionary, not {shown(value)}")
+        labels = {
+            label_name(label, name): _place(label, p, len(clean), name) for label, p in pair.labels.items()
+        }
+        return EncodedPair(
+            clean=clean,
+            corrupted=corrupted,
+            clean_answer=clean_answer,
+            corrupted_answer=corrupted_answer,
+            labels=labels,
+            meta=dict(pair.meta),
+            clean_text=self._pieces(clean),
+            corrupted_text=self._pieces(corrupted),
+            clean_answer_text=self._as_one(clean_answer),
+            corrupted_answer_text=self._as_one(corrupted_answer),
+        )
 
+    def _prompt(self, prompt: str | list[int], which: str, name: str) -> list[int]:
+        """The token ids of a prompt, every one checked."""
+        if not isinstance(prompt, str):
+            ids = self._ids(prompt, which, name)
+            self._check_ends(ids, which, name)
+        elif not prompt:
+            ids = []  # a BOS alone would be a prompt that the user did not write
+        else:
+            self._need(which, name)
+            found = tokenise(self.tokenizer, prompt)
+            ids = self._ids(found.ids, which, name)
+            if found.own_front:
+                begun = self._as_one(ids[: len(self._around.front)])
+                self.notes["own"] = (
+                    f"{name}: the {which} prompt begins with {begun!r} itself, so the tokenizer's own is not "
+                    "put before it (the same of others that do)"
+                )
+            if found.end:
+                self.notes["end"] = (
+                    f"the tokenizer puts {self._as_one(found.end)!r} at the end of a text: it is left out, "
+                    "since the answer follows there"
+                )
+        if not ids:
+            raise DeltapatchError(f"{name}: the {which} prompt is empty.")
+        return ids
 
-def _prompt_ids(prompt: str | list[int], which: str, tokenizer: Any, d_vocab: int, name: str) -> list[int]:
-    """The token ids of a prompt, every one checked."""
-    if not isinstance(prompt, str):
-        ids = [_checked_id(i, which, d_vocab, name) for i in prompt]
-    elif not prompt:
-        ids = []  # a BOS alone would be a prompt that the user did not write
-    else:
-        _need(tokenizer, which, name)
-        ids = [_checked_id(i, which, d_vocab, name) for i in _tokens(tokenizer, prompt)]
-    if not ids:
-        raise DeltapatchError(f"{name}: the {which} prompt is empty.")
-    return ids
+    def _check_ends(self, ids: list[int], which: str, name: str) -> None:
+        """Check that a prompt of ids has no end token, and note where it begins twice."""
+        if self.tokenizer is None:
+            return
+        front, end = self._around.front, self._around.end
+        if end and ids[-len(end) :] == end:
+            raise DeltapatchError(
+                f"{name}: the {which} prompt ends in {self._as_one(end)!r}, which the tokenizer puts at the "
+                "end of a text: leave it out, since the answer follows there, or give the prompt as text"
+            )
+        if front and ids[: 2 * len(front)] == 2 * front:
+            self.notes["twice"] = (
+                f"{name}: the {which} prompt, given as ids, begins with {self._as_one(front)!r} twice"
+            )
 
+    @cached_property
+    def _around(self) -> Tokens:
+        """What the tokenizer puts around a text."""
+        return around(self.tokenizer)
 
-def _answer_ids(
-    answer: str | int | list[int],
-    prompt: str | list[int],
-    prompt_ids: list[int],
-    which: str,
-    tokenizer: Any,
-    d_vocab: int,
-    name: str,
-) -> list[int]:
-    """The tokens of an answer, in the context of its prompt. `encode_pairs` says how they are found."""
-    if isinstance(answer, list | tuple):
+    def _answer(
+        self, answer: str | int | list[int], prompt: str | list[int], ids: list[int], which: str, name: str
+    ) -> list[int]:
+        """The tokens of an answer, in the context of its prompt. `encode_pairs` says how they are found."""
+        if not isinstance(answer, str):
+            one = not isinstance(answer, Iterable) or getattr(answer, "ndim", 1) == 0
+            found = self._ids([answer] if one else answer, which, name)
+            if not found:
+                raise DeltapatchError(
+                    f"{name}: {which} is empty; give the tokens that should follow the prompt."
+                )
+            return found
+        self._need(which, name)
         if not answer:
-            raise DeltapatchError(f"{name}: {which} is empty; give the tokens that should follow the prompt.")
-        return [_checked_id(i, which, d_vocab, name) for i in answer]
-    if not isinstance(answer, str):
-        return [_checked_id(answer, which, d_vocab, name)]
-    _need(tokenizer, which, name)
-    if not answer:
-        raise DeltapatchError(f"{name}: {which} is empty; give what should follow the prompt.")
-    # Candidates are appended to this text; a prompt of ids has none.
-    text = prompt if isinstance(prompt, str) else ""
-    candidates = [answer]
-    if not text.endswith(" ") and not answer.startswith(" "):
-        candidates.append(" " + answer)
-    found, seen = [], []
-    for candidate in candidates:
-        if text:
-            ids = _tokens(tokenizer, text + candidate)
-            added = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else None
-        else:
-            added = _tokens(tokenizer, candidate, add_special_tokens=False)
-        if added is None:
-            seen.append(f"{candidate!r} changes how the end of the prompt is tokenised")
-        elif not added:
-            seen.append(f"{candidate!r} adds no token")
-        elif tokenizer.unk_token_id in added:
-            seen.append(f"{candidate!r} is unknown to the tokenizer")
-        else:
-            found.append([_checked_id(i, which, d_vocab, name) for i in added])
-    if found:
-        return min(found, key=len)
-    remedy = ", or drop the space that ends the prompt" if text.endswith(" ") else ""
-    raise DeltapatchError(
-        f"{name}: {which} {answer!r} must add tokens to its prompt, but {' and '.join(seen)}; "
-        f"choose another answer{remedy}."
-    )
-
-
-def _need(tokenizer: Any, which: str, name: str) -> None:
-    if tokenizer is None:
+            raise DeltapatchError(f"{name}: {which} is empty; give what should follow the prompt.")
+        context = (prompt, ids) if isinstance(prompt, str) else text_before(self.tokenizer, ids)
+        if context is None:
+            raise DeltapatchError(
+                f"{name}: {which} {answer!r} cannot follow a prompt of ids; give its token ids."
+            )
+        text, before = context
+        candidates = [answer]
+        if not text.endswith(" ") and not answer.startswith(" "):
+            candidates.append(" " + answer)
+        tried = [(candidate, after(self.tokenizer, text, before, candidate)) for candidate in candidates]
+        added = [tokens for _, tokens in tried if not isinstance(tokens, str)]
+        if added:
+            return self._ids(min(added, key=len), which, name)
+        remedy = ", or drop the space that ends the prompt" if text.endswith(" ") else ""
+        seen = " and ".join(f"{candidate!r} {why}" for candidate, why in tried)
         raise DeltapatchError(
-            f"{name}: {which} is text, but this model has no tokenizer; give token ids instead."
+            f"{name}: {which} {answer!r} must add tokens to its prompt, but {seen}; "
+            f"choose another answer{remedy}."
         )
 
+    def _need(self, which: str, name: str) -> None:
+        if self.tokenizer is None:
+            raise DeltapatchError(
+                f"{name}: {which} is text, but this model has no tokenizer; give token ids instead."
+            )
 
-def _tokens(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
-    try:
-        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-    except Exception as error:  # of whatever kind its library has; half a surrogate pair is enough
-        reason = str(error).strip().split("\n")[0]
-        raise DeltapatchError(f"the tokenizer cannot read {shown(text)} ({shown(reason)})") from error
+    def _ids(self, tokens: Any, which: str, name: str) -> list[int]:
+        """Token ids, every one checked."""
+        must = f"{name}: {which} must be text or token ids (whole numbers)"
+        if not isinstance(tokens, Iterable) or isinstance(tokens, bytes | Mapping | set):
+            raise DeltapatchError(f"{must}, not {shown(tokens)}.")
+        ids = [whole(token, must) for token in tokens]
+        for token in ids:
+            if not 0 <= token < self.d_vocab:
+                raise DeltapatchError(
+                    f"{name}: token {token} of {which} is out of range; "
+                    f"the model's tokens go from 0 to {self.d_vocab - 1}."
+                )
+        return ids
+
+    def _pieces(self, ids: list[int]) -> list[str]:
+        return pieces(self.tokenizer, ids, self._texts)
+
+    def _as_one(self, ids: list[int]) -> str:
+        """Tokens as one string."""
+        return (" " if self.tokenizer is None else "").join(self._pieces(ids))
 
 
-def _checked_id(token: Any, which: str, d_vocab: int, name: str) -> int:
-    if isinstance(token, bool) or not isinstance(token, int | np.integer):
-        raise DeltapatchError(f"{name}: {which} must be text or token ids (whole numbers), not {token!r}.")
-    if not 0 <= token < d_vocab:
-        raise DeltapatchError(
-            f"{name}: token {int(token)} of {which} is out of range; "
-            f"the model's tokens go from 0 to {d_vocab - 1}."
-        )
-    return int(token)
-
-
-def _position(label: str, position: Any, length: int, name: str) -> int:
+def _place(label: str, at: Any, length: int, name: str) -> int:
     """A label's position, counted from 0."""
-    if isinstance(position, bool) or not isinstance(position, int | np.integer):
+    number = whole(at, f"{name}: label {label!r} must be a position (a whole number)")
+    if not -length <= number < length:
         raise DeltapatchError(
-            f"{name}: label {label!r} must be a position (a whole number), not {position!r}."
-        )
-    if not -length <= position < length:
-        raise DeltapatchError(
-            f"{name}: label {label!r} is at position {int(position)}, but the prompt has {length} tokens "
+            f"{name}: label {label!r} is at position {number}, but the prompt has {length} tokens "
             f"(positions 0 to {length - 1}, or -1 to {-length} from the end)."
         )
-    return int(position) % length
-
-
-def _pieces(ids: list[int], tokenizer: Any, texts: dict[int, str]) -> list[str]:
-    """One string a token."""
-    if tokenizer is None:
-        return [str(i) for i in ids]
-    for i in set(ids) - texts.keys():
-        texts[i] = tokenizer.decode([i], clean_up_tokenization_spaces=False)
-    return [texts[i] for i in ids]
-
-
-def _as_one(ids: list[int], tokenizer: Any, texts: dict[int, str]) -> str:
-    """Tokens as one string."""
-    return (" " if tokenizer is None else "").join(_pieces(ids, tokenizer, texts))
-
-
-def _shown(ids: list[int], tokenizer: Any) -> str:
-    """Tokens as an error message shows them, for example ['Q', ':', ' 12']."""
-    return str(_pieces(ids, tokenizer, {}))
+    check_label(label, number % length, length, name)
+    return number % length

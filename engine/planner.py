@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from deltapatch.engine.arguments import at_least_bytes, at_most_bytes
 from deltapatch.engine.layout import RunShape
 from deltapatch.engine.limit import Limit
 from deltapatch.engine.memory import Costs
@@ -122,8 +123,8 @@ def cut_rows(
         if budget - alone.bytes(costs) < longest:
             least = alone.bytes(costs) + longest
             raise DeltapatchError(
-                f"a memory budget of {budget / 1e6:,.0f} MB is too small: this model and these prompts need "
-                f"at least {least / 1e6:,.0f} MB; raise the budget, or shorten the prompts"
+                f"a memory budget of {at_most_bytes(budget)} is too small: this model and these prompts need "
+                f"at least {at_least_bytes(least)}; raise the budget, or shorten the prompts"
             )
         ends = [np.concatenate([[0], np.cumsum(a)]) for a in (bytes_of, work)]
         done = 0

@@ -9,20 +9,26 @@ import numpy as np
 import torch
 
 from deltapatch.engine import manifest as manifests
+from deltapatch.engine.arguments import count, n_bytes, position, scale, seed
 from deltapatch.engine.effects import Effects
 from deltapatch.engine.gather import split
 from deltapatch.engine.grid import Grid, Layers, Positions, make_grid
 from deltapatch.engine.job import Job
 from deltapatch.engine.manifest import Manifest, check_same, device_kind, settings_of, settings_of_run
-from deltapatch.engine.metrics import Direction, Reference
-from deltapatch.engine.pairs import PromptPair
+from deltapatch.engine.metrics import Direction, Reference, metric_names
+from deltapatch.engine.pairs_file import Pairs
 from deltapatch.engine.work import Work
+from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.model import Model
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `sweep` is asked for, as its docstring says it."""
+    """What `sweep` is asked for, as its docstring says it. What is given another way is made the same.
+
+    Raises:
+        DeltapatchError: an option is of another type, or out of range.
+    """
 
     sites: str | Sequence[str] = ("mlp_out", "attn_out")
     positions: Positions = "all"
@@ -31,12 +37,27 @@ class Options:
     source: str = "counterpart"
     precision: str = "auto"
     backend: str = "auto"
-    memory_budget: int | None = None
+    memory_budget: int | str | None = None
     metrics: str | Sequence[str] = "all"
     readout: int | str = "last"
     seed: int = 0
     noise_scale: float = 3.0
     noise_sample: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("direction", "source", "precision", "backend"):
+            if not isinstance(value := getattr(self, name), str):
+                raise DeltapatchError(f"{name} must be a name, not {shown(value)}")
+        same = {
+            "memory_budget": n_bytes(self.memory_budget, "the memory budget"),
+            "metrics": metric_names(self.metrics),
+            "readout": position(self.readout, "readout must be a whole number or a label"),
+            "seed": seed(self.seed),
+            "noise_scale": scale(self.noise_scale, "noise_scale"),
+            "noise_sample": count(self.noise_sample, "the noise sample"),
+        }
+        for name, value in same.items():
+            object.__setattr__(self, name, value)
 
     def of_job(self) -> dict[str, Any]:
         """Those that `Job.of` takes: all but what is patched."""
@@ -67,7 +88,8 @@ class Prepared:
         The model's fingerprint is among them: all its weights are read.
         """
         precision = None if self.options.precision == "auto" else self.options.precision
-        return settings_of(self.job, self.grid, precision, self.options.memory_budget)
+        budget = n_bytes(self.options.memory_budget, "the memory budget")
+        return settings_of(self.job, self.grid, precision, budget)
 
     def plan(self) -> Manifest:
         """Decide what is left open: the precision, and how the passes are cut on this machine.
@@ -111,7 +133,7 @@ class Prepared:
         }
 
 
-def prepare(model: Model, pairs: Sequence[PromptPair], options: Options) -> Prepared:
+def prepare(model: Model, pairs: Pairs, options: Options) -> Prepared:
     """Check a sweep.
 
     Raises:

@@ -19,7 +19,7 @@ from typing import Any
 
 from deltapatch.engine.effects import Effects
 from deltapatch.engine.merge import join
-from deltapatch.engine.pairs import PromptPair
+from deltapatch.engine.pairs_file import Pairs, as_pairs
 from deltapatch.engine.prepare import Options
 from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.ray_team import Team
@@ -31,7 +31,7 @@ from deltapatch.errors import DeltapatchError
 
 def ray_sweep(
     model: str | PathLike[str],
-    pairs: Sequence[PromptPair],
+    pairs: Pairs,
     out: str | PathLike[str],
     address: str | None = None,
     cpus: int | None = None,
@@ -50,7 +50,7 @@ def ray_sweep(
 
     Args:
         model: a folder or hub id, as `load_model` takes it.
-        pairs: prompt pairs.
+        pairs: prompt pairs, as `sweep` takes them.
         out: the run folder. Only this process needs to see it.
         address: of the cluster, as `ray.init` takes it: "auto", "host:port" or "local". By default the one
             that this process is connected to, that RAY_ADDRESS names or that runs on this machine; else one
@@ -59,7 +59,7 @@ def ray_sweep(
         loading: other arguments of `load_model`.
         resume: `out` may hold a run of the same sweep that was cut off, on Ray or not; not a finished one.
         progress: show a bar on stderr where that is a terminal.
-        names: what errors call each pair, "pair 0" and so on by default.
+        names: what errors call each pair; its line in a file, else "pair 0" and so on by default.
         told: is called with what the first worker says of the model and the sweep.
         options: other arguments of `sweep`: sites, positions, layers, direction, source, precision, backend,
             memory_budget, metrics, readout, seed, noise_scale, noise_sample.
@@ -69,6 +69,7 @@ def ray_sweep(
             workers, or a pass fails again and again.
     """
     inspect.signature(Options).bind(**options)
+    pairs, own = as_pairs(pairs)
     path = Path(out)
     finished = f"run {path} is finished already: load_effects reads it"
     if (path / RUN).is_file():
@@ -79,7 +80,7 @@ def ray_sweep(
     loading["device"] = _device(loading.get("device", "auto"), cpus)
     if loading.get("adapter") is not None:
         loading["adapter"] = _everywhere(loading["adapter"])
-    request = Request(_everywhere(model), loading, pairs, names, Options(**options), cpus)
+    request = Request(_everywhere(model), loading, pairs, names or own, Options(**options), cpus)
     with _connected(address) as ray:
         size, share = _room(ray, cpus)
         resources: dict[str, float] = {"num_gpus": 1, "num_cpus": 1} if cpus is None else {"num_cpus": cpus}

@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 from safetensors import SafetensorError
 
+from deltapatch.engine.arguments import check_label
 from deltapatch.engine.effects import Effects, SiteEffects
 from deltapatch.engine.metrics import MEASURED, Direction, Reference
 from deltapatch.engine.pairs import EncodedPair
@@ -29,7 +30,7 @@ from deltapatch.engine.runfolder import (
     is_begun,
 )
 from deltapatch.engine.sites import SITES
-from deltapatch.errors import DeltapatchError, shown
+from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.models.header import check_regular, open_safetensors
 
 _MEND = "copy it again, or remove it and run the sweep again"
@@ -45,7 +46,7 @@ def read_run(path: str | os.PathLike[str]) -> Effects:
     Raises:
         DeltapatchError: it is not a run folder, is damaged, or is of a newer format.
     """
-    path = Path(path)
+    path = path_of(path, "a run folder")
     if not path.exists():
         raise DeltapatchError(f"run folder {path} does not exist")
     if is_begun(path) and not (path / RUN).exists():
@@ -151,7 +152,10 @@ def _pair(found: Any) -> EncodedPair:
         _need(bool(found[name]), f"{name} of a pair in {PAIRS}")
     for name, value in found.items():
         _need(_is(value, _HINTS[name]), f"{name} of a pair in {PAIRS}")
-    return EncodedPair(**found)
+    pair = EncodedPair(**found)
+    for label, place in pair.labels.items():
+        check_label(label, place, len(pair.clean), PAIRS)
+    return pair
 
 
 def _is(value: Any, hint: Any) -> bool:

@@ -1,11 +1,14 @@
-"""Sites: where a patch can go. Adding one is one entry of SITES and its swap in the wavefront."""
+"""Sites: where a patch can go. Adding one is one entry of SITES and its swap in the wavefront.
+
+docs/sites.md lists all their names.
+"""
 
 import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.spec import ModelSpec
 
 Index = Literal["none", "coordinate", "head", "kv_head", "neuron"]
@@ -53,8 +56,8 @@ SITES: dict[str, Site] = {
     )
 }
 
-# The full hook names of TransformerLens, which users know, mean the same sites.
-_HOOK_NAMES = {
+# The hook names of TransformerLens, which users know, mean the same sites: bare, as in a block, and in full.
+HOOK_NAMES = {
     "hook_resid_pre": "resid_pre",
     "hook_resid_mid": "resid_mid",
     "hook_resid_post": "resid_post",
@@ -66,24 +69,30 @@ _HOOK_NAMES = {
     "attn.hook_z": "z",
     "mlp.hook_post": "mlp_post",
 }
-_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
+_BARE = {name.rpartition(".")[2]: site for name, site in HOOK_NAMES.items()}
+_HOOK = re.compile(r"blocks\.(\d{1,9})\.(.+)")
 
 
-@cache  # a joint patch names its sites thousands of times
 def find_site(name: str) -> tuple[Site, int | None]:
     """The site of a name, and the layer where the name carries one (`blocks.3.mlp.hook_post`).
 
     Raises:
         DeltapatchError: no site has that name.
     """
-    layer: int | None = None
-    short = name
-    if match := _HOOK.fullmatch(name):
-        layer, short = int(match[1]), _HOOK_NAMES.get(match[2], "")
-    short = _HOOK_NAMES.get(short, short)
-    if short not in SITES:
-        raise DeltapatchError(f"unknown site {name!r}: choose from {', '.join(SITES)}")
-    return SITES[short], layer
+    if not isinstance(name, str):
+        raise DeltapatchError(f"a site must be a name such as 'mlp_out', not {shown(name)}")
+    return _find(name)
+
+
+@cache  # a joint patch names its sites thousands of times
+def _find(name: str) -> tuple[Site, int | None]:
+    match = _HOOK.fullmatch(name)
+    short = match[2] if match else name
+    hook = HOOK_NAMES.get(short) or _BARE.get(short)
+    site = SITES.get(hook or ("" if match else name))
+    if site is None:
+        raise DeltapatchError(f"unknown site {shown(name)}: choose from {', '.join(SITES)}")
+    return site, int(match[1]) if match else None
 
 
 def check_site(site: Site, spec: ModelSpec) -> None:

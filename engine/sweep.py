@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from deltapatch.engine.arguments import several, whole
 from deltapatch.engine.effects import Effects, load_effects
 from deltapatch.engine.grid import Layers, Positions
-from deltapatch.engine.interventions import Intervention, tables_of
+from deltapatch.engine.interventions import Intervention, checked, tables_of
 from deltapatch.engine.job import Job
 from deltapatch.engine.metrics import Direction, Reference, compute
-from deltapatch.engine.pairs import PromptPair
+from deltapatch.engine.pairs_file import Pairs
 from deltapatch.engine.planner import row_layers
 from deltapatch.engine.prepare import Options, Prepared, prepare
 from deltapatch.engine.runfolder import RUN, check_output
@@ -21,7 +22,7 @@ from deltapatch.engine.sites import PLACES
 from deltapatch.engine.unfinished import tidy, unfinished
 from deltapatch.engine.work import Work
 from deltapatch.engine.workers import threads
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.models.model import Model
 
 
@@ -42,7 +43,7 @@ class Outcome:
 
 def sweep(
     model: Model,
-    pairs: Sequence[PromptPair],
+    pairs: Pairs,
     sites: str | Sequence[str] = ("mlp_out", "attn_out"),
     positions: Positions = "all",
     layers: Layers = "all",
@@ -50,7 +51,7 @@ def sweep(
     source: str = "counterpart",
     precision: str = "auto",
     backend: str = "auto",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     progress: bool = True,
     out: str | PathLike[str] | None = None,
     metrics: str | Sequence[str] = "all",
@@ -65,11 +66,12 @@ def sweep(
 
     Args:
         model: from `load_model` or `from_transformers`.
-        pairs: prompt pairs, of any lengths. Where answers have several tokens, effects are of the probability
+        pairs: prompt pairs, of any lengths, one or several, as `PromptPair` or dictionaries of its fields; or
+            the path of a pairs file. Where answers have several tokens, effects are of the probability
             of whole answers; `positions` and labels are those of the prompt.
         sites: names of sites, for example ["mlp_out", "z", "mlp_post"].
-        positions: "all", "last", or ints (negative from the end) and label names.
-        layers: "all", or ints and ranges.
+        positions: "all", "last", or ints (negative from the end) and label names, one or several.
+        layers: "all", or ints and ranges, one or several.
         direction: "denoise" patches clean activations into the corrupted run, "noise" the other way round.
         source: "counterpart" (the pair's other prompt), "zero", "mean" (over both prompts of all pairs of the
             same length), "resample" (another pair's source run) or "noise" (the corrupted run is the clean
@@ -79,8 +81,9 @@ def sweep(
             effects, in a sample of this sweep, are within 1e-2 of float64 (fp64 for a model loaded in
             float64). Unpatched runs are float32 in all of them, or float64.
         backend: "triton" (on a CUDA device), "reference", or "auto": the best one for the model's device.
-        memory_budget: bytes that the sweep may use beside the model and its results; a quarter of what is
-            free, at most 4 GiB, by default; on a GPU half of what is free there.
+        memory_budget: bytes, or text such as "2GB", that the sweep may use beside the model and its
+            results; a quarter of what is free, at most 4 GiB, by default; on a GPU half of what is free
+            there.
         progress: show a bar on stderr where that is a terminal.
         out: write a run folder there, which must not exist yet. What each pass finds is kept there at once.
         metrics: which metrics will be asked for, or "all"; leaving out kl, flip and says_* saves some time.
@@ -103,6 +106,8 @@ def sweep(
     Raises:
         DeltapatchError: bad input, one clear sentence.
     """
+    if out is not None:
+        path_of(out, "out")
     part = _part(shard, out)
     joins = resume or part is not None
     if out is not None and not joins:
@@ -145,13 +150,13 @@ def sweep(
 
 def run(
     model: Model,
-    pairs: Sequence[PromptPair],
-    interventions: Sequence[Intervention],
+    pairs: Pairs,
+    interventions: Intervention | Sequence[Intervention],
     direction: Direction = "denoise",
     source: str = "counterpart",
     precision: str = "auto",
     backend: str = "auto",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     progress: bool = True,
     metrics: str | Sequence[str] = "all",
     readout: int | str = "last",
@@ -164,20 +169,20 @@ def run(
     Raises:
         DeltapatchError: bad input; also an intervention without patches, or with one patch twice.
     """
-    job = Job.of(
-        model,
-        pairs,
-        direction,
-        source,
-        precision,
-        backend,
-        memory_budget,
-        metrics,
-        readout,
-        seed,
-        noise_scale,
-        noise_sample,
+    options = Options(
+        direction=direction,
+        source=source,
+        precision=precision,
+        backend=backend,
+        memory_budget=memory_budget,
+        metrics=metrics,
+        readout=readout,
+        seed=seed,
+        noise_scale=noise_scale,
+        noise_sample=noise_sample,
     )
+    interventions = checked(interventions)
+    job = Job.of(model, pairs, **options.of_job())
     tables = tables_of(interventions, job.pairs, model.spec)
     work = Work(
         job.ordered(tables),
@@ -197,7 +202,11 @@ def _part(shard: tuple[int, int] | None, out: object) -> tuple[int, int] | None:
     """Of a shard, counted from 0."""
     if shard is None:
         return None
-    i, n = shard
+    must = "shard must be two whole numbers such as (2, 8), the part and how many there are"
+    given = list(several(shard, "shard", "a part such as (2, 8)"))
+    if len(given) != 2:
+        raise DeltapatchError(f"{must}, not {shown(shard)}")
+    i, n = (whole(number, must) for number in given)
     if not 1 <= i <= n:
         raise DeltapatchError(f"shard {i}/{n} does not exist: the first of {n} is 1/{n}, the last {n}/{n}")
     if out is None:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from deltapatch.errors import DeltapatchError, shown
+from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.models.builtin_models import BUILTIN, builtin_model_path
 from deltapatch.models.fetch import fetch, hash_of_file, hash_of_tensor, tensor_spans
 from deltapatch.models.header import open_safetensors
@@ -227,7 +227,8 @@ def find_folder(
     """
     if revision is not None and (not isinstance(revision, str) or not revision.strip()):
         raise DeltapatchError(f"a revision is a branch, tag or commit of the hub, not {revision!r}")
-    path, builtin = Path(path_or_id).expanduser(), str(path_or_id).startswith(BUILTIN)
+    path = path_of(path_or_id, "a model or adapter").expanduser()
+    builtin = str(path_or_id).startswith(BUILTIN)
     if revision is not None and (builtin or path.is_dir()):
         raise DeltapatchError(
             f"{path_or_id} is not a model of the hub, and has no revision {shown(revision)}: give its "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.checkpoint import (
     TOKENIZER_FILES,
     ModuleTensors,
@@ -343,7 +343,7 @@ def from_transformers(hf_model: Any, tokenizer: Any = None) -> Model:
     architecture, spec = read_config(Config(fields, f"the configuration of {kind}"))
     store = Store(architecture, spec, ModuleTensors(kind, state))
     name = str(getattr(hf_model.config, "_name_or_path", "") or kind)
-    return Model(store, name, hf_model.device, tokenizer=tokenizer)
+    return Model(store, name, choose_device(hf_model.device), tokenizer=tokenizer)
 
 
 def _version(tensor: Tensor) -> int:
@@ -369,7 +369,12 @@ def choose_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise DeltapatchError(f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N") from error
+        raise DeltapatchError(f"unknown device {shown(device)}: choose auto, cpu, cuda or cuda:N") from error
+    strange = isinstance(device, str) and str(chosen) != device  # PyTorch takes cuda:256 for cuda:0
+    if chosen.type not in ("cpu", "cuda") or strange or (chosen.type == "cpu" and chosen.index):
+        raise DeltapatchError(
+            f"device {str(device)!r} is not one that deltapatch computes on: choose auto, cpu, cuda or cuda:N"
+        )
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise DeltapatchError(
             f"device {str(device)!r} is not there: PyTorch sees {torch.cuda.device_count()} GPUs"

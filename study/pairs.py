@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from deltapatch.engine.pairs import PromptPair, encode_pairs
+from deltapatch.engine.pairs_file import read_pairs, write_pairs
 from deltapatch.engine.wholefile import write_whole
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import Model
@@ -17,7 +18,6 @@ from deltapatch.study.presets import Experiment
 from deltapatch.study.settings import Settings
 from deltapatch.tasks.answered import WRONG, answered
 from deltapatch.tasks.dropped import Dropped
-from deltapatch.tasks.jsonl import read_pairs, write_pairs
 from deltapatch.tasks.numbers import number_range
 from deltapatch.tasks.registry import TASKS, make_pairs
 

@@ -71,6 +71,7 @@ class Settings:
         least = {
             "per_template": 1,
             "shots": 0,
+            "seed": 0,
             "max_number": 2,
             "top": 1,
             "layer": 0,

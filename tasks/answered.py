@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deltapatch.engine.pairs import PromptPair, encode_pairs
+from deltapatch.engine.pairs_file import Pairs, as_pairs
 from deltapatch.errors import DeltapatchError
 from deltapatch.tasks.dropped import Dropped
 
@@ -16,7 +17,7 @@ WRONG = "the model does not answer both of its prompts right"
 AMONG = ("vocabulary", "answers")
 
 
-def answered(model: "Model", pairs: Sequence[PromptPair], among: str = "vocabulary") -> np.ndarray:
+def answered(model: "Model", pairs: Pairs, among: str = "vocabulary") -> np.ndarray:
     """Whether a model answers each prompt right: bool, [pair, (clean, corrupted)].
 
     An answer of several tokens is right if each of its tokens is the most likely one after those before it.
@@ -32,9 +33,10 @@ def answered(model: "Model", pairs: Sequence[PromptPair], among: str = "vocabula
         raise DeltapatchError(
             f"The right answer is looked for among the {' or the '.join(AMONG)}: {among!r}."
         )
+    given, names = as_pairs(pairs)
     encoded = [
         asked
-        for pair in encode_pairs(pairs, model.tokenizer, model.spec.d_vocab)
+        for pair in encode_pairs(given, model.tokenizer, model.spec.d_vocab, names)
         for asked in ((pair.clean, pair.clean_answer), (pair.corrupted, pair.corrupted_answer))
     ]
     some = np.array(sorted({token for _, answer in encoded for token in answer}))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from deltapatch.engine.tokens import after, tokenise
 from deltapatch.errors import DeltapatchError
 
 # one: answers that are one token, as text. text, ids: of any length, as text or as a list of token ids. And
@@ -36,12 +37,8 @@ def answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int] | None:
 
     `answer` begins with a space where there is one between the two.
     """
-    before = list(tokenizer(prompt)["input_ids"])
-    after = list(tokenizer(prompt + answer)["input_ids"])
-    added = after[len(before) :]
-    if after[: len(before)] != before or not added or tokenizer.unk_token_id in added:
-        return None
-    return added
+    added = after(tokenizer, prompt, tokenise(tokenizer, prompt).ids, answer)
+    return None if isinstance(added, str) else added
 
 
 def answer_writer(tokenizer: Any, answers: str) -> Callable[[str, str], Any]:

@@ -32,6 +32,10 @@ def read_facts(path: Path, relations: Sequence[str] | None) -> tuple[list[Fact],
         DeltapatchError: nothing there, broken JSON, a missing field, or a relation without facts.
     """
     facts, notes = _lama(path, relations) if path.is_dir() else _jsonl(path, relations)
+    if any(fact.relation == "all" for fact in facts):
+        raise DeltapatchError(
+            f"{path}: a relation is called 'all', which stands for all of them in tables: rename it."
+        )
     if not facts:
         which = f" of {', '.join(relations)}" if relations else ""
         raise DeltapatchError(f"{path} has no usable facts{which}.")

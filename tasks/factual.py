@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltapatch.engine.pairs import PromptPair
+from deltapatch.engine.tokens import tokenise
 from deltapatch.errors import DeltapatchError
 from deltapatch.tasks.answers import check_answers, need_fast_tokenizer
 from deltapatch.tasks.closed_facts import CLOSED_FACTS, CLOSED_RELATIONS
@@ -86,7 +87,7 @@ class _Drawing:
         # Subjects of equal length, so that few draws are in vain.
         sizes: dict[int, list[Fact]] = defaultdict(list)
         for fact in table:
-            sizes[len(pairing.tokenizer(ask(fact).text)["input_ids"])].append(fact)
+            sizes[len(tokenise(pairing.tokenizer, ask(fact).text).ids)].append(fact)
         self.same_size = {n: found for n, found in sizes.items() if len({f.answer for f in found}) > 1}
         self.size = {fact: n for n, found in self.same_size.items() for fact in found}
         self.usable = [fact for fact in table if fact in self.size]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from deltapatch.engine.tokens import tokenise
 from deltapatch.errors import DeltapatchError
 from deltapatch.tasks.answers import answer_ids, need_fast_tokenizer
 from deltapatch.tasks.number_words import WRITINGS
@@ -118,21 +119,22 @@ def token_spans(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> 
         spans: [start, end) of each piece, in characters.
 
     Returns:
-        the token ids, and for each piece the range of tokens that hold it (with a space before it, perhaps);
-        an empty range where a token holds more than the piece, so that the piece has no tokens of its own.
+        the token ids, as a prompt has them, and for each piece the range of tokens that hold it (with a space
+        before it, perhaps); an empty range where a token holds more than the piece, so that the piece has no
+        tokens of its own.
     """
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
+    encoded = tokenise(tokenizer, text, offsets=True)
+    offsets = encoded.offsets
     found = []
     for start, end in spans:
         inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
         # A space that the tokenizer puts before the whole text is no part of a piece that begins it.
-        while len(inside) > 1 and not tokenizer.decode([encoded["input_ids"][inside[0]]]).strip(" ▁"):
+        while len(inside) > 1 and not tokenizer.decode([encoded.ids[inside[0]]]).strip(" ▁"):
             inside.pop(0)
         own = all(a >= start or text[a:start].isspace() for a, _ in (offsets[i] for i in inside))
         own = own and all(offsets[i][1] <= end for i in inside)
         found.append(range(inside[0], inside[-1] + 1) if inside and own else range(0))
-    return list(encoded["input_ids"]), found
+    return encoded.ids, found
 
 
 def _largest(holds: Callable[[int], bool], limit: int) -> int:

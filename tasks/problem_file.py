@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deltapatch.engine.arguments import WORDS
 from deltapatch.errors import DeltapatchError
 from deltapatch.tasks.fact_files import read_rows
 from deltapatch.tasks.formula import Formula, read_formula
@@ -95,6 +96,12 @@ def _template(row: dict[str, Any], where: str) -> Template:
     if strange or not names:
         what = f"no hole {{{strange[0]}}}, which its answer needs" if strange else "no holes such as {a}"
         raise DeltapatchError(f"{where}: the template has {what}.")
+    for name in names:
+        if name in WORDS or (name.endswith("_first") and name.removesuffix("_first") in names):
+            what = "a word of the tool" if name in WORDS else "what the first token of another hole is called"
+            raise DeltapatchError(
+                f"{where}: the hole {{{name}}} would be a label, and {name} is {what}: give it another name."
+            )
     ranges = row.get("numbers", {})
     sound = isinstance(ranges, dict) and all(
         name in names

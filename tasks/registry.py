@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from deltapatch.engine.arguments import count
+from deltapatch.engine.arguments import seed as check_seed
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError
 from deltapatch.tasks.arithmetic import arithmetic_pairs
@@ -89,5 +91,7 @@ def make_pairs(
             f"The task {task} has no option {strange[0]!r}; it has {', '.join(TASKS[task].options)}."
         )
     common = {"per_template": per_template, "shots": shots}
-    given = {name: value for name, value in common.items() if value is not None}
-    return make(tokenizer, seed=seed, **given, **options)
+    given = {name: count(value, name) for name, value in common.items() if value is not None}
+    if options.get("max_number") is not None:
+        options["max_number"] = count(options["max_number"], "max_number")
+    return make(tokenizer, seed=check_seed(seed), **given, **options)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from deltapatch.engine.pairs import PromptPair
+from deltapatch.engine.tokens import tokenise
 from deltapatch.errors import DeltapatchError
 from deltapatch.tasks.alignment import differing_labels, nearest
 from deltapatch.tasks.answers import ANSWERS, answer_writer, check_answers, need_fast_tokenizer
@@ -153,7 +154,7 @@ class _Builder:
         """Pairs among problems of one group and one number of tokens."""
         buckets: dict[tuple[str, int], list[int]] = defaultdict(list)
         texts = [self.wording.replace("{question}", p.text) + self.pairing.ending for p in problems]
-        ids = [list(self.tokenizer(text)["input_ids"]) for text in texts]
+        ids = [tokenise(self.tokenizer, text).ids for text in texts]
         for i, problem in enumerate(problems):
             if self._answer(texts[i], problem.answer) is None:
                 self.left_out.append((problem.where, ANSWERS[self.pairing.answers]))
@@ -180,7 +181,7 @@ class _Builder:
         self, prompts: tuple[str, str], answers: tuple[str, str], meta: dict[str, Any]
     ) -> PromptPair | str:
         """Two prompts as they are, with the spans that differ as labels; or why they make no pair."""
-        ids = [list(self.tokenizer(text)["input_ids"]) for text in prompts]
+        ids = [tokenise(self.tokenizer, text).ids for text in prompts]
         if len(ids[0]) != len(ids[1]):
             return f"its prompts have {len(ids[0])} and {len(ids[1])} tokens"
         labels = differing_labels(ids[0], ids[1])

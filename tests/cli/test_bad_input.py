@@ -154,6 +154,16 @@ def test_pairs_files_that_are_missing_or_empty(command, tiny, write_pairs, tmp_p
         ("--dtype", "int3", ["'int3'", "float32"]),
         ("--adapter", "no-adapter-here", ["no-adapter-here"]),
         ("--seed", "x", ["--seed", "integer"]),
+        ("--seed", "-1", ["--seed", "-1"]),
+        ("--layers", "0-99999999999", ["--layers", "0-5,9"]),
+        ("--positions", "all,1", ["'all' stands alone"]),
+        ("--positions", "0.5", ["'0.5'"]),
+        ("--metrics", ",", ["no metrics"]),
+        ("--memory-budget", "0.3", ["--memory-budget '0.3'", "2GB"]),
+        ("--memory-budget", "300kB", ["300 kB is too small"]),
+        ("--device", "mps", ["'mps'", "cpu"]),
+        ("--device", "meta", ["'meta'", "cpu"]),
+        ("--device", "cuda:256", ["'cuda:256'"]),
         ("--colour", "red", ["--colour"]),
     ],
 )
@@ -165,11 +175,35 @@ def test_options_that_mean_nothing(command, tiny, write_pairs, ids_pair, option,
 def test_missing_options_and_unknown_commands(command):
     refuses(command("sweep", "--pairs", "x"), "--model")
     refuses(command("sweep", "--model", "x", "--pairs", "y"), "--out")
+    refuses(command("pairs", "--model", "x"), "--out", "--show")
+    refuses(command("pairs", "--model", "x", "--show", "y", "--out", "z"), "--show", "--out")
+    refuses(command("pairs", "--model", "x", "--show", "no.jsonl"), "no.jsonl")
     refuses(command("dance"), "dance")
     refuses(command("pairs", "--model", "x", "--task", "poetry", "--out", "y"), "poetry", "arithmetic")
     refuses(command("info", "builtin:gpt-neox-arithmetic", "--length", "0"), "--length")
     refuses(command("info", "builtin:gpt-neox-arithmetic", "--n-pairs", "0"), "--n-pairs")
     refuses(command("info", "builtin:gpt-neox-arithmetic", "--memory-budget", "1kB"), "memory budget")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pairs", "--model", "x", "--out", "y"),
+        ("effects", "x"),
+        ("demo",),
+        ("reproduce", "--model", "x", "--out", "y"),
+        ("bench", "compare"),
+    ],
+    ids=" ".join,
+)
+def test_negative_seeds(command, words):
+    refuses(command(*words, "--seed", "-1"), "--seed", "-1")
+
+
+def test_labels_that_overrule_words(command, tiny, write_pairs, ids_pair):
+    pairs = write_pairs(ids_pair, ids_pair | {"labels": {"last": 1}})
+    refuses(swept(command, tiny, pairs), "pairs.jsonl, line 2", "'last' is at position 1", "another name")
+    refuses(command("pairs", "--show", pairs, "--model", tiny), "line 2", "'last'")
 
 
 def test_output_paths_that_are_taken(command, tiny, write_pairs, ids_pair, tmp_path):

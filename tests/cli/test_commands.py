@@ -226,23 +226,75 @@ def test_convert(command, tiny, tmp_path):
     assert deltapatch.load_model(tmp_path / "new").spec.n_layers == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "number"), [("2GB", 2 * 10**9), ("512MiB", 512 * 2**20), ("1.5 kb", 1500), ("7", 7)]
-)
-def test_amounts_of_memory(text, number):
-    assert options.read_bytes(text) == number
-
-
 def test_lists_in_options():
     assert options.read_layers("0-2, 9") == [0, 1, 2, 9]
     assert options.read_layers("all") == "all"
     assert options.read_positions("3,-1,op1,last") == [3, -1, "op1", "last"]
     assert options.read_positions("last") == "last"
+    assert options.read_positions("1" * 5000) == ["1" * 5000]  # no number that Python would read
+
+
+SHOWN = """\
+{file}, line 1: 10 tokens
+position         clean    corrupted  labels
+       0    -10  'Q'
+       1     -9  ':'
+       2     -8  ' What'
+       3     -7  ' is'
+       4     -6  ' 3'     ' 5'       op1
+       5     -5  ' plus'
+       6     -4  ' 4'                op2, a_long_name_of_a_label,
+                                     another_long_name_of_a_label
+       7     -3  '?'
+       8     -2  ' A'
+       9     -1  ':'                 last
+clean answer      '7'
+corrupted answer  '9'
+
+{file}, line 2: 4 tokens
+position         clean  corrupted  labels
+       0     -4  '%'
+       1     -3  '&'    ')'
+       2     -2  "'"
+       3     -1  '('
+clean answer      '$' '#'
+corrupted answer  '%'
+"""
+
+
+def test_pairs_are_shown_token_by_token(command, tiny, write_pairs, text_pair, ids_pair):
+    labels = {"op1": 4, "op2": 6, "a_long_name_of_a_label": 6, "another_long_name_of_a_label": -4, "last": -1}
+    file = write_pairs(
+        text_pair | {"labels": labels}, ids_pair | {"clean_answer": [4, 3], "corrupted_answer": 5}
+    )
+    result = command("pairs", "--show", file, "--model", tiny)
+    assert (result.code, result.err) == (0, "")
+    assert result.out == SHOWN.format(file=file)
+    assert max(len(line) for line in result.out.replace(file, "").splitlines()) <= 80
+    found = json.loads(command("pairs", "--show", file, "--model", tiny, "--json").out)
+    assert [pair["length"] for pair in found["pairs"]] == [10, 4]
+    first = found["pairs"][0]
+    assert first["tokens"][4] == {
+        "position": 4,
+        "from_end": -6,
+        "clean": " 3",
+        "clean_id": first["tokens"][4]["clean_id"],
+        "corrupted": " 5",
+        "corrupted_id": first["tokens"][4]["corrupted_id"],
+        "labels": ["op1"],
+    }
+    assert [token["clean_id"] for token in found["pairs"][1]["tokens"]] == ids_pair["clean"]
+    assert found["pairs"][1]["clean_answer"] == {"tokens": ["$", "#"], "ids": [4, 3]}
+    assert first["missing_front"] is None
+
+
+def test_ids_without_what_the_tokenizer_puts_at_the_front_are_shown(command, write_pairs, ids_pair):
+    file = write_pairs(ids_pair)
+    shown = command("pairs", "--show", file, "--model", "builtin:llama-arithmetic").out
+    assert "given as ids without '<|endoftext|>', which the tokenizer puts at the front\n" in shown
 
 
 def test_numbers_for_people():
-    assert options.in_bytes(999) == "999 B"
-    assert options.in_bytes(3_834_880) == "3.83 MB"
     assert options.in_flops(1.9e15) == "1.9 PFLOP"
 
 

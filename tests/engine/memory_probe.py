@@ -15,6 +15,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import deltapatch
+from deltapatch.engine.arguments import n_bytes
 
 MEGABYTE = 1 << 20
 NEURONS = {"sites": "mlp_post", "positions": "last"}
@@ -92,7 +93,9 @@ def least_budget(sweep):
     try:
         sweep(memory_budget=1)
     except deltapatch.DeltapatchError as error:
-        return (int(str(error).split("at least ")[1].split(" MB")[0].replace(",", "")) + 1) * 10**6
+        least = n_bytes(str(error).split("at least ")[1].split(";")[0], "the least budget")
+        assert least is not None
+        return least
     raise AssertionError("a byte was enough")
 
 

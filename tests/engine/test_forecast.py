@@ -118,7 +118,7 @@ def test_the_plan_counts_what_the_sweep_does(sites, positions, source, budget, s
 
 
 def test_a_plan_says_what_it_needs_where_there_is_no_room():
-    with pytest.raises(DeltapatchError, match=r"a memory budget of 0 MB is too small: .* at least"):
+    with pytest.raises(DeltapatchError, match=r"a memory budget of 1 B is too small: .* at least"):
         forecast(model(), drawn(), Options(memory_budget=1), timed=False)
 
 

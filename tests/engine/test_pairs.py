@@ -56,12 +56,12 @@ def test_text_becomes_ids_and_pieces() -> None:
 
 
 def test_ids_need_no_tokenizer() -> None:
-    raw = PromptPair([1, 2], [3, 4], 5, 6, {"last": -2})
+    raw = PromptPair([1, 2], [3, 4], 5, 6, {"op": -2})
     (encoded,) = encode_pairs([raw], None, 7)
     assert encoded.corrupted == [3, 4]
     assert encoded.corrupted_text == ["3", "4"]
     assert (encoded.clean_answer, encoded.clean_answer_text) == ([5], "5")
-    assert encoded.labels == {"last": 0}
+    assert encoded.labels == {"op": 0}
 
 
 def test_special_tokens_are_the_tokenizers_own() -> None:

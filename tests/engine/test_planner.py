@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine import limit as limits
+from deltapatch.engine.arguments import n_bytes
 from deltapatch.engine.layout import RunShape
 from deltapatch.engine.limit import Limit
 from deltapatch.engine.memory import Costs, default_budget
@@ -150,7 +151,7 @@ def test_a_budget_that_holds_no_intervention_says_what_is_needed():
     least = costs.total(1, 5, 5, 1)
     job = [(0, table, np.arange(1))]
     assert len(list(cut(job, [RunShape(5, 5)], costs, least, False))) == 1
-    message = "a memory budget of 1,137 MB is too small: .* at least 1,138 MB; raise the budget"
+    message = "a memory budget of 1.137 GB is too small: .* at least 1.138 GB; raise the budget"
     with pytest.raises(DeltapatchError, match=message):
         list(cut(job, [RunShape(5, 5)], costs, least - 10**6, False))
 
@@ -206,7 +207,7 @@ def test_rows_have_the_same_two_places_in_every_layer(monkeypatch):
 def least_budget(model, prompt_pairs, **options):
     with pytest.raises(DeltapatchError, match="at least") as caught:
         deltapatch.sweep(model, prompt_pairs, memory_budget=1, progress=False, **options)
-    return 10**6 * (1 + int(str(caught.value).split("at least ")[1].split(" MB")[0].replace(",", "")))
+    return n_bytes(str(caught.value).split("at least ")[1].split(";")[0], "the least budget")
 
 
 @pytest.fixture

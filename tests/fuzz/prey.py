@@ -22,9 +22,9 @@ from transformers import AutoTokenizer  # noqa: F401
 import deltapatch
 from deltapatch.engine.merge import merge
 from deltapatch.engine.pairs import encode_pairs
+from deltapatch.engine.pairs_file import read_named_pairs, write_pairs
 from deltapatch.models.convert import convert
 from deltapatch.tasks.fact_files import read_facts
-from deltapatch.tasks.jsonl import read_named_pairs, write_pairs
 from deltapatch.tasks.problem_file import read_problems
 
 

@@ -20,6 +20,7 @@ from deltapatch.analysis.importance import relative_importance
 from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.cli.main import cli
 from deltapatch.engine.effects import load_effects
+from deltapatch.engine.pairs_file import read_pairs
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import load_model
 from deltapatch.study import checkpoints
@@ -28,7 +29,6 @@ from deltapatch.study import published as papers
 from deltapatch.study.published import Published
 from deltapatch.study.reproduce import reproduce
 from deltapatch.study.settings import begin, inputs
-from deltapatch.tasks.jsonl import read_pairs
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_legends_tell_checkpoints_of_one_name_apart(study) -> None:
 
 
 def test_an_error_of_a_run_ends_the_study(model, tmp_path) -> None:
-    with pytest.raises(DeltapatchError, match="shots-0, components: a memory budget of 0 MB is too small"):
+    with pytest.raises(DeltapatchError, match="shots-0, components: a memory budget of 1 kB is too small"):
         reproduce(model, tmp_path / "study", replace(SMALL, memory_budget=1000), ("shots",), progress=False)
 
 

@@ -206,11 +206,12 @@ def test_a_tokenizer_without_numbers() -> None:
 
         is_fast, unk_token_id = True, None
 
-        def __call__(self, text: str, return_offsets_mapping: bool = False) -> dict:
+        def __call__(self, text: str, **wanted: bool) -> dict:
             spans = [(i, i + 1) for i in range(len(text)) for _ in range(2)]
             return {
                 "input_ids": [ord(c) * 2 + half for c in text for half in (0, 1)],
                 "offset_mapping": spans,
+                "special_tokens_mask": [0] * len(spans),
             }
 
         def decode(self, ids: list[int]) -> str:

@@ -219,7 +219,7 @@ def test_numbers_in_words() -> None:
         ("three-operands", {"per_template": 0}, "at least one pair"),
         ("three-operands", {"numbers": "words", "templates": [1]}, "takes no number words"),
         ("retrieval", {"templates": [8]}, "numbered 0 to 7"),
-        ("retrieval", {"shots": -1}, "fewer than 0"),
+        ("retrieval", {"shots": -1}, "shots must be 0 or more"),
         ("retrieval", {"entities": ["pens", "pens"]}, "two different entities"),
         ("factual", {"relations": ["mood"]}, "no relation 'mood'; they have capital"),
         ("word-problems", {}, "give its path with --data"),

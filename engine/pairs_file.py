@@ -1,14 +1,16 @@
-"""Prompt pairs in a file: one JSON object a line, with the fields of `PromptPair`."""
+"""Prompt pairs as users bring them: objects, dictionaries, or a file of one JSON object a line."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from deltapatch.engine.pairs import PromptPair
-from deltapatch.errors import DeltapatchError, shown
+from deltapatch.errors import DeltapatchError, path_of, shown
+
+# What may be given as the pairs of a sweep or run.
+Pairs = str | os.PathLike[str] | PromptPair | Mapping[str, Any] | Iterable[PromptPair | Mapping[str, Any]]
 
 _REQUIRED = ("clean", "corrupted", "clean_answer", "corrupted_answer")
 _FIELDS = tuple(f.name for f in fields(PromptPair))
@@ -26,7 +28,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[PromptPair]:
 
 def read_named_pairs(path: str | os.PathLike[str]) -> list[tuple[str, PromptPair]]:
     """As `read_pairs`, each pair with its name for errors, for example "pairs.jsonl, line 7"."""
-    path = Path(path)
+    path = path_of(path, "a pairs file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -46,13 +48,44 @@ def read_named_pairs(path: str | os.PathLike[str]) -> list[tuple[str, PromptPair
     return [(name, _pair(line, name)) for name, line in lines]
 
 
+def as_pairs(pairs: Pairs) -> tuple[list[PromptPair], list[str]]:
+    """The pairs that an argument plainly means, and what errors call each of them.
+
+    Args:
+        pairs: one or several, each a `PromptPair`, a dictionary with its fields, or what has its fields as
+            attributes; or the path of a pairs file.
+
+    Raises:
+        DeltapatchError: it is something else, or the file is wrong.
+    """
+    if isinstance(pairs, str | os.PathLike):
+        names, found = zip(*read_named_pairs(pairs), strict=True)
+        return list(found), list(names)
+    given: Any = [pairs] if _is_pair(pairs) else pairs
+    if not isinstance(given, Iterable):
+        raise DeltapatchError(f"pairs must be prompt pairs or the path of a pairs file, not {shown(pairs)}")
+    out: list[PromptPair] = []
+    for one in given:
+        name = f"pair {len(out)}"
+        if not _is_pair(one):
+            raise DeltapatchError(
+                f"{name} must be a PromptPair or a dictionary with its fields, not {shown(one)}; a file is "
+                "given by its path alone"
+            )
+        if isinstance(one, Mapping):
+            _check_fields(one, name)
+            one = PromptPair(**one)
+        out.append(one)
+    return out, [f"pair {i}" for i in range(len(out))]
+
+
 def write_pairs(path: str | os.PathLike[str], pairs: Sequence[PromptPair]) -> None:
     """Write a pairs file, whole or not at all. Missing folders are made, an existing file is replaced.
 
     Raises:
         DeltapatchError: the file cannot be written, or a pair's meta holds what JSON cannot.
     """
-    path = Path(path)
+    path = path_of(path, "a pairs file")
     try:
         text = "".join(json.dumps(asdict(p), ensure_ascii=False, allow_nan=False) + "\n" for p in pairs)
     except (TypeError, ValueError) as error:
@@ -82,15 +115,7 @@ def _pair(line: str, name: str) -> PromptPair:
         raise DeltapatchError(
             f"{name}: a pair is a JSON object with the fields {', '.join(_REQUIRED)}, not {_kind(found)}."
         )
-    missing = [field for field in _REQUIRED if field not in found]
-    if missing:
-        raise DeltapatchError(f"{name}: the field {missing[0]!r} is missing.")
-    unknown = [field for field in found if field not in _FIELDS]
-    if unknown:
-        raise DeltapatchError(
-            f"{name}: the field {shown(unknown[0])} is unknown; a pair has {', '.join(_FIELDS)} "
-            "(anything else belongs in meta)."
-        )
+    _check_fields(found, name)
     for field in ("clean", "corrupted"):
         if not isinstance(found[field], str) and not _is_ids(found[field]):
             raise DeltapatchError(f"{name}: {field!r} must be text or a list of token ids (whole numbers).")
@@ -103,12 +128,26 @@ def _pair(line: str, name: str) -> PromptPair:
             )
     labels = found.get("labels", {})
     if not isinstance(labels, dict) or not all(_is_int(p) for p in labels.values()):
-        raise DeltapatchError(
-            f"{name}: 'labels' must be an object of positions, for example {{\"last\": -1}}."
-        )
+        raise DeltapatchError(f"{name}: 'labels' must be an object of positions, for example {{\"op1\": 4}}.")
     if not isinstance(found.get("meta", {}), dict):
         raise DeltapatchError(f"{name}: 'meta' must be an object, not {_kind(found['meta'])}.")
     return PromptPair(**found)
+
+
+def _check_fields(found: Mapping[str, Any], name: str) -> None:
+    missing = [field for field in _REQUIRED if field not in found]
+    if missing:
+        raise DeltapatchError(f"{name}: the field {missing[0]!r} is missing.")
+    unknown = [field for field in found if field not in _FIELDS]
+    if unknown:
+        raise DeltapatchError(
+            f"{name}: the field {shown(unknown[0])} is unknown; a pair has {', '.join(_FIELDS)} "
+            "(anything else belongs in meta)."
+        )
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, Mapping) or all(hasattr(value, field) for field in _REQUIRED)
 
 
 def _is_int(value: Any) -> bool:
