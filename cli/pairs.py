@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from deltapatch.cli.options import SEED, adapter, as_json, model, print_json, quiet, read_names, revision, say
 from deltapatch.errors import DeltapatchError
@@ -99,8 +100,7 @@ def pairs(
     Degenerate pairs are left out, and how many and why is said on stderr.
     """
     if show is not None:
-        if out:
-            raise DeltapatchError("--show and --out do not go together: leave one out")
+        _refuse_beside_show()
         _show(show, model, as_json)
         return
     if not out:
@@ -135,6 +135,16 @@ def pairs(
         print_json(facts | {"notes": dropped.notes})
     else:
         click.echo(out)
+
+
+def _refuse_beside_show() -> None:
+    """Raise DeltapatchError where an option is given that only says how pairs are made."""
+    context = click.get_current_context()
+    for name in context.params:
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if given and name not in ("show", "model", "as_json", "quiet"):
+            option = name.replace("_", "-")
+            raise DeltapatchError(f"--show and --{option} do not go together: leave one out")
 
 
 def _show(path: str, model: str, as_json: bool) -> None:

@@ -177,6 +177,7 @@ def test_missing_options_and_unknown_commands(command):
     refuses(command("sweep", "--model", "x", "--pairs", "y"), "--out")
     refuses(command("pairs", "--model", "x"), "--out", "--show")
     refuses(command("pairs", "--model", "x", "--show", "y", "--out", "z"), "--show", "--out")
+    refuses(command("pairs", "--model", "x", "--show", "y", "--per-template", 3), "--show", "--per-template")
     refuses(command("pairs", "--model", "x", "--show", "no.jsonl"), "no.jsonl")
     refuses(command("dance"), "dance")
     refuses(command("pairs", "--model", "x", "--task", "poetry", "--out", "y"), "poetry", "arithmetic")
