@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from deltapatch.analysis.positions import aligned
 from deltapatch.analysis.statistics import mean_over_pairs
-from deltapatch.analysis.style import MISSING, NEVER_NEGATIVE, is_wide, metric_label, wide_ticks
+from deltapatch.analysis.style import MISSING, is_wide, metric_label, wide_ticks
 from deltapatch.engine.effects import Effects
+from deltapatch.engine.metrics import METRICS
 
 Panel = tuple[str, list[str], np.ndarray, np.ndarray]  # title, column labels, [layer, column], layers
 
@@ -25,8 +26,8 @@ def position_heatmaps(effects: Effects, metric: str, sites: Sequence[str]) -> Fi
     """One panel a site: layer (0 at the bottom) by position, mean over pairs, one colour scale for all."""
     panels = []
     for site in sites:
-        labels, values = aligned(effects, metric, site)
-        panels.append((site, labels, mean_over_pairs(values)[0], effects.layers_of(site)))
+        labels, values, over = aligned(effects, metric, site)
+        panels.append((site, labels, mean_over_pairs(values, over)[0], effects.layers_of(site)))
     return layer_panels(panels, metric, "position", rotate=True)
 
 
@@ -34,27 +35,35 @@ def group_heatmaps(named: Mapping[str, Effects], metric: str, site: str) -> Figu
     """One panel a group of pairs: layer by position of one site, one colour scale for all."""
     panels = []
     for name, effects in named.items():
-        labels, values = aligned(effects, metric, site)
-        panels.append((name, labels, mean_over_pairs(values)[0], effects.layers_of(site)))
+        labels, values, over = aligned(effects, metric, site)
+        panels.append((name, labels, mean_over_pairs(values, over)[0], effects.layers_of(site)))
     return layer_panels(panels, metric, "position", rotate=True)
 
 
 def head_heatmaps(effects: Effects, metric: str, site: str) -> Figure:
-    """One panel a position: layer by head, mean over pairs; the last position only where there are many."""
-    labels, values = aligned(effects, metric, site)
-    mean, _, _ = mean_over_pairs(values)  # [layer, position, head]
-    chosen = list(range(len(labels)))
-    if len(chosen) > _MOST_PANELS:
-        chosen = chosen[-1:]
+    """One panel a position: layer by head, mean over pairs.
+
+    Of many positions, those where a head has the largest effects, and a line that says what is left out.
+    """
+    labels, values, over = aligned(effects, metric, site)
+    mean = mean_over_pairs(values, over)[0]  # [layer, position, head]
+    largest = np.abs(np.nan_to_num(mean)).max(axis=(0, 2))  # [position]
+    chosen = np.sort(np.argsort(-largest, kind="stable")[:_MOST_PANELS])
+    left, note = np.delete(largest, chosen), None
+    if len(left):
+        note = (
+            f"{len(chosen)} of {len(labels)} positions, those with the largest effects; "
+            f"at the other {len(left)} at most {left.max():.2g}"
+        )
     heads = [str(head) for head in range(mean.shape[-1])]
-    panels = [(f"{site}, {labels[i]}", heads, mean[:, i], effects.layers_of(site)) for i in chosen]
-    return layer_panels(panels, metric, "head", rotate=False)
+    panels = [(f"{site}, {labels[i]}", heads, mean[:, i], effects.layers_of(site)) for i in chosen.tolist()]
+    return layer_panels(panels, metric, "head", rotate=False, note=note)
 
 
 def colour_scale(grids: Sequence[np.ndarray], metric: str) -> tuple[Colormap, Normalize]:
     """Diverging and centred on zero, asinh where wide; from zero up where nothing is negative."""
     largest = max((float(np.nanmax(np.abs(g))) for g in grids if not np.isnan(g).all()), default=0.0) or 1.0
-    if metric in NEVER_NEGATIVE:
+    if METRICS[metric].never_negative:
         colours, low = plt.get_cmap("Reds"), 0.0
     else:
         colours, low = plt.get_cmap("RdBu_r"), -largest
@@ -64,9 +73,18 @@ def colour_scale(grids: Sequence[np.ndarray], metric: str) -> tuple[Colormap, No
 
 
 def layer_panels(
-    panels: Sequence[Panel], metric: str, axis: str, *, rotate: bool, label: str | None = None
+    panels: Sequence[Panel],
+    metric: str,
+    axis: str,
+    *,
+    rotate: bool,
+    label: str | None = None,
+    note: str | None = None,
 ) -> Figure:
-    """Panels side by side as far as they fit; the colour bar says what the metric is, or `label`."""
+    """Panels side by side as far as they fit; the colour bar says what the metric is, or `label`.
+
+    `note` is a line below, of what the panels do not show.
+    """
     columns = max(len(labels) for _, labels, _, _ in panels)
     layers = max(len(p[3]) for p in panels)
     panel_width = float(np.clip((0.27 if columns <= 12 else 0.2) * columns, 1.5, 6.0))
@@ -107,6 +125,8 @@ def layer_panels(
     lines = textwrap.wrap(said, 24 if height < 2.5 else 60)
     bar.set_label("\n".join(lines).replace(" (", "\n("))
     bar.outline.set_linewidth(0.5)
+    if note is not None:
+        figure.supxlabel("\n".join(textwrap.wrap(note, int(12 * figure.get_figwidth()))), fontsize=8)
     return figure
 
 

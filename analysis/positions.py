@@ -79,26 +79,31 @@ def class_table(
     return _in_order(effects, table, positions), table
 
 
-def aligned(effects: Effects, metric: str, site: str | None = None) -> tuple[list[str], np.ndarray]:
-    """The labels of a figure's position axis, and the values [pair, layer, label, ...] on it.
+def aligned(
+    effects: Effects, metric: str, site: str | None = None
+) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """The labels of a figure's position axis, and a metric's terms on it (see `Effects.terms`).
 
     Pairs with labels are aligned by class; pairs of one length by token; others by the distance from the end,
     because positions counted from the start mean something else in each of them.
+
+    Returns:
+        labels; [pair, layer, label, ...]; and [pair] or None, what a mean over pairs is measured by.
     """
-    values = effects.values(metric, site)
+    values, over = effects.terms(metric, site)
     positions = effects.positions(site)
     if len(effects.pairs) > 1 and has_classes(effects):
         classes, table = class_table(effects, site)
-        return classes, by_class(values, classes, table)
+        return classes, by_class(values, classes, table), over
     lengths = {len(pair.clean) for pair in effects.pairs}
     if len(lengths) == 1 or all(isinstance(p, str) or p < 0 for p in positions):
-        return token_labels(effects, site), values
+        return token_labels(effects, site), values, over
     ends: list[list[str | None]] = []
     for pair in effects.pairs:
         places = [pair.resolve(position) for position in positions]
         ends.append([None if place is None else str(place - len(pair.clean)) for place in places])
     names = sorted({name for row in ends for name in row if name is not None}, key=int)
-    return names, by_class(values, names, ends)
+    return names, by_class(values, names, ends), over
 
 
 def by_class(values: np.ndarray, classes: Sequence[str], table: list[list[str | None]]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Figures that compare: relative importance by task, overlap of top neurons, faithfulness, predictions."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,11 +78,8 @@ def overlap_matrix(table: Table) -> Figure:
     return figure
 
 
-def faithfulness_curves(curves: Mapping[str, Table], label: str | None = None) -> Figure:
-    """One panel a curve (a direction, say): the top k and random sets of equal size, with 95% bands.
-
-    The y axis says what the metric is, or `label`.
-    """
+def faithfulness_curves(curves: Mapping[str, Table]) -> Figure:
+    """One panel a curve (a direction, say): the top k and random sets of equal size, with 95% bands."""
     figure, grid = plt.subplots(
         1, len(curves), figsize=(0.9 + 2.7 * len(curves), 2.6), squeeze=False, sharey=True
     )
@@ -99,7 +97,8 @@ def faithfulness_curves(curves: Mapping[str, Table], label: str | None = None) -
         axes.set_xlabel("patched together, k")
         axes.set_title(name, loc="left", parse_math=False)
     metric = next(iter(curves.values())).metric
-    grid[0, 0].set_ylabel(metric_label(metric, False) if label is None else label)
+    label = textwrap.wrap(metric_label(metric, False), 32)
+    grid[0, 0].set_ylabel("\n".join(label).replace(" (", "\n("))
     grid[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 

@@ -13,6 +13,7 @@ from deltapatch.analysis.curves import last_position
 from deltapatch.analysis.importance import RelativeImportance
 from deltapatch.analysis.neurons import Screen, screen
 from deltapatch.analysis.select import select
+from deltapatch.analysis.significance import POOLED_FROM, out_of_reach
 from deltapatch.analysis.statistics import mean_over_pairs
 from deltapatch.engine.effects import Effects
 from deltapatch.engine.pairs import EncodedPair, encode_pairs
@@ -161,6 +162,12 @@ class Found:
             settings = self.subject.settings
             self._screens[site] = screen(self.effects(run), self.signed, site, settings.draws, settings.seed)
         return self._screens[site]
+
+    def out_of_reach(self, rate: float, cells: int) -> str:
+        """A sentence for captions where so few pairs let no test over so many cells come below a rate."""
+        pooled = cells >= POOLED_FROM
+        said = out_of_reach(len(self.made.pairs), rate, self.subject.settings.draws, pooled)
+        return "" if said is None else f" {said[0].upper()}{said[1:]}."
 
     def commands(self) -> list[str]:
         """The commands that make this experiment's pairs and runs alone."""

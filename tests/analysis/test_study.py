@@ -191,14 +191,15 @@ def test_a_curve_of_a_real_run() -> None:
     ranked = ranking(effects, "recovered", "mlp_out")
     found = plan(ranked, len(pairs), random_sets=1)
     for direction in ("denoise", "noise"):
-        values = dp.run(model, pairs, found.interventions, direction=direction, progress=False).values(
-            "recovered"
-        )
-        table = found.curve(values, "recovered")
+        outcome = dp.run(model, pairs, found.interventions, direction=direction, progress=False)
+        values, over = outcome.terms("recovered")
+        table = found.curve(values, "recovered", over=over)
         # All together are the same set, whatever the order.
         assert table.columns["recovered"][-1] == pytest.approx(table.columns["random"][-1])
+        assert table.columns["recovered"][-1] > 0.5  # towards the source run, in both directions
         if direction == "denoise":
-            first = effects.values("recovered")[:, ranked[0].layer, 0].mean()
+            change, gap = effects.terms("recovered")
+            first = change[:, ranked[0].layer, 0].mean() / gap.mean()
             assert table.columns["recovered"][0] == pytest.approx(first, rel=1e-4)
 
 
