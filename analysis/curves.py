@@ -74,7 +74,7 @@ def layer_curves(effects: Effects, metric: str, sites: Sequence[str], seed: int 
     wide = is_wide(metric, max(highest, -lowest))
     if wide:
         widen(axes, "y", lowest, highest)
-    axes.set_ylabel(metric_label(metric, wide))
+    axes.set_ylabel(metric_label(metric, wide, 36))
     several = len(effects.pairs) > 1
     axes.set_title("last token" + (", mean and 95% interval over pairs" if several else ""), loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the lines, never on them
@@ -136,7 +136,7 @@ def ranking_figure(
     wide = is_wide(metric, max(highest, -lowest))
     if wide:
         widen(left, "x", lowest, highest)
-    left.set_xlabel(metric_label(metric, wide))
+    left.set_xlabel(metric_label(metric, wide, 56))
     left.set_title(title, loc="left", parse_math=False)
 
     magnitude = np.sort(np.abs(every))[::-1]
@@ -149,6 +149,9 @@ def ranking_figure(
         right.set_yscale("log")
     right.set_xlabel("rank")
     right.set_ylabel("magnitude")
+    nothing = int((magnitude == 0).sum())
+    if 0 < nothing < n:
+        right.text(0.03, 0.03, f"{nothing:,} are exactly 0", transform=right.transAxes, fontsize=8)
     total = magnitude.sum()
     if total > 0:
         half = int(np.searchsorted(np.cumsum(magnitude), total / 2)) + 1

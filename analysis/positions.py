@@ -7,11 +7,13 @@ what is in the middle are classes of their own. Without labels a position is onl
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from deltapatch.analysis.statistics import mean_over_pairs
 from deltapatch.engine.effects import Effects
 from deltapatch.engine.pairs import EncodedPair
 
@@ -106,17 +108,38 @@ def aligned(
     return names, by_class(values, names, ends), over
 
 
-def by_class(values: np.ndarray, classes: Sequence[str], table: list[list[str | None]]) -> np.ndarray:
+def peaks(effects: Effects, metric: str, site: str | None = None) -> np.ndarray | None:
+    """What a mean over the positions of a class hides, [layer, class, ...], as a mean over pairs.
+
+    It is the largest magnitude at a single position, and 0 where it is less than twice that of the mean. None
+    where `aligned` does not average over positions.
+    """
+    if len(effects.pairs) == 1 or not has_classes(effects):
+        return None
+    values, over = effects.terms(metric, site)
+    table = class_table(effects, site)
+    sizes = by_class(np.abs(values), *table, np.max), np.abs(by_class(values, *table))
+    by = None if over is None else np.abs(over)
+    largest, shown = (np.nan_to_num(mean_over_pairs(size, by)[0]) for size in sizes)
+    return np.where(largest > 2 * shown, largest, 0.0)
+
+
+def by_class(
+    values: np.ndarray,
+    classes: Sequence[str],
+    table: list[list[str | None]],
+    reduce: Callable[..., Any] = np.mean,
+) -> np.ndarray:
     """[pair, layer, position, ...] -> [pair, layer, class, ...]: the mean over a pair's positions of a class.
 
-    NaN where a pair has no position of a class.
+    NaN where a pair has no position of a class. `reduce` takes another of them than the mean.
     """
     out = np.full((*values.shape[:2], len(classes), *values.shape[3:]), np.nan)
     for i, row in enumerate(table):
         for c, name in enumerate(classes):
             where = [j for j, found in enumerate(row) if found == name]
             if where:
-                out[i, :, c] = values[i][:, where].mean(axis=1)
+                out[i, :, c] = reduce(values[i][:, where], axis=1)
     return out
 
 

@@ -1,6 +1,5 @@
 """Figures that compare: relative importance by task, overlap of top neurons, faithfulness, predictions."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,8 +96,7 @@ def faithfulness_curves(curves: Mapping[str, Table]) -> Figure:
         axes.set_xlabel("patched together, k")
         axes.set_title(name, loc="left", parse_math=False)
     metric = next(iter(curves.values())).metric
-    label = textwrap.wrap(metric_label(metric, False), 32)
-    grid[0, 0].set_ylabel("\n".join(label).replace(" (", "\n("))
+    grid[0, 0].set_ylabel(metric_label(metric, False, 32))
     grid[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -147,7 +145,7 @@ def group_curves(
     wide = is_wide(metric, max(high, -low))
     if wide:
         widen(axes, "y", low, high)
-    axes.set_ylabel(metric_label(metric, wide))
+    axes.set_ylabel(metric_label(metric, wide, 36))
     axes.set_title(title, loc="left", parse_math=False)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -190,7 +188,7 @@ def discovery_plot(table: Table, rate: float = 0.05) -> Figure:
     )
     axes.axhline(-np.log10(rate), color=QUIET, lw=0.8, ls="--")
     axes.axvline(0, color=QUIET, lw=0.7, zorder=0)
-    axes.set_xlabel(f"mean {metric_label(table.metric, False)}")
+    axes.set_xlabel(f"mean {metric_label(table.metric, False, 40)}")
     axes.set_ylabel("-log10 q")
     axes.set_title(f"{int(found.sum()):,} of {len(q):,} at a false-discovery rate of {rate:.0%}", loc="left")
     return figure

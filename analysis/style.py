@@ -1,6 +1,7 @@
 """How figures look, and how they are written: the same bytes for the same effects, as PNG and as PDF."""
 
 import math
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,9 +55,18 @@ def is_wide(metric: str, largest: float) -> bool:
     return METRICS[metric].skewed and largest > 30
 
 
-def metric_label(metric: str, wide: bool) -> str:
-    """What an axis or colour bar says."""
-    return METRICS[metric].label + (" (asinh scale)" if wide else "")
+def metric_label(metric: str, wide: bool, most: int = 80) -> str:
+    """What an axis or colour bar says, in lines of at most so many letters."""
+    return folded(METRICS[metric].label + (" (asinh scale)" if wide else ""), most)
+
+
+def folded(text: str, most: int) -> str:
+    """A label in lines of at most so many letters; what it has in brackets begins a line, if it must fold."""
+    if len(text) <= most:
+        return text
+    return "\n".join(
+        line for part in text.replace(" (", "\n(").split("\n") for line in textwrap.wrap(part, most)
+    )
 
 
 def wide_ticks(low: float, high: float) -> tuple[list[float], list[str]]:

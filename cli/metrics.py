@@ -26,5 +26,4 @@ def metric_lines() -> list[str]:
         said = "; ".join(told)
         lines += textwrap.wrap(f"{name:<16}{equation}", 78, initial_indent="  ", subsequent_indent=" " * 18)
         lines += textwrap.wrap(said, 78, initial_indent=" " * 18, subsequent_indent=" " * 18)
-    signs = "denoise and noise tell the sign, or value, where a patch takes the base run to the source run."
-    return lines + textwrap.wrap(f"{NOTATION}. {signs}", 78, initial_indent="  ", subsequent_indent="  ")
+    return lines + textwrap.wrap(NOTATION, 78, initial_indent="  ", subsequent_indent="  ")

@@ -139,10 +139,11 @@ def _as_measured(name: str) -> tuple[tuple[str, ...], Formula]:
 
 # What equations are written in.
 NOTATION = (
-    "* is the patched run, base the same run unpatched, source the pair's other run; P are probabilities of "
-    "whole answers, those without a mark of the base run; s and b are the source and base prompts' answers; "
-    "D is logit(clean answer) - logit(corrupted answer), of answers of several tokens "
-    "log P(clean answer) - log P(corrupted answer)"
+    "P are probabilities of whole answers. D is logit(clean answer) - logit(corrupted answer), of answers of "
+    "several tokens log P(clean answer) - log P(corrupted answer). Those with * are of the patched run, P and "
+    "D_base of the base run, which is the same prompt unpatched, and D_source of the pair's other run. The "
+    "answers s and b are those of the source and the base prompt. The columns denoise and noise tell the sign, "
+    "or value, of a patch that takes the base run towards the source run."
 )
 NOTHING = 1e-4  # below it, a difference between two runs' logit differences is mostly rounding
 _ANSWER = "the end of the prompt"
@@ -175,7 +176,7 @@ METRICS: dict[str, Metric] = {
         "+",
         "+",
         f"where the two runs' D differ by less than {NOTHING:g}",
-        hint="0 base run, 1 source run",
+        hint="0: base, 1: source",
         over=_to_the_source,
     ),
     "dlogp_clean": Metric(
@@ -241,7 +242,7 @@ METRICS: dict[str, Metric] = {
     "says_corrupted": Metric(
         *_as_measured("says_corrupted"),
         "share of predictions that are the corrupted answer",
-        "whether it says the corrupted answer",
+        "whether the patched run says the corrupted answer",
         "0 or 1",
         "0",
         "1",

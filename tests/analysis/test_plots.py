@@ -135,7 +135,35 @@ def test_heads_are_drawn_where_their_effects_are(heads_everywhere):
         np.testing.assert_allclose(grid, mean[:, place])
     said = " ".join(" ".join(texts(figure)).split())
     assert "8 of 16 positions, those with the largest effects" in said
-    assert f"at the other 8 at most {size[left].max():.2g}" in said
+    assert f"at the other 8 they are at most {size[left].max():.2g}" in said
+    plt.close(figure)
+
+
+def test_positions_of_heads_without_any_effect_are_not_drawn(heads_everywhere):
+    measured = heads_everywhere.sites["z"].measured["logit_diff"]
+    measured[:, :, np.arange(16) != 4] = 0
+    figure = head_heatmaps(heads_everywhere, "recovered", "z")
+    assert [title.split("_")[-1] for title in panels(figure)] == ["4"]
+    assert "at the other 15 they are exactly 0" in " ".join(" ".join(texts(figure)).split())
+    plt.close(figure)
+    measured[:] = 0
+    figure = head_heatmaps(heads_everywhere, "recovered", "z")
+    assert [title.split("_")[-1] for title in panels(figure)] == ["15"]
+    plt.close(figure)
+
+
+def test_what_a_mean_over_a_class_of_positions_hides_is_said(make_effects):
+    """One of 43 tokens before the operands moves the answer as much as anything, and their mean hides it."""
+    effects = only(make_effects(lengths=(48,) * 3), "mlp_out")
+    swept = effects.sites["mlp_out"].measured["logit_diff"]
+    swept[:, :, :43] *= 1e-3
+    plain = position_heatmaps(effects, "logit_diff", ["mlp_out"])
+    assert not any("A class is" in text for text in texts(plain))
+    plt.close(plain)
+    swept[:, 1, 20] = 3.5
+    figure = position_heatmaps(effects, "logit_diff", ["mlp_out"])
+    said = " ".join(" ".join(texts(figure)).split())
+    assert "a single one in early of mlp_out reaches 3.5" in said
     plt.close(figure)
 
 
