@@ -58,6 +58,7 @@ def heatmaps(found: Found) -> Iterator[Exhibit]:
 
 def operator_heatmaps(found: Found) -> Iterator[Exhibit]:
     """The heatmap of each operator."""
+    found.check_groups()
     if found.grouped:
         for site in SITES:
             yield Exhibit(
@@ -235,4 +236,6 @@ def _absolute(
 def _counts(found: Found) -> str:
     counts = {len(numbers) for numbers in found.grouped.values()}
     low, high = min(counts), max(counts)
-    return f"{low} pairs each" if low == high else f"{low} to {high} pairs each"
+    said = f"{low} pairs each" if low == high else f"{low} to {high} pairs each"
+    left = [name for name in found.members if name not in found.grouped]
+    return said + (f"; left out with a single pair: {', '.join(left)}" if left else "")

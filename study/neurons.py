@@ -61,6 +61,7 @@ def neurons(found: Found) -> Iterator[Exhibit]:
 
 def operator_overlap(found: Found) -> Iterator[Exhibit]:
     """What share of their strongest coordinates and neurons operators have in common."""
+    found.check_groups()
     if not found.grouped:
         return
     for run in ("coordinates", "neurons"):
