@@ -23,6 +23,8 @@ from deltapatch.analysis.style import (
     widen,
 )
 from deltapatch.analysis.tables import Table
+from deltapatch.engine.metrics import check_metric
+from deltapatch.errors import DeltapatchError
 
 
 def importance_bars(found: Mapping[str, RelativeImportance], others: np.ndarray | None = None) -> Figure:
@@ -132,7 +134,14 @@ def group_curves(
 
     Args:
         named: name -> [pair, layer].
+
+    Raises:
+        DeltapatchError: a metric whose mean over pairs is not that of the pairs' own values.
     """
+    if check_metric(metric).over is not None:
+        raise DeltapatchError(
+            f"{metric} is a ratio of means, and these curves are means of each pair's values"
+        )
     figure, axes = plt.subplots(figsize=(5.0, 2.8))
     ends: list[np.ndarray] = []
     styles = zip(COLOURS * len(named), MARKERS * len(named), strict=True)

@@ -14,6 +14,7 @@ from deltapatch.errors import DeltapatchError
 
 # What an index counts, as people group by it: each head (neuron, coordinate) of each layer.
 _COUNTED = {"head": ("head", "kv_head"), "neuron": ("neuron",), "coordinate": ("coordinate",)}
+_INDICES = _COUNTED | {"index": tuple(kind for kinds in _COUNTED.values() for kind in kinds)}
 BY = ("pair", "layer", "position", "class", "index", *_COUNTED)
 Numbers = Callable[[str, np.ndarray, np.ndarray | None], dict[str, np.ndarray]]
 
@@ -201,6 +202,12 @@ def _grouped(
         "index": np.arange(values.shape[-1]),
     }
     return values, over, [axis for axis in AXES[1:] if axis in kept], coordinates
+
+
+def having(by: Iterable[str], sites: Sequence[str]) -> list[str]:
+    """Those of some sites that have the index which `by` names; all of them where none has or is named."""
+    kinds = {kind for name in by for kind in _INDICES.get(name, ())}
+    return [site for site in sites if SITES[site].index in kinds] or list(sites)
 
 
 def _check_index(by: tuple[str, ...], site: str) -> None:

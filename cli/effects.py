@@ -28,7 +28,10 @@ _LONG, _CUT = 200, 40  # a table of more rows than the first is cut to the secon
 
 @click.command(cls=MetricHelp, short_help="Print the effects of a run.", epilog=EXAMPLES)
 @click.argument("run", metavar="RUN")
-@click.option("--site", help="A site, or several with commas; all that were swept unless given.")
+@click.option(
+    "--site",
+    help="A site, or several with commas; unless given all that were swept, and that have the index of --by.",
+)
 @click.option(
     "--metric",
     multiple=True,
@@ -98,7 +101,7 @@ def effects(
     """
     from deltapatch.analysis.magnitudes import discoveries, magnitudes
     from deltapatch.analysis.render import render
-    from deltapatch.analysis.tables import averages, cells
+    from deltapatch.analysis.tables import averages, cells, having
     from deltapatch.engine.effects import load_effects
     from deltapatch.engine.metrics import default_metric
 
@@ -110,9 +113,12 @@ def effects(
         [name for text in metric for name in read_names(text)] if metric else [default_metric(found.metrics)]
     )
     tested = interval or fdr is not None
-    for given, option in ((tested, "--interval and --fdr"), (mean_of_ratios, "--mean-of-ratios")):
+    for given, option in (
+        (tested, "--interval and --fdr"),
+        (mean_of_ratios, "the ratios of --mean-of-ratios"),
+    ):
         if given and by == "none":
-            raise DeltapatchError(f"{option} are about means over pairs, and --by none lists every cell")
+            raise DeltapatchError(f"--by none lists every cell, and {option} ask for means: leave one out")
     if tested and mean_of_ratios:
         raise DeltapatchError("--mean-of-ratios and --interval do not go together: leave one out")
     whole = not (tested or mean_of_ratios or top is not None)  # nothing is asked of means
@@ -120,6 +126,8 @@ def effects(
         table = cells(found, names, sites)
     else:
         groups = _default_groups(found, sites) if by is None else read_names(by)
+        if site is None:
+            sites = having(groups, sites)
         if tested:
             table = magnitudes(found, names, groups, sites, draws=draws, seed=seed)
         else:

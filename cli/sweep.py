@@ -229,7 +229,7 @@ def sweep(
         quiet,
     )
     if caveat := effects.caveat():
-        say(f"Warning: {caveat}", quiet)
+        say(caveat, quiet)
     if as_json:
         shapes = {name: dict(zip(s.axes, s.shape, strict=True)) for name, s in effects.sites.items()}
         print_json(

@@ -213,6 +213,19 @@ def test_several_metrics_with_commas_or_one_by_one(command, make_effects, tmp_pa
     assert {"recovered", "mean_of_ratios"} <= set(both)
 
 
+def test_by_head_takes_the_sites_that_have_heads(command, make_effects, tmp_path):
+    make_effects().save(tmp_path / "run")
+    for by, site, n in (("head", "z", 12), ("layer,neuron", "mlp_post", 48)):
+        rows = read(command("effects", tmp_path / "run", "--by", by, "--format", "csv"))
+        assert {row["site"] for row in rows} == {site}
+        assert len({(row["layer"], row[by.split(",")[-1]]) for row in rows}) == len(rows) == n
+    both = read(command("effects", tmp_path / "run", "--by", "layer,index", "--format", "csv"))
+    assert {row["site"] for row in both} == {"z", "mlp_post"}
+    refused = command("effects", tmp_path / "run", "--by", "head", "--site", "mlp_post")
+    assert refused.code == 2
+    assert "its index counts neurons: group by neuron" in refused.err
+
+
 def test_a_run_without_logit_differences_shows_what_it_has(command, make_effects, tmp_path):
     effects = make_effects()
     effects.sites = {"z": effects.sites["z"]}
