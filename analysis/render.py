@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from deltapatch.analysis.tables import Table
+from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
 
 FORMATS = ("table", "csv", "json", "parquet")
@@ -36,6 +37,8 @@ def as_text(table: Table, title: str | None = None, width: int = WIDTH) -> str:
         n = len(rest)
         while n > 1 and sum(sizes[name] for name in (*names, *rest[:n])) >= width:
             n -= 1
+        if n < len(rest):  # better between two metrics
+            n = next((i for i in range(n, 0, -1) if rest[i] in METRICS), n)
         parts.append(_drawn({name: cells[name] for name in (*names, *rest[:n])}, shown, width))
         rest = rest[n:]
     text = "\n".join(parts)
@@ -80,9 +83,10 @@ def as_csv(table: Table) -> str:
 
 
 def as_json(table: Table) -> str:
-    """One object: the metric, and the rows as records; an index of -1 and NaN are null."""
+    """One object: the metric, and the rows as records; an index of -1 and NaN are null, infinity is text."""
     names = list(table.columns)
-    rows = [dict(zip(names, row, strict=True)) for row in _rows(table, 0, len(table), missing=None)]
+    plain = (map(_plain, row) for row in _rows(table, 0, len(table), missing=None))
+    rows = [dict(zip(names, row, strict=True)) for row in plain]
     return json.dumps({"metric": table.metric, "rows": rows}, ensure_ascii=False) + "\n"
 
 
@@ -124,6 +128,11 @@ def _rows(table: Table, start: int, stop: int, missing: Any) -> list[tuple[Any, 
             values = [missing if math.isnan(value) else value for value in values]
         columns.append(values)
     return list(zip(*columns, strict=True))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has a number for, or else text."""
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def _empty(name: str, column: np.ndarray) -> bool:

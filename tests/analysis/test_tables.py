@@ -105,6 +105,18 @@ def test_json_is_one_object_without_nan(make_effects):
     }
 
 
+def test_json_has_no_infinity(make_effects):
+    """A ratio of probabilities can be larger than any number, and strict readers know no Infinity."""
+    effects = make_effects()
+    effects.sites["z"].measured["kl"][0, 0, 0, 0] = np.inf
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    (first, *_) = json.loads(render(cells(effects, "kl", ["z"]), "json"), parse_constant=refuse)["rows"]
+    assert first["kl"] == "inf"
+
+
 def test_parquet_round_trip(make_effects):
     import pandas
 
@@ -245,6 +257,8 @@ def test_wide_tables_fold_at_80_columns(make_effects):
             assert all(f"{value:.4g}" in words for value in table.top(3).columns[name])
         assert words.count("mlp_out") % 3 == 0
     assert words.count("mlp_out") == 3  # wide enough for all: one part
+    heads = [line.split() for line in render(table.top(1), "table").decode().splitlines() if "site" in line]
+    assert [head[3] for head in heads] == ["recovered", "ie", "logit_diff", "kl"][: len(heads)]
 
 
 def test_long_labels_fold_within_their_column(make_effects):
