@@ -76,7 +76,9 @@ def layer_curves(effects: Effects, metric: str, sites: Sequence[str], seed: int 
         widen(axes, "y", lowest, highest)
     axes.set_ylabel(metric_label(metric, wide, 36))
     several = len(effects.pairs) > 1
-    axes.set_title("last token" + (", mean and 95% interval over pairs" if several else ""), loc="left")
+    left = [site for site in sites if site not in {name for name, *_ in lines}]
+    title = "last token" + (", mean and 95% interval over pairs" if several else "")
+    axes.set_title(title + (f"\nnot swept there: {', '.join(left)}" if left else ""), loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the lines, never on them
     return figure
 

@@ -219,6 +219,19 @@ def test_a_site_of_one_layer_is_drawn_at_its_layer(make_effects):
     plt.close(figure)
 
 
+def test_a_site_that_was_not_swept_at_the_last_token_is_named(make_effects):
+    effects = only(make_effects(), "mlp_out", "attn_out")
+    s = effects.sites["attn_out"]
+    early = {name: array[:, :, :2] for name, array in s.measured.items()}
+    effects.sites["attn_out"] = SiteEffects("attn_out", s.layers, [0, 1], early)
+    figure = layer_curves(effects, "kl", ["mlp_out", "attn_out"])
+    assert "not swept there: attn_out" in figure.axes[0].get_title(loc="left")
+    plt.close(figure)
+    figure = layer_curves(effects, "kl", ["mlp_out"])
+    assert "not swept" not in figure.axes[0].get_title(loc="left")
+    plt.close(figure)
+
+
 def test_colours_centre_on_zero_unless_nothing_is_negative():
     grids = [np.array([[1.0, -3.0]]), np.array([[np.nan, 2.0]])]
     assert (colour_scale(grids, "ie")[1].vmin, colour_scale(grids, "ie")[1].vmax) == (-3, 3)
