@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltapatch.engine.effects import Effects, load_effects
     from deltapatch.engine.interventions import Intervention, Patch
+    from deltapatch.engine.outcome import Outcome, load_outcome
     from deltapatch.engine.pairs import PromptPair
-    from deltapatch.engine.sweep import Outcome, run, sweep
+    from deltapatch.engine.sweep import run, sweep
     from deltapatch.errors import DeltapatchError
     from deltapatch.models.model import Model, from_transformers, load_model
 
@@ -21,12 +22,13 @@ _HOME = {
     "Effects": "engine.effects",
     "Intervention": "engine.interventions",
     "Model": "models.model",
-    "Outcome": "engine.sweep",
+    "Outcome": "engine.outcome",
     "Patch": "engine.interventions",
     "PromptPair": "engine.pairs",
     "from_transformers": "models.model",
     "load_effects": "engine.effects",
     "load_model": "models.model",
+    "load_outcome": "engine.outcome",
     "run": "engine.sweep",
     "sweep": "engine.sweep",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "from_transformers",
     "load_effects",
     "load_model",
+    "load_outcome",
     "run",
     "sweep",
 ]

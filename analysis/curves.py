@@ -15,7 +15,7 @@ from deltapatch.engine.effects import Effects
 
 
 def last_position(effects: Effects, metric: str, site: str) -> np.ndarray | None:
-    """[pair, layer(, index)] at the last token; None where it was not swept."""
+    """[pair, layer(, index)] at the last token, pair by pair; None where it was not swept."""
     return at_last(effects, site, effects.values(metric, site))
 
 
@@ -32,18 +32,26 @@ def at_last(effects: Effects, site: str, values: np.ndarray) -> np.ndarray | Non
     return values[np.arange(len(ends)), :, columns]
 
 
+def _last_terms(effects: Effects, metric: str, site: str) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """A metric's terms at the last token; None where it was not swept."""
+    values, over = effects.terms(metric, site)
+    last = at_last(effects, site, values)
+    return None if last is None else (last, over)
+
+
 def layer_curves(effects: Effects, metric: str, sites: Sequence[str], seed: int = 0) -> Figure | None:
     """The last token's effect by layer, a line a site, with 95% bootstrap bands; None where not swept."""
-    lines = [(site, values) for site in sites if (values := last_position(effects, metric, site)) is not None]
+    lines = [(site, *terms) for site in sites if (terms := _last_terms(effects, metric, site)) is not None]
     if not lines:
         return None
+    single = all(len(effects.layers_of(site)) == 1 for site, *_ in lines)
     figure, axes = plt.subplots(figsize=(5.0, 2.8))
     ends: list[np.ndarray] = []
-    for i, ((site, values), colour) in enumerate(zip(lines, COLOURS * len(lines), strict=False)):
+    for i, ((site, values, over), colour) in enumerate(zip(lines, COLOURS * len(lines), strict=False)):
         layers = effects.layers_of(site)
-        mean = mean_over_pairs(values)[0]
-        low, high = bootstrap(values, seed=seed)
-        if len(layers) > 1:
+        mean = mean_over_pairs(values, over)[0]
+        low, high = bootstrap(values, seed=seed, over=over)
+        if not single:
             axes.plot(layers, mean, color=colour, marker="o", markersize=3.5, lw=1.4, label=site)
             axes.fill_between(layers, low, high, color=colour, alpha=0.18, lw=0)
         else:  # a point with its interval; sites stand side by side, each on its own tick
@@ -51,12 +59,11 @@ def layer_curves(effects: Effects, metric: str, sites: Sequence[str], seed: int 
             axes.vlines([i], low, high, color=colour, lw=1.4)
         ends += [mean, low, high]
     axes.axhline(0, color=QUIET, lw=0.7, zorder=0)
-    if all(len(effects.layers_of(site)) == 1 for site, _ in lines):
+    if single:
         axes.set_xticks([])
         axes.set_xlim(-1, len(lines))
-        axes.set_xlabel(
-            f"layer {', '.join(str(n) for n in sorted({int(effects.layers_of(s)[0]) for s in sites}))}"
-        )
+        own = sorted({int(effects.layers_of(site)[0]) for site, *_ in lines})
+        axes.set_xlabel(f"layer {', '.join(map(str, own))}")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("layer")
@@ -67,23 +74,25 @@ def layer_curves(effects: Effects, metric: str, sites: Sequence[str], seed: int 
     wide = is_wide(metric, max(highest, -lowest))
     if wide:
         widen(axes, "y", lowest, highest)
-    axes.set_ylabel(metric_label(metric, wide))
+    axes.set_ylabel(metric_label(metric, wide, 36))
     several = len(effects.pairs) > 1
-    axes.set_title("last token" + (", mean and 95% interval over pairs" if several else ""), loc="left")
+    left = [site for site in sites if site not in {name for name, *_ in lines}]
+    title = "last token" + (", mean and 95% interval over pairs" if several else "")
+    axes.set_title(title + (f"\nnot swept there: {', '.join(left)}" if left else ""), loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the lines, never on them
     return figure
 
 
 def neuron_ranking(effects: Effects, metric: str, site: str, top: int = 20, seed: int = 0) -> Figure:
     """Left: the top neurons or coordinates with 95% intervals. Right: all of them by rank, in magnitude."""
-    labels, values = aligned(effects, metric, site)
+    labels, values, over = aligned(effects, metric, site)
     layers = effects.layers_of(site)
-    mean = mean_over_pairs(values)[0]  # [layer, position, index]
+    mean = mean_over_pairs(values, over)[0]  # [layer, position, index]
     flat = mean.ravel()
     order = np.argsort(-np.abs(np.nan_to_num(flat)), kind="stable")
     order = order[~np.isnan(flat[order])]
     best = order[:top]
-    low, high = bootstrap(values.reshape(len(values), -1)[:, best], seed=seed)
+    low, high = bootstrap(values.reshape(len(values), -1)[:, best], seed=seed, over=over)
     row, place, index = np.unravel_index(best, mean.shape)
     names = [
         component(effects.site(site).site, int(layers[r]), int(i)) for r, i in zip(row, index, strict=True)
@@ -129,7 +138,7 @@ def ranking_figure(
     wide = is_wide(metric, max(highest, -lowest))
     if wide:
         widen(left, "x", lowest, highest)
-    left.set_xlabel(metric_label(metric, wide))
+    left.set_xlabel(metric_label(metric, wide, 56))
     left.set_title(title, loc="left", parse_math=False)
 
     magnitude = np.sort(np.abs(every))[::-1]
@@ -142,6 +151,9 @@ def ranking_figure(
         right.set_yscale("log")
     right.set_xlabel("rank")
     right.set_ylabel("magnitude")
+    nothing = int((magnitude == 0).sum())
+    if 0 < nothing < n:
+        right.text(0.03, 0.03, f"{nothing:,} are exactly 0", transform=right.transAxes, fontsize=8)
     total = magnitude.sum()
     if total > 0:
         half = int(np.searchsorted(np.cumsum(magnitude), total / 2)) + 1

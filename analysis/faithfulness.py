@@ -41,22 +41,34 @@ class Plan:
         order = order[np.lexsort((self.size[order], self.pair[order]))]
         return np.asarray(values)[order].reshape(-1, len(self.sizes))
 
-    def curve(self, values: np.ndarray, metric: str, level: float = 0.95, seed: int = 0) -> Table:
+    def curve(
+        self,
+        values: np.ndarray,
+        metric: str,
+        level: float = 0.95,
+        seed: int = 0,
+        over: np.ndarray | None = None,
+    ) -> Table:
         """Means over pairs by size, of the ranking and of the random sets, with bootstrap intervals.
+
+        Args:
+            values, over: what `run` found, as of `Outcome.terms`: [intervention], and [intervention] or None.
+            metric: which that is.
 
         Returns:
             columns size, the metric, low, high, random, random_low, random_high (of the pairs' means over
             the random sets) and pairs; the random columns are NaN without random sets.
         """
         own = self.by_pair(values)
+        per_pair = None if over is None else self.by_pair(over)[:, 0]
         random = np.full((1, *own.shape), np.nan)
         if self.group.max() >= 0:
             random = np.stack([self.by_pair(values, g) for g in range(int(self.group.max()) + 1)])
         columns: dict[str, np.ndarray] = {"size": np.array(self.sizes)}
         for name, found in ((metric, own), ("random", mean_over(random, (0,)))):
             before = "" if name == metric else "random_"
-            mean, _, n = mean_over_pairs(found)
-            low, high = bootstrap(found, level, seed=seed)
+            mean, _, n = mean_over_pairs(found, per_pair)
+            low, high = bootstrap(found, level, seed=seed, over=per_pair)
             columns |= {name: mean, f"{before}low": low, f"{before}high": high}
             if name == metric:
                 pairs = n
@@ -67,6 +79,8 @@ def ranking(
     effects: Effects, metric: str, site: str, position: int | str = "last", magnitude: bool = False
 ) -> "Ranked":
     """The patches of a site at one position, by mean effect over pairs, the largest first.
+
+    Of `logit_diff` in the direction "noise" the largest come last: rank by `recovered`, or by magnitude.
 
     Args:
         position: as it was swept; the last one by default.
@@ -84,7 +98,9 @@ def ranking(
     layers, name = effects.layers_of(site), effects.site(site).site
     rows = range(len(layers))  # one by one: a large model's neurons are many
     parts = (select(effects, layers=np.array([row]), sites=[name]) for row in rows)
-    means = [mean_over_pairs(part.values(metric, name)[:, 0, places[0]])[0] for part in parts]
+    means = []
+    for values, over in (part.terms(metric, name) for part in parts):
+        means.append(mean_over_pairs(values[:, 0, places[0]], over)[0])
     mean = np.stack(means)  # [layer] or [layer, index]
     keys = np.abs(mean) if magnitude else mean
     order = np.argsort(-np.where(np.isnan(keys), -np.inf, keys).ravel(), kind="stable")

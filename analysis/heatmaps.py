@@ -10,51 +10,88 @@ from matplotlib.axes import Axes
 from matplotlib.colors import AsinhNorm, Colormap, Normalize
 from matplotlib.figure import Figure
 
-from deltapatch.analysis.positions import aligned
+from deltapatch.analysis.positions import aligned, peaks
 from deltapatch.analysis.statistics import mean_over_pairs
-from deltapatch.analysis.style import MISSING, NEVER_NEGATIVE, is_wide, metric_label, wide_ticks
+from deltapatch.analysis.style import MISSING, folded, is_wide, metric_label, wide_ticks
 from deltapatch.engine.effects import Effects
+from deltapatch.engine.metrics import METRICS
 
 Panel = tuple[str, list[str], np.ndarray, np.ndarray]  # title, column labels, [layer, column], layers
 
 _MOST_TICKS = 32  # beyond, only every second, third, ... label is drawn
 _MOST_PANELS = 8
+_HIDDEN = 0.1  # of the largest effect that is drawn: what a mean over positions may hide without a word
 
 
 def position_heatmaps(effects: Effects, metric: str, sites: Sequence[str]) -> Figure:
     """One panel a site: layer (0 at the bottom) by position, mean over pairs, one colour scale for all."""
-    panels = []
-    for site in sites:
-        labels, values = aligned(effects, metric, site)
-        panels.append((site, labels, mean_over_pairs(values)[0], effects.layers_of(site)))
-    return layer_panels(panels, metric, "position", rotate=True)
+    return _by_position({site: (effects, site) for site in sites}, metric)
 
 
 def group_heatmaps(named: Mapping[str, Effects], metric: str, site: str) -> Figure:
     """One panel a group of pairs: layer by position of one site, one colour scale for all."""
-    panels = []
-    for name, effects in named.items():
-        labels, values = aligned(effects, metric, site)
-        panels.append((name, labels, mean_over_pairs(values)[0], effects.layers_of(site)))
-    return layer_panels(panels, metric, "position", rotate=True)
+    return _by_position({name: (effects, site) for name, effects in named.items()}, metric)
 
 
 def head_heatmaps(effects: Effects, metric: str, site: str) -> Figure:
-    """One panel a position: layer by head, mean over pairs; the last position only where there are many."""
-    labels, values = aligned(effects, metric, site)
-    mean, _, _ = mean_over_pairs(values)  # [layer, position, head]
-    chosen = list(range(len(labels)))
-    if len(chosen) > _MOST_PANELS:
-        chosen = chosen[-1:]
+    """One panel a position: layer by head, mean over pairs.
+
+    Of many positions, those where a head has the largest effects, and a line that says what is left out.
+    """
+    labels, values, over = aligned(effects, metric, site)
+    mean = mean_over_pairs(values, over)[0]  # [layer, position, head]
+    largest = np.abs(np.nan_to_num(mean)).max(axis=(0, 2))  # [position]
+    chosen, notes = np.arange(len(labels)), []
+    if len(labels) > _MOST_PANELS:
+        most = min(_MOST_PANELS, max(1, int((largest > 0).sum())))
+        # Where nothing has an effect, the last position stands for all.
+        chosen = np.sort(np.argsort(-largest[::-1], kind="stable")[:most] * -1 + len(labels) - 1)
+        left = np.delete(largest, chosen).max()
+        notes.append(
+            f"{most} of {len(labels)} positions, those with the largest effects; at the other "
+            f"{len(labels) - most} they are {f'at most {left:.2g}' if left else 'exactly 0'}"
+        )
+    notes += _within_classes({site: (labels, mean, peaks(effects, metric, site))})
     heads = [str(head) for head in range(mean.shape[-1])]
-    panels = [(f"{site}, {labels[i]}", heads, mean[:, i], effects.layers_of(site)) for i in chosen]
-    return layer_panels(panels, metric, "head", rotate=False)
+    panels = [(f"{site}, {labels[i]}", heads, mean[:, i], effects.layers_of(site)) for i in chosen.tolist()]
+    return layer_panels(panels, metric, "head", rotate=False, note="\n".join(notes))
+
+
+def _by_position(named: Mapping[str, tuple[Effects, str]], metric: str) -> Figure:
+    """A panel for each effects and site."""
+    panels, classes = [], {}
+    for name, (effects, site) in named.items():
+        labels, values, over = aligned(effects, metric, site)
+        mean = mean_over_pairs(values, over)[0]
+        panels.append((name, labels, mean, effects.layers_of(site)))
+        classes[name] = labels, mean, peaks(effects, metric, site)
+    return layer_panels(panels, metric, "position", rotate=True, note="\n".join(_within_classes(classes)))
+
+
+def _within_classes(named: Mapping[str, tuple[list[str], np.ndarray, np.ndarray | None]]) -> list[str]:
+    """A line on the largest effect at a single position that means over classes of positions hide, if any.
+
+    Args:
+        named: labels, [layer, label, ...] means, and what `positions.peaks` gives for them.
+    """
+    drawn = max((float(np.nanmax(np.abs(mean), initial=0)) for _, mean, _ in named.values()), default=0.0)
+    hidden: tuple[float, str, str] | None = None
+    for name, (labels, _, largest) in named.items():
+        if largest is None:
+            continue
+        column = int(np.unravel_index(int(largest.argmax()), largest.shape)[1])
+        if largest.max() > max(_HIDDEN * drawn, hidden[0] if hidden else 0.0):
+            hidden = float(largest.max()), labels[column], name
+    if hidden is None:
+        return []
+    size, label, site = hidden
+    return [f"A class is the mean over its positions: a single one in {label} of {site} reaches {size:.2g}"]
 
 
 def colour_scale(grids: Sequence[np.ndarray], metric: str) -> tuple[Colormap, Normalize]:
     """Diverging and centred on zero, asinh where wide; from zero up where nothing is negative."""
     largest = max((float(np.nanmax(np.abs(g))) for g in grids if not np.isnan(g).all()), default=0.0) or 1.0
-    if metric in NEVER_NEGATIVE:
+    if METRICS[metric].never_negative:
         colours, low = plt.get_cmap("Reds"), 0.0
     else:
         colours, low = plt.get_cmap("RdBu_r"), -largest
@@ -64,9 +101,18 @@ def colour_scale(grids: Sequence[np.ndarray], metric: str) -> tuple[Colormap, No
 
 
 def layer_panels(
-    panels: Sequence[Panel], metric: str, axis: str, *, rotate: bool, label: str | None = None
+    panels: Sequence[Panel],
+    metric: str,
+    axis: str,
+    *,
+    rotate: bool,
+    label: str | None = None,
+    note: str = "",
 ) -> Figure:
-    """Panels side by side as far as they fit; the colour bar says what the metric is, or `label`."""
+    """Panels side by side as far as they fit; the colour bar says what the metric is, or `label`.
+
+    `note` is lines below, of what the panels do not show.
+    """
     columns = max(len(labels) for _, labels, _, _ in panels)
     layers = max(len(p[3]) for p in panels)
     panel_width = float(np.clip((0.27 if columns <= 12 else 0.2) * columns, 1.5, 6.0))
@@ -103,10 +149,18 @@ def layer_panels(
         ticks, names = wide_ticks(float(norm.vmin or 0), float(norm.vmax or 0))
         bar.set_ticks(ticks, labels=names)
         bar.minorticks_off()
-    said = metric_label(metric, wide) if label is None else label + (" (asinh scale)" if wide else "")
-    lines = textwrap.wrap(said, 24 if height < 2.5 else 60)
-    bar.set_label("\n".join(lines).replace(" (", "\n("))
+    most = 28 if height < 2.5 else 60
+    bar.set_label(
+        metric_label(metric, wide, most)
+        if label is None
+        else folded(label + (" (asinh scale)" if wide else ""), most)
+    )
     bar.outline.set_linewidth(0.5)
+    if note:
+        lines = [
+            line for part in note.split("\n") for line in textwrap.wrap(part, int(14 * figure.get_figwidth()))
+        ]
+        figure.supxlabel("\n".join(lines), fontsize=8, parse_math=False)
     return figure
 
 

@@ -69,7 +69,7 @@ def relative_importance(
     Raises:
         DeltapatchError: a site with an index, no last position, a single layer, or effects of -1 and less.
     """
-    values = effects.values(metric, site)
+    values, over = effects.terms(metric, site)
     if values.ndim != 3:
         raise DeltapatchError(f"relative importance is about whole vectors: {site} has an index")
     if values.shape[1] < 2:
@@ -83,10 +83,10 @@ def relative_importance(
     there = ~np.isnan(cells).all(axis=0)  # [layer, class]
     flat, chosen = cells[:, there], chosen[there]
     n = len(flat)
-    value = float(_share(resampled_means(flat, np.ones((1, n))), chosen, floor)[0])
+    value = float(_share(resampled_means(flat, np.ones((1, n)), over), chosen, floor)[0])
     every = np.full(draws, np.nan)
     if n > 1:
-        every = _share(resampled_means(flat, pair_counts(n, draws, seed)), chosen, floor)
+        every = _share(resampled_means(flat, pair_counts(n, draws, seed), over), chosen, floor)
     null = float(chosen.sum() / len(chosen))
     return RelativeImportance(
         value, null, *_interval(every, level), int(chosen.sum()), len(chosen), floor, every

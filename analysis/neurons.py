@@ -10,13 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from deltapatch.analysis.select import select
-from deltapatch.analysis.significance import POOL, benjamini_hochberg, pooled_null, sign_flip_test
-from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
+from deltapatch.analysis.significance import (
+    POOL,
+    POOLED_FROM,
+    benjamini_hochberg,
+    pooled_null,
+    sign_flip_test,
+)
+from deltapatch.analysis.statistics import bootstrap, mean_over_pairs, median_over_pairs
 from deltapatch.analysis.tables import Table, component
 from deltapatch.engine.effects import Effects, SiteEffects
+from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
-
-_POOLED_FROM = 1000  # cells from which a p-value has to be finer than one cell's own sign patterns make it
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,15 @@ def screen(effects: Effects, metric: str, site: str, draws: int = 1000, seed: in
         raise DeltapatchError("tests are over pairs, and this run has one pair only")
     n_layers, total = len(swept.layers), swept.shape[1] * swept.shape[3]
     null = None
-    if total >= _POOLED_FROM:
+    if total >= POOLED_FROM:
         step = -(-total // POOL)
-        some = [_layer(effects, metric, site, row)[:, row % step :: step] for row in range(n_layers)]
+        some = [_layer(effects, metric, site, row)[0][:, row % step :: step] for row in range(n_layers)]
         null = pooled_null(np.concatenate(some, axis=1), draws, seed)
     rows = []
     for row in range(n_layers):
-        values = _layer(effects, metric, site, row)
+        values, over = _layer(effects, metric, site, row)
         p = sign_flip_test(values, draws, seed) if null is None else null.p(values)
-        rows.append((*mean_over_pairs(values)[:2], p))
+        rows.append((*mean_over_pairs(values, over)[:2], p))
     mean, stderr, p = (np.stack(column) for column in zip(*rows, strict=True))
     return Screen(
         swept.site, metric, swept.layers, mean, stderr, p, benjamini_hochberg(p), len(effects.pairs)
@@ -88,8 +93,11 @@ def group_means(
     """The means over several groups of pairs: name -> [layer, index]."""
     swept = _one_position(effects, site)
     rows = [
-        [mean_over_pairs(values[numbers])[0] for numbers in members.values()]
-        for values in (_layer(effects, metric, site, row) for row in range(len(swept.layers)))
+        [
+            mean_over_pairs(values[numbers], None if over is None else over[numbers])[0]
+            for numbers in members.values()
+        ]
+        for values, over in (_layer(effects, metric, site, row) for row in range(len(swept.layers)))
     ]
     return {name: np.stack([row[i] for row in rows]) for i, name in enumerate(members)}
 
@@ -106,8 +114,8 @@ def strongest_table(
     """The k strongest of a screen: several metrics with their bootstrap intervals over pairs, p and q.
 
     Returns:
-        columns name (short), layer, index, for each metric its mean, <metric>_low and
-        <metric>_high, then p, q and pairs.
+        columns name (short), layer, index, for each metric its mean, <metric>_median where a few pairs can
+        make most of that, <metric>_low and <metric>_high, then p, q and pairs.
     """
     best = tested.strongest(k)
     row, index = np.unravel_index(best, tested.mean.shape)
@@ -118,9 +126,13 @@ def strongest_table(
         values = np.empty((len(effects.pairs), len(best)))
         for one in np.unique(row).tolist():
             here = row == one
-            values[:, here] = _layer(effects, metric, tested.site, one)[:, index[here]]
-        low, high = bootstrap(values, level, draws, seed)
-        columns |= {metric: mean_over_pairs(values)[0], f"{metric}_low": low, f"{metric}_high": high}
+            found, over = _layer(effects, metric, tested.site, one)
+            values[:, here] = found[:, index[here]]
+        low, high = bootstrap(values, level, draws, seed, over)
+        columns[metric] = mean_over_pairs(values, over)[0]
+        if METRICS[metric].skewed:
+            columns[f"{metric}_median"] = median_over_pairs(values)
+        columns |= {f"{metric}_low": low, f"{metric}_high": high}
     columns |= {name: getattr(tested, name).ravel()[best] for name in ("p", "q")}
     return Table(columns | {"pairs": np.full(len(best), tested.pairs)}, tested.metric)
 
@@ -132,6 +144,7 @@ def _one_position(effects: Effects, site: str) -> SiteEffects:
     return swept
 
 
-def _layer(effects: Effects, metric: str, site: str, row: int) -> np.ndarray:
-    """[pair, index] of one row of the layer axis."""
-    return select(effects, layers=np.array([row]), sites=[site]).values(metric, site)[:, 0, 0]
+def _layer(effects: Effects, metric: str, site: str, row: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """A metric's terms at one row of the layer axis: [pair, index], and [pair] or None."""
+    values, over = select(effects, layers=np.array([row]), sites=[site]).terms(metric, site)
+    return values[:, 0, 0], over

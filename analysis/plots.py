@@ -7,13 +7,16 @@ from deltapatch.analysis.curves import layer_curves, neuron_ranking
 from deltapatch.analysis.heatmaps import head_heatmaps, position_heatmaps
 from deltapatch.analysis.style import figure_style, save
 from deltapatch.engine.effects import Effects
-from deltapatch.engine.metrics import check_metric
+from deltapatch.engine.metrics import check_metric, default_metric
 from deltapatch.engine.sites import SITES
 from deltapatch.errors import DeltapatchError
 
 
-def plot_run(effects: Effects, folder: str | PathLike[str], metric: str = "ie") -> list[Path]:
+def plot_run(effects: Effects, folder: str | PathLike[str], metric: str | None = None) -> list[Path]:
     """Draw what a run has: heatmaps and curves of whole vectors, heads, neuron rankings; PNG and PDF each.
+
+    Args:
+        metric: what to draw; `recovered` by default, or the first that the run can answer.
 
     Returns:
         The files, in the order in which a reader wants them. Files of the same names are replaced.
@@ -21,6 +24,7 @@ def plot_run(effects: Effects, folder: str | PathLike[str], metric: str = "ie") 
     Raises:
         DeltapatchError: an unknown metric or one that was not measured, or a folder that cannot be written.
     """
+    metric = default_metric(effects.metrics) if metric is None else metric
     check_metric(metric)
     folder = Path(folder)
     kinds = {site: SITES[site].index for site in effects.sites}

@@ -7,11 +7,13 @@ what is in the middle are classes of their own. Without labels a position is onl
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from deltapatch.analysis.statistics import mean_over_pairs
 from deltapatch.engine.effects import Effects
 from deltapatch.engine.pairs import EncodedPair
 
@@ -79,39 +81,65 @@ def class_table(
     return _in_order(effects, table, positions), table
 
 
-def aligned(effects: Effects, metric: str, site: str | None = None) -> tuple[list[str], np.ndarray]:
-    """The labels of a figure's position axis, and the values [pair, layer, label, ...] on it.
+def aligned(
+    effects: Effects, metric: str, site: str | None = None
+) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """The labels of a figure's position axis, and a metric's terms on it (see `Effects.terms`).
 
     Pairs with labels are aligned by class; pairs of one length by token; others by the distance from the end,
     because positions counted from the start mean something else in each of them.
+
+    Returns:
+        labels; [pair, layer, label, ...]; and [pair] or None, what a mean over pairs is measured by.
     """
-    values = effects.values(metric, site)
+    values, over = effects.terms(metric, site)
     positions = effects.positions(site)
     if len(effects.pairs) > 1 and has_classes(effects):
         classes, table = class_table(effects, site)
-        return classes, by_class(values, classes, table)
+        return classes, by_class(values, classes, table), over
     lengths = {len(pair.clean) for pair in effects.pairs}
     if len(lengths) == 1 or all(isinstance(p, str) or p < 0 for p in positions):
-        return token_labels(effects, site), values
+        return token_labels(effects, site), values, over
     ends: list[list[str | None]] = []
     for pair in effects.pairs:
         places = [pair.resolve(position) for position in positions]
         ends.append([None if place is None else str(place - len(pair.clean)) for place in places])
     names = sorted({name for row in ends for name in row if name is not None}, key=int)
-    return names, by_class(values, names, ends)
+    return names, by_class(values, names, ends), over
 
 
-def by_class(values: np.ndarray, classes: Sequence[str], table: list[list[str | None]]) -> np.ndarray:
+def peaks(effects: Effects, metric: str, site: str | None = None) -> np.ndarray | None:
+    """What a mean over the positions of a class hides, [layer, class, ...], as a mean over pairs.
+
+    It is the largest magnitude at a single position, and 0 where it is less than twice that of the mean. None
+    where `aligned` does not average over positions.
+    """
+    if len(effects.pairs) == 1 or not has_classes(effects):
+        return None
+    values, over = effects.terms(metric, site)
+    table = class_table(effects, site)
+    sizes = by_class(np.abs(values), *table, np.max), np.abs(by_class(values, *table))
+    by = None if over is None else np.abs(over)
+    largest, shown = (np.nan_to_num(mean_over_pairs(size, by)[0]) for size in sizes)
+    return np.where(largest > 2 * shown, largest, 0.0)
+
+
+def by_class(
+    values: np.ndarray,
+    classes: Sequence[str],
+    table: list[list[str | None]],
+    reduce: Callable[..., Any] = np.mean,
+) -> np.ndarray:
     """[pair, layer, position, ...] -> [pair, layer, class, ...]: the mean over a pair's positions of a class.
 
-    NaN where a pair has no position of a class.
+    NaN where a pair has no position of a class. `reduce` takes another of them than the mean.
     """
     out = np.full((*values.shape[:2], len(classes), *values.shape[3:]), np.nan)
     for i, row in enumerate(table):
         for c, name in enumerate(classes):
             where = [j for j, found in enumerate(row) if found == name]
             if where:
-                out[i, :, c] = values[i][:, where].mean(axis=1)
+                out[i, :, c] = reduce(values[i][:, where], axis=1)
     return out
 
 

@@ -1,5 +1,6 @@
 """Which effects are no accident of the pairs: sign-flip permutation tests and a false-discovery cut."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from deltapatch.errors import DeltapatchError
 
 _EXACT = 12  # up to that many pairs, all patterns of signs are gone through
 _BINS = 1 << 16  # of the pooled null
+POOLED_FROM = 1000  # cells from which a p-value has to be finer than one cell's own sign patterns make it
 POOL = 1 << 14  # cells that make it up: with a thousand sign patterns, p as small as 1e-7
 
 
@@ -81,6 +83,26 @@ def pooled_null(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> Poole
         null = np.abs(signs @ (cells[:, pool[part]] / scale[pool[part]]))
         counts += np.bincount(_bin(null, n).ravel(), minlength=_BINS)
     return PooledNull(np.cumsum(counts[::-1])[::-1], n)
+
+
+def out_of_reach(pairs: int, rate: float, draws: int, pooled: bool = False) -> str | None:
+    """A sentence where tests over so few pairs, or with so few draws, can find nothing at a rate; or None.
+
+    With up to 12 pairs every p is at least one in the number of sign patterns. So is every q of a pooled test
+    then, since the patterns of each cell, that of its own signs among them, are in the pool.
+    """
+    if pairs <= _EXACT:
+        least, more = 1 / len(_all_signs(pairs)), f"{1 + math.ceil(math.log2(1 / rate))} pairs"
+    else:
+        least, more = 0.0 if pooled else 1 / (draws + 1), f"{math.ceil(1 / rate) - 1:,} draws"
+    if least <= rate:
+        return None
+    number = f"{pairs} pair{'' if pairs == 1 else 's'}"
+    given = number if pairs <= _EXACT else f"{number} and {draws:,} draw{'' if draws == 1 else 's'}"
+    return (
+        f"with {given} no p-value can be below {least:.2g}, and so no q can be {rate:g} or less, whatever "
+        f"the effects are: take at least {more}"
+    )
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:

@@ -1,21 +1,57 @@
-"""Statistics over pairs: means with standard errors, and bootstrap confidence intervals."""
+"""Statistics over pairs: means with standard errors, and bootstrap confidence intervals.
 
+A metric that is a ratio comes as two arrays, as `Effects.terms` gives them: what each pair adds, and `over`,
+what that is measured by. Its mean over pairs is the ratio of both means, so that a pair whose denominator is
+small does not make most of it.
+"""
+
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
 
 from deltapatch.engine.arguments import seed as check_seed
+from deltapatch.engine.metrics import NOTHING
 
 _CHUNK_BYTES = 64_000_000  # of what is held at a time for [draw, cell]
 
 
-def mean_over_pairs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[pair, ...] -> mean, standard error and count over pairs that are not NaN; a mean of none is NaN."""
+def mean_over_pairs(
+    values: np.ndarray, over: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[pair, ...] -> mean, standard error and count over pairs that are not NaN; a mean of none is NaN.
+
+    Args:
+        over: [pair], what the mean is measured by: the result is the ratio of means, and its standard error
+            that of the delta method. NaN, with a warning, where the mean of this is nothing.
+    """
     present = ~np.isnan(values)
     n = present.sum(axis=0)
-    mean = divide(np.where(present, values, 0).sum(axis=0), n)
-    squares = np.where(present, (values - mean) ** 2, 0).sum(axis=0)
-    return mean, np.sqrt(divide(squares, (n - 1) * n)), n
+    mean, own, base = divide(np.where(present, values, 0).sum(axis=0), n), None, None
+    if over is not None:
+        own = _column(over, values.ndim)
+        base = divide(np.where(present, own, 0).sum(axis=0), n)
+        nothing = np.abs(base) < NOTHING
+        if nothing.any():
+            warnings.warn(
+                f"recovered is undefined (NaN) for {int(nothing.sum())} mean(s) over pairs: "
+                "clean and corrupted runs have the same mean logit difference",
+                stacklevel=3,
+            )
+        base = np.where(nothing, np.nan, base)
+        mean = mean / base
+    squares = np.where(present, (values - (mean if own is None else mean * own)) ** 2, 0).sum(axis=0)
+    stderr = np.sqrt(divide(squares, (n - 1) * n))
+    return mean, stderr if base is None else stderr / np.abs(base), n
+
+
+def median_over_pairs(values: np.ndarray) -> np.ndarray:
+    """[pair, ...] -> the median over pairs that are not NaN; NaN where there are none."""
+    some = ~np.isnan(values).all(axis=0)
+    out = np.full(values.shape[1:], np.nan)
+    if some.any():
+        out[some] = np.nanmedian(values[:, some], axis=0)
+    return out
 
 
 def mean_over(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
@@ -25,12 +61,17 @@ def mean_over(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
 
 
 def bootstrap(
-    values: np.ndarray, level: float = 0.95, draws: int = 1000, seed: int = 0
+    values: np.ndarray,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+    over: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """[pair, ...] -> low and high end of the mean's percentile interval, [...]; pairs are drawn anew.
 
     NaN everywhere for a single pair, which says nothing about the spread. Cells are gone through in parts, so
-    that hundreds of thousands of them need little memory; all see the same draws.
+    that hundreds of thousands of them need little memory; all see the same draws. `over` is as of
+    `mean_over_pairs`: a draw takes a pair's numbers together.
     """
     cells = values.reshape(len(values), -1)
     ends = np.full((2, cells.shape[1]), np.nan)
@@ -38,7 +79,7 @@ def bootstrap(
         counts = pair_counts(len(values), draws, seed)
         tail = (1 - level) / 2
         for part in parts(cells.shape[1], draws):
-            means = resampled_means(cells[:, part], counts)
+            means = resampled_means(cells[:, part], counts, over)
             some = ~np.isnan(means).all(axis=0)
             ends[:, part][:, some] = _ends(means[:, some], tail)
     return ends[0].reshape(values.shape[1:]), ends[1].reshape(values.shape[1:])
@@ -53,12 +94,19 @@ def pair_counts(n: int, draws: int, seed: int) -> np.ndarray:
     )
 
 
-def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[pair, cell], [draw, pair] -> [draw, cell], the mean of each draw over what is not NaN."""
+def resampled_means(values: np.ndarray, counts: np.ndarray, over: np.ndarray | None = None) -> np.ndarray:
+    """[pair, cell], [draw, pair] -> [draw, cell], the mean of each draw over what is not NaN.
+
+    With `over`, the ratio of means; NaN in a draw that has nothing to measure by.
+    """
     present = ~np.isnan(values)
-    if present.all():
-        return counts @ values / len(values)
-    return divide(counts @ np.where(present, values, 0), counts @ present)
+    whole = bool(present.all())
+    sums = counts @ (values if whole else np.where(present, values, 0))
+    drawn = np.full((1, 1), float(len(values))) if whole else counts @ present
+    if over is None:
+        return sums / drawn if whole else divide(sums, drawn)
+    base = (counts @ over)[:, None] if whole else counts @ (present * over[:, None])
+    return divide(np.sign(base) * sums, np.where(np.abs(base) < NOTHING * drawn, 0.0, np.abs(base)))
 
 
 def parts(cells: int, draws: int) -> Iterator[slice]:
@@ -76,3 +124,8 @@ def _ends(means: np.ndarray, tail: float) -> np.ndarray:
 def divide(total: np.ndarray, n: np.ndarray) -> np.ndarray:
     """total / n, and NaN where n is not positive."""
     return np.divide(total, n, out=np.full(np.shape(total), np.nan), where=n > 0)
+
+
+def _column(over: np.ndarray, ndim: int) -> np.ndarray:
+    """[pair] -> [pair, 1, ...]."""
+    return over.reshape(-1, *(1,) * (ndim - 1))

@@ -23,6 +23,8 @@ from deltapatch.analysis.style import (
     widen,
 )
 from deltapatch.analysis.tables import Table
+from deltapatch.engine.metrics import check_metric
+from deltapatch.errors import DeltapatchError
 
 
 def importance_bars(found: Mapping[str, RelativeImportance], others: np.ndarray | None = None) -> Figure:
@@ -77,11 +79,8 @@ def overlap_matrix(table: Table) -> Figure:
     return figure
 
 
-def faithfulness_curves(curves: Mapping[str, Table], label: str | None = None) -> Figure:
-    """One panel a curve (a direction, say): the top k and random sets of equal size, with 95% bands.
-
-    The y axis says what the metric is, or `label`.
-    """
+def faithfulness_curves(curves: Mapping[str, Table]) -> Figure:
+    """One panel a curve (a direction, say): the top k and random sets of equal size, with 95% bands."""
     figure, grid = plt.subplots(
         1, len(curves), figsize=(0.9 + 2.7 * len(curves), 2.6), squeeze=False, sharey=True
     )
@@ -99,7 +98,7 @@ def faithfulness_curves(curves: Mapping[str, Table], label: str | None = None) -
         axes.set_xlabel("patched together, k")
         axes.set_title(name, loc="left", parse_math=False)
     metric = next(iter(curves.values())).metric
-    grid[0, 0].set_ylabel(metric_label(metric, False) if label is None else label)
+    grid[0, 0].set_ylabel(metric_label(metric, False, 32))
     grid[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -135,7 +134,14 @@ def group_curves(
 
     Args:
         named: name -> [pair, layer].
+
+    Raises:
+        DeltapatchError: a metric whose mean over pairs is not that of the pairs' own values.
     """
+    if check_metric(metric).over is not None:
+        raise DeltapatchError(
+            f"{metric} is a ratio of means, and these curves are means of each pair's values"
+        )
     figure, axes = plt.subplots(figsize=(5.0, 2.8))
     ends: list[np.ndarray] = []
     styles = zip(COLOURS * len(named), MARKERS * len(named), strict=True)
@@ -148,7 +154,7 @@ def group_curves(
     wide = is_wide(metric, max(high, -low))
     if wide:
         widen(axes, "y", low, high)
-    axes.set_ylabel(metric_label(metric, wide))
+    axes.set_ylabel(metric_label(metric, wide, 36))
     axes.set_title(title, loc="left", parse_math=False)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -191,7 +197,7 @@ def discovery_plot(table: Table, rate: float = 0.05) -> Figure:
     )
     axes.axhline(-np.log10(rate), color=QUIET, lw=0.8, ls="--")
     axes.axvline(0, color=QUIET, lw=0.7, zorder=0)
-    axes.set_xlabel(f"mean {metric_label(table.metric, False)}")
+    axes.set_xlabel(f"mean {metric_label(table.metric, False, 40)}")
     axes.set_ylabel("-log10 q")
     axes.set_title(f"{int(found.sum()):,} of {len(q):,} at a false-discovery rate of {rate:.0%}", loc="left")
     return figure

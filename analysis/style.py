@@ -1,6 +1,7 @@
 """How figures look, and how they are written: the same bytes for the same effects, as PNG and as PDF."""
 
 import math
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from deltapatch.engine.metrics import METRICS
 
 STYLE = {
     "font.size": 9,
@@ -42,21 +45,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # beside the colours, for prints 
 POSITIVE, NEGATIVE, QUIET = "#B2182B", "#2166AC", "0.55"
 MISSING = "0.82"  # a cell that has no value
 
-METRIC_LABELS = {
-    "ie": "indirect effect",
-    "logit_diff": "change of logit difference",
-    "recovered": "logit difference recovered",
-    "dlogp_clean": "change of log P(clean answer), nats",
-    "dlogp_corrupted": "change of log P(corrupted answer), nats",
-    "dp_clean": "change of P(clean answer)",
-    "dp_corrupted": "change of P(corrupted answer)",
-    "kl": "KL(base || patched), nats",
-    "flip": "share of predictions changed",
-    "says_clean": "share of predictions that are the clean answer",
-    "says_corrupted": "share of predictions that are the corrupted answer",
-}
-NEVER_NEGATIVE = ("kl", "flip", "says_clean", "says_corrupted")
-
 
 def is_wide(metric: str, largest: float) -> bool:
     """Whether a figure needs a scale that is linear near zero and logarithmic beyond (asinh).
@@ -64,12 +52,21 @@ def is_wide(metric: str, largest: float) -> bool:
     The indirect effect divides by a probability: where a model is sure of its answer it reaches millions, and
     on a linear scale all but one cell would be white.
     """
-    return metric == "ie" and largest > 30
+    return METRICS[metric].skewed and largest > 30
 
 
-def metric_label(metric: str, wide: bool) -> str:
-    """What an axis or colour bar says."""
-    return METRIC_LABELS[metric] + (" (asinh scale)" if wide else "")
+def metric_label(metric: str, wide: bool, most: int = 80) -> str:
+    """What an axis or colour bar says, in lines of at most so many letters."""
+    return folded(METRICS[metric].label + (" (asinh scale)" if wide else ""), most)
+
+
+def folded(text: str, most: int) -> str:
+    """A label in lines of at most so many letters; what it has in brackets begins a line, if it must fold."""
+    if len(text) <= most:
+        return text
+    return "\n".join(
+        line for part in text.replace(" (", "\n(").split("\n") for line in textwrap.wrap(part, most)
+    )
 
 
 def wide_ticks(low: float, high: float) -> tuple[list[float], list[str]]:

@@ -1,17 +1,22 @@
 """Tables: effects cell by cell, or averages with standard errors; the top K of either."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from deltapatch.analysis.positions import by_class, class_table
-from deltapatch.analysis.statistics import mean_over, mean_over_pairs
-from deltapatch.engine.effects import AXES, Effects
+from deltapatch.analysis.statistics import mean_over, mean_over_pairs, median_over_pairs
+from deltapatch.engine.effects import AXES, Effects, is_labelled, position_column
+from deltapatch.engine.metrics import METRICS, check_metric, quotient
 from deltapatch.engine.sites import SITES
 from deltapatch.errors import DeltapatchError
 
-BY = ("pair", "layer", "position", "class", "index")
+# What an index counts, as people group by it: each head (neuron, coordinate) of each layer.
+_COUNTED = {"head": ("head", "kv_head"), "neuron": ("neuron",), "coordinate": ("coordinate",)}
+_INDICES = _COUNTED | {"index": tuple(kind for kinds in _COUNTED.values() for kind in kinds)}
+BY = ("pair", "layer", "position", "class", "index", *_COUNTED)
+Numbers = Callable[[str, np.ndarray, np.ndarray | None], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -35,39 +40,132 @@ class Table:
         return Table({name: column[order] for name, column in self.columns.items()}, self.metric)
 
 
-def cells(effects: Effects, metric: str, sites: Sequence[str] | None = None) -> Table:
-    """Every cell: columns pair, site, layer, position, index (-1 where a site has none) and the metric."""
-    return Table(effects.columns(metric, sites), metric)
+def cells(effects: Effects, metrics: str | Sequence[str], sites: Sequence[str] | None = None) -> Table:
+    """Every cell: columns pair, site, layer, position, index (-1 where a site has none) and the metrics."""
+    return Table(effects.columns(metrics, sites), as_names(metrics)[0])
 
 
-def averages(effects: Effects, metric: str, by: Iterable[str], sites: Sequence[str] | None = None) -> Table:
+def averages(
+    effects: Effects,
+    metrics: str | Sequence[str],
+    by: Iterable[str],
+    sites: Sequence[str] | None = None,
+    *,
+    mean_of_ratios: bool = False,
+) -> Table:
     """Means over pairs of each group of cells, with their standard errors.
 
     Args:
-        by: what to keep apart, of BY: `class` is the position class. Everything else is averaged, within
+        metrics: one, or several, the first of which is what `Table.top` goes by.
+        by: what to keep apart, of BY: `class` is the position class; `head`, `neuron` and `coordinate` are
+            the index of sites that have them, and keep layers apart too. Everything else is averaged, within
             each pair first, so that every pair weighs the same. With `pair` in it there is no standard error.
         sites: all sites that were swept unless named.
+        mean_of_ratios: beside a mean that is a ratio of means (`recovered`), the mean of the pairs' ratios.
 
     Returns:
-        A table with columns site, the names in `by`, the metric and, over pairs, stderr (NaN for a single
-        pair) and pairs (how many).
+        A table with columns site, the names in `by`, the metric; over pairs, median (where a few pairs can
+        make most of the mean, as of `ie`), mean_of_ratios if asked for, stderr (NaN for a single pair); and
+        pairs (how many). Of several metrics these columns are called <metric>_median and so on.
 
     Raises:
-        DeltapatchError: `by` names something else, or `index` of a site without one.
+        DeltapatchError: `by` names something else, or an index that a site does not have; a mean of ratios of
+            metrics that are none.
     """
     by = check_groups(by)
-    parts = [_site_averages(effects, metric, by, site) for site in sites or effects.sites]
-    return Table({name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, metric)
+    if mean_of_ratios and not any(check_metric(m).over for m in as_names(metrics)):
+        ratios = ", ".join(name for name, metric in METRICS.items() if metric.over)
+        raise DeltapatchError(
+            f"a mean of ratios is of {ratios} only: the means of {', '.join(as_names(metrics))} are no ratios"
+        )
+
+    def numbers(metric: str, values: np.ndarray, over: np.ndarray | None) -> dict[str, np.ndarray]:
+        if "pair" in by:
+            return {metric: quotient(metric, values, over)}
+        mean, stderr, n = mean_over_pairs(values, over)
+        found = {metric: mean} | medians(metric, values)
+        if mean_of_ratios and over is not None:
+            found["mean_of_ratios"] = mean_over_pairs(quotient(metric, values, over))[0]
+        return found | {"stderr": stderr, "pairs": n}
+
+    return collect(effects, metrics, by, sites, numbers)
+
+
+def medians(metric: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The median over pairs, by its column's name, of metrics whose mean a few pairs can make."""
+    return {"median": median_over_pairs(values)} if METRICS[metric].skewed else {}
+
+
+def collect(
+    effects: Effects,
+    metrics: str | Sequence[str],
+    by: tuple[str, ...],
+    sites: Sequence[str] | None,
+    numbers: Numbers,
+) -> Table:
+    """A row for each group of cells that exists, of each site: columns site, the names in `by`, the numbers.
+
+    Args:
+        numbers: gets a metric and its terms (see `Effects.terms`), averaged within each pair, and gives the
+            metric's own column, the columns beside it and pairs.
+    """
+    metrics, sites = as_names(metrics), list(sites or effects.sites)
+    labelled = "class" in by or any(is_labelled(effects.positions(site)) for site in sites)
+    parts = []
+    for site in sites:
+        columns: dict[str, np.ndarray] = {}
+        for metric in metrics:
+            values, over, axes, coordinates = _grouped(effects, metric, by, site, labelled)
+            found = numbers(metric, values, over)
+            pairs = {"pairs": found.pop("pairs")} if "pairs" in found else {}
+            if len(metrics) > 1:
+                found = {name if name == metric else f"{metric}_{name}": n for name, n in found.items()}
+            columns |= found
+        exists = ~np.isnan(values)
+        if "pair" in by:
+            axes = ["pair", *axes]
+        else:
+            exists = exists.any(axis=0)
+        where = np.nonzero(np.atleast_1d(exists))
+        at = {axis: coordinates[axis][where[i]] for i, axis in enumerate(axes)}
+        part = {"site": np.full(len(where[0]), effects.site(site).site, dtype=object)}
+        part |= {name: at[_AXIS.get(name, name)] for name in by}
+        parts.append(part | {name: np.atleast_1d(n)[where] for name, n in (columns | pairs).items()})
+    return Table({name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, metrics[0])
+
+
+_AXIS = {"class": "position"} | dict.fromkeys(_COUNTED, "index")
+
+
+def as_names(metrics: str | Sequence[str]) -> list[str]:
+    """One name or several, as a list without repeats.
+
+    Raises:
+        DeltapatchError: there is none.
+    """
+    names = [metrics] if isinstance(metrics, str) else list(dict.fromkeys(metrics))
+    if not names:
+        raise DeltapatchError(f"there is no metric: choose from {', '.join(METRICS)}")
+    return names
 
 
 def check_groups(by: Iterable[str]) -> tuple[str, ...]:
-    """`by` as a tuple; DeltapatchError where it names what is not in BY, or both position and class."""
-    by = tuple(by)
+    """`by` as a tuple, with `layer` before a head, neuron or coordinate.
+
+    Raises:
+        DeltapatchError: it names what is not in BY, or one thing in two ways.
+    """
+    by = tuple(dict.fromkeys(by))
     for name in by:
         if name not in BY:
             raise DeltapatchError(f"cannot group by {name!r}: choose from {', '.join(BY)}")
-    if {"position", "class"} <= set(by):
-        raise DeltapatchError("group by position or by class, not by both")
+    for same in (("position", "class"), ("index", *_COUNTED)):
+        both = [name for name in by if name in same]
+        if len(both) > 1:
+            raise DeltapatchError(f"group by {both[0]} or by {both[1]}, not by both")
+    counted = next((i for i, name in enumerate(by) if name in _COUNTED), None)
+    if counted is not None and "layer" not in by:
+        by = (*by[:counted], "layer", *by[counted:])
     return by
 
 
@@ -77,57 +175,48 @@ def component(site: str, layer: int, index: int) -> str:
     return f"L{layer}.{letter}{index}" if letter else f"L{layer}"
 
 
-def grouped(
-    effects: Effects, metric: str, by: tuple[str, ...], site: str
-) -> tuple[np.ndarray, list[str], dict[str, np.ndarray]]:
-    """The values [pair, group axes...] of a site, averaged within each pair over what is not in `by`.
+def _grouped(
+    effects: Effects, metric: str, by: tuple[str, ...], site: str, labelled: bool
+) -> tuple[np.ndarray, np.ndarray | None, list[str], Mapping[str, np.ndarray]]:
+    """A site's terms [pair, group axes...], averaged within each pair over what is not in `by`.
 
     Returns:
-        the values, the names of their axes after the first, and the coordinates on each of these and of pair.
+        the terms, the names of the first one's axes after the pair, and the coordinates on each of these and
+        of pair; positions as text where `labelled`.
     """
-    values = effects.values(metric, site)
+    values, over = effects.terms(metric, site)
     swept = effects.site(site)
     positions: list[int | str] = list(swept.positions)
     if "class" in by:
         classes, table = class_table(effects, site)
         values, positions = by_class(values, classes, table), list(classes)
-    kept = [("position" if name == "class" else name) for name in by]
-    if "index" in kept and values.ndim < 4:
-        raise DeltapatchError(f"site {swept.site} has no index: group by layer and position")
+    _check_index(by, swept.site)
+    kept = [_AXIS.get(name, name) for name in by]
     drop = tuple(i for i, axis in enumerate(AXES[: values.ndim]) if axis not in (*kept, "pair"))
     if drop:
         values = mean_over(values, drop)
-    labelled = any(isinstance(p, str) for p in positions)
     coordinates = {
         "pair": np.arange(len(values)),
         "layer": np.asarray(effects.layers_of(site), dtype=np.int64),
-        "position": np.array(positions, dtype=object if labelled else np.int64),
+        "position": position_column(positions, labelled),
         "index": np.arange(values.shape[-1]),
     }
-    return values, [axis for axis in AXES[1:] if axis in kept], coordinates
+    return values, over, [axis for axis in AXES[1:] if axis in kept], coordinates
 
 
-def as_columns(
-    numbers: dict[str, np.ndarray],
-    axes: list[str],
-    coordinates: dict[str, np.ndarray],
-    by: Sequence[str],
-    site: str,
-) -> dict[str, np.ndarray]:
-    """Columns site, the names in `by` and the numbers, a row for each cell in which the first number is."""
-    where = np.nonzero(np.atleast_1d(~np.isnan(next(iter(numbers.values())))))
-    found = {axis: coordinates[axis][where[i]] for i, axis in enumerate(axes)}
-    columns = {"site": np.full(len(where[0]), site, dtype=object)}
+def having(by: Iterable[str], sites: Sequence[str]) -> list[str]:
+    """Those of some sites that have the index which `by` names; all of them where none has or is named."""
+    kinds = {kind for name in by for kind in _INDICES.get(name, ())}
+    return [site for site in sites if SITES[site].index in kinds] or list(sites)
+
+
+def _check_index(by: tuple[str, ...], site: str) -> None:
+    """Raise DeltapatchError where a site does not have the index that is grouped by."""
+    kind = SITES[site].index
+    own = next((name for name, kinds in _COUNTED.items() if kind in kinds), None)
     for name in by:
-        columns[name] = found["position" if name == "class" else name]
-    return columns | {name: np.atleast_1d(array)[where] for name, array in numbers.items()}
-
-
-def _site_averages(effects: Effects, metric: str, by: tuple[str, ...], site: str) -> dict[str, np.ndarray]:
-    values, axes, coordinates = grouped(effects, metric, by, site)
-    if "pair" in by:
-        numbers, axes = {metric: values}, ["pair", *axes]
-    else:
-        mean, stderr, n = mean_over_pairs(values)
-        numbers = {metric: mean, "stderr": stderr, "pairs": n}
-    return as_columns(numbers, axes, coordinates, by, effects.site(site).site)
+        if name == "index" and own is None:
+            raise DeltapatchError(f"site {site} has no index: group by layer and position")
+        if name in _COUNTED and name != own:
+            rest = f"its index counts {own}s: group by {own}" if own else "group by layer and position"
+            raise DeltapatchError(f"site {site} has no {name}s: {rest}")

@@ -9,11 +9,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from deltapatch.analysis.style import COLOURS, METRIC_LABELS, QUIET, figure_style, save
+from deltapatch.analysis.style import COLOURS, QUIET, figure_style, save
 from deltapatch.bench.cells import SWEEPS
 from deltapatch.bench.growth import AXES
 from deltapatch.bench.peers.ours import PREFIX
 from deltapatch.bench.results import read_all
+from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
 
 
@@ -133,7 +134,7 @@ def precision(result: dict[str, Any]) -> Figure | None:
         axes.minorticks_off()
         axes.tick_params(labelbottom=number + n_columns >= len(methods))
         axes.set_title(f"{name}\nranks {found['rank_correlation']:.4f}")
-    figure.supxlabel(f"exact {METRIC_LABELS[result['metric']]}", fontsize=9)
+    figure.supxlabel(f"exact {METRICS[result['metric']].title}", fontsize=9)
     figure.supylabel("as measured", fontsize=9)
     return figure
 

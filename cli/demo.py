@@ -123,6 +123,7 @@ def _report(effects: "Effects", components: dict[str, Any], neurons: dict[str, A
 
     from deltapatch.analysis.render import as_text
     from deltapatch.analysis.tables import Table
+    from deltapatch.engine.metrics import METRICS
 
     neurons = {name: np.array(c, dtype=object) if name == "neuron" else c for name, c in neurons.items()}
     total = int(np.prod(effects.site("mlp_post").shape[1:]))
@@ -130,10 +131,12 @@ def _report(effects: "Effects", components: dict[str, Any], neurons: dict[str, A
         f"The model answers {effects.accuracy():.1%} of the {2 * len(effects.pairs)} prompts correctly.\n\n"
         + as_text(
             Table(components, METRIC),
-            "Top components, by the share of the logit difference that they recover",
+            f"Top components by {METRICS[METRIC].label}",
         )
         + "\n"
-        + as_text(Table(neurons, METRIC), f"Top neurons of {total:,} (hidden neurons, last position)")
+        + as_text(
+            Table(neurons, METRIC), f"Top neurons of {total:,} (hidden neurons, last position), likewise"
+        )
     )
 
 

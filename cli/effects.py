@@ -1,31 +1,53 @@
 """`deltapatch effects`: what a run found, as a table, csv, json or parquet."""
 
+import shutil
 import sys
+import warnings
+from typing import TYPE_CHECKING
 
 import click
 
+from deltapatch.cli.metrics import MetricHelp
 from deltapatch.cli.options import SEED, read_names
 from deltapatch.errors import DeltapatchError
 
+if TYPE_CHECKING:
+    from deltapatch.engine.effects import Effects
+
 EXAMPLES = """\b
 Examples:
-  deltapatch effects RUN --site mlp_out --metric ie
-  deltapatch effects RUN --site mlp_post --top 20
-  deltapatch effects RUN --site attn_out --by layer,class
-  deltapatch effects RUN --site mlp_post --by layer,index --fdr 0.05 --format csv
+  deltapatch effects RUN --site mlp_out
+  deltapatch effects RUN --site mlp_post --by neuron --top 20
+  deltapatch effects RUN --site attn_out --by layer,class --metric recovered,ie
+  deltapatch effects RUN --site z --by head,position --format json
+  deltapatch effects RUN --site mlp_post --by neuron --fdr 0.05 --format csv
   deltapatch effects RUN --site mlp_out --format csv > effects.csv
 """
+_LONG, _CUT = 200, 40  # a table of more rows than the first is cut to the second
 
 
-@click.command(short_help="Print the effects of a run.", epilog=EXAMPLES)
+@click.command(cls=MetricHelp, short_help="Print the effects of a run.", epilog=EXAMPLES)
 @click.argument("run", metavar="RUN")
-@click.option("--site", help="A site, or several with commas; all that were swept unless given.")
-@click.option("--metric", default="ie", show_default=True, help="What to say of each intervention.")
+@click.option(
+    "--site",
+    help="A site, or several with commas; unless given all that were swept, and that have the index of --by.",
+)
+@click.option(
+    "--metric",
+    multiple=True,
+    help="What to say of each intervention, see below; several with commas, or the option again. recovered "
+    "unless given, or what the run has.",
+)
 @click.option(
     "--by",
     help="Average over pairs and over everything but these: pair, layer, position, class (of the position), "
-    "index. 'none' lists every cell. Tables are by layer, position and index unless told; other formats "
-    "list every cell.",
+    "index, or head, neuron, coordinate for the index of such sites, layers apart. 'none' lists every cell. "
+    "By layer, position and index unless told; but csv, json and parquet of a whole run list every cell.",
+)
+@click.option(
+    "--mean-of-ratios",
+    is_flag=True,
+    help="Beside a mean that is a ratio of means over pairs (recovered), the mean of the pairs' own ratios.",
 )
 @click.option(
     "--interval",
@@ -34,11 +56,18 @@ Examples:
     "it is zero, and its false-discovery rate q over all rows.",
 )
 @click.option(
-    "--fdr", type=float, help="As --interval, and only the rows with q at most this, 0.05 for example."
+    "--fdr",
+    type=float,
+    help="As --interval, and only the rows with q (of the first metric) at most this, 0.05 for example.",
 )
 @click.option("--draws", default=1000, show_default=True, help="Of the bootstrap and the test.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the bootstrap and the test.")
-@click.option("--top", type=int, help="Only the K rows with the largest magnitude.")
+@click.option(
+    "--top",
+    type=int,
+    help="Only the K rows with the largest magnitude of the (first) metric: of the means, in every format, "
+    "unless --by none says of single cells.",
+)
 @click.option(
     "--format",
     "format_",
@@ -50,8 +79,9 @@ Examples:
 def effects(
     run: str,
     site: str | None,
-    metric: str,
+    metric: tuple[str, ...],
     by: str | None,
+    mean_of_ratios: bool,
     interval: bool,
     fdr: float | None,
     draws: int,
@@ -62,39 +92,52 @@ def effects(
 ) -> None:
     """Print the effects in the run folder RUN.
 
-    Without --by, csv, json and parquet have a row for each pair and intervention, with the columns pair,
-    site, layer, position, index and the metric. With it, means over pairs, their standard errors and how
-    many pairs.
+    A table has means over pairs, their standard errors and how many pairs; so do csv, json and parquet with
+    --by, --top, --interval or --fdr. Without these they have a row for each pair and intervention, with the
+    columns pair, site, layer, position, index and the metrics.
+
+    Of several metrics the columns beside each are called METRIC_stderr and so on. Beside the mean of ie
+    stands its median, since a few pairs can make most of such a mean.
     """
     from deltapatch.analysis.magnitudes import discoveries, magnitudes
     from deltapatch.analysis.render import render
-    from deltapatch.analysis.tables import averages, cells
+    from deltapatch.analysis.tables import averages, cells, having
     from deltapatch.engine.effects import load_effects
+    from deltapatch.engine.metrics import default_metric
 
     found = load_effects(run)
+    if caveat := found.caveat():
+        warnings.warn(caveat, stacklevel=1)
     sites = read_names(site) if site else list(found.sites)
+    names = (
+        [name for text in metric for name in read_names(text)] if metric else [default_metric(found.metrics)]
+    )
     tested = interval or fdr is not None
-    if tested and by == "none":
-        raise DeltapatchError(
-            "--interval and --fdr are about means over pairs, and --by none lists every cell"
-        )
-    if by is None and (format_ == "table" or tested):
-        indexed = [found.site(name).axes[-1] == "index" for name in sites]
-        if any(indexed) and not all(indexed):
-            raise DeltapatchError("name one site: whole vectors and sites with an index do not share a table")
-        groups = ["layer", "position", *(["index"] if all(indexed) else [])]
+    for given, option in (
+        (tested, "--interval and --fdr"),
+        (mean_of_ratios, "the ratios of --mean-of-ratios"),
+    ):
+        if given and by == "none":
+            raise DeltapatchError(f"--by none lists every cell, and {option} ask for means: leave one out")
+    if tested and mean_of_ratios:
+        raise DeltapatchError("--mean-of-ratios and --interval do not go together: leave one out")
+    whole = not (tested or mean_of_ratios or top is not None)  # nothing is asked of means
+    if by == "none" or (by is None and format_ != "table" and whole):
+        table = cells(found, names, sites)
     else:
-        groups = [] if by in (None, "none") else read_names(by or "")
-    if tested:
-        table = magnitudes(found, metric, groups, sites, draws=draws, seed=seed)
-        if fdr is not None:
-            whole, table = len(table), discoveries(table, fdr)
-            click.echo(f"{len(table):,} of {whole:,} rows have q <= {fdr:g}.", err=True)
-    else:
-        listed = by == "none" or (by is None and format_ != "table")
-        table = cells(found, metric, sites) if listed else averages(found, metric, groups, sites)
-    cut = 40 if top is None and format_ == "table" and len(table) > 200 else None
-    data = render(table.top(top if top is not None else cut), format_)
+        groups = _default_groups(found, sites) if by is None else read_names(by)
+        if site is None:
+            sites = having(groups, sites)
+        if tested:
+            table = magnitudes(found, names, groups, sites, draws=draws, seed=seed)
+        else:
+            table = averages(found, names, groups, sites, mean_of_ratios=mean_of_ratios)
+    if fdr is not None:
+        n_rows, table = len(table), discoveries(table, fdr, draws)
+        click.echo(f"{len(table):,} of {n_rows:,} rows have q <= {fdr:g}.", err=True)
+    cut = _CUT if top is None and format_ == "table" and len(table) > _LONG else None
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() and not out else 80
+    data = render(table.top(top if top is not None else cut), format_, width)
     if cut:
         click.echo(f"The top {cut} of {len(table):,} rows; --top K shows more.", err=True)
     if out:
@@ -103,6 +146,14 @@ def effects(
         raise DeltapatchError("parquet is not text: give a file with --out, or redirect stdout")
     else:
         sys.stdout.buffer.write(data)
+
+
+def _default_groups(found: "Effects", sites: list[str]) -> list[str]:
+    """What means are told by unless --by says."""
+    indexed = [found.site(name).axes[-1] == "index" for name in sites]
+    if any(indexed) and not all(indexed):
+        raise DeltapatchError("name one site: whole vectors and sites with an index do not share a table")
+    return ["layer", "position", *(["index"] if all(indexed) else [])]
 
 
 def _write(path: str, data: bytes) -> None:

@@ -1,9 +1,11 @@
 """`deltapatch plot`: the figures of a run."""
 
+import warnings
 from pathlib import Path
 
 import click
 
+from deltapatch.cli.metrics import MetricHelp
 from deltapatch.cli.options import as_json, print_json
 
 EXAMPLES = """\b
@@ -13,14 +15,14 @@ Examples:
 """
 
 
-@click.command(short_help="Draw the figures of a run.", epilog=EXAMPLES)
+@click.command(cls=MetricHelp, short_help="Draw the figures of a run.", epilog=EXAMPLES)
 @click.argument("run", metavar="RUN")
 @click.option(
     "--out", type=click.Path(file_okay=False), help="A folder for the figures; RUN/plots unless given."
 )
-@click.option("--metric", default="ie", show_default=True, help="What to draw.")
+@click.option("--metric", help="What to draw, see below; recovered unless given, or what the run has.")
 @as_json
-def plot(run: str, out: str | None, metric: str, as_json: bool) -> None:
+def plot(run: str, out: str | None, metric: str | None, as_json: bool) -> None:
     """Draw the run folder RUN as PNG and PDF, and print the files' paths.
 
     Heatmaps of layer by position, curves by layer at the last token, heads, and rankings of neurons, whatever
@@ -28,8 +30,13 @@ def plot(run: str, out: str | None, metric: str, as_json: bool) -> None:
     """
     from deltapatch.analysis.plots import plot_run
     from deltapatch.engine.effects import load_effects
+    from deltapatch.engine.metrics import default_metric
 
-    paths = [str(path) for path in plot_run(load_effects(run), out or Path(run) / "plots", metric)]
+    effects = load_effects(run)
+    if caveat := effects.caveat():
+        warnings.warn(caveat, stacklevel=1)
+    metric = metric or default_metric(effects.metrics)
+    paths = [str(path) for path in plot_run(effects, out or Path(run) / "plots", metric)]
     if as_json:
         print_json({"run": run, "metric": metric, "figures": paths})
     else:

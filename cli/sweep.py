@@ -68,7 +68,10 @@ Examples:
 )
 @click.option("--backend", default="auto", show_default=True, help="auto, triton or reference.")
 @click.option(
-    "--metrics", default="all", show_default=True, help="Metrics to be asked for later, with commas."
+    "--metrics",
+    default="all",
+    show_default=True,
+    help="Metrics to be asked for later, with commas; `deltapatch effects --help` says what each is.",
 )
 @click.option("--memory-budget", help="Memory that the sweep may use beside the model: 2GB, 512MiB.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the sources resample and noise.")
@@ -236,6 +239,8 @@ def sweep(
             f"accuracy of the unpatched runs {effects.accuracy():.1%}",
             quiet,
         )
+    if caveat := effects.caveat():
+        say(caveat, quiet)
     if as_json:
         shapes = {name: dict(zip(s.axes, s.shape, strict=True)) for name, s in effects.sites.items()}
         print_json(

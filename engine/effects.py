@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from deltapatch.engine.arguments import several
-from deltapatch.engine.metrics import METRICS, Direction, Reference, compute
+from deltapatch.engine.metrics import METRICS, Direction, Reference, compute, default_metric, terms
 from deltapatch.engine.pairs import EncodedPair
 from deltapatch.engine.sites import find_site
 from deltapatch.errors import DeltapatchError, path_of
@@ -85,12 +85,19 @@ class Effects:
         Raises:
             DeltapatchError: an unknown metric or site, or one that was not swept.
         """
-        swept, layer = self._find(site)
-        measured = swept.measured
-        if layer is not None:
-            row = swept.layer_row(layer)
-            measured = {name: array[:, row : row + 1] for name, array in measured.items()}
-        return compute(metric, measured, self.reference, self.direction)
+        return compute(metric, self._measured(site), self.reference, self.direction)
+
+    def terms(self, metric: str, site: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """A metric of a site as it is averaged: a mean over pairs is the mean of the first over the second's.
+
+        Returns:
+            float64, of the shape of `values`, and [pair] for a ratio such as `recovered`; None for metrics
+            whose mean over pairs is just that of their values.
+
+        Raises:
+            DeltapatchError: as of `values`.
+        """
+        return terms(metric, self._measured(site), self.reference, self.direction)
 
     @property
     def layers(self) -> np.ndarray:
@@ -127,32 +134,50 @@ class Effects:
         """
         return float(self.reference.says[:, [0, 1], [0, 1]].mean())
 
+    def caveat(self) -> str | None:
+        """What a reader has to know beside effects: that the model answers nothing right; None otherwise."""
+        if self.reference.says[:, [0, 1], [0, 1]].any():
+            return None
+        return (
+            f"the model answers none of these {2 * len(self.pairs)} prompts right: effects say how its wrong "
+            "predictions move, not how it finds answers"
+        )
+
     def columns(
-        self, metrics: str | Sequence[str] = "ie", sites: str | Sequence[str] | None = None
+        self, metrics: str | Sequence[str] | None = None, sites: str | Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
         """The long form: pair, site, layer, position, index and the metrics, one entry a cell that exists.
 
-        `index` is -1 for sites without one. `position` is an object array where any position is a label.
+        Every column has one type: `index` is -1 for sites without one, and positions are text where any of
+        them is a label.
+
+        Args:
+            metrics: `recovered` by default, or the first that the run can answer.
+            sites: all by default.
+
+        Raises:
+            DeltapatchError: an unknown metric or site, or one that was not swept.
         """
+        metrics = default_metric(self.metrics) if metrics is None else metrics
         metrics = list(several(metrics, "metrics", "names such as ['ie', 'recovered']"))  # type: ignore[arg-type]
         sites = list(several(sites or list(self.sites), "sites", "names of sites"))  # type: ignore[arg-type]
-        parts = [self._site_columns(metrics, site) for site in sites]
+        labelled = any(is_labelled(self.positions(site)) for site in sites)
+        parts = [self._site_columns(metrics, site, labelled) for site in sites]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def to_pandas(self, metrics: str | Sequence[str] = "ie", sites: str | Sequence[str] | None = None) -> Any:
+    def to_pandas(
+        self, metrics: str | Sequence[str] | None = None, sites: str | Sequence[str] | None = None
+    ) -> Any:
         """A DataFrame with columns pair, site, layer, position, index and one per metric.
 
-        One row a cell; cells that a pair does not have are left out; `index` is missing for whole vectors.
+        One row a cell, as `deltapatch effects RUN --format csv` has them; cells that a pair does not have are
+        left out. Every column has one type: `index` is missing (NA) for whole vectors, and positions are text
+        where any of them is a label. Arguments are those of `columns`.
 
         Raises:
             DeltapatchError: pandas is not installed; an unknown metric or site.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise DeltapatchError(
-                "to_pandas needs pandas, which is not installed: pip install 'deltapatch[pandas]'"
-            ) from error
+        pandas = import_pandas()
         frame = pandas.DataFrame(self.columns(metrics, sites))
         frame["index"] = frame["index"].astype("Int64").replace(-1, pandas.NA)
         return frame
@@ -174,7 +199,16 @@ class Effects:
         for name, swept in self.sites.items():
             shape = ", ".join(f"{axis} {n}" for axis, n in zip(swept.axes, swept.shape, strict=True))
             lines.append(f"  {name:<14} [{shape}]")
+        caveat = self.caveat()
+        lines += [f"  {caveat}"] if caveat else []
         return "\n".join([*lines, f"  metrics: {', '.join(self.metrics)}"])
+
+    def _measured(self, site: str | None) -> dict[str, np.ndarray]:
+        swept, layer = self._find(site)
+        if layer is None:
+            return swept.measured
+        row = swept.layer_row(layer)
+        return {name: array[:, row : row + 1] for name, array in swept.measured.items()}
 
     def _find(self, name: str | None) -> tuple[SiteEffects, int | None]:
         swept = _listing(list(self.sites))
@@ -190,7 +224,7 @@ class Effects:
             raise DeltapatchError(f"site {site.name!r} was not swept: this run has {swept}")
         return self.sites[site.name], layer
 
-    def _site_columns(self, metrics: Sequence[str], site: str) -> dict[str, np.ndarray]:
+    def _site_columns(self, metrics: Sequence[str], site: str, labelled: bool) -> dict[str, np.ndarray]:
         swept, layer = self._find(site)
         layers = self.layers_of(site)
         arrays = {metric: self.values(metric, site) for metric in metrics}
@@ -199,8 +233,7 @@ class Effects:
             row = swept.layer_row(layer)
             exists = exists[:, row : row + 1]
         where = np.nonzero(exists)
-        labelled = any(isinstance(p, str) for p in swept.positions)
-        positions = np.array(swept.positions, dtype=object if labelled else np.int64)
+        positions = position_column(swept.positions, labelled)
         n = len(where[0])
         columns = {
             "pair": where[0],
@@ -217,6 +250,27 @@ def load_effects(path: str | PathLike[str]) -> Effects:
     from deltapatch.engine.readrun import read_run
 
     return read_run(path)
+
+
+def is_labelled(positions: Sequence[int | str]) -> bool:
+    """Whether any of a site's positions is a label."""
+    return any(isinstance(p, str) for p in positions)
+
+
+def position_column(positions: Sequence[int | str], labelled: bool) -> np.ndarray:
+    """Positions as an array of one type: integers, or text where labels are among them."""
+    return np.array([str(p) for p in positions], dtype=object) if labelled else np.array(positions, np.int64)
+
+
+def import_pandas() -> Any:
+    """The package, which is optional. DeltapatchError where it is not installed."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise DeltapatchError(
+            "to_pandas needs pandas, which is not installed: pip install 'deltapatch[pandas]'"
+        ) from error
+    return pandas
 
 
 def _listing(names: Sequence[Any]) -> str:

@@ -73,39 +73,60 @@ class Reference:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: the measured numbers it needs, and how it follows from them.
+    """A metric: the measured numbers it needs, how it follows from them, and what is said of it everywhere.
 
     `formula(measured, reference, direction)` gets arrays [pair, ...] and returns one of the same shape.
     `reference` is already broadcast: attributes are [pair, run, answer, 1, ...].
+
+    Attributes:
+        title: what it is called in a sentence.
+        equation: the formula as people read it, in the words of NOTATION.
+        bounds: the values it can have.
+        denoise, noise: its sign, or value, where a patch takes the base run towards the source run.
+        undefined: when it is NaN.
+        hint: how a figure tells its sign.
+        over: what each pair's number is divided by, [pair]; a mean over pairs is then the ratio of both
+            means. None where it is no such ratio.
+        skewed: a few pairs can make most of its mean, so tables show its median too.
+        yes_or_no: it is 1 or 0.
     """
 
     needs: tuple[str, ...]
     formula: Formula
-    meaning: str
-    yes_or_no: bool = False  # 1 or 0
+    title: str
+    equation: str
+    bounds: str
+    denoise: str
+    noise: str
+    undefined: str = "never"
+    hint: str = ""
+    over: Callable[[Reference, Direction], np.ndarray] | None = None
+    skewed: bool = False
+    yes_or_no: bool = False
+
+    @property
+    def label(self) -> str:
+        """What a figure's axis says."""
+        return f"{self.title} ({self.hint})" if self.hint else self.title
+
+    @property
+    def never_negative(self) -> bool:
+        """Whether it begins at 0."""
+        return self.bounds.startswith("0")
 
 
 def _ie(m: Mapping[str, np.ndarray], ref: Reference, direction: Direction) -> np.ndarray:
-    # ½[(P*(src) - P(src)) / P(src) + (P(base) - P*(base)) / P*(base)], Stolfo et al. 2023, equation 2.
     src, base = ("clean", "corrupted") if direction == "denoise" else ("corrupted", "clean")
     return 0.5 * (np.expm1(m[f"dlogp_{src}"]) + np.expm1(-m[f"dlogp_{base}"]))
 
 
-def _recovered(m: Mapping[str, np.ndarray], ref: Reference, direction: Direction) -> np.ndarray:
-    gap = (ref.logit[:, 0, 0] - ref.logit[:, 0, 1]) - (ref.logit[:, 1, 0] - ref.logit[:, 1, 1])
-    tiny = np.abs(gap) < 1e-4
-    if tiny.any():
-        warnings.warn(
-            f"recovered is undefined (NaN) for {int(tiny.sum())} pair(s): "
-            "clean and corrupted runs have the same logit difference",
-            stacklevel=4,
-        )
-    return m["logit_diff"] / np.where(tiny, np.nan, gap)
+def _to_the_source(ref: Reference, direction: Direction) -> np.ndarray:
+    """[pair], how far the logit difference of the pair's other run is from that of the base run."""
+    clean, corrupted = (ref.logit[:, run, 0] - ref.logit[:, run, 1] for run in (0, 1))
+    return clean - corrupted if direction == "denoise" else corrupted - clean
 
 
-def _probability_change(
-    answer: int,
-) -> Callable[[Mapping[str, np.ndarray], Reference, Direction], np.ndarray]:
+def _probability_change(answer: int) -> Formula:
     name = ("clean", "corrupted")[answer]
 
     def formula(m: Mapping[str, np.ndarray], ref: Reference, direction: Direction) -> np.ndarray:
@@ -115,24 +136,123 @@ def _probability_change(
     return formula
 
 
-def _as_measured(name: str, meaning: str, yes_or_no: bool = False) -> Metric:
-    return Metric((name,), lambda m, ref, direction: m[name], meaning, yes_or_no)
+def _as_measured(name: str) -> tuple[tuple[str, ...], Formula]:
+    return (name,), lambda m, ref, direction: m[name]
 
 
+# What equations are written in.
+NOTATION = (
+    "P are probabilities of whole answers. D is logit(clean answer) - logit(corrupted answer), of answers "
+    "of several tokens log P(clean answer) - log P(corrupted answer). Those with * are of the patched "
+    "run, P and D_base of the base run, which is the same prompt unpatched, and D_source of the pair's "
+    "other run. The answers s and b are those of the source and the base prompt. The columns denoise and "
+    "noise tell the sign, or value, of a patch that takes the base run towards the source run."
+)
+NOTHING = 1e-4  # below it, a difference between two runs' logit differences is mostly rounding
+_ANSWER = "the end of the prompt"
 METRICS: dict[str, Metric] = {
-    "ie": Metric(("dlogp_clean", "dlogp_corrupted"), _ie, "indirect effect (Stolfo et al. 2023)"),
-    # Of one token each, logits differ as log-probabilities do.
-    "logit_diff": _as_measured("logit_diff", "change of log P(clean answer) - log P(corrupted answer)"),
-    "recovered": Metric(("logit_diff",), _recovered, "logit_diff over clean's minus corrupted's"),
-    "dlogp_clean": _as_measured("dlogp_clean", "change of log P(clean answer)"),
-    "dlogp_corrupted": _as_measured("dlogp_corrupted", "change of log P(corrupted answer)"),
-    "dp_clean": Metric(("dlogp_clean",), _probability_change(0), "change of P(clean answer)"),
-    "dp_corrupted": Metric(("dlogp_corrupted",), _probability_change(1), "change of P(corrupted answer)"),
-    "kl": _as_measured("kl", "KL(base || patched) at the end of the prompt, nats"),
-    "flip": _as_measured("flip", "1 where the likeliest token at the end of the prompt changed", True),
-    "says_clean": _as_measured("says_clean", "1 where the patched run says the clean answer", True),
-    "says_corrupted": _as_measured("says_corrupted", "1 where it says the corrupted answer", True),
+    "ie": Metric(
+        ("dlogp_clean", "dlogp_corrupted"),
+        _ie,
+        "indirect effect",
+        "1/2 [(P*(s) - P(s)) / P(s) + (P(b) - P*(b)) / P*(b)], of Stolfo et al. 2023",
+        "above -1",
+        "+",
+        "+",
+        hint="+ towards the source's answer",
+        skewed=True,
+    ),
+    "logit_diff": Metric(
+        *_as_measured("logit_diff"),
+        "change of logit difference",
+        "D* - D_base",
+        "any",
+        "+",
+        "-",
+        hint="+ towards the clean answer",
+    ),
+    "recovered": Metric(
+        *_as_measured("logit_diff"),
+        "logit difference recovered",
+        "(D* - D_base) / (D_source - D_base), whatever patches bring; over pairs, the ratio of means",
+        "any; 0 nothing, 1 all",
+        "+",
+        "+",
+        f"where the two runs' D differ by less than {NOTHING:g}",
+        hint="0: base, 1: source",
+        over=_to_the_source,
+    ),
+    "dlogp_clean": Metric(
+        *_as_measured("dlogp_clean"),
+        "change of log P(clean answer), nats",
+        "log P*(clean answer) - log P(clean answer)",
+        "any",
+        "+",
+        "-",
+    ),
+    "dlogp_corrupted": Metric(
+        *_as_measured("dlogp_corrupted"),
+        "change of log P(corrupted answer), nats",
+        "log P*(corrupted answer) - log P(corrupted answer)",
+        "any",
+        "-",
+        "+",
+    ),
+    "dp_clean": Metric(
+        ("dlogp_clean",),
+        _probability_change(0),
+        "change of P(clean answer)",
+        "P*(clean answer) - P(clean answer)",
+        "-1 to 1",
+        "+",
+        "-",
+    ),
+    "dp_corrupted": Metric(
+        ("dlogp_corrupted",),
+        _probability_change(1),
+        "change of P(corrupted answer)",
+        "P*(corrupted answer) - P(corrupted answer)",
+        "-1 to 1",
+        "-",
+        "+",
+    ),
+    "kl": Metric(
+        *_as_measured("kl"),
+        "KL(base || patched), nats",
+        f"KL(base || patched) at {_ANSWER}, nats",
+        "0 and more",
+        "+",
+        "+",
+    ),
+    "flip": Metric(
+        *_as_measured("flip"),
+        "share of predictions changed",
+        f"whether the likeliest token at {_ANSWER} changed",
+        "0 or 1",
+        "1",
+        "1",
+        yes_or_no=True,
+    ),
+    "says_clean": Metric(
+        *_as_measured("says_clean"),
+        "share of predictions that are the clean answer",
+        "whether the patched run says the clean answer, each token the likeliest",
+        "0 or 1",
+        "1",
+        "0",
+        yes_or_no=True,
+    ),
+    "says_corrupted": Metric(
+        *_as_measured("says_corrupted"),
+        "share of predictions that are the corrupted answer",
+        "whether the patched run says the corrupted answer",
+        "0 or 1",
+        "0",
+        "1",
+        yes_or_no=True,
+    ),
 }
+DEFAULT = "recovered"
 
 
 def check_metric(name: str) -> Metric:
@@ -168,10 +288,31 @@ def measured_for(metrics: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for n in MEASURED if n in needed)
 
 
+def default_metric(known: Sequence[str]) -> str:
+    """What is shown of a run unless it is told: `recovered`, or the first that the run can answer."""
+    return DEFAULT if DEFAULT in known or not known else known[0]
+
+
 def compute(
     name: str, measured: Mapping[str, np.ndarray], reference: Reference, direction: Direction
 ) -> np.ndarray:
     """One metric as a float64 array of the shape of the measured ones, [pair, ...].
+
+    NaN, with a warning, where it is undefined.
+
+    Raises:
+        DeltapatchError: an unknown metric, or one that the run did not measure.
+    """
+    return quotient(name, *terms(name, measured, reference, direction))
+
+
+def terms(
+    name: str, measured: Mapping[str, np.ndarray], reference: Reference, direction: Direction
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """One metric as it is averaged: its mean over pairs is the mean of the first over that of the second.
+
+    Returns:
+        float64 [pair, ...], and [pair] where the metric is a ratio (see `Metric.over`), else None.
 
     Raises:
         DeltapatchError: an unknown metric, or one that the run did not measure.
@@ -185,4 +326,26 @@ def compute(
     arrays = {need: np.asarray(measured[need], dtype=np.float64) for need in metric.needs}
     trailing = (1,) * (next(iter(arrays.values())).ndim - 1)
     wide = Reference(*(a.reshape(*a.shape, *trailing) for a in reference.arrays().values()))
-    return metric.formula(arrays, wide, direction)
+    over = None if metric.over is None else metric.over(reference, direction)
+    return metric.formula(arrays, wide, direction), over
+
+
+def quotient(name: str, values: np.ndarray, over: np.ndarray | None) -> np.ndarray:
+    """What `terms` gave, pair by pair: [pair, ...]."""
+    if over is None:
+        return values
+    nothing = np.abs(over) < NOTHING
+    if nothing.any():
+        warnings.warn(
+            f"{name} is undefined (NaN) for {int(nothing.sum())} pair(s): "
+            "clean and corrupted runs have the same logit difference",
+            stacklevel=4,
+        )
+    return values / np.where(nothing, np.nan, over).reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def definitions() -> list[tuple[str, ...]]:
+    """The table of all metrics as people read it: a row each, the first row its header."""
+    header = ("metric", "what it is", "values", "denoise", "noise", "undefined")
+    rows = ((n, m.equation, m.bounds, m.denoise, m.noise, m.undefined) for n, m in METRICS.items())
+    return [header, *rows]

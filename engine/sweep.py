@@ -1,10 +1,8 @@
 """Sweeps and runs, the way in: pairs and sites become interventions, these passes, and those effects."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +11,8 @@ from deltapatch.engine.effects import Effects, load_effects
 from deltapatch.engine.grid import Layers, Positions
 from deltapatch.engine.interventions import Intervention, checked, tables_of
 from deltapatch.engine.job import Job
-from deltapatch.engine.metrics import Direction, Reference, compute
+from deltapatch.engine.metrics import Direction
+from deltapatch.engine.outcome import Outcome
 from deltapatch.engine.pairs_file import Pairs
 from deltapatch.engine.planner import row_layers
 from deltapatch.engine.prepare import Options, Prepared, prepare
@@ -24,21 +23,6 @@ from deltapatch.engine.work import Work
 from deltapatch.engine.workers import threads
 from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.models.model import Model
-
-
-@dataclass
-class Outcome:
-    """What `run` found, one number for each intervention and metric."""
-
-    measured: dict[str, np.ndarray]  # name -> [intervention]
-    pair: np.ndarray  # [intervention]
-    reference: Reference
-    direction: Direction
-    meta: dict[str, Any]
-
-    def values(self, metric: str) -> np.ndarray:
-        """A metric of every intervention: float64, [intervention]."""
-        return compute(metric, self.measured, self.reference.of(self.pair), self.direction)
 
 
 def sweep(
@@ -195,7 +179,8 @@ def run(
     )
     measured, reference = job.carry_out(work, progress)
     pair = np.array([i.pair for i in interventions])
-    return Outcome(measured, pair, reference, direction, job.meta())
+    patches = np.array([len(i.patches) for i in interventions])
+    return Outcome(measured, pair, patches, reference, direction, job.meta())
 
 
 def _part(shard: tuple[int, int] | None, out: object) -> tuple[int, int] | None:

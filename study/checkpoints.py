@@ -12,8 +12,8 @@ from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.analysis.significance import benjamini_hochberg, sign_flip_test
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.analysis.study_plots import group_curves
-from deltapatch.analysis.style import METRIC_LABELS
 from deltapatch.analysis.tables import Table
+from deltapatch.engine.metrics import METRICS
 from deltapatch.engine.pairs import encode_pairs
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import Model
@@ -50,11 +50,11 @@ def differences(one: Found, other: Found) -> Iterator[Exhibit]:
     if first.site("mlp_out").shape != second.site("mlp_out").shape:
         return
     panels, table = _effects(one, other)
-    label = f"difference in {METRIC_LABELS[one.signed]}"
+    label = f"difference in {METRICS[one.signed].title}"
     yield Exhibit(
         "differences",
         "Differences by layer and position",
-        f"Mean difference in {METRIC_LABELS[one.signed]}, {who}, over {one.over}; 0 where the checkpoints "
+        f"Mean difference in {METRICS[one.signed].title}, {who}, over {one.over}; 0 where the checkpoints "
         f"are alike. {INTERVALS} p is of a sign-flip permutation test that the mean difference is 0, q its "
         "false-discovery rate over all rows.",
         table,
@@ -70,7 +70,7 @@ def differences(one: Found, other: Found) -> Iterator[Exhibit]:
         yield Exhibit(
             f"curves_{site}",
             f"{site} at the last token",
-            f"Mean {METRIC_LABELS[one.signed]} of replacing {site} at the last token, by layer, in both "
+            f"Mean {METRICS[one.signed].title} of replacing {site} at the last token, by layer, in both "
             f"checkpoints, over {one.over}. Bands are 95% bootstrap intervals over pairs.",
             figure=lambda lines=lines, site=site: group_curves(  # type: ignore[misc]
                 layers, lines, one.signed, f"{site}, last token", seed

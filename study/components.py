@@ -13,9 +13,9 @@ from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.analysis.predictions import prediction_changes
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.analysis.study_plots import group_curves, importance_bars, prediction_curves
-from deltapatch.analysis.style import METRIC_LABELS
 from deltapatch.analysis.tables import Table
 from deltapatch.engine.effects import Effects
+from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
 from deltapatch.study.exhibit import Exhibit
 from deltapatch.study.found import Found
@@ -58,12 +58,13 @@ def heatmaps(found: Found) -> Iterator[Exhibit]:
 
 def operator_heatmaps(found: Found) -> Iterator[Exhibit]:
     """The heatmap of each operator."""
+    found.check_groups()
     if found.grouped:
         for site in SITES:
             yield Exhibit(
                 f"heatmap_operators_{site}",
                 f"{site} by operator",
-                f"Mean {METRIC_LABELS[found.signed]} of replacing {site}, for each operator by itself "
+                f"Mean {METRICS[found.signed].title} of replacing {site}, for each operator by itself "
                 f"({_counts(found)}), on one colour scale; where nothing has an effect it is 0.",
                 figure=partial(group_heatmaps, found.by_group("components"), found.signed, site),
             )
@@ -74,7 +75,7 @@ def curves(found: Found) -> Iterator[Exhibit]:
     effects, seed = found.effects("components"), found.subject.settings.seed
     layers = effects.layers_of("mlp_out")
     for metric in ("ie", found.signed):
-        label = METRIC_LABELS[metric]
+        label = METRICS[metric].title
         lines = {site: _last(effects, site, effects.values(metric, site)) for site in SITES}
         yield Exhibit(
             f"curves_{metric}",
@@ -88,7 +89,7 @@ def curves(found: Found) -> Iterator[Exhibit]:
         yield Exhibit(
             "curves_operators",
             "MLPs at the last token by operator",
-            f"Mean {METRIC_LABELS[found.signed]} of replacing the MLP's output at the last token, by layer "
+            f"Mean {METRICS[found.signed].title} of replacing the MLP's output at the last token, by layer "
             f"and operator ({_counts(found)}). {BAND}",
             figure=partial(group_curves, layers, lines, found.signed, "mlp_out, last token", seed),
         )
@@ -149,7 +150,8 @@ def sizes(found: Found) -> Iterator[Exhibit]:
     for metric in found.metrics:
         c = magnitudes(effects, metric, by, SITES, draws=settings.draws, seed=settings.seed).columns
         named = {"metric": np.full(len(c["q"]), metric, dtype=object), "mean": c[metric]}
-        parts.append({name: named[name] if name in named else c[name] for name in _LONG})
+        c = {"median": np.full(len(c["q"]), np.nan)} | c | named
+        parts.append({name: c[name] for name in _LONG})
     size = np.abs(np.nan_to_num(parts[found.metrics.index(found.signed)]["mean"]))
     order = np.argsort(-size, kind="stable")
     # The strongest first, each cell's metrics together.
@@ -158,14 +160,15 @@ def sizes(found: Found) -> Iterator[Exhibit]:
         "magnitudes",
         "Magnitudes",
         f"Mean effects by site, layer and class of positions over {found.over}, those with the largest "
-        f"{METRIC_LABELS[found.signed]} first: 95% bootstrap intervals over pairs, p of a sign-flip "
+        f"{METRICS[found.signed].title} first; of the indirect effect the median too, since a few pairs can "
+        "make most of its mean. 95% bootstrap intervals over pairs, p of a sign-flip "
         "permutation test that the mean is 0, and q, its false-discovery rate over all cells.",
         Table(columns, "mean"),
         shown=4 * len(found.metrics),
     )
 
 
-_LONG = ("site", "layer", "class", "metric", "mean", "stderr", "low", "high", "p", "q", "pairs")
+_LONG = ("site", "layer", "class", "metric", "mean", "median", "stderr", "low", "high", "p", "q", "pairs")
 
 
 def predictions(found: Found) -> Iterator[Exhibit]:
@@ -233,4 +236,6 @@ def _absolute(
 def _counts(found: Found) -> str:
     counts = {len(numbers) for numbers in found.grouped.values()}
     low, high = min(counts), max(counts)
-    return f"{low} pairs each" if low == high else f"{low} to {high} pairs each"
+    said = f"{low} pairs each" if low == high else f"{low} to {high} pairs each"
+    left = [name for name in found.members if name not in found.grouped]
+    return said + (f"; left out with a single pair: {', '.join(left)}" if left else "")

@@ -13,10 +13,12 @@ from deltapatch.analysis.curves import last_position
 from deltapatch.analysis.importance import RelativeImportance
 from deltapatch.analysis.neurons import Screen, screen
 from deltapatch.analysis.select import select
+from deltapatch.analysis.significance import POOLED_FROM, out_of_reach
 from deltapatch.analysis.statistics import mean_over_pairs
 from deltapatch.engine.effects import Effects
 from deltapatch.engine.pairs import EncodedPair, encode_pairs
 from deltapatch.engine.sweep import sweep
+from deltapatch.errors import DeltapatchError
 from deltapatch.study import pairs as pair_files
 from deltapatch.study.oracle import check_run
 from deltapatch.study.pairs import Made
@@ -82,6 +84,14 @@ class Found:
         """Those of `members` that figures tell apart: 2 to 8 of them with two pairs or more; else none."""
         usable = {name: numbers for name, numbers in self.members.items() if len(numbers) > 1}
         return usable if 2 <= len(usable) <= MOST_GROUPS else {}
+
+    def check_groups(self) -> None:
+        """Raise DeltapatchError, which says why, where `members` are several and `grouped` are none."""
+        n = len(self.members)
+        if n < 2 or self.grouped:
+            return
+        why = f"figures tell at most {MOST_GROUPS} apart" if n > MOST_GROUPS else "each has a single pair"
+        raise DeltapatchError(f"its pairs are of {n} kinds, and {why}: they are shown together only")
 
     @property
     def layer(self) -> int:
@@ -161,6 +171,12 @@ class Found:
             settings = self.subject.settings
             self._screens[site] = screen(self.effects(run), self.signed, site, settings.draws, settings.seed)
         return self._screens[site]
+
+    def out_of_reach(self, rate: float, cells: int) -> str:
+        """A sentence for captions where so few pairs let no test over so many cells come below a rate."""
+        pooled = cells >= POOLED_FROM
+        said = out_of_reach(len(self.made.pairs), rate, self.subject.settings.draws, pooled)
+        return "" if said is None else f" {said[0].upper()}{said[1:]}."
 
     def commands(self) -> list[str]:
         """The commands that make this experiment's pairs and runs alone."""

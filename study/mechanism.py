@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from deltapatch.analysis.faithfulness import Plan, needed, plan, ranking, sizes_up_to
 from deltapatch.analysis.select import select
@@ -20,13 +19,11 @@ from deltapatch.analysis.study_plots import faithfulness_curves
 from deltapatch.analysis.tables import Table
 from deltapatch.engine.effects import Effects
 from deltapatch.engine.interventions import Intervention, Patch
-from deltapatch.engine.metrics import Direction, Reference
+from deltapatch.engine.metrics import METRICS, Direction
+from deltapatch.engine.outcome import Outcome, load_outcome
 from deltapatch.engine.runfolder import plain_errors
-from deltapatch.engine.sweep import Outcome, run
-from deltapatch.engine.tensorfile import save_file
-from deltapatch.engine.wholefile import write_whole
+from deltapatch.engine.sweep import run
 from deltapatch.errors import DeltapatchError
-from deltapatch.models.header import open_safetensors
 from deltapatch.study.exhibit import Exhibit
 from deltapatch.study.found import Found
 from deltapatch.study.oracle import CHECKED, errors, plain_effects
@@ -36,6 +33,7 @@ METRIC = "recovered"
 RANDOM_SETS = 3
 LARGEST = 4096  # more neurons together are told of only as all
 _CHECKED_SETS = 4  # joint interventions that are computed again, of each direction
+# What a recovery of 1 is, in each.
 DIRECTIONS: dict[Direction, str] = {"denoise": "denoise: brought back", "noise": "noise: taken away"}
 
 
@@ -75,13 +73,12 @@ def _exhibit(
     joint = plan(ranked, len(acted), sizes, RANDOM_SETS, seed=settings.seed)
     curves = {}
     for direction, title in DIRECTIONS.items():
-        sign = 1.0 if direction == "denoise" else -1.0
-        values = _carry_out(found, f"{name}-{direction}", acted, joint.interventions, direction)
-        curve = joint.curve(sign * values, METRIC, seed=settings.seed)
+        values, over = _carry_out(found, f"{name}-{direction}", acted, joint.interventions, direction)
+        curve = joint.curve(values, METRIC, seed=settings.seed, over=over)
         if whole is not None:
             every = [Intervention(i, whole) for i in range(len(acted))]
             ends = _carry_out(found, f"{name}-all-{direction}", acted, every, direction)
-            curve = _with_all(curve, sign * ends, len(ranked), joint, settings.seed)
+            curve = _with_all(curve, ends, len(ranked), joint, settings.seed)
         curves[title] = curve
     columns = {
         "direction": np.concatenate(
@@ -100,17 +97,18 @@ def _exhibit(
         f"{k:,} of {len(ranked):,} for {d}" if k else f"no number for {d}"
         for k, d in zip(enough, DIRECTIONS, strict=True)
     )
-    n_ranked = len(found.made.pairs) - len(acted)
+    n_ranked, title = len(found.made.pairs) - len(acted), METRICS[METRIC].title
     return Exhibit(
         f"joint_{name}",
         f"The strongest {name} patched together",
-        f"Share of the logit difference between the two prompts that replacing the top k {what} together "
-        "brings back (clean activations into the corrupted prompt) or takes away (the other way round), "
+        f"{title[0].upper()}{title[1:]} by replacing the top k {what} together: 0 is the base run, 1 the "
+        "source run, whether clean activations go into the corrupted prompt (denoise: the clean answer is "
+        "brought back) or the other way round (noise: it is taken away). It is a ratio of means over pairs, "
         f"beside {RANDOM_SETS} random sets of equal size. Ranked by mean {METRIC} on {n_ranked} pairs, "
         f"patched on {len(acted)} others; bands are 95% bootstrap intervals over these. Without an effect it "
         f"is 0. 80% of what all do together is reached by {said}.",
         Table(columns, METRIC),
-        lambda: faithfulness_curves(curves, "share of the logit difference"),
+        lambda: faithfulness_curves(curves),
         shown=40,
     )
 
@@ -129,7 +127,7 @@ def _rank_components(effects: Effects) -> list[Patch]:
     labels = sorted(name for name in shared if not name.endswith("_first") and name != "last")
     found: list[tuple[float, Patch]] = []
     for site in effects.sites:
-        values = effects.values(METRIC, site)  # [pair, layer, position]
+        values, over = effects.terms(METRIC, site)  # [pair, layer, position]
         swept = effects.positions(site)
         places = [[pair.resolve(position) for position in swept] for pair in effects.pairs]
         for label in (*labels, "last"):
@@ -137,7 +135,7 @@ def _rank_components(effects: Effects) -> list[Patch]:
             if any(place not in row for place, row in zip(own, places, strict=True)):
                 continue  # nothing differs there yet
             at = [row.index(place) for place, row in zip(own, places, strict=True)]
-            mean = mean_over_pairs(values[np.arange(len(at)), :, at])[0]  # [layer]
+            mean = mean_over_pairs(values[np.arange(len(at)), :, at], over)[0]  # [layer]
             for layer, value in zip(effects.layers_of(site).tolist(), mean.tolist(), strict=True):
                 found.append((value, Patch(site, layer, label)))
     return [patch for _, patch in sorted(found, key=lambda item: -np.nan_to_num(item[0], nan=-np.inf))]
@@ -145,13 +143,13 @@ def _rank_components(effects: Effects) -> list[Patch]:
 
 def _carry_out(
     found: Found, name: str, acted: np.ndarray, interventions: list[Intervention], direction: Direction
-) -> np.ndarray:
-    """The metric of every intervention; what was done before is read."""
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The metric's terms for every intervention, as of `Outcome.terms`; what was done before is read."""
     path = found.folder / JOINT / f"{name}.safetensors"
     settings, model = found.subject.settings, found.subject.model
     pairs = [found.made.pairs[i] for i in acted.tolist()]
     asked = hashlib.sha256(repr((pairs, interventions, direction)).encode()).hexdigest()
-    outcome = _read(path, len(interventions), len(acted), asked)
+    outcome = _read(path, asked)
     if outcome is None:
         found.subject.say(f"  joint patches, {name}: {len(interventions):,}")
         with found.subject.stopping(f"{found.experiment.name}, joint patches"):
@@ -167,10 +165,11 @@ def _carry_out(
                 progress=found.subject.progress,
             )
             with plain_errors(path, "what was done before is kept; free some, and resume"):
-                _write(path, outcome, asked)
-    outcome = replace(outcome, pair=np.array([i.pair for i in interventions]), direction=direction)
+                path.unlink(missing_ok=True)
+            # Neither date nor seconds: the same study gives the same files.
+            replace(outcome, meta={"precision": outcome.meta["precision"], "asked": asked}).save(path)
     found.checks[f"joint {name}"] = _check(found, name, outcome, acted, interventions, direction)
-    return outcome.values(METRIC)
+    return outcome.terms(METRIC)
 
 
 def _check(
@@ -190,50 +189,30 @@ def _check(
     return {"precision": outcome.meta["precision"], **errors(got, want)}
 
 
-def _with_all(curve: Table, ends: np.ndarray, n: int, joint: Plan, seed: int) -> Table:
+def _with_all(
+    curve: Table, terms: tuple[np.ndarray, np.ndarray | None], n: int, joint: Plan, seed: int
+) -> Table:
     """The curve with a last row: all of them, which is the same set in any order."""
+    ends, over = terms
     last = replace(
         joint,
         pair=np.arange(len(ends)),
         size=np.full(len(ends), n),
         group=np.full(len(ends), -1),
         sizes=[n],
-    ).curve(ends, METRIC, seed=seed)
+    ).curve(ends, METRIC, seed=seed, over=over)
     c = last.columns
     c["random"], c["random_low"], c["random_high"] = c[METRIC], c["low"], c["high"]
     return Table({name: np.concatenate([curve.columns[name], c[name]]) for name in curve.columns}, METRIC)
 
 
-def _write(path: Path, outcome: Outcome, asked: str) -> None:
-    tensors = {f"measured/{name}": values for name, values in outcome.measured.items()}
-    tensors |= {f"reference/{name}": array for name, array in outcome.reference.arrays().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"precision": outcome.meta["precision"], "asked": asked}
-    write_whole(path, lambda draft: save_file(tensors, draft, metadata))
-
-
-def _read(path: Path, n: int, n_pairs: int, asked: str) -> Outcome | None:
-    """What was written; None where nothing was, or of other interventions."""
+def _read(path: Path, asked: str) -> Outcome | None:
+    """What was written; None where nothing was, or other interventions."""
     if not path.is_file():
         return None
     try:
-        with open_safetensors(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        names = Reference.empty(0).arrays()
-        reference = Reference(**{name: tensors[f"reference/{name}"] for name in names})
-        measured = {
-            name: a
-            for key, a in tensors.items()
-            for kind, _, name in [key.partition("/")]
-            if kind == "measured"
-        }
-        fits = metadata.get("asked") == asked and len(reference.logit) == n_pairs
-        fits = fits and all(len(a) == n for a in measured.values())
-        if not fits or not set(CHECKED) <= set(measured):
-            return None
-        return Outcome(
-            measured, np.zeros(n, dtype=int), reference, "denoise", {"precision": metadata["precision"]}
-        )
-    except (SafetensorError, OSError, KeyError) as error:
-        raise DeltapatchError(f"{path} is damaged: remove it and resume") from error
+        outcome = load_outcome(path)
+    except DeltapatchError as error:
+        raise DeltapatchError(f"{error}; to go on, remove it and resume") from error
+    same = outcome.meta.get("asked") == asked and set(CHECKED) <= set(outcome.measured)
+    return outcome if same and "precision" in outcome.meta else None

@@ -10,7 +10,7 @@ from deltapatch.analysis.heatmaps import head_heatmaps
 from deltapatch.analysis.neurons import group_means, strongest_table
 from deltapatch.analysis.overlap import overlaps
 from deltapatch.analysis.study_plots import discovery_plot, overlap_matrix
-from deltapatch.analysis.style import METRIC_LABELS
+from deltapatch.engine.metrics import METRICS
 from deltapatch.study.exhibit import Exhibit
 from deltapatch.study.found import Found
 
@@ -32,7 +32,7 @@ def heads(found: Found) -> Iterator[Exhibit]:
     yield Exhibit(
         "heads",
         "Attention heads at the last token",
-        f"Mean {METRIC_LABELS[found.signed]} over {found.over} of replacing one head's output at the last "
+        f"Mean {METRICS[found.signed].title} over {found.over} of replacing one head's output at the last "
         "token; where nothing has an effect it is 0.",
         figure=lambda: head_heatmaps(effects, found.signed, "z"),
     )
@@ -51,15 +51,17 @@ def neurons(found: Found) -> Iterator[Exhibit]:
     yield Exhibit(
         "discoveries",
         "Neurons with an effect",
-        f"Every hidden neuron's mean {METRIC_LABELS[found.signed]} over {found.over}, against the "
+        f"Every hidden neuron's mean {METRICS[found.signed].title} over {found.over}, against the "
         "false-discovery rate q of its sign-flip permutation test that the mean is 0 (against the sign "
-        f"patterns of all of them). The dashed line is at {RATE:.0%}.",
+        f"patterns of all of them). The dashed line is at {RATE:.0%}."
+        f"{found.out_of_reach(RATE, tested.mean.size)}",
         figure=lambda: discovery_plot(tested.cells(), RATE),
     )
 
 
 def operator_overlap(found: Found) -> Iterator[Exhibit]:
     """What share of their strongest coordinates and neurons operators have in common."""
+    found.check_groups()
     if not found.grouped:
         return
     for run in ("coordinates", "neurons"):
@@ -114,13 +116,14 @@ def _strongest(found: Found, run: str, figure: bool = True) -> Iterator[Exhibit]
     total, n = tested.mean.size, tested.found(RATE)
     drawn, s = min(DRAWN, k), found.signed
     c = {name: column[:drawn] for name, column in table.columns.items()}
+    means = [name for m in found.metrics for name in (m, f"{m}_median") if name in table.columns]
     yield Exhibit(
         f"strongest_{run}",
         f"The strongest {several}{where}",
         f"The {k:,} of {total:,} {several}{where} whose replacement at the last token moves the answer "
-        f"most, by mean {METRIC_LABELS[s]} over {found.over}, with 95% bootstrap intervals over pairs; {n:,} "
+        f"most, by mean {METRICS[s].title} over {found.over}, with 95% bootstrap intervals over pairs; {n:,} "
         f"have a false-discovery rate q of at most {RATE:.0%} (sign-flip permutation test that the mean is "
-        f"0, over all {total:,}).",
+        f"0, over all {total:,}).{found.out_of_reach(RATE, total)}",
         table,
         (
             lambda: ranking_figure(
@@ -136,5 +139,5 @@ def _strongest(found: Found, run: str, figure: bool = True) -> Iterator[Exhibit]
         if figure
         else None,
         shown=10,
-        columns=("name", *(m for m in found.metrics), f"{s}_low", f"{s}_high", "p", "q"),
+        columns=("name", *means, f"{s}_low", f"{s}_high", "p", "q"),
     )

@@ -10,6 +10,7 @@ import pytest
 
 from deltapatch.bench import markdown
 from deltapatch.bench.results import read
+from deltapatch.engine.metrics import NOTATION, definitions
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -88,6 +89,15 @@ def test_tables_are_those_of_the_result_files(file, page):
     result = read(ROOT / "bench" / "results" / file)
     table = markdown.table(result)
     assert table in (ROOT / page).read_text(encoding="utf-8"), f"python -m deltapatch.bench.markdown {file}"
+
+
+def test_the_readme_defines_every_metric_as_the_code_does():
+    text = README.read_text(encoding="utf-8")
+    header, *rows = definitions()
+    rows = [header, ["---"] * len(header), *([f"`{row[0]}`", *row[1:]] for row in rows)]
+    table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    assert table in text
+    assert NOTATION in " ".join(text.split())
 
 
 def test_the_readme_names_the_two_commands():

@@ -16,37 +16,40 @@ def classes(length: int, labels: dict[str, int]) -> list[str]:
     return [position_class(pair, place) for place in range(length)]
 
 
-def plainly(effects, floor: float | None) -> float:
+def plainly(effects, floor: float | None, metric: str) -> float:
     """The definition, cell by cell."""
-    values = effects.values("ie", "mlp_out")
+    values, over = effects.terms(metric, "mlp_out")
+    over = np.ones(len(values)) if over is None else over
     names, table = class_table(effects, "mlp_out", paper=True)
     total = chosen = 0.0
     for layer in range(values.shape[1]):
         for name in names:
-            per_pair = []
+            per_pair, by = [], []
             for pair, row in enumerate(table):
                 own = [values[pair, layer, j] for j, found in enumerate(row) if found == name]
                 if own:
                     per_pair.append(np.mean(own))
-            mean = float(np.mean(per_pair))
+                    by.append(over[pair])
+            mean = float(np.mean(per_pair) / np.mean(by))
             weight = np.log((mean if floor is None else max(mean, floor)) + 1)
             total += weight
             chosen += weight * (name == "last" and layer >= values.shape[1] // 2)
     return chosen / total
 
 
-@pytest.mark.parametrize("floor", [0.1, None])
+@pytest.mark.parametrize(("metric", "floor"), [("ie", 0.1), ("ie", None), ("recovered", 0.01)])
 @pytest.mark.parametrize("lengths", [(8,) * 6, (8, 10, 9, 8)])
-def test_the_value_is_the_definitions(make_effects, floor, lengths) -> None:
+def test_the_value_is_the_definitions(make_effects, metric, floor, lengths) -> None:
     effects = make_effects(lengths=lengths, n_layers=5, seed=3)
-    found = relative_importance(effects, floor=floor)
-    assert found.value == pytest.approx(plainly(effects, floor))
+    found = relative_importance(effects, metric=metric, floor=floor)
+    assert found.value == pytest.approx(plainly(effects, floor, metric))
     assert found.low <= found.value <= found.high
     # early, op1, middle (where the operator is), op2, late and last
     assert (found.chosen, found.cells) == (3, 30)
     assert found.null == 3 / 30
-    assert relative_importance(effects, floor=floor).low == found.low
-    assert not np.array_equal(relative_importance(effects, floor=floor, seed=1).draws, found.draws)
+    assert relative_importance(effects, metric=metric, floor=floor).low == found.low
+    other = relative_importance(effects, metric=metric, floor=floor, seed=1)
+    assert not np.array_equal(other.draws, found.draws)
 
 
 def test_without_any_effect_it_is_the_null_value(make_effects) -> None:

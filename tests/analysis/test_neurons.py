@@ -14,24 +14,25 @@ from deltapatch.analysis.tables import Table
 from deltapatch.errors import DeltapatchError
 
 
+@pytest.mark.parametrize("metric", ["logit_diff", "recovered"])
 @pytest.mark.parametrize("pooled_from", [1, 1000])
-def test_a_screen_is_what_magnitudes_say(make_effects, monkeypatch, pooled_from) -> None:
+def test_a_screen_is_what_magnitudes_say(make_effects, monkeypatch, pooled_from, metric) -> None:
     for module in (neurons, magnitudes_module):
-        monkeypatch.setattr(module, "_POOLED_FROM", pooled_from)
+        monkeypatch.setattr(module, "POOLED_FROM", pooled_from)
     effects = make_effects(lengths=(8,) * 9)
-    tested = screen(effects, "logit_diff", "mlp_post", draws=100, seed=1)
-    table = magnitudes(effects, "logit_diff", ["layer", "index"], ["mlp_post"], draws=100, seed=1)
+    tested = screen(effects, metric, "mlp_post", draws=100, seed=1)
+    table = magnitudes(effects, metric, ["layer", "index"], ["mlp_post"], draws=100, seed=1)
     for name, found in (
-        ("logit_diff", tested.mean),
+        (metric, tested.mean),
         ("stderr", tested.stderr),
         ("p", tested.p),
         ("q", tested.q),
     ):
         np.testing.assert_allclose(found.ravel(), table.columns[name])
     assert tested.found(0.5) == (table.columns["q"] <= 0.5).sum()
-    top = strongest_table(effects, tested, 5, ("logit_diff", "ie"), draws=100, seed=1)
-    order = np.argsort(-np.abs(table.columns["logit_diff"]), kind="stable")[:5]
-    for name, column in (("logit_diff", "logit_diff"), ("logit_diff_low", "low"), ("logit_diff_high", "high"),
+    top = strongest_table(effects, tested, 5, (metric, "ie"), draws=100, seed=1)
+    order = np.argsort(-np.abs(table.columns[metric]), kind="stable")[:5]
+    for name, column in ((metric, metric), (f"{metric}_low", "low"), (f"{metric}_high", "high"),
                          ("layer", "layer"), ("index", "index"), ("p", "p"), ("q", "q")):  # fmt: skip
         np.testing.assert_allclose(top.columns[name], table.columns[column][order])
     assert top.columns["name"][0] == f"L{top.columns['layer'][0]}.N{top.columns['index'][0]}"
@@ -45,6 +46,10 @@ def test_group_means(make_effects) -> None:
     values = effects.values("ie", "mlp_post")[:, :, 0]
     for name, mean in group_means(effects, "ie", "mlp_post", members).items():
         np.testing.assert_allclose(mean, values[members[name]].mean(axis=0))
+    change, gap = effects.terms("recovered", "mlp_post")
+    for name, mean in group_means(effects, "recovered", "mlp_post", members).items():
+        some = members[name]
+        np.testing.assert_allclose(mean, change[some, :, 0].mean(axis=0) / gap[some].mean())
 
 
 def test_what_a_screen_is_not_about(make_effects) -> None:

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.text import Text
 
-from deltapatch.analysis.curves import last_position
+from deltapatch.analysis.curves import last_position, layer_curves, neuron_ranking
 from deltapatch.analysis.heatmaps import colour_scale, head_heatmaps, position_heatmaps
 from deltapatch.analysis.plots import plot_run
 from deltapatch.engine.effects import SiteEffects
 from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
 
-STEMS = ["heatmap_ie", "layers_ie", "neurons_mlp_post_ie", "heads_z_ie"]
+STEMS = [f"{kind}_recovered" for kind in ("heatmap", "layers", "neurons_mlp_post", "heads_z")]
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +33,13 @@ def test_every_figure_as_png_and_pdf_with_the_same_bytes(make_effects, tmp_path)
     assert [p.name for p in paths] == [f"{stem}.{kind}" for stem in STEMS for kind in ("png", "pdf")]
     for path, again in zip(paths, plot_run(make_effects(), tmp_path / "b"), strict=True):
         assert path.read_bytes() == again.read_bytes()
-    assert b"/Type /Font /Subtype /Type0" in (tmp_path / "a" / "layers_ie.pdf").read_bytes() or (
-        b"/FontFile2" in (tmp_path / "a" / "layers_ie.pdf").read_bytes()  # TrueType, so text stays text
+    assert b"/Type /Font /Subtype /Type0" in (tmp_path / "a" / "layers_recovered.pdf").read_bytes() or (
+        b"/FontFile2"
+        in (tmp_path / "a" / "layers_recovered.pdf").read_bytes()  # TrueType, so text stays text
     )
 
 
-@pytest.mark.parametrize("metric", [m for m in METRICS if m != "ie"])
+@pytest.mark.parametrize("metric", [m for m in METRICS if m != "recovered"])
 def test_every_metric_has_a_figure(make_effects, tmp_path, metric):
     assert plot_run(only(make_effects(), "mlp_out"), tmp_path, metric)
 
@@ -64,7 +66,7 @@ def test_a_run_without_the_last_position_has_no_curve(make_effects, tmp_path):
     effects.sites["mlp_out"] = SiteEffects(
         s.site, s.layers, [0, 1], {k: v[:, :, :2] for k, v in s.measured.items()}
     )
-    assert [p.stem for p in plot_run(effects, tmp_path)] == ["heatmap_ie"] * 2
+    assert [p.stem for p in plot_run(effects, tmp_path)] == ["heatmap_recovered"] * 2
 
 
 def test_the_last_position_of_prompts_of_several_lengths(make_effects):
@@ -87,6 +89,146 @@ def test_heatmaps_put_layer_0_at_the_bottom_and_share_one_scale(make_effects):
     plt.close(figure)
     figure = head_heatmaps(effects, "ie", "z")
     assert figure.axes[0].get_xlabel() == "head"
+    plt.close(figure)
+
+
+def texts(figure):
+    """Everything that is written in a figure."""
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text().strip()]
+
+
+def panels(figure):
+    """Title -> what is drawn, [layer, column]."""
+    return {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if axes.images}
+
+
+@pytest.fixture
+def heads_everywhere(make_effects):
+    """Heads at all 16 positions of unlabelled prompts; at one, which is not the last, keys do the work."""
+    effects = make_effects(lengths=(16,) * 4, labels=False)
+    z = effects.sites["z"]
+    measured = {
+        name: np.repeat(array, 16, axis=2) * np.linspace(1e-3, 1e-2, 16)[:, None]
+        for name, array in z.measured.items()
+    }
+    measured["logit_diff"][:, 1, 4, 2] = 7.0
+    effects.sites = {"z": SiteEffects("z", z.layers, list(range(16)), measured)}
+    return effects
+
+
+def test_heads_are_drawn_where_their_effects_are(heads_everywhere):
+    """Of many positions the last alone used to be drawn, and what moved the answer vanished."""
+    effects = heads_everywhere
+    figure = head_heatmaps(effects, "recovered", "z")
+    mean = (
+        effects.values("logit_diff").mean(0) / effects.terms("recovered")[1].mean()
+    )  # [layer, position, head]
+    drawn = panels(figure)
+    assert len(drawn) == 8
+    places = [int(title.split("_")[-1].split(", ")[-1]) for title in drawn]
+    assert places == sorted(places)
+    assert 4 in places
+    size = np.abs(mean).max(axis=(0, 2))
+    left = [i for i in range(16) if i not in places]
+    assert size[left].max() <= size[places].min()
+    for place, grid in zip(places, drawn.values(), strict=True):
+        np.testing.assert_allclose(grid, mean[:, place])
+    said = " ".join(" ".join(texts(figure)).split())
+    assert "8 of 16 positions, those with the largest effects" in said
+    assert f"at the other 8 they are at most {size[left].max():.2g}" in said
+    plt.close(figure)
+
+
+def test_positions_of_heads_without_any_effect_are_not_drawn(heads_everywhere):
+    measured = heads_everywhere.sites["z"].measured["logit_diff"]
+    measured[:, :, np.arange(16) != 4] = 0
+    figure = head_heatmaps(heads_everywhere, "recovered", "z")
+    assert [title.split("_")[-1] for title in panels(figure)] == ["4"]
+    assert "at the other 15 they are exactly 0" in " ".join(" ".join(texts(figure)).split())
+    plt.close(figure)
+    measured[:] = 0
+    figure = head_heatmaps(heads_everywhere, "recovered", "z")
+    assert [title.split("_")[-1] for title in panels(figure)] == ["15"]
+    plt.close(figure)
+
+
+def test_what_a_mean_over_a_class_of_positions_hides_is_said(make_effects):
+    """One of 43 tokens before the operands moves the answer as much as anything, and their mean hides it."""
+    effects = only(make_effects(lengths=(48,) * 3), "mlp_out")
+    swept = effects.sites["mlp_out"].measured["logit_diff"]
+    swept[:, :, :43] *= 1e-3
+    plain = position_heatmaps(effects, "logit_diff", ["mlp_out"])
+    assert not any("A class is" in text for text in texts(plain))
+    plt.close(plain)
+    swept[:, 1, 20] = 3.5
+    figure = position_heatmaps(effects, "logit_diff", ["mlp_out"])
+    said = " ".join(" ".join(texts(figure)).split())
+    assert "a single one in early of mlp_out reaches 3.5" in said
+    plt.close(figure)
+
+
+def test_few_positions_of_heads_leave_nothing_out(make_effects):
+    figure = head_heatmaps(make_effects(), "recovered", "z")
+    assert not any("positions" in text for text in texts(figure))
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_axes_and_colour_bars_say_what_the_table_of_metrics_says(make_effects, metric):
+    effects = make_effects()
+    for figure in (
+        head_heatmaps(effects, metric, "z"),
+        layer_curves(effects, metric, ["mlp_out"]),
+        neuron_ranking(effects, metric, "mlp_post"),
+    ):
+        assert METRICS[metric].label in " ".join(" ".join(texts(figure)).split())
+        plt.close(figure)
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_what_is_drawn_is_the_ratio_of_means(make_effects, direction):
+    effects = make_effects()
+    effects.direction = direction
+    change, gap = effects.terms("recovered", "attn_out")
+    want = change.mean(0) / gap.mean()
+    figure = layer_curves(effects, "recovered", ["attn_out"])
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), want[:, -1])
+    plt.close(figure)
+    figure = position_heatmaps(effects, "recovered", ["attn_out"])
+    np.testing.assert_allclose(panels(figure)["attn_out"][:, -1], want[:, -1])
+    plt.close(figure)
+    change, gap = effects.terms("recovered", "mlp_post")
+    want = np.sort(np.abs(change.mean(0) / gap.mean()).ravel())[::-1]
+    figure = neuron_ranking(effects, "recovered", "mlp_post")
+    np.testing.assert_allclose(figure.axes[1].lines[0].get_ydata(), want)
+    plt.close(figure)
+
+
+def test_a_site_of_one_layer_is_drawn_at_its_layer(make_effects):
+    """Beside sites of several layers it used to be drawn at its place in the legend."""
+    effects = only(make_effects(n_layers=5), "mlp_out", "attn_out")
+    s = effects.sites["attn_out"]
+    one = {name: array[:, 3:4] for name, array in s.measured.items()}
+    effects.sites["attn_out"] = SiteEffects("attn_out", s.layers[3:4], s.positions, one)
+    figure = layer_curves(effects, "kl", ["mlp_out", "attn_out"])
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert lines["attn_out"].get_xdata().tolist() == [3]
+    np.testing.assert_allclose(
+        lines["attn_out"].get_ydata(), effects.values("kl", "attn_out")[:, 0, -1].mean()
+    )
+    plt.close(figure)
+
+
+def test_a_site_that_was_not_swept_at_the_last_token_is_named(make_effects):
+    effects = only(make_effects(), "mlp_out", "attn_out")
+    s = effects.sites["attn_out"]
+    early = {name: array[:, :, :2] for name, array in s.measured.items()}
+    effects.sites["attn_out"] = SiteEffects("attn_out", s.layers, [0, 1], early)
+    figure = layer_curves(effects, "kl", ["mlp_out", "attn_out"])
+    assert "not swept there: attn_out" in figure.axes[0].get_title(loc="left")
+    plt.close(figure)
+    figure = layer_curves(effects, "kl", ["mlp_out"])
+    assert "not swept" not in figure.axes[0].get_title(loc="left")
     plt.close(figure)
 
 

@@ -59,21 +59,21 @@ def test_a_class_is_the_mean_of_its_positions():
 
 def test_one_pair_is_labelled_by_token(make_effects):
     effects = make_effects(lengths=(8,))
-    labels, values = aligned(effects, "ie", "mlp_out")
+    labels, values, _ = aligned(effects, "ie", "mlp_out")
     assert labels[0] == "Q:_0"
     assert labels[4] == "plus_4"
     assert values.shape == (1, 3, 8)
 
 
 def test_pairs_with_labels_are_aligned_by_class(make_effects):
-    labels, values = aligned(make_effects(lengths=(8, 9)), "ie", "mlp_out")
+    labels, values, _ = aligned(make_effects(lengths=(8, 9)), "ie", "mlp_out")
     assert labels == ["early", "op1", "operator", "op2", "late", "last"]
     assert not np.isnan(values).any()
 
 
 def test_pairs_of_one_length_keep_their_positions_and_common_tokens(make_effects):
     effects = make_effects(labels=False)
-    labels, _ = aligned(effects, "ie", "mlp_out")
+    labels, *_ = aligned(effects, "ie", "mlp_out")
     assert labels[4] == "plus_4"
     assert labels[3] == "3"  # the operands differ
     assert token_labels(effects, "mlp_post") == ["A:_-1"]
@@ -81,7 +81,7 @@ def test_pairs_of_one_length_keep_their_positions_and_common_tokens(make_effects
 
 def test_pairs_of_several_lengths_are_aligned_from_the_end(make_effects):
     effects = make_effects(lengths=(8, 9, 10), labels=False)
-    labels, values = aligned(effects, "ie", "mlp_out")
+    labels, values, _ = aligned(effects, "ie", "mlp_out")
     assert labels == [str(i) for i in range(-10, 0)]
     np.testing.assert_array_equal(values[0, :, -1], effects.values("ie", "mlp_out")[0, :, 7])
     assert np.isnan(values[0, :, :2]).all()

@@ -20,6 +20,7 @@ from deltapatch.analysis.predictions import prediction_changes
 from deltapatch.analysis.render import render
 from deltapatch.analysis.style import figure_style, save
 from deltapatch.analysis.tables import Table
+from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
 
 
@@ -191,14 +192,15 @@ def test_a_curve_of_a_real_run() -> None:
     ranked = ranking(effects, "recovered", "mlp_out")
     found = plan(ranked, len(pairs), random_sets=1)
     for direction in ("denoise", "noise"):
-        values = dp.run(model, pairs, found.interventions, direction=direction, progress=False).values(
-            "recovered"
-        )
-        table = found.curve(values, "recovered")
+        outcome = dp.run(model, pairs, found.interventions, direction=direction, progress=False)
+        values, over = outcome.terms("recovered")
+        table = found.curve(values, "recovered", over=over)
         # All together are the same set, whatever the order.
         assert table.columns["recovered"][-1] == pytest.approx(table.columns["random"][-1])
+        assert table.columns["recovered"][-1] > 0.5  # towards the source run, in both directions
         if direction == "denoise":
-            first = effects.values("recovered")[:, ranked[0].layer, 0].mean()
+            change, gap = effects.terms("recovered")
+            first = change[:, ranked[0].layer, 0].mean() / gap.mean()
             assert table.columns["recovered"][0] == pytest.approx(first, rel=1e-4)
 
 
@@ -240,3 +242,43 @@ def test_figures(make_effects, tmp_path) -> None:
     found = study_plots.importance_table({"numerals": one}).columns
     assert found["importance"][0] == one.value
     assert found["null"][0] == one.null
+
+
+def test_what_the_figures_of_a_study_draw(make_effects) -> None:
+    """Their axes' data are the numbers that they are given, and their labels those of the metrics."""
+    effects = make_effects(lengths=(8,) * 6)
+    joint = plan(ranking(effects, "recovered", "mlp_post"), 3)
+    curve = joint.curve(np.log2(joint.size) + joint.pair, "recovered")
+    (panel, *_) = study_plots.faithfulness_curves({"denoise": curve}).axes
+    assert " ".join(panel.get_ylabel().split()) == METRICS["recovered"].label
+    for line, name in zip(panel.lines, ("recovered", "random"), strict=False):
+        np.testing.assert_array_equal(line.get_xdata(), curve.columns["size"])
+        np.testing.assert_array_equal(line.get_ydata(), curve.columns[name])
+
+    one = relative_importance(effects)
+    (panel,) = study_plots.importance_bars({"numerals": one}).axes
+    assert [bar.get_width() for bar in panel.patches] == [one.value]
+
+    table = magnitudes(effects, "recovered", ["layer", "index"], ["mlp_post"], draws=50)
+    (panel,) = study_plots.discovery_plot(table, 0.5).axes
+    assert METRICS["recovered"].label in " ".join(panel.get_xlabel().split())
+    drawn = np.concatenate([points.get_offsets()[:, 0] for points in panel.collections])
+    np.testing.assert_allclose(np.sort(drawn), np.sort(table.columns["recovered"]))
+
+    values = {"+": effects.values("ie", "mlp_out")[:, :, -1], "-": effects.values("ie", "mlp_out")[:, :, 2]}
+    (panel,) = study_plots.group_curves(effects.layers_of("mlp_out"), values, "ie", "last token").axes
+    for line in panel.lines[:2]:
+        np.testing.assert_allclose(line.get_ydata(), values[line.get_label()].mean(axis=0))
+
+    shared = overlaps({name: v.mean(axis=0) for name, v in values.items()}, 2)
+    (panel,) = study_plots.overlap_matrix(shared).axes
+    assert [text.get_text() for text in panel.texts] == [f"{shared.columns['overlap'][0]:.0%}"]
+
+    changes = prediction_changes(effects, "mlp_out")
+    both = changes.desired[:, :, -1], changes.undesired[:, :, -1]
+    (panel,) = study_plots.prediction_curves(effects.layers_of("mlp_out"), {"mlp_out": both}).axes
+    for line, want in zip(panel.lines, both, strict=True):
+        np.testing.assert_allclose(line.get_ydata(), want.mean(axis=0))
+    plt.close("all")
+    with pytest.raises(DeltapatchError, match="recovered is a ratio of means"):
+        study_plots.group_curves(effects.layers_of("mlp_out"), values, "recovered", "last token")

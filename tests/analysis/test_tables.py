@@ -42,7 +42,7 @@ def test_groups_of_all_sites(make_effects, by):
 
 def test_columns_come_in_the_order_asked(make_effects):
     table = averages(make_effects(), "ie", ["index", "layer"], ["mlp_post"])
-    assert list(table.columns) == ["site", "index", "layer", "ie", "stderr", "pairs"]
+    assert list(table.columns) == ["site", "index", "layer", "ie", "median", "stderr", "pairs"]
     assert set(table.columns["index"]) == set(range(16))
     assert len(table) == 3 * 16
 
@@ -105,6 +105,18 @@ def test_json_is_one_object_without_nan(make_effects):
     }
 
 
+def test_json_has_no_infinity(make_effects):
+    """A ratio of probabilities can be larger than any number, and strict readers know no Infinity."""
+    effects = make_effects()
+    effects.sites["z"].measured["kl"][0, 0, 0, 0] = np.inf
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    (first, *_) = json.loads(render(cells(effects, "kl", ["z"]), "json"), parse_constant=refuse)["rows"]
+    assert first["kl"] == "inf"
+
+
 def test_parquet_round_trip(make_effects):
     import pandas
 
@@ -143,3 +155,117 @@ def test_text_shows_brackets_and_leaves_out_empty_columns(make_effects):
 def test_unknown_format(make_effects):
     with pytest.raises(DeltapatchError, match="choose from table, csv, json, parquet"):
         render(cells(make_effects(), "ie"), "xml")
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_a_mean_of_recovered_is_a_ratio_of_means(make_effects, direction):
+    effects = make_effects(lengths=(8, 8, 10))
+    effects.direction = direction
+    effects.reference.logit[1] *= 0.01  # a small denominator makes most of a mean of ratios
+    table = averages(effects, "recovered", ["layer", "position"], ["mlp_out"], mean_of_ratios=True).columns
+    change, ratios = effects.values("logit_diff", "mlp_out"), effects.values("recovered", "mlp_out")
+    logit = effects.reference.logit
+    gap = (logit[:, 0, 0] - logit[:, 0, 1] - logit[:, 1, 0] + logit[:, 1, 1]) * (
+        1 if direction == "denoise" else -1
+    )
+    assert list(table) == ["site", "layer", "position", "recovered", "mean_of_ratios", "stderr", "pairs"]
+    for layer, position, mean, of_ratios in zip(
+        *(table[name] for name in ("layer", "position", "recovered", "mean_of_ratios")), strict=True
+    ):
+        some = slice(None) if position < 8 else slice(2, 3)  # two pairs have 8 tokens
+        want = change[some, layer, position].mean() / gap[some].mean()
+        assert mean == pytest.approx(want)
+        assert of_ratios == pytest.approx(ratios[some, layer, position].mean())
+    assert not np.allclose(table["recovered"], table["mean_of_ratios"], rtol=0.5)
+    with pytest.raises(DeltapatchError, match="a mean of ratios is of recovered only"):
+        averages(effects, "ie", ["layer"], mean_of_ratios=True)
+
+
+def test_within_a_pair_recovered_is_its_own_ratio(make_effects):
+    effects = make_effects()
+    table = averages(effects, "recovered", ["pair", "layer", "position"], ["mlp_out"])
+    np.testing.assert_allclose(table.columns["recovered"], effects.values("recovered", "mlp_out").ravel())
+
+
+def test_the_median_of_ie_stands_beside_its_mean(make_effects):
+    effects = make_effects()
+    table = averages(effects, ["recovered", "ie"], ["layer"], ["mlp_out"]).columns
+    assert list(table) == [
+        *("site", "layer", "recovered", "recovered_stderr", "ie", "ie_median", "ie_stderr", "pairs")
+    ]
+    by_pair = effects.values("ie", "mlp_out").mean(axis=2)
+    np.testing.assert_allclose(table["ie"], by_pair.mean(axis=0))
+    np.testing.assert_allclose(table["ie_median"], np.median(by_pair, axis=0))
+
+
+def test_a_cell_that_is_undefined_stays_in_its_table(make_effects):
+    effects = make_effects(lengths=(8,))
+    effects.reference.logit[:] = 1.0
+    with pytest.warns(UserWarning, match="recovered is undefined"):
+        table = averages(effects, ["recovered", "kl"], ["layer"], ["mlp_out"])
+    assert np.isnan(table.columns["recovered"]).all()
+    assert len(table) == 3
+
+
+@pytest.mark.parametrize(
+    ("by", "site", "columns", "rows"),
+    [
+        (["head"], "z", ["layer", "head"], 3 * 4),
+        (["neuron"], "mlp_post", ["layer", "neuron"], 3 * 16),
+        (["position", "head"], "z", ["position", "layer", "head"], 3 * 4),
+        (["head", "layer"], "z", ["head", "layer"], 3 * 4),
+        (["class", "head"], "z", ["class", "layer", "head"], 3 * 4),
+        (["pair", "neuron"], "mlp_post", ["pair", "layer", "neuron"], 5 * 3 * 16),
+    ],
+)
+def test_by_head_and_by_neuron(make_effects, by, site, columns, rows):
+    effects = make_effects()
+    table = averages(effects, "kl", by, [site])
+    assert list(table.columns)[1 : 1 + len(columns)] == columns
+    assert len(table) == rows
+    name = "head" if site == "z" else "neuron"
+    want = effects.values("kl", site)[:, :, 0]
+    want = want if "pair" in by else want.mean(axis=0)[None]
+    for i in range(0, rows, 7):
+        c = {key: column[i] for key, column in table.columns.items()}
+        assert c["kl"] == pytest.approx(want[c.get("pair", 0), c["layer"], c[name]])
+
+
+@pytest.mark.parametrize(
+    ("by", "site", "sentence"),
+    [
+        (["neuron"], "z", "site z has no neurons: its index counts heads: group by head"),
+        (["head"], "mlp_post", "site mlp_post has no heads: its index counts neurons: group by neuron"),
+        (["head"], "mlp_out", "site mlp_out has no heads: group by layer and position"),
+        (["head", "index"], "z", "group by head or by index, not by both"),
+    ],
+)
+def test_heads_that_a_site_does_not_have(make_effects, by, site, sentence):
+    with pytest.raises(DeltapatchError, match=sentence):
+        averages(make_effects(), "ie", by, [site])
+
+
+def test_wide_tables_fold_at_80_columns(make_effects):
+    effects = make_effects()
+    for width in (80, 60, 200):
+        table = averages(effects, ["recovered", "ie", "logit_diff", "kl"], ["layer", "position"], ["mlp_out"])
+        lines = render(table.top(3), "table", width).decode().splitlines()
+        assert max(map(len, lines)) <= width
+        words = " ".join(lines).split()
+        assert {name for name in table.columns if name != "stderr"} <= set(words)
+        for name in ("recovered", "ie_median", "kl_stderr"):
+            assert all(f"{value:.4g}" in words for value in table.top(3).columns[name])
+        assert words.count("mlp_out") % 3 == 0
+    assert words.count("mlp_out") == 3  # wide enough for all: one part
+    heads = [line.split() for line in render(table.top(1), "table").decode().splitlines() if "site" in line]
+    assert [head[3] for head in heads] == ["recovered", "ie", "logit_diff", "kl"][: len(heads)]
+
+
+def test_long_labels_fold_within_their_column(make_effects):
+    effects = make_effects()
+    z = effects.sites["z"]
+    label = "the_name_of_a_position_that_somebody_gave_" * 3
+    effects.sites["z"] = type(z)("z", z.layers, [label], z.measured)
+    text = render(averages(effects, "kl", ["layer", "position", "index"], ["z"]).top(1), "table").decode()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "".join(word for word in text.split() if "_" in word) == label

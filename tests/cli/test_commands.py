@@ -73,7 +73,7 @@ def test_from_pairs_to_plots(command, tiny, tmp_path):
     drawn = command("plot", run)
     assert drawn.code == 0
     assert all(os.path.exists(path) for path in drawn.out.split())
-    assert str(run / "plots" / "heatmap_ie.png") in drawn.out.split()
+    assert str(run / "plots" / "heatmap_recovered.png") in drawn.out.split()
 
 
 def test_the_same_seed_gives_the_same_file(command, tiny, tmp_path):
@@ -157,8 +157,8 @@ def test_averages_and_the_top(command, make_effects, tmp_path):
     effects.save(tmp_path / "run")
     args = ("effects", tmp_path / "run", "--site", "mlp_out", "--format", "json", "--by", "layer,class")
     rows = json.loads(command(*args, "--top", 2).out)["rows"]
-    assert [set(row) for row in rows] == [{"site", "layer", "class", "ie", "stderr", "pairs"}] * 2
-    assert abs(rows[0]["ie"]) >= abs(rows[1]["ie"])
+    assert [set(row) for row in rows] == [{"site", "layer", "class", "recovered", "stderr", "pairs"}] * 2
+    assert abs(rows[0]["recovered"]) >= abs(rows[1]["recovered"])
     every = command("effects", tmp_path / "run", "--site", "mlp_out", "--by", "none", "--format", "csv").out
     assert len(every.splitlines()) == 1 + 5 * 3 * 8
 
@@ -171,6 +171,105 @@ def test_a_long_table_is_cut_and_says_so(command, make_effects, tmp_path):
     assert (
         len(command("effects", tmp_path / "run", "--site", "mlp_post", "--top", 400).out.splitlines()) == 322
     )
+
+
+def read(result):
+    assert result.code == 0, result.err
+    return list(csv.DictReader(io.StringIO(result.out)))
+
+
+@pytest.mark.parametrize("by", [(), ("--by", "layer,class"), ("--by", "none"), ("--by", "neuron")])
+def test_the_top_rows_are_the_same_in_every_format(command, make_effects, tmp_path, by):
+    make_effects().save(tmp_path / "run")
+    site = "mlp_post" if "neuron" in by else "mlp_out"
+    args = ("effects", tmp_path / "run", "--site", site, "--top", 3, "--metric", "kl", *by, "--format")
+    rows = read(command(*args, "csv"))
+    assert len(rows) == 3
+    found = json.loads(command(*args, "json").out)["rows"]
+    assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in found] == rows
+    drawn = [line.split() for line in command(*args, "table").out.splitlines()[2:]]
+    assert [[f"{float(row['kl']):.4g}"] for row in rows] == [
+        [word for word in line if word == f"{float(row['kl']):.4g}"][:1]
+        for line, row in zip(drawn, rows, strict=True)
+    ]
+
+
+def test_several_metrics_with_commas_or_one_by_one(command, make_effects, tmp_path):
+    effects = make_effects()
+    effects.save(tmp_path / "run")
+    args = ("effects", tmp_path / "run", "--site", "mlp_out", "--format", "csv")
+    rows = read(command(*args, "--metric", "ie,recovered"))
+    assert list(rows[0]) == ["pair", "site", "layer", "position", "index", "ie", "recovered"]
+    assert rows == read(command(*args, "--metric", "ie", "--metric", "recovered"))
+    values = effects.values("recovered", "mlp_out")
+    for row in rows[::11]:
+        assert float(row["recovered"]) == values[int(row["pair"]), int(row["layer"]), int(row["position"])]
+    assert list(read(command(*args))[0])[-1] == "recovered"
+    (tested, *_) = read(command(*args, "--metric", "kl,ie", "--interval", "--by", "layer"))
+    assert [name for name in tested if name.startswith("ie")] == [
+        *("ie", "ie_median", "ie_stderr", "ie_low", "ie_high", "ie_p", "ie_q")
+    ]
+    (both, *_) = read(command(*args, "--by", "layer", "--mean-of-ratios"))
+    assert {"recovered", "mean_of_ratios"} <= set(both)
+
+
+def test_by_head_takes_the_sites_that_have_heads(command, make_effects, tmp_path):
+    make_effects().save(tmp_path / "run")
+    for by, site, n in (("head", "z", 12), ("layer,neuron", "mlp_post", 48)):
+        rows = read(command("effects", tmp_path / "run", "--by", by, "--format", "csv"))
+        assert {row["site"] for row in rows} == {site}
+        assert len({(row["layer"], row[by.split(",")[-1]]) for row in rows}) == len(rows) == n
+    both = read(command("effects", tmp_path / "run", "--by", "layer,index", "--format", "csv"))
+    assert {row["site"] for row in both} == {"z", "mlp_post"}
+    refused = command("effects", tmp_path / "run", "--by", "head", "--site", "mlp_post")
+    assert refused.code == 2
+    assert "its index counts neurons: group by neuron" in refused.err
+
+
+def test_a_run_without_logit_differences_shows_what_it_has(command, make_effects, tmp_path):
+    effects = make_effects()
+    effects.sites = {"z": effects.sites["z"]}
+    del effects.sites["z"].measured["logit_diff"]
+    effects.save(tmp_path / "run")
+    (row, *_) = read(command("effects", tmp_path / "run", "--site", "z", "--format", "csv"))
+    assert "ie" in row
+    assert "heads_z_ie.png" in command("plot", tmp_path / "run").out
+
+
+def test_too_few_pairs_for_any_discovery_are_said(command, make_effects, tmp_path):
+    for n, said in ((5, True), (6, False)):
+        make_effects(lengths=(8,) * n).save(tmp_path / str(n))
+        args = ("effects", tmp_path / str(n), "--site", "mlp_out", "--fdr", 0.05)
+        found = command(*args)
+        assert found.code == 0
+        assert ("with 5 pairs no p-value can be below 0.062" in found.err) == said
+        assert ("take at least 6 pairs" in found.err) == said
+    make_effects(lengths=(8,) * 13).save(tmp_path / "many")
+    args = ("effects", tmp_path / "many", "--site", "mlp_out", "--fdr", 0.05, "--draws")
+    assert "with 13 pairs and 10 draws no p-value can be below 0.091" in command(*args, 10).err
+    assert "Warning" not in command(*args, 19).err
+
+
+def test_a_model_that_answers_nothing_right_is_said_beside_its_effects(command, make_effects, tmp_path):
+    effects = make_effects()
+    effects.sites = {"z": effects.sites["z"]}
+    effects.save(tmp_path / "right")
+    effects.reference.says[:] = False
+    effects.save(tmp_path / "wrong")
+    for args in (("effects", "--site", "z"), ("plot",)):
+        for name, said in (("right", False), ("wrong", True)):
+            result = command(args[0], tmp_path / name, *args[1:])
+            assert ("Warning: the model answers none of these 10 prompts right" in result.err) == said
+
+
+def test_help_says_what_each_metric_is(command):
+    from deltapatch.engine.metrics import definitions
+
+    for name in ("effects", "plot"):
+        said = " ".join(command(name, "--help").out.split())
+        for metric, equation, values, *_ in definitions()[1:]:
+            assert " ".join(f"{metric} {equation} values {values};".split()) in said
+    assert "deltapatch effects --help" in " ".join(command("sweep", "--help").out.split())
 
 
 def test_warnings_are_one_line_on_stderr(command, make_effects, tmp_path):

@@ -77,7 +77,7 @@ def test_intervals_and_discoveries(command, make_effects, tmp_path) -> None:
     args = ("effects", tmp_path / "run", "--site", "z", "--format", "json")
     rows = json.loads(command(*args, "--interval").out)["rows"]
     assert len(rows) == 3 * 4
-    assert {"layer", "position", "index", "ie", "low", "high", "p", "q"} < set(rows[0])
+    assert {"layer", "position", "index", "recovered", "low", "high", "p", "q"} < set(rows[0])
     args = ("effects", tmp_path / "run", "--site", "mlp_post", "--metric", "kl", "--by", "layer,index")
     shown = command(*args, "--fdr", 0.05)
     assert shown.code == 0

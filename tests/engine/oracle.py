@@ -560,6 +560,7 @@ def metrics_of_answers(
     away_from_base = (p[own] - p_star[own]) / p_star[own]
     logit_diff = apart(patched) - apart(base)
     gap = apart(clean_run) - apart(corrupted_run)
+    gap = gap if direction == "denoise" else -gap  # from the base run to the source run
 
     # KL = Σ p (log p - log p*) = log Σ p e^c with c the logit change centred under p; as Σ p c = 0, the sum
     # is 1 + Σ p (e^c - 1 - c), whose terms are all positive

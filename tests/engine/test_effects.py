@@ -178,7 +178,7 @@ def test_labels_as_positions_survive(make_effects, tmp_path):
     found = load_effects(tmp_path / "run")
     assert found.positions("z") == ["op2"]
     assert set(found.columns("ie", "z")["position"]) == {"op2"}
-    assert set(found.columns("ie", ["z", "mlp_out"])["position"]) == {"op2", *range(8)}
+    assert set(found.columns("ie", ["z", "mlp_out"])["position"]) == {"op2", *map(str, range(8))}
 
 
 def test_a_taken_path_is_refused_and_an_empty_folder_is_not(make_effects, tmp_path):
@@ -279,3 +279,31 @@ def test_broken_run_folders_are_one_sentence(make_effects, tmp_path, spoil, sent
 def test_a_missing_run_folder(tmp_path):
     with pytest.raises(DeltapatchError, match="does not exist"):
         load_effects(tmp_path / "nothing")
+
+
+def test_columns_have_one_type_and_are_those_of_the_shell(make_effects, tmp_path):
+    """Labels and numbers in one column could be neither sorted nor written as parquet."""
+    import pandas
+
+    from deltapatch.analysis.render import render
+    from deltapatch.analysis.tables import cells
+
+    effects = make_effects()
+    z = effects.sites["z"]
+    effects.sites["z"] = type(z)("z", z.layers, ["op2"], z.measured)
+    for sites in (["mlp_out"], ["mlp_out", "z"], None):
+        frame = effects.to_pandas(["recovered", "ie"], sites)
+        frame.to_parquet(tmp_path / "effects.parquet")
+        pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "effects.parquet"), frame)
+        assert len(frame.sort_values(["position", "index"])) == len(frame)
+        shell = render(cells(effects, ["recovered", "ie"], sites), "csv").decode()
+        assert frame.to_csv(index=False, lineterminator="\n") == shell
+        assert frame["position"].dtype == ("int64" if sites == ["mlp_out"] else "str")
+
+
+def test_a_model_that_answers_nothing_right_is_said(make_effects):
+    effects = make_effects()
+    assert effects.caveat() is None
+    effects.reference.says[:] = False
+    assert "answers none of these 10 prompts right" in effects.caveat()
+    assert "answers none of these 10 prompts right" in repr(effects)

@@ -121,6 +121,13 @@ def _sweep(folder: Path, seed: Callable[[str], Path], **options: object) -> None
                      precision="fp32", **options)  # type: ignore[arg-type]  # fmt: skip
 
 
+def _outcome(folder: Path, seed: Callable[[str], Path]) -> None:
+    model = deltapatch.load_model(seed("gpt_neox"), device="cpu")
+    pairs = [deltapatch.PromptPair([1, 2, 3], [1, 5, 3 + i], 7, 8) for i in range(2)]
+    patches = [deltapatch.Intervention(i, [deltapatch.Patch("mlp_out", 0, 1)]) for i in (0, 1, 1)]
+    deltapatch.run(model, pairs, patches, progress=False).save(folder / "outcome.safetensors")
+
+
 def _begun(folder: Path, seed: Callable[[str], Path]) -> None:
     for i in (1, 2):
         _sweep(folder, seed, shard=(i, 2))
@@ -154,6 +161,7 @@ MAKERS: dict[str, Callable[[Path, Callable[[str], Path]], None]] = {
     "adapter": _adapter,
     "pairs": _pairs,
     "run": _sweep,
+    "outcome": _outcome,
     "begun": _begun,
     "bin": _bin,
     "tasks": _tasks,

@@ -63,6 +63,14 @@ def run(path: Path) -> bytes:
     return digest.digest()
 
 
+def outcome(path: Path) -> bytes:
+    found = deltapatch.load_outcome(path / "outcome.safetensors")
+    found.columns(found.metrics)
+    return repr(
+        (found, found.pair.tolist(), [found.values(metric).tolist() for metric in found.metrics])
+    ).encode()
+
+
 def merged(path: Path) -> bytes:
     merge(path)
     return (path / "effects.safetensors").read_bytes() + (path / "pairs.jsonl").read_bytes()
@@ -79,6 +87,7 @@ TARGETS: dict[str, Callable[[Path], bytes]] = {
     "tokenizer": tokenizer,
     "pairs": pairs,
     "run": run,
+    "outcome": outcome,
     "merge": merged,
     "convert": converted,
     "facts": lambda path: repr(read_facts(path / "facts.jsonl", None)).encode(),

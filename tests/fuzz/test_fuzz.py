@@ -115,6 +115,12 @@ def run_folder(data, hunter, seeds):
 
 
 @fuzz
+def outcome_file(data, hunter, seeds):
+    seed, name = seeds("outcome"), "outcome.safetensors"
+    hunter.check("outcome", seed, {name: data.draw(broken_safetensors((seed / name).read_bytes()))})
+
+
+@fuzz
 def signed_run_folder(data, hunter, seeds):
     """Broken by somebody who knows how to make a checksum."""
     seed = hunter.folder / "signed"
@@ -169,6 +175,7 @@ CASES = {
     "pairs": (pairs,),
     "files of tasks": (task_files,),
     "run": (run_folder,),
+    "outcome": (outcome_file,),
     "signed run": (signed_run_folder,),
     "unfinished run": (unfinished_run,),
     "bin": (bin_file,),

@@ -305,6 +305,42 @@ def test_the_papers_figures_stand_beside_ours(model, tmp_path, monkeypatch) -> N
     assert "This is Tiny of the paper" in (done.folder / "report.md").read_text(encoding="utf-8")
 
 
+def test_joint_patches_recover_towards_one_in_both_directions(study) -> None:
+    """The table has what the run found, turned in no direction: 0 is the base run and 1 the source run."""
+    folder = study.done["factual"].folder
+    table = rows(folder / "tables" / "joint_neurons.csv")
+    for direction in ("denoise", "noise"):
+        outcome = dp.load_outcome(folder / "joint" / f"neurons-{direction}.safetensors")
+        assert outcome.direction == direction
+        change, over = outcome.terms("recovered")
+        size = outcome.patches.max()
+        some = outcome.patches == size  # all neurons, the same set in any order
+        (row,) = (r for r in table if r["direction"] == direction and int(r["size"]) == size)
+        assert float(row["recovered"]) == pytest.approx(change[some].mean() / over[some].mean(), rel=1e-5)
+
+
+def test_medians_stand_beside_means_of_indirect_effects(study) -> None:
+    folder = study.done["factual"].folder
+    for row in rows(folder / "tables" / "magnitudes.csv"):
+        assert (row["median"] != "") == (row["metric"] == "ie")
+    effects = load_effects(folder / "neurons")
+    by_pair = effects.values("ie")[:, :, 0]
+    for row in rows(folder / "tables" / "strongest_neurons.csv")[:5]:
+        want = np.median(by_pair[:, int(row["layer"]), int(row["index"])])
+        assert float(row["ie_median"]) == pytest.approx(want)
+
+
+def test_groups_that_figures_do_not_tell_apart_are_said(study) -> None:
+    found = study.done["shots-0"]
+    assert len(found.grouped) == 4
+    found.check_groups()
+    for count, pairs, said in ((9, 2, "figures tell at most 8 apart"), (3, 1, "each has a single pair")):
+        kinds = [dp.PromptPair("a", "b", "c", "d", meta={"operator": f"{i}"}) for i in range(count)] * pairs
+        many = replace(found, made=replace(found.made, pairs=kinds))
+        with pytest.raises(DeltapatchError, match=f"its pairs are of {count} kinds, and {said}"):
+            many.check_groups()
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_two_checkpoints(model, other, tmp_path) -> None:
     settings = replace(SMALL, per_template=1)
