@@ -239,8 +239,8 @@ def sweep(
             f"accuracy of the unpatched runs {effects.accuracy():.1%}",
             quiet,
         )
-    if caveat := effects.caveat():
-        say(caveat, quiet)
+        if caveat := effects.caveat():
+            say(caveat, quiet)
     if as_json:
         shapes = {name: dict(zip(s.axes, s.shape, strict=True)) for name, s in effects.sites.items()}
         print_json(
