@@ -20,6 +20,7 @@ Panel = tuple[str, list[str], np.ndarray, np.ndarray]  # title, column labels, [
 
 _MOST_TICKS = 32  # beyond, only every second, third, ... label is drawn
 _MOST_PANELS = 8
+_LETTER = 0.07  # inches that one takes in a label
 _HIDDEN = 0.1  # of the largest effect that is drawn: what a mean over positions may hide without a word
 
 
@@ -121,10 +122,11 @@ def layer_panels(
     down = -(-len(panels) // across)
     across = -(-len(panels) // down)  # rows of one length, where that can be
     longest = max(len(label) for _, labels, _, _ in panels for label in labels) if rotate else 1
-    height = down * (panel_height + 0.65 + 0.055 * longest)
+    height, width = down * (panel_height + 0.65 + 0.055 * longest), across * panel_width + 1.6
+    said = [line for part in note.split("\n") for line in textwrap.wrap(part, int(14 * width))]
     same_layers = all(np.array_equal(panels[0][3], p[3]) for p in panels)
     figure, grid = plt.subplots(
-        down, across, figsize=(across * panel_width + 1.6, height), squeeze=False, sharey=same_layers
+        down, across, figsize=(width, height + 0.17 * len(said)), squeeze=False, sharey=same_layers
     )
     colours, norm = colour_scale([mean for _, _, mean, _ in panels], metric)
     for axes, (title, labels, mean, numbers) in zip(grid.flat, panels, strict=False):
@@ -149,18 +151,16 @@ def layer_panels(
         ticks, names = wide_ticks(float(norm.vmin or 0), float(norm.vmax or 0))
         bar.set_ticks(ticks, labels=names)
         bar.minorticks_off()
-    most = 28 if height < 2.5 else 60
+    bar_height = height - 0.35 - 0.055 * longest  # without what stands above and below the panels
+    most = max(12, int(bar_height / _LETTER))
     bar.set_label(
         metric_label(metric, wide, most)
         if label is None
         else folded(label + (" (asinh scale)" if wide else ""), most)
     )
     bar.outline.set_linewidth(0.5)
-    if note:
-        lines = [
-            line for part in note.split("\n") for line in textwrap.wrap(part, int(14 * figure.get_figwidth()))
-        ]
-        figure.supxlabel("\n".join(lines), fontsize=8, parse_math=False)
+    if said:
+        figure.supxlabel("\n".join(said), fontsize=8, parse_math=False)
     return figure
 
 

@@ -8,6 +8,7 @@ from matplotlib.text import Text
 from deltapatch.analysis.curves import last_position, layer_curves, neuron_ranking
 from deltapatch.analysis.heatmaps import colour_scale, head_heatmaps, position_heatmaps
 from deltapatch.analysis.plots import plot_run
+from deltapatch.analysis.style import figure_style
 from deltapatch.engine.effects import SiteEffects
 from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
@@ -182,6 +183,33 @@ def test_axes_and_colour_bars_say_what_the_table_of_metrics_says(make_effects, m
         neuron_ranking(effects, metric, "mlp_post"),
     ):
         assert METRICS[metric].label in " ".join(" ".join(texts(figure)).split())
+        plt.close(figure)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_labels_lie_within_their_figure(make_effects, metric):
+    effects = make_effects(n_layers=4)
+    for swept in effects.sites.values():  # an asinh scale, whose name makes the longest label
+        swept.measured["dlogp_clean"] += 5
+    hidden = make_effects(lengths=(60,) * 2)
+    for draw in (
+        lambda: head_heatmaps(effects, metric, "z"),
+        lambda: position_heatmaps(effects, metric, ["mlp_out", "attn_out"]),
+        lambda: position_heatmaps(hidden, metric, ["mlp_out"]),  # with a line below
+        lambda: layer_curves(effects, metric, ["mlp_out"]),
+        lambda: neuron_ranking(effects, metric, "mlp_post", top=3),
+    ):
+        with figure_style():
+            figure = draw()
+            figure.draw_without_rendering()
+        for axes in figure.axes:
+            for label in (axes.xaxis.label, axes.yaxis.label):
+                box, whole = label.get_window_extent(), figure.bbox
+                if label.get_text() and axes.get_visible():
+                    assert box.x0 >= whole.x0, label
+                    assert box.y0 >= whole.y0, label
+                    assert box.x1 <= whole.x1, label
+                    assert box.y1 <= whole.y1, label
         plt.close(figure)
 
 
