@@ -28,9 +28,9 @@ from deltapatch.engine.work import Keeper, Tables, Work
 from deltapatch.engine.workers import Map, workers
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.backend import Backend, choose_backend
-from deltapatch.kernels.device import float32_products
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
+from deltapatch.models.surroundings import undisturbed
 
 _TOKENS = 4096  # whose embeddings are looked at together
 
@@ -179,8 +179,8 @@ class Job:
 
     @contextmanager
     def at_work(self) -> Iterator[Map]:
-        """Products of float32 as they are promised, and threads; all that computes does so within."""
-        with float32_products("ieee"), workers(self.model.device) as each:
+        """PyTorch as it is with nothing switched on, and threads; all that computes does so within."""
+        with undisturbed(self.model.device), workers(self.model.device) as each:
             yield each
 
     def parts(self, work: Work, each: Map) -> Iterator[Pass]:

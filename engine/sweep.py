@@ -23,6 +23,7 @@ from deltapatch.engine.work import Work
 from deltapatch.engine.workers import threads
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import Model
+from deltapatch.models.surroundings import undisturbed
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Outcome:
         return compute(metric, self.measured, self.reference.of(self.pair), self.direction)
 
 
+@undisturbed()
 def sweep(
     model: Model,
     pairs: Sequence[PromptPair],
@@ -142,6 +144,7 @@ def sweep(
     return effects
 
 
+@undisturbed()
 def run(
     model: Model,
     pairs: Sequence[PromptPair],

@@ -79,6 +79,7 @@ class SafetensorsFiles:
         self.where = where
         self._files = {path.name: _open(path) for path in files}
         self._paths = {path.name: path for path in files}
+        self._absolute = {path.name: path.absolute() for path in files}  # read from wherever the program goes
         if index is None:
             index = {name: path.name for path in files for name in self._files[path.name].keys()}  # noqa: SIM118
         held = {file: set(opened.keys()) for file, opened in self._files.items()}
@@ -148,8 +149,8 @@ class SafetensorsFiles:
         """The file of a tensor, and where it lies there."""
         file = self._home[name]
         if file not in self._spans:
-            self._spans[file] = tensor_spans(self._paths[file])
-        return self._paths[file], self._spans[file][name]
+            self._spans[file] = tensor_spans(self._absolute[file])
+        return self._absolute[file], self._spans[file][name]
 
 
 class ModuleTensors:
