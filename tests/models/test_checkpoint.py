@@ -217,7 +217,7 @@ def test_shards_that_do_not_fit_together(shards):
         ({"num_local_experts": 8}, "asks for a mixture of experts"),
         ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "asks for code of its own"),
         ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not supported: it must be one of gelu, "),
-        ({"hidden_size": None}, "has no field 'hidden_size'"),
+        ({"hidden_size": None}, "'hidden_size' is null, which is no value of it: give one, or leave it out"),
         ({"num_hidden_layers": "2"}, "'num_hidden_layers' must be a positive integer, not '2'"),
         ({"num_attention_heads": 0}, "'num_attention_heads' must be a positive integer, not 0"),
         ({"num_attention_heads": 5}, "the hidden size 32 is not divisible by the 5 attention heads"),
