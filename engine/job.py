@@ -55,6 +55,7 @@ class Job:
     noise_sample: int | None
     partner: np.ndarray | None  # [pair], whose source run "resample" takes
     noise_floor: dict[str, Any] | None = None
+    noise_floor_left_out: str | None = None  # why there is none
     passes: int = 0
     rows: int = 0
     seconds: float = 0.0
@@ -172,6 +173,7 @@ class Job:
                 truth = keeper.truth if keeper.whole else None
             if truth is not None:
                 self.noise_floor = truth.noise_floor(self.precision.name, gathered.measured, self.direction)
+            self.noise_floor_left_out = audit.left_out(self.precision) if truth is None else None
         self.passes, self.rows = gathered.passes, gathered.rows
         # What is kept took its time in another process.
         self.seconds += time.perf_counter() - began + (0.0 if keeper is None else keeper.seconds_kept)
@@ -204,6 +206,7 @@ class Job:
             self.precision = self.precision or audit.cheapest()
             n_passes = sum(1 for _ in self.parts(work, each))
             truth = audit.truth_for(self.precision)
+            self.noise_floor_left_out = audit.left_out(self.precision) if truth is None else None
         self.seconds = time.perf_counter() - began
         return truth, n_passes
 
@@ -339,6 +342,7 @@ class Job:
             "answer_tokens": max(pair.answer_tokens for pair in self.pairs),
             "precision": None if self.precision is None else self.precision.name,
             "noise_floor": self.noise_floor,
+            "noise_floor_left_out": self.noise_floor_left_out,
             "backend": self.backend.name,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),

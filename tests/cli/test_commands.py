@@ -58,6 +58,8 @@ def test_from_pairs_to_plots(command, tiny, tmp_path):
     assert facts["rows"] == facts["run"]["rows"]
     assert facts["sites"]["z"]["index"] == 2
     assert "interventions in" in swept.err
+    recomputed = facts["run"]["noise_floor"]["recomputed"]
+    assert f"precision fp32: {recomputed} effects computed again in float64 differ by" in swept.err
 
     effects = deltapatch.load_effects(run)
     shown = command("effects", run, "--site", "mlp_out", "--metric", "logit_diff", "--format", "csv")
