@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError, shown
-from deltapatch.models.architecture import Architecture, Slot, expected_shape
+from deltapatch.models.architecture import Architecture, Slot, expected_shape, expected_shapes
 from deltapatch.models.checkpoint import SafetensorsFiles, check_finite, find_folder, read_json
 from deltapatch.models.config import LARGEST_NUMBER
 from deltapatch.models.spec import ModelSpec
@@ -39,6 +39,9 @@ _UNSUPPORTED = (
 )
 # Ways to initialise that leave the base weights alone; others (PiSSA, OLoRA, LoftQ, CorDA, ...) change them.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+# What PEFT targets where a config says nothing.
+_DEFAULTS = {"llama": ["q_proj", "v_proj"], "gptj": ["q_proj", "v_proj"], "gpt_neox": ["query_key_value"]}
 
 _ROWS = 4096  # merged at a time
 # In a pattern: repeated groups, references and looks ahead; and what multiplies the ways of matching it.
@@ -103,10 +106,12 @@ def read_adapter(path_or_id: str | Path, architecture: Architecture, spec: Model
         raise DeltapatchError(f"{folder} has no {_WEIGHTS}")
     tensors = SafetensorsFiles(str(folder), [folder / _WEIGHTS])
     pairs = _pair_up(tensors)
-    _check_targets(config, list(pairs), folder)
+    matrices = {module: _matrix(module, architecture, spec, folder) for module in pairs}
+    found = {slot: module for module, (slot, _) in matrices.items()}
+    _check_targets(config, found, architecture, spec, folder)
     updates = {}
     for module, (name_a, name_b) in pairs.items():
-        slot, (n_out, n_in) = _matrix(module, architecture, spec, folder)
+        slot, (n_out, n_in) = matrices[module]
         if not all(len(tensors.shape(n)) == 2 and all(tensors.shape(n)) for n in (name_a, name_b)):
             raise DeltapatchError(
                 f"{tensors.place(name_a)}: the update of {shown(module)} is not of matrices"
@@ -165,15 +170,94 @@ def _pair_up(tensors: SafetensorsFiles) -> dict[str, tuple[str, str]]:
     return {module: (found["A"], found["B"]) for module, found in sides.items()}
 
 
-def _check_targets(config: dict[str, Any], modules: list[str], folder: Path) -> None:
-    targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        return  # a pattern, which need not match everything it could
-    for target in targets:
-        if not any(m == target or m.endswith(f".{target}") for m in modules):
+def _check_targets(
+    config: dict[str, Any], found: dict[Slot, str], architecture: Architecture, spec: ModelSpec, folder: Path
+) -> None:
+    """See that the tensors are of those modules that the config targets: PEFT leaves out all others.
+
+    Args:
+        found: slot -> the module that the file has an update of.
+    """
+    targets = _Targets(config, architecture, str(folder / _CONFIG))
+    for slot, shape in expected_shapes(spec):
+        if len(shape) != 2 or slot.name == "embedding.weight":
+            continue
+        names = [name.removesuffix(".weight") for name in architecture.tensor_names(slot)]
+        targeted = targets.include(names, slot.layer is None)
+        if slot in found and targeted is False:
             raise DeltapatchError(
-                f"{folder / _CONFIG} names the target {shown(target)}, for which {_WEIGHTS} holds no tensors"
+                f"{folder}: {_WEIGHTS} holds an update of {found[slot]!r}, which {_CONFIG} does not target, "
+                "so PEFT leaves it out: take it out as well, or target it"
             )
+        if slot not in found and targeted:
+            raise DeltapatchError(
+                f"{folder / _CONFIG} targets {names[0]!r}, for which {_WEIGHTS} holds no tensors"
+            )
+
+
+class _Targets:
+    """Which modules an adapter is for, as PEFT reads its config.
+
+    Args:
+        config: adapter_config.json.
+        architecture: of the model.
+        where: what a sentence calls the config.
+
+    Raises:
+        DeltapatchError: an option is broken.
+    """
+
+    def __init__(self, config: dict[str, Any], architecture: Architecture, where: str) -> None:
+        self._where = where
+        targets = config.get("target_modules")
+        self._all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+        self._targets = self._names(
+            "target_modules", _DEFAULTS[architecture.name] if targets is None else targets
+        )
+        self._excluded = self._names("exclude_modules", config.get("exclude_modules") or [])
+        layers = config.get("layers_to_transform")
+        layers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+        if not all(type(layer) is int for layer in layers):
+            raise DeltapatchError(f"{where}: 'layers_to_transform' must be numbers, not {shown(layers)}")
+        self._layers = layers
+        patterns = self._names("layers_pattern", config.get("layers_pattern") or [])
+        self._patterns = [patterns] if isinstance(patterns, str) else patterns
+
+    def include(self, names: list[str], outside_layers: bool) -> bool | None:
+        """Whether a matrix is targeted, by any of the names that it has in versions of transformers.
+
+        None where that hangs on an expression that could take forever, and is not tried.
+        """
+        found = {self._includes(name, outside_layers) for name in names}
+        return True if True in found else None if None in found else False
+
+    def _includes(self, name: str, outside_layers: bool) -> bool | None:
+        excluded = self._matches(self._excluded, name)
+        if excluded or excluded is None:
+            return None if excluded is None else False
+        if self._all_linear:
+            return not outside_layers  # all but the output matrix
+        targeted = self._matches(self._targets, name)
+        if not targeted or not self._layers or isinstance(self._targets, str):
+            return targeted
+        # As PEFT finds a layer's number: after the pattern, or after any name that is not the first.
+        for pattern in [rf"(?:^|.*?\.){p}" for p in self._patterns] or [r".*?\.[^.]*"]:
+            number = _match(pattern + r"\.(?P<number>\d+)\.", name, "layers_pattern", self._where)
+            if number is not None:
+                return int(number["number"]) in self._layers
+        return False
+
+    def _matches(self, names: str | list[str], name: str) -> bool | None:
+        if isinstance(names, list):
+            return any(name == n or name.endswith(f".{n}") for n in names)
+        if _takes_forever(names):
+            return None
+        return _match(f"(?:{names})\\Z", name, "target_modules", self._where) is not None
+
+    def _names(self, option: str, given: Any) -> str | list[str]:
+        if isinstance(given, str) or (isinstance(given, list) and all(isinstance(n, str) for n in given)):
+            return given
+        raise DeltapatchError(f"{self._where}: {option!r} must be names or a pattern, not {shown(given)}")
 
 
 def _matrix(
@@ -211,15 +295,23 @@ def _pattern(config: dict[str, Any], name: str, module: str, default: Any, where
     if not isinstance(patterns, dict):
         raise DeltapatchError(f"{where}: {name!r} must be an object, not {shown(patterns)}")
     for key, value in patterns.items():
-        # It is an expression from a file: only one that cannot take forever is tried.
-        ways = 2 * len(_REPEATS.findall(key)) + len(_CHOICES.findall(key))
-        if len(key) > 200 or _ENDLESS.search(key) or ways > 6:
+        if _takes_forever(key):
             raise DeltapatchError(
                 f"{where}: {name!r} has a key {shown(key)} that is too involved: name modules"
             )
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except (re.error, OverflowError, RecursionError) as error:
-            raise DeltapatchError(f"{where}: {name!r} has a key {shown(key)} that is no pattern") from error
+        if _match(rf"(.*\.)?({key})$", module, name, where):
+            return value
     return default
+
+
+def _takes_forever(pattern: str) -> bool:
+    """Whether an expression from a file could, as far as one can tell."""
+    ways = 2 * len(_REPEATS.findall(pattern)) + len(_CHOICES.findall(pattern))
+    return len(pattern) > 200 or bool(_ENDLESS.search(pattern)) or ways > 6
+
+
+def _match(pattern: str, name: str, option: str, where: str) -> re.Match[str] | None:
+    try:
+        return re.match(pattern, name)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise DeltapatchError(f"{where}: {option!r} has {shown(pattern)}, which is no pattern") from error
