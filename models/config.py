@@ -1,6 +1,7 @@
 """Reading config.json: typed access to its fields, and the parts that several architectures spell alike."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from deltapatch.errors import DeltapatchError, shown
@@ -64,10 +65,9 @@ class Config:
                     f"{self.where}: {name!r} is null, which is no value of it: give one, or leave it out"
                 )
         said = {name: value for name, value in given.items() if value is not None}
-        for name, value in said.items():
-            first = next(iter(said))
-            if value != said[first]:
-                raise self.two_things(repr(first), said[first], repr(name), value)
+        for (first, one), (name, value) in pairwise(said.items()):
+            if value != one:
+                raise self.two_things(repr(first), one, repr(name), value)
         return next(iter(said.values()), None)
 
     def two_things(self, one: str, value: Any, other: str, another: Any) -> DeltapatchError:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError, shown
-from deltapatch.models.architecture import Architecture, Slot, expected_shape, expected_shapes
+from deltapatch.models.architecture import Architecture, Slot, expected_shape
 from deltapatch.models.checkpoint import SafetensorsFiles, check_finite, find_folder, read_json
 from deltapatch.models.config import LARGEST_NUMBER
 from deltapatch.models.spec import ModelSpec
+from deltapatch.models.weights import end_shapes, layer_shapes
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_FILES = (_CONFIG, _WEIGHTS)
@@ -179,8 +180,12 @@ def _check_targets(
         found: slot -> the module that the file has an update of.
     """
     targets = _Targets(config, architecture, str(folder / _CONFIG))
-    for slot, shape in expected_shapes(spec):
-        if len(shape) != 2 or slot.name == "embedding.weight":
+    layers = {slot.layer for slot in found} | {None}  # others are left as they are, by PEFT too
+    slots = [
+        Slot(l, name) for l in layers for name in (end_shapes(spec) if l is None else layer_shapes(spec))
+    ]
+    for slot in slots:
+        if slot.name == "embedding.weight" or len(expected_shape(spec, slot) or ()) != 2:
             continue
         names = [name.removesuffix(".weight") for name in architecture.tensor_names(slot)]
         targeted = targets.include(names, slot.layer is None)
@@ -232,27 +237,27 @@ class _Targets:
         return True if True in found else None if None in found else False
 
     def _includes(self, name: str, outside_layers: bool) -> bool | None:
-        excluded = self._matches(self._excluded, name)
+        excluded = self._matches("exclude_modules", self._excluded, name)
         if excluded or excluded is None:
             return None if excluded is None else False
         if self._all_linear:
             return not outside_layers  # all but the output matrix
-        targeted = self._matches(self._targets, name)
+        targeted = self._matches("target_modules", self._targets, name)
         if not targeted or not self._layers or isinstance(self._targets, str):
             return targeted
         # As PEFT finds a layer's number: after the pattern, or after any name that is not the first.
         for pattern in [rf"(?:^|.*?\.){p}" for p in self._patterns] or [r".*?\.[^.]*"]:
-            number = _match(pattern + r"\.(?P<number>\d+)\.", name, "layers_pattern", self._where)
+            number = _match(pattern + r"\.(?P<number>\d+)\.", name, "'layers_pattern' has one", self._where)
             if number is not None:
                 return int(number["number"]) in self._layers
         return False
 
-    def _matches(self, names: str | list[str], name: str) -> bool | None:
+    def _matches(self, option: str, names: str | list[str], name: str) -> bool | None:
         if isinstance(names, list):
             return any(name == n or name.endswith(f".{n}") for n in names)
         if _takes_forever(names):
             return None
-        return _match(f"(?:{names})\\Z", name, "target_modules", self._where) is not None
+        return _match(f"(?:{names})\\Z", name, f"{option!r} is {shown(names)},", self._where) is not None
 
     def _names(self, option: str, given: Any) -> str | list[str]:
         if isinstance(given, str) or (isinstance(given, list) and all(isinstance(n, str) for n in given)):
@@ -299,7 +304,7 @@ def _pattern(config: dict[str, Any], name: str, module: str, default: Any, where
             raise DeltapatchError(
                 f"{where}: {name!r} has a key {shown(key)} that is too involved: name modules"
             )
-        if _match(rf"(.*\.)?({key})$", module, name, where):
+        if _match(rf"(.*\.)?({key})$", module, f"{name!r} has a key {shown(key)}", where):
             return value
     return default
 
@@ -310,8 +315,9 @@ def _takes_forever(pattern: str) -> bool:
     return len(pattern) > 200 or bool(_ENDLESS.search(pattern)) or ways > 6
 
 
-def _match(pattern: str, name: str, option: str, where: str) -> re.Match[str] | None:
+def _match(pattern: str, name: str, what: str, where: str) -> re.Match[str] | None:
+    """A match of an expression from a file; `what` begins the sentence for one that is none."""
     try:
         return re.match(pattern, name)
     except (re.error, OverflowError, RecursionError) as error:
-        raise DeltapatchError(f"{where}: {option!r} has {shown(pattern)}, which is no pattern") from error
+        raise DeltapatchError(f"{where}: {what} that is no pattern") from error

@@ -128,7 +128,7 @@ def test_what_peft_would_fill_with_nothing_is_refused(pair):
     [
         ({"target_modules": 3}, "'target_modules' must be names or a pattern, not 3"),
         ({"exclude_modules": [None]}, "'exclude_modules' must be names or a pattern"),
-        ({"target_modules": "(q_proj"}, "'target_modules' has .* which is no pattern"),
+        ({"target_modules": "(q_proj"}, "'target_modules' is .*, that is no pattern"),
         ({"layers_to_transform": ["1"]}, "'layers_to_transform' must be numbers, not .'1'"),
     ],
 )
