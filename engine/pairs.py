@@ -8,6 +8,8 @@ import numpy as np
 
 from deltapatch.errors import DeltapatchError, shown
 
+_DEEPEST = 100  # that the meta of a pair may be nested
+
 
 @dataclass(frozen=True)
 class PromptPair:
@@ -130,7 +132,7 @@ def _encode(pair: PromptPair, tokenizer: Any, d_vocab: int, name: str, texts: di
         clean_answer=clean_answer,
         corrupted_answer=corrupted_answer,
         labels={label: _position(label, p, len(clean), name) for label, p in pair.labels.items()},
-        meta=dict(pair.meta),
+        meta=_checked_meta(pair.meta, name),
         clean_text=_pieces(clean, tokenizer, texts),
         corrupted_text=_pieces(corrupted, tokenizer, texts),
         clean_answer_text=_as_one(clean_answer, tokenizer, texts),
@@ -238,6 +240,23 @@ def _position(label: str, position: Any, length: int, name: str) -> int:
             f"(positions 0 to {length - 1}, or -1 to {-length} from the end)."
         )
     return int(position) % length
+
+
+def _checked_meta(meta: dict[str, Any], name: str) -> dict[str, Any]:
+    """A copy of what travels with a pair, seen to be something that can be written down."""
+    level: list[Any] = [meta]
+    for _ in range(_DEEPEST):
+        level = [
+            value
+            for part in level
+            for value in (part.values() if isinstance(part, dict) else part)
+            if isinstance(value, dict | list | tuple)
+        ]
+        if not level:
+            return dict(meta)
+    raise DeltapatchError(
+        f"{name}: meta is nested more than {_DEEPEST} deep, or holds itself; flatten it, or leave it out."
+    )
 
 
 def _pieces(ids: list[int], tokenizer: Any, texts: dict[int, str]) -> list[str]:

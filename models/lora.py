@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.architecture import Architecture, Slot, expected_shape
 from deltapatch.models.checkpoint import SafetensorsFiles, check_finite, find_folder, read_json
 from deltapatch.models.config import LARGEST_NUMBER
+from deltapatch.models.header import check_file
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.weights import end_shapes, layer_shapes
 
@@ -62,6 +64,10 @@ class Adapter:
     def __init__(self, updates: dict[Slot, _Update]) -> None:
         self._updates = updates
 
+    def changes(self, slot: Slot) -> bool:
+        """Whether there is an update of that slot."""
+        return slot in self._updates
+
     def merge(self, slot: Slot, weight: Tensor) -> Tensor:
         """The weight with its update added, in its own dtype and on its device; others are shared."""
         update = self._updates.get(slot)
@@ -94,6 +100,8 @@ def read_adapter(path_or_id: str | Path, architecture: Architecture, spec: Model
             shape or rank does not fit.
     """
     folder = find_folder(path_or_id, ADAPTER_FILES)
+    for file in (_CONFIG, _WEIGHTS):
+        check_file(folder / file)
     if not (folder / _CONFIG).is_file():
         raise DeltapatchError(f"{folder} has no {_CONFIG}: it is not a LoRA adapter")
     config = read_json(folder / _CONFIG)
@@ -102,7 +110,8 @@ def read_adapter(path_or_id: str | Path, architecture: Architecture, spec: Model
         if (folder / "adapter_model.bin").is_file() or not Path(path_or_id).is_dir():
             raise DeltapatchError(
                 f"{path_or_id} has no {_WEIGHTS}, and PyTorch .bin files are not read directly: convert it "
-                f"once with `deltapatch convert {path_or_id} OUT` and give OUT as the adapter"
+                f"once with `deltapatch convert {quote(str(path_or_id))} --out OUT` and give OUT as "
+                "the adapter"
             )
         raise DeltapatchError(f"{folder} has no {_WEIGHTS}")
     tensors = SafetensorsFiles(str(folder), [folder / _WEIGHTS])

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.models.checkpoint import TOKENIZER_FILES, ModuleTensors, find_folder, read_checkpoint
+from deltapatch.models.checkpoint import (
+    TOKENIZER_FILES,
+    ModuleTensors,
+    find_folder,
+    read_checkpoint,
+    read_json,
+)
 from deltapatch.models.config import Config
 from deltapatch.models.forward import block, readout, rope_tables
+from deltapatch.models.header import check_file
 from deltapatch.models.lora import ADAPTER_FILES, read_adapter
 from deltapatch.models.memory import fits
 from deltapatch.models.registry import read_config
@@ -224,13 +231,20 @@ class Model:
             return self._given_tokenizer
         if not any((folder / file).is_file() for file in _OWN_TOKENIZER_FILES):
             return None
+        for file in TOKENIZER_FILES:
+            check_file(folder / file)
         from transformers import AutoTokenizer
 
         try:
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # a broken file surfaces as whatever its parser raises
+            for file in TOKENIZER_FILES:
+                if file.endswith(".json") and (folder / file).exists():
+                    read_json(folder / file)  # says what is wrong, and where
             reason = str(error).strip().split("\n")[0]
-            raise DeltapatchError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+            # Of what is JSON and makes no sense, the tokenizers library tells the line of this file.
+            at = folder / "tokenizer.json" if " at line " in reason else folder
+            raise DeltapatchError(f"the tokenizer in {at} cannot be loaded: {reason}") from error
 
     @undisturbed()
     def fingerprint(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.models.header import check_file
 
 _REQUIRED = ("clean", "corrupted", "clean_answer", "corrupted_answer")
 _FIELDS = tuple(f.name for f in fields(PromptPair))
@@ -28,6 +29,7 @@ def read_named_pairs(path: str | os.PathLike[str]) -> list[tuple[str, PromptPair
     """As `read_pairs`, each pair with its name for errors, for example "pairs.jsonl, line 7"."""
     path = Path(path)
     try:
+        check_file(path)
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DeltapatchError(
@@ -55,7 +57,7 @@ def write_pairs(path: str | os.PathLike[str], pairs: Sequence[PromptPair]) -> No
     path = Path(path)
     try:
         text = "".join(json.dumps(asdict(p), ensure_ascii=False, allow_nan=False) + "\n" for p in pairs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise DeltapatchError(f"The pairs cannot be written to {path}: {error}.") from None
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

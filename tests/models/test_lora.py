@@ -1,6 +1,7 @@
 """LoRA adapters merged on load agree with PEFT's own merge; what is not supported is refused."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -244,9 +245,31 @@ def test_files_that_are_missing(pair):
     (pair[1] / "adapter_model.safetensors").rename(pair[1] / "elsewhere")
     fails(pair, "has no adapter_model.safetensors")
     torch.save({}, pair[1] / "adapter_model.bin")
-    fails(pair, f"`deltapatch convert {pair[1]} OUT`")
+    fails(pair, f"`deltapatch convert {pair[1]} --out OUT`")
     (pair[1] / "adapter_config.json").unlink()
     fails(pair, "has no adapter_config.json: it is not a LoRA adapter")
+
+
+def test_an_update_that_the_dtype_does_not_hold(build, saved, tmp_path, ids):
+    hf = build("llama")
+    folder = saved(hf.to(torch.float16))
+    adapted = adapt(hf.float(), target_modules=["q_proj"])
+    adapted.base_model.model.model.layers[1].self_attn.q_proj.lora_B["default"].weight.data.fill_(1e6)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(DeltapatchError, match=r"q_proj.weight' with the adapter's update has numbers larger"):
+        load_model(folder, device="cpu", adapter=tmp_path / "adapter")
+    wide = load_model(folder, device="cpu", dtype="float32", adapter=tmp_path / "adapter")
+    assert wide.logits(ids).isfinite().all()
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_that_are_none(pair, file):
+    (pair[1] / file).unlink()
+    os.mkfifo(pair[1] / file)
+    fails(pair, f"{file} is a FIFO .a pipe., not a regular file")
+    (pair[1] / file).unlink()
+    (pair[1] / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1f\nsize 44\n")
+    fails(pair, f"{file} is a git-lfs pointer")
 
 
 def test_a_bin_adapter_is_converted(pair, tmp_path, ids):
