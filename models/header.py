@@ -33,7 +33,7 @@ def check_file(path: Path) -> None:
     """
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # there is none, or can be none of that name
         return
     for kind, what in _NO_FILES.items():
         if kind(mode):
