@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from deltapatch.errors import DeltapatchError
+from deltapatch.models.header import check_file
 
 FORMAT = "deltapatch bench"
 KINDS = ("compare", "growth", "precision", "stream")
@@ -67,7 +68,10 @@ def read(path: Path) -> dict[str, Any]:
         DeltapatchError: there is none, or it is not one.
     """
     try:
+        check_file(path)
         found = json.loads(path.read_text(encoding="utf-8"))
+    except DeltapatchError:
+        raise
     except OSError as error:
         raise DeltapatchError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -91,6 +95,6 @@ def read_all(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
                 continue
     if not found:
         raise DeltapatchError(
-            f"no results in {', '.join(map(str, paths))}: run `deltapatch bench compare --out`"
+            f"no results in {', '.join(map(str, paths))}: run `deltapatch bench compare --out RESULT.json`"
         )
     return found

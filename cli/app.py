@@ -1,6 +1,7 @@
 """The group of commands: how errors, warnings and interruptions reach the user."""
 
 import errno
+import io
 import os
 import sys
 import warnings
@@ -20,6 +21,7 @@ class App(click.Group):
     ) -> Any:
         """Run the command line and exit: 0, 2 for a user's mistake, 130 when interrupted."""
         extra["standalone_mode"] = False
+        _usable_streams()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("once", UserWarning)
@@ -29,6 +31,16 @@ class App(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order of work, not of the alphabet."""
         return list(self.commands)
+
+
+def _usable_streams() -> None:
+    """See that something is there to print to, and that a name which cannot be printed is printed escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _exit_code(run: Any) -> int:

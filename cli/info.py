@@ -1,6 +1,7 @@
 """`deltapatch info`: what a model is, what memory it takes, what sweeps of it would cost."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -54,7 +55,8 @@ def info(
 ) -> None:
     """Say what MODEL is: its shapes, its memory, and what sweeps over all layers take.
 
-    Only config.json is needed; weights are read where they are streamed and here. FLOPs are the necessary
+    Only config.json is needed; weights are read where they are streamed and here. Where a folder cannot be
+    loaded, its sweeps are forecast from config.json, and what is wrong is said. FLOPs are the necessary
     ones: products of the layers after each patch, from its position on, and the read-out. Times are those of
     this machine: a small piece of each kind of sweep is timed.
     """
@@ -62,8 +64,9 @@ def info(
         if value < 1:
             raise DeltapatchError(f"{option} {value} is too few: give at least 1")
     budget = n_bytes(memory_budget, "--memory-budget")
-    found = _model(model, device, stream, revision)
-    facts = {"model": model, "revision": revision, **_facts(found, length, n_pairs, budget, not untimed)}
+    found, problem = _model(model, device, stream, revision)
+    facts = {"model": model, "revision": revision, "cannot_be_loaded": problem}
+    facts |= _facts(found, length, n_pairs, budget, not untimed)
     if as_json:
         print_json(facts)
     else:
@@ -98,8 +101,11 @@ def _facts(model: "Model", length: int, n_pairs: int, budget: int | None, timed:
     }
 
 
-def _model(name: str, device: str, stream: bool, revision: str | None) -> "Model":
-    """The model where it is streamed and its weights are here; else one of its shapes."""
+def _model(name: str, device: str, stream: bool, revision: str | None) -> tuple["Model", str | None]:
+    """The model where it is streamed and its weights are here, else one of its shapes; why it cannot load.
+
+    Of weights that are here the headers are looked at, not the numbers.
+    """
     from deltapatch.models.checkpoint import find_folder, read_json
     from deltapatch.models.memory import fits
     from deltapatch.models.model import choose_device, load_model
@@ -111,9 +117,13 @@ def _model(name: str, device: str, stream: bool, revision: str | None) -> "Model
     on = choose_device(device)
     model = stand_in(read_json(folder / "config.json"), str(folder / "config.json"), on, stream)
     model.stream = stream or not fits(model.n_bytes, on)
-    if model.stream and any(folder.glob("*.safetensors")):
-        return load_model(folder, device=device, stream=True)
-    return model
+    if not Path(name).is_dir() and not any(folder.glob("*.safetensors")):
+        return model, None  # of a hub's model, whose weights are fetched when they are wanted
+    try:
+        streamed = load_model(folder, device=device, stream=True)
+    except DeltapatchError as error:
+        return model, str(error)
+    return (streamed if model.stream else model), None
 
 
 def _pairs(n: int, length: int, d_vocab: int) -> list[Any]:
@@ -164,6 +174,9 @@ def _text(facts: dict[str, Any]) -> str:
     if "predicted_seconds" in sweeps[0]:
         times = [f"about {in_seconds(s['predicted_seconds'])}" for s in sweeps]
         columns["time here"] = np.array(times, dtype=object)
+    if facts["cannot_be_loaded"]:
+        lines["loading"] = f"fails: {facts['cannot_be_loaded']}"
+        lines[""] = "what follows is told by config.json"
     head = "".join(f"{name:<15} {value}\n" for name, value in lines.items())
     of = "one pair" if facts["n_pairs"] == 1 else f"{facts['n_pairs']:,} pairs"
     title = f"Sweeps over all layers, for {of} of {facts['length']} tokens"

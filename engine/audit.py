@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from deltapatch.engine.work import Work
 
 TOLERANCE = 1e-2  # what "auto" allows, relative to the norm of the effects
-SAMPLE = 32  # effects, where the user does not say
-_SHARE = 16  # of a small run's effects one in so many
-_LONG = 1e12  # necessary FLOPs of a run beside which two runs in float64 are little
-_PAIRS = 4  # that the sample is drawn from: each costs two unpatched runs in float64
+SAMPLE, _FEW = 32, 4  # effects, at most and at least, where the user does not say
+_ONE_IN = 16  # of a small run's effects
+_PAIRS = 4  # that the sample is drawn from, where that is little: each costs its unpatched runs in float64
+# What the sample may take: this share of the run, or so many FLOPs (half a second) where that is more.
+_SHARE, _SMALL = 1 / 8, {"cpu": 2e10, "cuda": 1e12}
+_DOUBLE = 2  # times as long as in float32 a product takes in float64
+_CONVERTING = 64  # FLOPs that could be done while one weight is converted
 # Below so many necessary FLOPs, choosing would take longer than it saves.
 _WORTH_CHOOSING = {"cpu": 2e12, "cuda": 2e13}
 # Reading a streamed model takes about as long as taking so many tokens through all layers. Each precision in
@@ -49,7 +52,7 @@ class Truth:
     """The sample as it should be.
 
     Attributes:
-        precision: "fp64", or "fp32" where the run is short or the memory budget has no room for that.
+        precision: "fp64", or "fp32" where that would take long beside the run, or has no room in memory.
         at: [effect], which they are among all.
         sampled: their numbers.
     """
@@ -121,8 +124,8 @@ class Audit:
     def truth_for(self, precision: Precision) -> Truth | None:
         """The truth that a run in that precision is held to.
 
-        It is in float64, or in float32 where the run is short or memory has no room for that. None where the
-        run is itself as precise, where no sample was asked for, and where the memory budget has no room.
+        It is in float64, or in float32 where that would take long beside the run or has no room in memory.
+        None where the run is itself as precise, and else for the reason that `left_out` says.
         """
         found = (self._truth(name) for name in self.recomputed(precision))
         return next((truth for truth in found if truth is not None), None)
@@ -131,18 +134,60 @@ class Audit:
         """What the truth for a run in that precision is computed in: the first that memory has room for."""
         if not self._size or precision.name == "fp64":
             return []
-        exact = ["fp64"] if self.job.noise_sample is not None or self._is_long else []
+        exact = ["fp64"] if self.job.noise_sample is not None or self._is_little else []
         return exact if precision.name == "fp32" else [*exact, "fp32"]
+
+    def left_out(self, precision: Precision) -> str | None:
+        """Why a run in that precision has no noise floor, if it turns out to have none. None for float64."""
+        if precision.name == "fp64":
+            return None
+        if not self._size:
+            return "no sample was asked for"
+        if self.recomputed(precision):
+            return "the memory budget has no room for it"
+        if self._flops < self._reading:
+            return "the model would be read from its file once more"
+        return "that would take long beside so short a run"
 
     @cached_property
     def _flops(self) -> int:
-        """What the whole run needs."""
+        """What the whole run needs, but for its unpatched runs."""
         return flops(self.job.model.spec, self.work.row_layers, self.work.n_reads)
 
+    def _of_runs(self, pairs: Sequence[int]) -> int:
+        """FLOPs of the unpatched runs of some pairs, and of those that they share a mean with."""
+        runs, spec = [self.job.runs[pair] for pair in pairs], self.job.model.spec
+        if self.job.source == "mean":
+            prompts = {run.prompt for run in runs}
+            runs = [self.job.runs[pair] for pair in self.work.order if self.job.runs[pair].prompt in prompts]
+        tokens, reads = (sum(getattr(run, name) for run in runs) for name in ("length", "reads"))
+        return (1 + self.job.n_sources) * flops(spec, tokens * spec.n_layers, reads)
+
+    def _takes(self, pairs: Sequence[int]) -> float:
+        """FLOPs that could be done while the sample is computed in float64, drawn from some pairs."""
+        rows = self._flops * self._size / max(1, self.work.n_effects)
+        return _DOUBLE * (self._of_runs(pairs) + rows) + _CONVERTING * parameters(self.job.model.spec)
+
+    @cached_property
+    def _pairs(self) -> list[int]:
+        """Pairs that lie evenly among all, as many as the sample may be drawn from."""
+        order = self.work.order
+        for n in range(min(_PAIRS, len(order)), 0, -1):
+            pairs = [order[i] for i in np.linspace(0, len(order) - 1, n).round().astype(int)]
+            if self.job.noise_sample is not None or self._takes(pairs) <= self._allowed:
+                break
+        return pairs
+
+    @cached_property
+    def _allowed(self) -> float:
+        """FLOPs that the sample may take the time of."""
+        small = _SMALL.get(self.job.model.device.type, 0)
+        return max(small, _SHARE * (self._flops + self._of_runs(self.work.order)))
+
     @property
-    def _is_long(self) -> bool:
-        """Whether two more runs, in float64, are little beside this one."""
-        return self._flops >= max(_LONG, self._reading)
+    def _is_little(self) -> bool:
+        """Whether the sample in float64 is little beside the run."""
+        return self._flops >= self._reading and self._takes(self._pairs) <= self._allowed
 
     @property
     def _reading(self) -> float:
@@ -156,13 +201,12 @@ class Audit:
         """How many effects to compute again: as asked, or so few that the run hardly takes longer."""
         if self.job.noise_sample is not None:
             return self.job.noise_sample
-        return min(SAMPLE, -(-self.work.n_effects // _SHARE))
+        return min(SAMPLE, max(_FEW, -(-self.work.n_effects // _ONE_IN)))
 
     @cached_property
     def sample(self) -> list[tuple[int, PatchTable, np.ndarray]]:
-        """Interventions drawn at random from a few pairs that lie evenly among all."""
-        order, size = self.work.order, self._size
-        chosen = [order[i] for i in np.unique(np.linspace(0, len(order) - 1, _PAIRS).round().astype(int))]
+        """Interventions drawn at random from a few pairs."""
+        chosen, size = self._pairs, self._size
         out: list[tuple[int, PatchTable, np.ndarray]] = []
         for pair in chosen if size else []:
             table, effects = self.work.table_of(pair)
@@ -225,15 +269,19 @@ class Audit:
 
 
 def in_words(meta: Mapping[str, Any]) -> str:
-    """The precision of a run and its noise floor, from its meta."""
+    """The precision of a run and its noise floor, or why it has none, from its meta."""
     precision = meta["precision"]
     text = f"precision {precision}" + (" (approximate, for screening)" if precision == "fp8" else "")
     floor = meta.get("noise_floor")
-    if floor is None or floor["worst"] is None:
-        return text
-    error, metric = floor["relative_error"][floor["worst"]], floor["worst"]
+    if floor is None:
+        why = meta.get("noise_floor_left_out")
+        return text if why is None else f"{text}: no effects were computed again in float64 ({why})"
     exact = {"fp64": "float64", "fp32": "float32"}[floor["precision"]]
-    return f"{text}: {floor['recomputed']} effects computed again in {exact} differ by {error:.0e} ({metric})"
+    again = f"{text}: {floor['recomputed']} effects computed again in {exact}"
+    if floor["worst"] is not None:
+        return f"{again} differ by {floor['relative_error'][floor['worst']]:.0e} ({floor['worst']})"
+    others = [f"{name} of {share:.0%}" for name, share in floor["relative_error"].items() if share]
+    return f"{again} say the same" if not others else f"{again} differ in {', '.join(others)}"
 
 
 def relative_errors(

@@ -30,9 +30,9 @@ from deltapatch.engine.work import Keeper, Tables, Work
 from deltapatch.engine.workers import Map, workers
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.kernels.backend import Backend, choose_backend
-from deltapatch.kernels.device import float32_products
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
+from deltapatch.models.surroundings import undisturbed
 
 _TOKENS = 4096  # whose embeddings are looked at together
 
@@ -59,6 +59,7 @@ class Job:
     stream: bool  # whether passes are cut as for a streamed model
     fingerprint: str | None = None  # of the model, once it is asked for
     noise_floor: dict[str, Any] | None = None
+    noise_floor_left_out: str | None = None  # why there is none
     passes: int = 0
     rows: int = 0
     seconds: float = 0.0
@@ -186,6 +187,7 @@ class Job:
                 truth = keeper.truth if keeper.whole else None
             if truth is not None:
                 self.noise_floor = truth.noise_floor(self.precision.name, gathered.measured, self.direction)
+            self.noise_floor_left_out = audit.left_out(self.precision) if truth is None else None
         self.passes, self.rows = gathered.passes, gathered.rows
         # What is kept took its time in another process.
         self.seconds += time.perf_counter() - began + (0.0 if keeper is None else keeper.seconds_kept)
@@ -193,8 +195,8 @@ class Job:
 
     @contextmanager
     def at_work(self) -> Iterator[Map]:
-        """Products of float32 as they are promised, and threads; all that computes does so within."""
-        with float32_products("ieee"), workers(self.model.device) as each:
+        """PyTorch as it is with nothing switched on, and threads; all that computes does so within."""
+        with undisturbed(self.model.device), workers(self.model.device) as each:
             yield each
 
     def parts(self, work: Work, each: Map) -> Iterator[Pass]:
@@ -219,6 +221,7 @@ class Job:
             self.precision = self.precision or audit.cheapest()
             n_passes = sum(1 for _ in self.parts(work, each))
             truth = audit.truth_for(self.precision)
+            self.noise_floor_left_out = audit.left_out(self.precision) if truth is None else None
         self.seconds = time.perf_counter() - began
         return truth, n_passes
 
@@ -361,6 +364,7 @@ class Job:
             "answer_tokens": max(pair.answer_tokens for pair in self.pairs),
             "precision": None if self.precision is None else self.precision.name,
             "noise_floor": self.noise_floor,
+            "noise_floor_left_out": self.noise_floor_left_out,
             "backend": self.backend.name,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),

@@ -10,6 +10,8 @@ from deltapatch.engine.arguments import check_label, label_name, whole
 from deltapatch.engine.tokens import Tokens, after, around, pieces, text_before, tokenise
 from deltapatch.errors import DeltapatchError, shown
 
+_DEEPEST = 100  # that the meta of a pair may be nested
+
 
 @dataclass(frozen=True)
 class PromptPair:
@@ -158,7 +160,7 @@ class _Encoder:
             clean_answer=clean_answer,
             corrupted_answer=corrupted_answer,
             labels=labels,
-            meta=dict(pair.meta),
+            meta=_checked_meta(pair.meta, name),
             clean_text=self._pieces(clean),
             corrupted_text=self._pieces(corrupted),
             clean_answer_text=self._as_one(clean_answer),
@@ -284,3 +286,20 @@ def _place(label: str, at: Any, length: int, name: str) -> int:
         )
     check_label(label, number % length, length, name)
     return number % length
+
+
+def _checked_meta(meta: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A copy of what travels with a pair, seen to be something that can be written down."""
+    level: list[Any] = [meta]
+    for _ in range(_DEEPEST):
+        level = [
+            value
+            for part in level
+            for value in (part.values() if isinstance(part, dict) else part)
+            if isinstance(value, dict | list | tuple)
+        ]
+        if not level:
+            return dict(meta)
+    raise DeltapatchError(
+        f"{name}: meta is nested more than {_DEEPEST} deep, or holds itself; flatten it, or leave it out."
+    )

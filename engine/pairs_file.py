@@ -8,6 +8,7 @@ from typing import Any
 
 from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.models.header import check_file
 
 # What may be given as the pairs of a sweep or run.
 Pairs = str | os.PathLike[str] | PromptPair | Mapping[str, Any] | Iterable[PromptPair | Mapping[str, Any]]
@@ -30,6 +31,7 @@ def read_named_pairs(path: str | os.PathLike[str]) -> list[tuple[str, PromptPair
     """As `read_pairs`, each pair with its name for errors, for example "pairs.jsonl, line 7"."""
     path = path_of(path, "a pairs file")
     try:
+        check_file(path)
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DeltapatchError(
@@ -88,7 +90,7 @@ def write_pairs(path: str | os.PathLike[str], pairs: Sequence[PromptPair]) -> No
     path = path_of(path, "a pairs file")
     try:
         text = "".join(json.dumps(asdict(p), ensure_ascii=False, allow_nan=False) + "\n" for p in pairs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise DeltapatchError(f"The pairs cannot be written to {path}: {error}.") from None
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

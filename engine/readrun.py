@@ -31,7 +31,7 @@ from deltapatch.engine.runfolder import (
 )
 from deltapatch.engine.sites import SITES
 from deltapatch.errors import DeltapatchError, path_of, shown
-from deltapatch.models.header import check_regular, open_safetensors
+from deltapatch.models.header import check_file, check_regular, open_safetensors
 
 _MEND = "copy it again, or remove it and run the sweep again"
 _HINTS = get_type_hints(EncodedPair)
@@ -54,6 +54,8 @@ def read_run(path: str | os.PathLike[str]) -> Effects:
             f"run {path} is not finished: the same sweep with --resume (in Python resume=True) goes on "
             "with it, and `deltapatch merge` finishes one whose parts (--shard) are all done"
         )
+    for name in (RUN, PAIRS, EFFECTS):
+        check_file(path / name)
     if not (path / RUN).is_file():
         raise DeltapatchError(f"{path} is not a run folder: it has no {RUN}")
     try:

@@ -23,8 +23,10 @@ from deltapatch.engine.work import Work
 from deltapatch.engine.workers import threads
 from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.models.model import Model
+from deltapatch.models.surroundings import undisturbed
 
 
+@undisturbed()
 def sweep(
     model: Model,
     pairs: Pairs,
@@ -76,8 +78,10 @@ def sweep(
         seed: of "resample" and "noise".
         noise_scale: of "noise", in standard deviations of the embeddings.
         noise_sample: how many of the effects are computed again in float64, drawn by `seed`; their relative
-            errors are `meta["noise_floor"]`. 0 for none. By default so few that the run hardly takes longer:
-            at most 32, in float32 where the run is short, and none of a short run that is itself float32.
+            errors are `meta["noise_floor"]`. 0 for none. By default 4 to 32, so few that they take an eighth
+            of the run's time or half a second. Where even that is not enough, they are computed in
+            float32 (of a run that is itself less precise) or not at all, as `meta["noise_floor_left_out"]`
+            says.
         resume: `out` may hold a run of the same sweep that was cut off: only what is missing is computed, and
             the result has the same bytes as if nothing had happened. A finished one is read.
         shard: (i, n), i from 1: do only this part of the passes, and leave `out` unfinished until all n parts
@@ -132,6 +136,7 @@ def sweep(
     return effects
 
 
+@undisturbed()
 def run(
     model: Model,
     pairs: Pairs,

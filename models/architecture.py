@@ -52,9 +52,12 @@ class Architecture:
 
     def tensor_name(self, slot: Slot) -> str:
         """What a file calls that slot, for messages."""
-        generic = next(name for name, s in self.names.items() if s == slot.name)
-        bare = generic.replace("{l}", str(slot.layer))
-        return bare if slot.name.startswith("unembedding") else self.prefix + bare
+        return self.tensor_names(slot)[0]
+
+    def tensor_names(self, slot: Slot) -> list[str]:
+        """All that files of a model with an output matrix call that slot."""
+        bare = [name.replace("{l}", str(slot.layer)) for name, s in self.names.items() if s == slot.name]
+        return bare if slot.name.startswith("unembedding") else [self.prefix + name for name in bare]
 
 
 def expected_shapes(spec: ModelSpec) -> Iterator[tuple[Slot, tuple[int, ...]]]:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.models.builtin_models import BUILTIN, builtin_model_path
 from deltapatch.models.fetch import fetch, hash_of_file, hash_of_tensor, tensor_spans
-from deltapatch.models.header import open_safetensors
+from deltapatch.models.header import check_file, open_safetensors
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LARGEST_JSON = 100_000_000  # characters, as safetensors allows a header
@@ -81,6 +82,7 @@ class SafetensorsFiles:
         self._looks = {path.name: _look(path) for path in files}  # before they are opened
         self._files = {path.name: _open(path) for path in files}
         self._paths = {path.name: path for path in files}
+        self._absolute = {path.name: path.absolute() for path in files}  # read from wherever the program goes
         if index is None:
             index = {name: path.name for path in files for name in self._files[path.name].keys()}  # noqa: SIM118
         held = {file: set(opened.keys()) for file, opened in self._files.items()}
@@ -159,8 +161,8 @@ class SafetensorsFiles:
         """The file of a tensor, and where it lies there."""
         file = self._home[name]
         if file not in self._spans:
-            self._spans[file] = tensor_spans(self._paths[file])
-        return self._paths[file], self._spans[file][name]
+            self._spans[file] = tensor_spans(self._absolute[file])
+        return self._absolute[file], self._spans[file][name]
 
 
 class ModuleTensors:
@@ -269,11 +271,14 @@ def read_json(path: Path) -> dict[str, Any]:
         DeltapatchError: the file cannot be read or does not hold a JSON object.
     """
     try:
+        check_file(path)
         with open(path, encoding="utf-8") as file:
             text = file.read(_LARGEST_JSON + 1)
         if len(text) > _LARGEST_JSON:
             raise ValueError(f"it is longer than {_LARGEST_JSON:,} characters")
         fields = json.loads(text)
+    except DeltapatchError:
+        raise
     except OSError as error:
         raise DeltapatchError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -295,6 +300,8 @@ def read_checkpoint(folder: Path, name: str) -> tuple[dict[str, Any], Safetensor
             sentence says how to convert them.
     """
     config_path = folder / "config.json"
+    for file in (config_path, folder / _SINGLE, folder / _INDEX):
+        check_file(file)
     if not config_path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise DeltapatchError(
@@ -310,7 +317,7 @@ def read_checkpoint(folder: Path, name: str) -> tuple[dict[str, Any], Safetensor
     if any(folder.glob("*.bin")) or not Path(name).is_dir():  # of a hub's model, .bin files are not fetched
         raise DeltapatchError(
             f"{name} has no safetensors, and PyTorch .bin files are not read directly: "
-            f"convert them once with `deltapatch convert {name} OUT` and load OUT"
+            f"convert them once with `deltapatch convert {quote(name)} --out OUT` and load OUT"
         )
     raise DeltapatchError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX} is there")
 
@@ -333,9 +340,20 @@ def read_index(path: Path) -> dict[str, str]:
 
 def check_finite(tensor: Tensor, name: str, place: str) -> None:
     """Raise DeltapatchError where a tensor holds NaN or an infinity."""
+    if is_finite(tensor):
+        return
+    if tensor.dtype == torch.float16 and not tensor.isnan().any():
+        raise DeltapatchError(
+            f"{place}: tensor {name!r} holds infinity, which float16 makes of numbers above 65504: it "
+            "overflowed when it was saved; save it again in bfloat16 or float32"
+        )
+    raise DeltapatchError(f"{place}: tensor {name!r} holds NaN or infinity: the checkpoint is damaged")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity."""
     # Both ends pass a NaN on, in one pass over the data and without a mask of its size.
-    if tensor.numel() and not all(end.isfinite() for end in torch.aminmax(tensor)):
-        raise DeltapatchError(f"{place}: tensor {name!r} holds NaN or infinity: the checkpoint is damaged")
+    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
 
 
 def _look(path: Path) -> tuple[int, ...] | None:
@@ -348,6 +366,7 @@ def _look(path: Path) -> tuple[int, ...] | None:
 
 
 def _open(path: Path) -> Any:
+    check_file(path)
     if not path.is_file():
         raise DeltapatchError(f"{path} is missing: the checkpoint is incomplete")
     try:

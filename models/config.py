@@ -1,6 +1,7 @@
 """Reading config.json: typed access to its fields, and the parts that several architectures spell alike."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from deltapatch.errors import DeltapatchError, shown
@@ -47,13 +48,38 @@ class Config:
         self.fields = fields
         self.where = where  # what a sentence calls it: the path of config.json
 
-    def find(self, *names: str) -> Any:
-        """The value of the first of these spellings that is there and not null, else None."""
-        return next((self.fields[n] for n in names if self.fields.get(n) is not None), None)
+    def find(self, *names: str, null: bool = False) -> Any:
+        """The value of a field that has these spellings, or None where none of them is there.
 
-    def integer(self, *names: str, default: int | None = None) -> int:
+        Args:
+            names: spellings of one field.
+            null: whether null means that the field is not there. Of others it has no meaning.
+
+        Raises:
+            DeltapatchError: a null that means nothing, or two spellings with different values.
+        """
+        given = {name: self.fields[name] for name in names if name in self.fields}
+        for name, value in given.items():
+            if value is None and not null:
+                raise DeltapatchError(
+                    f"{self.where}: {name!r} is null, which is no value of it: give one, or leave it out"
+                )
+        said = {name: value for name, value in given.items() if value is not None}
+        for (first, one), (name, value) in pairwise(said.items()):
+            if value != one:
+                raise self.two_things(repr(first), one, repr(name), value)
+        return next(iter(said.values()), None)
+
+    def two_things(self, one: str, value: Any, other: str, another: Any) -> DeltapatchError:
+        """The error that a config which says two different things raises."""
+        return DeltapatchError(
+            f"{self.where} says two things: {one} is {shown(value)}, and {other} is {shown(another)}; "
+            "keep the one that the model was trained with"
+        )
+
+    def integer(self, *names: str, default: int | None = None, null: bool = False) -> int:
         """A positive integer; without a default it has to be there."""
-        value = self.find(*names)
+        value = self.find(*names, null=null)
         if value is None:
             if default is None:
                 raise DeltapatchError(f"{self.where} has no field {names[0]!r}")
@@ -65,10 +91,12 @@ class Config:
             )
         return value
 
-    def number(self, *names: str, default: float) -> float:
-        """A positive number."""
-        value = self.find(*names)
+    def number(self, *names: str, default: float | None = None, null: bool = False) -> float:
+        """A positive number; without a default it has to be there."""
+        value = self.find(*names, null=null)
         if value is None:
+            if default is None:
+                raise DeltapatchError(f"{self.where}: there is no {names[0]!r}, which is needed")
             return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST_NUMBER:
             raise DeltapatchError(f"{self.where}: {names[0]!r} must be a positive number, not {shown(value)}")
@@ -85,7 +113,8 @@ class Config:
 
     def activation(self, *names: str, default: str) -> Activation:
         """The activation function, whatever it is called."""
-        value = str(self.find(*names) or default)
+        found = self.find(*names)
+        value = str(default if found is None else found)
         if value not in _ACTIVATIONS:
             raise DeltapatchError(
                 f"{self.where}: activation {shown(value)} is not supported: "
@@ -115,7 +144,7 @@ class Config:
                 "the number must be even, positive and no more than a head has"
             )
 
-    def rope(self, d_head: int, context: int, theta: float, partial: float) -> RopeSpec:
+    def rope(self, d_head: int, context: int, theta: "Setting", partial: "Setting") -> RopeSpec:
         """Rotary embedding from `rope_parameters` (new spelling) or `rope_scaling` (old spelling).
 
         Args:
@@ -123,28 +152,43 @@ class Config:
             context: max_position_embeddings.
             theta: the base, where the dictionary does not give it.
             partial: the fraction of the coordinates that turn, where the dictionary does not give it.
+
+        Raises:
+            DeltapatchError: it is broken or not supported, or its spellings contradict each other.
         """
-        given = self.find("rope_scaling") or self.find("rope_parameters") or {}
+        # Of two dictionaries transformers takes the old one, whole.
+        given = {name: self.find(name, null=True) or {} for name in ("rope_scaling", "rope_parameters")}
+        said = {name: fields for name, fields in given.items() if fields} or {"rope_parameters": {}}
+        found = {name: self._rope(fields, d_head, context, theta, partial) for name, fields in said.items()}
+        spec = next(iter(found.values()))
+        for name, other in found.items():
+            if other != spec:
+                raise self.two_things("'rope_scaling'", said["rope_scaling"], repr(name), said[name])
+        return spec
+
+    def _rope(self, given: Any, d_head: int, context: int, theta: "Setting", partial: "Setting") -> RopeSpec:
         if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
             raise DeltapatchError(
                 f"{self.where}: rotary settings {shown(given)} are not supported: one set for all layers"
             )
         rope = Config(given, f"{self.where}, rotary settings")
-        kind = str(rope.find("rope_type", "type") or "default")
+        for name in ("rope_type", "type"):
+            rope.find(name)  # none of them is null
+        kind = str(given.get("rope_type", given.get("type", "default")))
         if kind not in _SCALINGS:
             raise DeltapatchError(
                 f"{self.where}: rotary scaling {shown(kind)} is not supported: "
                 f"it must be one of {', '.join(_SCALINGS)}"
             )
         scaling = _SCALINGS[kind]
-        dim = int(d_head * rope.number("partial_rotary_factor", default=partial))
+        dim = int(d_head * partial.read(self, rope, "partial_rotary_factor"))
         self.check_rotary(dim, d_head)
-        spec = RopeSpec(dim=dim, base=rope.number("rope_theta", default=theta), scaling=scaling)
+        spec = RopeSpec(dim=dim, base=theta.read(self, rope, "rope_theta"), scaling=scaling)
         if scaling == "none":
             return spec
-        if rope.find("factor") is None:
+        if "factor" not in given:
             raise DeltapatchError(f"{self.where}: rotary scaling {kind!r} needs a 'factor'")
-        factor = rope.number("factor", default=1.0)
+        factor = rope.number("factor")
         if scaling == "linear":
             return replace(spec, factor=factor)
         if scaling == "dynamic":
@@ -153,16 +197,51 @@ class Config:
                     f"{self.where}: dynamic rotary scaling needs more than 2 rotary coordinates"
                 )
             return replace(spec, factor=factor, original_context=context)
-        low, high = rope.number("low_freq_factor", default=1.0), rope.number("high_freq_factor", default=4.0)
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise DeltapatchError(f"{self.where}: 'high_freq_factor' must be larger than 'low_freq_factor'")
+        original = rope.integer("original_max_position_embeddings", default=context)
         return replace(
             spec,
             factor=factor,
             low_freq_factor=low,
             high_freq_factor=high,
-            original_context=self.integer(
-                "original_max_position_embeddings",
-                default=rope.integer("original_max_position_embeddings", default=context),
-            ),
+            original_context=self.integer("original_max_position_embeddings", default=original, null=True),
         )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number of the rotary embedding, which a config may say inside the rotary settings or beside them.
+
+    Attributes:
+        name: of the field beside them.
+        default: what it is where neither says it.
+        unread: a field beside them that older versions of transformers wrote, and the newest does not read.
+        null: whether null beside them means that it is not there.
+    """
+
+    name: str
+    default: float
+    unread: str | None = None
+    null: bool = False
+
+    def read(self, config: Config, rope: Config, inside: str) -> float:
+        """The number.
+
+        Raises:
+            DeltapatchError: it is broken, or what is said inside and beside differs.
+        """
+        within = rope.fields.get(inside)
+        beside = config.number(self.name, default=self.default, null=inside in rope.fields or self.null)
+        value = rope.number(inside, default=beside)
+        for name in (self.name, self.unread):
+            other = None if name is None else config.fields.get(name)
+            if other is None or other == value:
+                continue
+            if within is not None:
+                here = f"{inside!r} in the rotary settings"
+            else:
+                here = repr(self.name) + ("" if self.name in config.fields else " (by default)")
+            raise config.two_things(here, value, repr(name), other)
+        return value

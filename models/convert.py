@@ -21,6 +21,7 @@ from deltapatch.models.checkpoint import (
     read_json,
 )
 from deltapatch.models.config import Config
+from deltapatch.models.header import check_file
 from deltapatch.models.registry import read_config
 from deltapatch.models.store import Store
 
@@ -47,6 +48,8 @@ def convert(path_or_id: str | Path, out: str | Path, *, revision: str | None = N
         DeltapatchError: `out` exists, the checkpoint is broken or not supported, or the disk is full.
     """
     source, target = find_folder(path_or_id, _WANTED, revision=revision), Path(out).expanduser()
+    for file in (_MODEL, _INDEX, _ADAPTER):
+        check_file(source / file)
     if target.exists() or target.is_symlink():
         raise DeltapatchError(f"{target} exists already: choose another output, or remove it first")
     shards = {file: _load(source / file) for file in _weight_files(source)}
@@ -79,6 +82,7 @@ def _weight_files(source: Path) -> list[str]:
 def _load(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise DeltapatchError(f"{path} is missing: the checkpoint is incomplete")
+    check_file(path)
     try:
         # Only the format of torch before 1.6 is no zip archive, and that cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

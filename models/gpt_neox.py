@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia: fused per-head QKV, partial rotary, parallel or sequential blocks."""
 
 from deltapatch.models.architecture import Architecture
-from deltapatch.models.config import Config
+from deltapatch.models.config import Config, Setting
 from deltapatch.models.spec import ModelSpec
 
 
@@ -13,6 +13,9 @@ def read_spec(config: Config) -> ModelSpec:
     """
     d_model, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     d_head = config.heads(n_heads, d_model)
+    given = config.integer("head_dim", default=d_head, null=True)
+    if given != d_head:  # transformers turns so many coordinates of heads that have others
+        raise config.two_things("hidden_size / num_attention_heads", d_head, "'head_dim'", given)
     context = config.integer("max_position_embeddings", default=2048)
     return ModelSpec(
         architecture="gpt_neox",
@@ -32,8 +35,8 @@ def read_spec(config: Config) -> ModelSpec:
         rope=config.rope(
             d_head,
             context,
-            theta=config.number("rotary_emb_base", "rope_theta", default=10_000.0),
-            partial=config.number("rotary_pct", "partial_rotary_factor", default=0.25),
+            theta=Setting("rotary_emb_base", 10_000.0, unread="rope_theta"),
+            partial=Setting("rotary_pct", 0.25, unread="partial_rotary_factor"),
         ),
         tied_embeddings=config.flag("tie_word_embeddings", default=False),
         fused_qkv=True,

@@ -25,7 +25,7 @@ def read_spec(config: Config) -> ModelSpec:
         n_heads=n_heads,
         n_kv_heads=n_heads,
         d_head=d_head,
-        d_mlp=config.integer("n_inner", default=4 * d_model),
+        d_mlp=config.integer("n_inner", default=4 * d_model, null=True),
         d_vocab=config.integer("vocab_size"),
         context=config.integer("n_positions", "max_position_embeddings", default=2048),
         norm="layer",

@@ -2,7 +2,7 @@
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.architecture import Architecture
-from deltapatch.models.config import Config
+from deltapatch.models.config import Config, Setting
 from deltapatch.models.spec import ModelSpec
 
 
@@ -13,17 +13,17 @@ def read_spec(config: Config) -> ModelSpec:
         DeltapatchError: a field is missing, broken, or asks for what is not supported.
     """
     d_model, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    n_kv_heads = config.integer("num_key_value_heads", default=n_heads)
+    n_kv_heads = config.integer("num_key_value_heads", default=n_heads, null=True)
     if n_heads % n_kv_heads:
         raise DeltapatchError(f"{config.where}: {n_heads} heads cannot share {n_kv_heads} key-value heads")
-    given = config.find("head_dim") is not None
+    given = config.find("head_dim", null=True) is not None
     d_head = config.integer("head_dim") if given else config.heads(n_heads, d_model)
     context = config.integer("max_position_embeddings", default=2048)
     rope = config.rope(
         d_head,
         context,
-        theta=config.number("rope_theta", default=10_000.0),
-        partial=config.number("partial_rotary_factor", default=1.0),
+        theta=Setting("rope_theta", 10_000.0),
+        partial=Setting("partial_rotary_factor", 1.0, null=True),
     )
     if rope.dim != d_head:
         raise DeltapatchError(

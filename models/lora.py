@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.architecture import Architecture, Slot, expected_shape
 from deltapatch.models.checkpoint import SafetensorsFiles, check_finite, find_folder, read_json
 from deltapatch.models.config import LARGEST_NUMBER
+from deltapatch.models.header import check_file
 from deltapatch.models.spec import ModelSpec
+from deltapatch.models.weights import end_shapes, layer_shapes
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_FILES = (_CONFIG, _WEIGHTS)
@@ -40,6 +43,9 @@ _UNSUPPORTED = (
 # Ways to initialise that leave the base weights alone; others (PiSSA, OLoRA, LoftQ, CorDA, ...) change them.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+# What PEFT targets where a config says nothing.
+_DEFAULTS = {"llama": ["q_proj", "v_proj"], "gptj": ["q_proj", "v_proj"], "gpt_neox": ["query_key_value"]}
+
 _ROWS = 4096  # merged at a time
 # In a pattern: repeated groups, references and looks ahead; and what multiplies the ways of matching it.
 _ENDLESS = re.compile(r"\)[*+?{]|\(\?|\\[1-9]")
@@ -57,6 +63,10 @@ class Adapter:
 
     def __init__(self, updates: dict[Slot, _Update]) -> None:
         self._updates = updates
+
+    def changes(self, slot: Slot) -> bool:
+        """Whether there is an update of that slot."""
+        return slot in self._updates
 
     def merge(self, slot: Slot, weight: Tensor) -> Tensor:
         """The weight with its update added, in its own dtype and on its device; others are shared."""
@@ -90,6 +100,8 @@ def read_adapter(path_or_id: str | Path, architecture: Architecture, spec: Model
             shape or rank does not fit.
     """
     folder = find_folder(path_or_id, ADAPTER_FILES)
+    for file in (_CONFIG, _WEIGHTS):
+        check_file(folder / file)
     if not (folder / _CONFIG).is_file():
         raise DeltapatchError(f"{folder} has no {_CONFIG}: it is not a LoRA adapter")
     config = read_json(folder / _CONFIG)
@@ -98,15 +110,18 @@ def read_adapter(path_or_id: str | Path, architecture: Architecture, spec: Model
         if (folder / "adapter_model.bin").is_file() or not Path(path_or_id).is_dir():
             raise DeltapatchError(
                 f"{path_or_id} has no {_WEIGHTS}, and PyTorch .bin files are not read directly: convert it "
-                f"once with `deltapatch convert {path_or_id} OUT` and give OUT as the adapter"
+                f"once with `deltapatch convert {quote(str(path_or_id))} --out OUT` and give OUT as "
+                "the adapter"
             )
         raise DeltapatchError(f"{folder} has no {_WEIGHTS}")
     tensors = SafetensorsFiles(str(folder), [folder / _WEIGHTS])
     pairs = _pair_up(tensors)
-    _check_targets(config, list(pairs), folder)
+    matrices = {module: _matrix(module, architecture, spec, folder) for module in pairs}
+    found = {slot: module for module, (slot, _) in matrices.items()}
+    _check_targets(config, found, architecture, spec, folder)
     updates = {}
     for module, (name_a, name_b) in pairs.items():
-        slot, (n_out, n_in) = _matrix(module, architecture, spec, folder)
+        slot, (n_out, n_in) = matrices[module]
         if not all(len(tensors.shape(n)) == 2 and all(tensors.shape(n)) for n in (name_a, name_b)):
             raise DeltapatchError(
                 f"{tensors.place(name_a)}: the update of {shown(module)} is not of matrices"
@@ -165,15 +180,98 @@ def _pair_up(tensors: SafetensorsFiles) -> dict[str, tuple[str, str]]:
     return {module: (found["A"], found["B"]) for module, found in sides.items()}
 
 
-def _check_targets(config: dict[str, Any], modules: list[str], folder: Path) -> None:
-    targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        return  # a pattern, which need not match everything it could
-    for target in targets:
-        if not any(m == target or m.endswith(f".{target}") for m in modules):
+def _check_targets(
+    config: dict[str, Any], found: dict[Slot, str], architecture: Architecture, spec: ModelSpec, folder: Path
+) -> None:
+    """See that the tensors are of those modules that the config targets: PEFT leaves out all others.
+
+    Args:
+        found: slot -> the module that the file has an update of.
+    """
+    targets = _Targets(config, architecture, str(folder / _CONFIG))
+    layers = {slot.layer for slot in found} | {None}  # others are left as they are, by PEFT too
+    slots = [
+        Slot(l, name) for l in layers for name in (end_shapes(spec) if l is None else layer_shapes(spec))
+    ]
+    for slot in slots:
+        if slot.name == "embedding.weight" or len(expected_shape(spec, slot) or ()) != 2:
+            continue
+        names = [name.removesuffix(".weight") for name in architecture.tensor_names(slot)]
+        targeted = targets.include(names, slot.layer is None)
+        if slot in found and targeted is False:
             raise DeltapatchError(
-                f"{folder / _CONFIG} names the target {shown(target)}, for which {_WEIGHTS} holds no tensors"
+                f"{folder}: {_WEIGHTS} holds an update of {found[slot]!r}, which {_CONFIG} does not target, "
+                "so PEFT leaves it out: take it out as well, or target it"
             )
+        if slot not in found and targeted:
+            raise DeltapatchError(
+                f"{folder / _CONFIG} targets {names[0]!r}, for which {_WEIGHTS} holds no tensors"
+            )
+
+
+class _Targets:
+    """Which modules an adapter is for, as PEFT reads its config.
+
+    Args:
+        config: adapter_config.json.
+        architecture: of the model.
+        where: what a sentence calls the config.
+
+    Raises:
+        DeltapatchError: an option is broken.
+    """
+
+    def __init__(self, config: dict[str, Any], architecture: Architecture, where: str) -> None:
+        self._where = where
+        targets = config.get("target_modules")
+        self._all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+        self._targets = self._names(
+            "target_modules", _DEFAULTS[architecture.name] if targets is None else targets
+        )
+        self._excluded = self._names("exclude_modules", config.get("exclude_modules") or [])
+        layers = config.get("layers_to_transform")
+        layers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+        if not all(type(layer) is int for layer in layers):
+            raise DeltapatchError(f"{where}: 'layers_to_transform' must be numbers, not {shown(layers)}")
+        self._layers = layers
+        patterns = self._names("layers_pattern", config.get("layers_pattern") or [])
+        self._patterns = [patterns] if isinstance(patterns, str) else patterns
+
+    def include(self, names: list[str], outside_layers: bool) -> bool | None:
+        """Whether a matrix is targeted, by any of the names that it has in versions of transformers.
+
+        None where that hangs on an expression that could take forever, and is not tried.
+        """
+        found = {self._includes(name, outside_layers) for name in names}
+        return True if True in found else None if None in found else False
+
+    def _includes(self, name: str, outside_layers: bool) -> bool | None:
+        excluded = self._matches("exclude_modules", self._excluded, name)
+        if excluded or excluded is None:
+            return None if excluded is None else False
+        if self._all_linear:
+            return not outside_layers  # all but the output matrix
+        targeted = self._matches("target_modules", self._targets, name)
+        if not targeted or not self._layers or isinstance(self._targets, str):
+            return targeted
+        # As PEFT finds a layer's number: after the pattern, or after any name that is not the first.
+        for pattern in [rf"(?:^|.*?\.){p}" for p in self._patterns] or [r".*?\.[^.]*"]:
+            number = _match(pattern + r"\.(?P<number>\d+)\.", name, "'layers_pattern' has one", self._where)
+            if number is not None:
+                return int(number["number"]) in self._layers
+        return False
+
+    def _matches(self, option: str, names: str | list[str], name: str) -> bool | None:
+        if isinstance(names, list):
+            return any(name == n or name.endswith(f".{n}") for n in names)
+        if _takes_forever(names):
+            return None
+        return _match(f"(?:{names})\\Z", name, f"{option!r} is {shown(names)},", self._where) is not None
+
+    def _names(self, option: str, given: Any) -> str | list[str]:
+        if isinstance(given, str) or (isinstance(given, list) and all(isinstance(n, str) for n in given)):
+            return given
+        raise DeltapatchError(f"{self._where}: {option!r} must be names or a pattern, not {shown(given)}")
 
 
 def _matrix(
@@ -211,15 +309,24 @@ def _pattern(config: dict[str, Any], name: str, module: str, default: Any, where
     if not isinstance(patterns, dict):
         raise DeltapatchError(f"{where}: {name!r} must be an object, not {shown(patterns)}")
     for key, value in patterns.items():
-        # It is an expression from a file: only one that cannot take forever is tried.
-        ways = 2 * len(_REPEATS.findall(key)) + len(_CHOICES.findall(key))
-        if len(key) > 200 or _ENDLESS.search(key) or ways > 6:
+        if _takes_forever(key):
             raise DeltapatchError(
                 f"{where}: {name!r} has a key {shown(key)} that is too involved: name modules"
             )
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except (re.error, OverflowError, RecursionError) as error:
-            raise DeltapatchError(f"{where}: {name!r} has a key {shown(key)} that is no pattern") from error
+        if _match(rf"(.*\.)?({key})$", module, f"{name!r} has a key {shown(key)}", where):
+            return value
     return default
+
+
+def _takes_forever(pattern: str) -> bool:
+    """Whether an expression from a file could, as far as one can tell."""
+    ways = 2 * len(_REPEATS.findall(pattern)) + len(_CHOICES.findall(pattern))
+    return len(pattern) > 200 or bool(_ENDLESS.search(pattern)) or ways > 6
+
+
+def _match(pattern: str, name: str, what: str, where: str) -> re.Match[str] | None:
+    """A match of an expression from a file; `what` begins the sentence for one that is none."""
+    try:
+        return re.match(pattern, name)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise DeltapatchError(f"{where}: {what} that is no pattern") from error

@@ -1,6 +1,5 @@
 """The model as users and the engine hold it: a spec, weights by layer, a tokenizer, plain logits."""
 
-import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +19,19 @@ from deltapatch.models.checkpoint import (
     commit_of,
     find_folder,
     read_checkpoint,
+    read_json,
 )
 from deltapatch.models.config import Config
 from deltapatch.models.fetch import hash_of_tensor
 from deltapatch.models.forward import block, readout, rope_tables
-from deltapatch.models.lora import read_adapter
+from deltapatch.models.header import check_file
+from deltapatch.models.lora import ADAPTER_FILES, read_adapter
 from deltapatch.models.memory import fits
 from deltapatch.models.registry import read_config
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.store import Store
 from deltapatch.models.stream import Reader, kept, streamed
+from deltapatch.models.surroundings import Shared, undisturbed
 from deltapatch.models.weight_reader import WeightReader
 from deltapatch.models.weights import (
     EndWeights,
@@ -84,6 +86,8 @@ class Model:
         self._reader = WeightReader(store, device, dtype)
         self._folder = folder
         self._given_tokenizer = tokenizer
+        self._shared: Shared | None = None  # the module in memory that the weights belong to
+        self._made: tuple[Any, ...] | None = None  # a function and its arguments that make such a model again
         self.n_bytes, self.dtype = self._reader.n_bytes, self._reader.dtype
         if not stream:
             self._ends = self._reader.ends()
@@ -96,6 +100,20 @@ class Model:
             f"Model({self.title!r}, {s.architecture}, {s.n_layers} layers, d_model {s.d_model}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}{', streamed' if self.stream else ''})"
         )
+
+    def __copy__(self) -> "Model":
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made again from where the model came from: files are read again."""
+        if self._made is None:
+            raise DeltapatchError(
+                f"{self!r} cannot be pickled or copied: only models of load_model and from_transformers can"
+            )
+        about = {"name": self.name, "revision": self.revision, "commit": self.commit}
+        return _made_again, (about, self.spec.n_layers, *self._made)
 
     @property
     def title(self) -> str:
@@ -118,8 +136,11 @@ class Model:
         Those of a streamed model are read ahead by a thread, and the caller drops them when it is done.
 
         Raises:
-            DeltapatchError: streamed weights hold NaN or infinity.
+            DeltapatchError: streamed weights hold NaN or infinity; a module that is shared with the program
+                has got hooks or other weights.
         """
+        if self._shared is not None:
+            self._shared.check()
         if not self.stream:
             return kept(self._layers, self._ends)
         reader = self._reader
@@ -135,10 +156,11 @@ class Model:
 
     def first_layers(self, n: int) -> "Model":
         """The same model, sharing its weights, with only the first of its layers."""
-        part = copy.copy(self)
+        part = self.__copy__()
         part.spec = replace(self.spec, n_layers=min(n, self.spec.n_layers))
         return part
 
+    @undisturbed()
     def layer(self, index: int, dtype: torch.dtype | None = torch.float32) -> LayerWeights:
         """The weights of one block on the model's device.
 
@@ -154,10 +176,12 @@ class Model:
         stored = self._reader.layer(index) if self.stream else self._layers[index]
         return cast(stored, self.device, dtype)
 
+    @undisturbed()
     def ends(self, dtype: torch.dtype | None = torch.float32) -> EndWeights:
         """Embedding, final norm and unembedding on the model's device, shared as those of `layer`."""
         return cast(self._reader.ends() if self.stream else self._ends, self.device, dtype)
 
+    @undisturbed()
     def embed(self, token_ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """resid_pre of layer 0, [..., d_model], for token ids [...]: only the chosen rows are converted."""
         if self.stream:
@@ -179,7 +203,7 @@ class Model:
         """
         ids = self.check_tokens(token_ids)
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        with torch.no_grad():
+        with undisturbed(self.device):
             tables = rope_tables(self.spec.rope, len(ids), dtype, self.device)
             x = self.embed(ids, dtype)[None]  # [1, T, d_model]
             with self.reading() as read:
@@ -194,7 +218,7 @@ class Model:
             DeltapatchError: the prompt is empty, not a list of whole numbers, or out of the vocabulary.
         """
         try:
-            ids = torch.as_tensor(token_ids)
+            ids = token_ids if isinstance(token_ids, Tensor) else torch.as_tensor(token_ids, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise DeltapatchError("token_ids must be a list of ints or a 1-d tensor of them") from error
         if ids.ndim == 1 and not len(ids):
@@ -222,14 +246,22 @@ class Model:
             return self._given_tokenizer
         if not any((folder / file).is_file() for file in _OWN_TOKENIZER_FILES):
             return None
+        for file in TOKENIZER_FILES:
+            check_file(folder / file)
         from transformers import AutoTokenizer
 
         try:
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # a broken file surfaces as whatever its parser raises
+            for file in TOKENIZER_FILES:
+                if file.endswith(".json") and (folder / file).exists():
+                    read_json(folder / file)  # says what is wrong, and where
             reason = str(error).strip().split("\n")[0]
-            raise DeltapatchError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+            # Of what is JSON and makes no sense, the tokenizers library tells the line of this file.
+            at = folder / "tokenizer.json" if " at line " in reason else folder
+            raise DeltapatchError(f"the tokenizer in {at} cannot be loaded: {reason}") from error
 
+    @undisturbed()
     def fingerprint(self) -> str:
         """32 hex digits that tell models apart: a hash of every byte (see `Store.fingerprint`).
 
@@ -284,6 +316,7 @@ class Model:
         return iter(found)
 
 
+@undisturbed()
 def load_model(
     path_or_hub_id: str | Path,
     device: str | torch.device = "auto",
@@ -320,30 +353,45 @@ def load_model(
     stream = stream or not fits(store.n_bytes(given_dtype), on)
     model = Model(store, str(path_or_hub_id), on, given_dtype, stream, folder=folder)
     model.revision, model.commit = revision, commit_of(folder)
+    again = adapter if adapter is None else str(find_folder(adapter, ADAPTER_FILES).resolve())
+    model._made = (load_model, str(folder.resolve()), str(on), given_dtype or "auto", stream, again)
     return model
 
 
+@undisturbed()
 def from_transformers(hf_model: Any, tokenizer: Any = None) -> Model:
     """A model that shares the weights of a transformers model in memory: what changes there changes here.
 
     Args:
-        hf_model: a GPTJForCausalLM, GPTNeoXForCausalLM or LlamaForCausalLM.
+        hf_model: a GPTJForCausalLM, GPTNeoXForCausalLM or LlamaForCausalLM, compiled or not.
         tokenizer: goes with it as `model.tokenizer`.
 
     Raises:
-        DeltapatchError: an architecture, option or dtype that is not supported.
+        DeltapatchError: an architecture, option or dtype that is not supported; forward hooks, whose changes
+            would be missing here; weights that are computed from others (pruning, parametrizations).
     """
+    hf_model = getattr(hf_model, "_orig_mod", hf_model)  # of torch.compile
     kind = type(hf_model).__name__
     try:
-        fields, state = hf_model.config.to_dict(), hf_model.state_dict()
+        fields, names = hf_model.config.to_dict(), list(hf_model.state_dict())
     except AttributeError as error:
         raise DeltapatchError(f"from_transformers needs a transformers model, not a {kind}") from error
-    if any(".lora_A." in name for name in state):
+    if any(".lora_A." in name for name in names):
         raise DeltapatchError("the model carries an unmerged LoRA adapter: call its merge_and_unload() first")
     architecture, spec = read_config(Config(fields, f"the configuration of {kind}"))
-    store = Store(architecture, spec, ModuleTensors(kind, state))
+    shared = Shared(hf_model, kind)
+    store = Store(architecture, spec, ModuleTensors(kind, shared.state))
     name = str(getattr(hf_model.config, "_name_or_path", "") or kind)
-    return Model(store, name, choose_device(hf_model.device), tokenizer=tokenizer)
+    model = Model(store, name, choose_device(hf_model.device), tokenizer=tokenizer)
+    model._shared, model._made = shared, (from_transformers, hf_model, tokenizer)
+    return model
+
+
+def _made_again(about: dict[str, Any], n_layers: int, make: Callable[..., Model], *arguments: Any) -> Model:
+    """A model that was pickled or copied."""
+    model = make(*arguments).first_layers(n_layers)
+    model.__dict__.update(about)
+    return model
 
 
 def _version(tensor: Tensor) -> int:

@@ -12,13 +12,14 @@ from torch import Tensor
 from deltapatch.models import forward
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
+from deltapatch.models.surroundings import undisturbed
 from deltapatch.models.weights import LayerWeights
 
 # Called with (site, layer, value [row, T, ...]) at every site; it may write into the value.
 Visit = Callable[[str, int, Tensor], None]
 
 
-@torch.no_grad()
+@undisturbed()
 def patched_logits(
     model: Model,
     tokens: Tensor,

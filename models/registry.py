@@ -17,7 +17,7 @@ def read_config(config: Config) -> tuple[Architecture, ModelSpec]:
     Raises:
         DeltapatchError: an architecture or an option that is not supported, or a broken field.
     """
-    name = config.find("model_type")
+    name = config.find("model_type", null=True)
     if str(name) not in ARCHITECTURES:
         what = (
             "names no 'model_type'"

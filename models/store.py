@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.architecture import Architecture, Slot, assign, expected_shapes
-from deltapatch.models.checkpoint import Tensors, check_finite
+from deltapatch.models.checkpoint import Tensors, check_finite, is_finite
 from deltapatch.models.lora import Adapter
 from deltapatch.models.spec import ModelSpec
 
@@ -57,12 +57,12 @@ class Store:
             DeltapatchError: it holds NaN or infinity, or is quantised.
         """
         tensor = self._checked(slot, self._tensors.read(self._names[slot]))
-        return self._merged(slot, tensor.to(device=device, dtype=dtype))
+        return self._finished(slot, tensor, tensor.to(device=device, dtype=dtype))
 
     def fetch(self, slot: Slot, move: Callable[[Tensor], Tensor], dtype: torch.dtype | None) -> Tensor:
         """The same, read from the file now; `move` takes it to where it is used."""
         tensor = self._checked(slot, self._tensors.fetch(self._names[slot]))
-        return self._merged(slot, move(tensor).to(dtype=dtype))
+        return self._finished(slot, tensor, move(tensor).to(dtype=dtype))
 
     def rows(self, slot: Slot, which: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Some rows of a matrix that no adapter changes: nothing else is read.
@@ -73,7 +73,7 @@ class Store:
         name = self._names[slot]
         rows = self._tensors.read(name)[which]
         check_finite(rows, name, self._tensors.place(name))
-        return rows.to(dtype=dtype)
+        return self._fitting(slot, rows, rows.to(dtype=dtype))
 
     def dtype(self, slot: Slot) -> torch.dtype:
         """What the checkpoint keeps a slot in."""
@@ -106,8 +106,23 @@ class Store:
             self._found_finite.add(slot)
         return tensor
 
-    def _merged(self, slot: Slot, tensor: Tensor) -> Tensor:
-        return tensor if self._adapter is None else self._adapter.merge(slot, tensor)
+    def _finished(self, slot: Slot, stored: Tensor, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype that is asked for, with its update, seen to fit into that dtype."""
+        if self._adapter is not None:
+            tensor = self._adapter.merge(slot, tensor)
+        return self._fitting(slot, stored, tensor)
+
+    def _fitting(self, slot: Slot, stored: Tensor, tensor: Tensor) -> Tensor:
+        narrower = torch.finfo(tensor.dtype).max < torch.finfo(stored.dtype).max
+        changed = self._adapter is not None and self._adapter.changes(slot)
+        if (narrower or changed) and not is_finite(tensor):
+            name, dtype = self._names[slot], str(tensor.dtype).removeprefix("torch.")
+            what = " with the adapter's update" if changed else ""
+            raise DeltapatchError(
+                f"{self._tensors.place(name)}: tensor {name!r}{what} has numbers larger than {dtype} holds "
+                f"({torch.finfo(tensor.dtype).max:.5g}): load the model with dtype 'float32'"
+            )
+        return tensor
 
     def fingerprint(self) -> str:
         """32 hex digits that tell models apart, the same for one model in one file, in shards or in memory.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltapatch.errors import DeltapatchError
+from deltapatch.models.header import check_file
 
 PAPER_RELATIONS = ("P36", "P1376", "P279", "P19", "P103", "P20")
 
@@ -97,6 +98,7 @@ def _jsonl(path: Path, relations: Sequence[str] | None) -> tuple[list[Fact], lis
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, each with its name for errors."""
     try:
+        check_file(path)
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DeltapatchError(f"{path} is not UTF-8 text (byte {error.start}).") from None

@@ -1,15 +1,19 @@
 """What the README shows must run: its Python as one script, its shell lines one after the other."""
 
+import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from deltapatch.bench import markdown
 from deltapatch.bench.results import read
+from deltapatch.cli.main import cli
 from deltapatch.engine.metrics import NOTATION, definitions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +74,49 @@ def test_the_slurm_script_runs(tmp_path):
         run(["bash", "-c", script], tmp_path, MODEL=model, SLURM_ARRAY_TASK_ID=str(i))
     assert run(["deltapatch", "merge", "RUN"], tmp_path) == "RUN\n"
     assert (tmp_path / "RUN" / "run.json").is_file()
+
+
+def named() -> list[tuple[str, str]]:
+    """Every `deltapatch ...` that the code's strings or a page name: where, and the line."""
+    found = []
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("models/builtin/*/*.md")]:
+        found += [(path.name, text) for text in _lines(path.read_text(encoding="utf-8"))]
+    for part in ("analysis", "bench", "cli", "engine", "kernels", "models", "scripts", "study", "tasks"):
+        for path in (ROOT / part).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found += [(path.name, text) for text in _lines(node.value)]
+                elif isinstance(node, ast.JoinedStr):  # what is filled in is one word
+                    parts = [v.value if isinstance(v, ast.Constant) else "X" for v in node.values]
+                    found += [(path.name, text) for text in _lines("".join(map(str, parts)))]
+    return sorted(set(found))
+
+
+def _lines(text: str) -> list[str]:
+    text = text.replace("\\\n", " ")
+    marked = re.findall(r"`+(deltapatch[^`]*)`", re.sub(r"\s*\n\s*", " ", text))
+    own = [line.strip() for line in text.split("\n") if re.match(r" *deltapatch [a-z]+( |$)", line)]
+    own = [line for line in own if line.split()[1] in cli.commands and "`" not in line]
+    return [line.strip() for line in marked + own]
+
+
+def test_every_command_that_is_named_can_be_parsed():
+    """A name alone only has to exist; with anything after it, it is to be a whole command."""
+    everything = named()
+    assert len(everything) > 80
+    for where, line in everything:
+        words = shlex.split(re.split(r" (?:>|\||&&|;) ", line)[0], comments=True)[1:]
+        group: click.Command = cli
+        while isinstance(group, click.Group) and words and not words[0].startswith("-"):
+            assert words[0] in group.commands, f"{where}: {line}"
+            group = group.commands[words.pop(0)]
+        if words and words != ["--help"]:
+            try:
+                group.make_context("deltapatch", words)
+            except click.exceptions.Exit:  # it only says something: --list
+                pass
+            except click.UsageError as error:
+                raise AssertionError(f"{where} names `{line}`: {error.format_message()}") from error
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,34 @@ def test_text_that_cannot_be_used(command, tiny, write_pairs, text_pair):
     refuses(command("pairs", "--model", tiny, "--out", "new.jsonl"), "tokenizer")
 
 
+def test_pairs_whose_meta_is_bottomless(command, tiny, write_pairs, ids_pair):
+    def nested(depth):
+        line = json.dumps(ids_pair | {"meta": {"a": None}})
+        return line.replace("null", '{"b":[' * (depth // 2) + "1" + "]}" * (depth // 2))
+
+    path = write_pairs(ids_pair, nested(900))
+    refuses(swept(command, tiny, path), path, "line 2", "meta is nested more than 100 deep")
+    refuses(swept(command, tiny, write_pairs(nested(100_000))), "line 1", "nested too deeply")
+    assert swept(command, tiny, write_pairs(nested(90)), out="deep").code == 0
+
+
+def test_files_that_are_none(command, tiny, write_pairs, ids_pair, tmp_path):
+    pipe, device = tmp_path / "pipe", "/dev/zero"
+    os.mkfifo(pipe)
+    refuses(swept(command, tiny, pipe), pipe, "is a FIFO (a pipe), not a regular file")
+    refuses(swept(command, tiny, device), device, "is a device, not a regular file")
+    problems = ("--task", "word-problems", "--model", tiny, "--out", "new.jsonl")
+    refuses(command("pairs", *problems, "--data", pipe), pipe, "is a FIFO")
+    refuses(command("bench", "figures", pipe, "--out", "figures"), pipe, "is a FIFO")
+    assert swept(command, tiny, write_pairs(ids_pair), out="whole").code == 0
+    for name in ("run.json", "pairs.jsonl", "effects.safetensors"):
+        os.rename(f"whole/{name}", "aside")
+        os.mkfifo(f"whole/{name}")
+        refuses(command("effects", "whole"), f"whole/{name} is a FIFO")
+        os.replace("aside", f"whole/{name}")
+    assert command("effects", "whole").code == 0
+
+
 def test_pairs_files_that_are_missing_or_empty(command, tiny, write_pairs, tmp_path):
     refuses(swept(command, tiny, tmp_path / "no.jsonl"), tmp_path / "no.jsonl")
     refuses(swept(command, tiny, write_pairs()), "pairs.jsonl", "empty")

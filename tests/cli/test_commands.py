@@ -58,6 +58,8 @@ def test_from_pairs_to_plots(command, tiny, tmp_path):
     assert facts["rows"] == facts["run"]["rows"]
     assert facts["sites"]["z"]["index"] == 2
     assert "interventions in" in swept.err
+    recomputed = facts["run"]["noise_floor"]["recomputed"]
+    assert f"precision fp32: {recomputed} effects computed again in float64 differ by" in swept.err
 
     effects = deltapatch.load_effects(run)
     shown = command("effects", run, "--site", "mlp_out", "--metric", "logit_diff", "--format", "csv")
@@ -446,6 +448,66 @@ def test_a_real_process_ends_with_code_2_and_one_sentence(tmp_path):
     assert err == f"Error: {tmp_path} is not a run folder: it has no run.json\n"
 
 
+def ends(*arguments):
+    """How a command ends, with whatever stdout and stderr there are."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(a) for a in arguments])
+    return ended.value.code
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_nobody_listens(make_effects, tmp_path, closed, monkeypatch):
+    """Whoever started the process had closed its stdout or stderr."""
+    make_effects().save(tmp_path / "run")
+    effects = ["effects", tmp_path / "run", "--format", "csv"]
+    for arguments in (["--version"], ["effects", "--help"], effects, ["merge", tmp_path / "run"]):
+        monkeypatch.setattr(sys, closed, None)
+        assert ends(*arguments) == 0
+        getattr(sys, closed).close()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_names_that_the_terminal_cannot_print(make_effects, tmp_path, encoding, monkeypatch):
+    run = tmp_path / "rün✓𝄞"
+    make_effects().save(run)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert ends("merge", run) == 0
+    options.print_json({"out": str(run)})
+    sys.stdout.flush()
+    printed = sys.stdout.buffer.getvalue()
+    plain, as_json = printed.decode("utf-8" if encoding == "ascii" else encoding).splitlines()
+    assert json.loads(as_json) == {"out": str(run)}
+    # Click takes ASCII for a mistake, and prints UTF-8.
+    assert plain == (
+        str(run) if encoding == "ascii" else str(run).encode(encoding, "backslashreplace").decode(encoding)
+    )
+
+
+def test_info_of_what_cannot_be_loaded(command, tiny):
+    whole = json.loads(command("info", tiny, "--untimed", "--json").out)
+    assert whole["cannot_be_loaded"] is None
+    weights = (tiny / "model.safetensors").read_bytes()
+
+    def said():
+        told = command("info", tiny, "--untimed")
+        assert told.code == 0, told.err
+        facts = json.loads(command("info", tiny, "--untimed", "--json").out)
+        assert [s["rows"] for s in facts["sweeps"]] == [s["rows"] for s in whole["sweeps"]]
+        assert f"loading         fails: {facts['cannot_be_loaded']}" in told.out
+        return facts["cannot_be_loaded"]
+
+    (tiny / "model.safetensors").write_bytes(weights[:-100])
+    assert "not a whole safetensors file" in said()
+    (tiny / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "is a git-lfs pointer" in said()
+    (tiny / "model.safetensors").unlink()
+    assert "has no weights" in said()
+    (tiny / "pytorch_model.bin").write_bytes(b"")
+    assert f"`deltapatch convert {tiny} --out OUT`" in said()
+    told = command("info", tiny, "--untimed", "--stream")
+    assert told.code == 0, told.err
+
+
 def test_a_closed_pipe_is_quiet(make_effects, tmp_path):
     make_effects(lengths=(400,) * 20, n_layers=10).save(tmp_path / "run")
     process = shell("effects", tmp_path / "run", "--site", "mlp_out", "--format", "csv")
@@ -457,20 +519,26 @@ def test_a_closed_pipe_is_quiet(make_effects, tmp_path):
 
 
 def test_an_interrupt_ends_with_130(tmp_path):
-    os.mkfifo(tmp_path / "pairs.jsonl")  # reading it waits for a writer that never comes
-    process = shell("sweep", "--model", "m", "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "run")
+    code = (
+        "import pathlib, time, deltapatch.engine.pairs_file as jsonl\n"
+        "def wait(path):\n"
+        "    pathlib.Path('reading').touch()\n"
+        "    time.sleep(60)\n"
+        "jsonl.read_named_pairs = wait\n"
+        "from deltapatch.cli.main import main\n"
+        "main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "sweep", "--model", "m", "--pairs", "p", "--out", "run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 60
-    while True:  # a fifo can be opened for writing once its reader is there
-        try:
-            writer = os.open(tmp_path / "pairs.jsonl", os.O_WRONLY | os.O_NONBLOCK)
-            break
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    while process.poll() is None:  # a signal that comes while modules are loaded may get lost
+    while not (tmp_path / "reading").exists():
         assert time.monotonic() < deadline
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    os.close(writer)
     assert (process.returncode, out, err.strip()) == (130, "", "Interrupted.")

@@ -148,7 +148,7 @@ def main():
     for model in models.values():
         model.logits(prompts["short"][0][0])
         # One small sweep loads what python and torch load late
-        options = {"positions": [-1], "layers": [1], "progress": False}
+        options = {"positions": [-1], "layers": [1], "progress": False, "noise_sample": 0}
         pair = deltapatch.PromptPair(*prompts["short"][0], 5, 6)
         deltapatch.sweep(model, [pair], "attn_out", **options)
     for case in CASES:

@@ -13,6 +13,8 @@ from deltapatch import DeltapatchError
 from deltapatch.engine import audit
 from deltapatch.engine.memory import Costs
 from deltapatch.engine.metrics import METRICS
+from deltapatch.engine.prepare import Options, prepare
+from deltapatch.engine.workers import Map
 
 VARIANT = "neox-parallel"
 
@@ -90,7 +92,9 @@ def test_a_sample_is_drawn_again_alike(model):
 def test_no_sample(model):
     effects = deltapatch.sweep(model, pairs(VARIANT, [5]), progress=False, noise_sample=0)
     assert effects.meta["noise_floor"] is None
-    assert audit.in_words(effects.meta) == "precision fp32"
+    assert audit.in_words(effects.meta) == (
+        "precision fp32: no effects were computed again in float64 (no sample was asked for)"
+    )
     with pytest.raises(DeltapatchError, match="noise sample must be 0 or more"):
         deltapatch.sweep(model, pairs(VARIANT, [5]), progress=False, noise_sample=-1)
 
@@ -159,15 +163,69 @@ def test_a_budget_without_room_for_float64_leaves_float32(model, monkeypatch):
     assert deltapatch.sweep(model, given, precision="fp32", **options).meta["noise_floor"] is None
 
 
-def test_a_short_run_has_a_small_sample(model, monkeypatch):
-    given = pairs(VARIANT, [6] * 9)
-    n = given and deltapatch.sweep(model, given, progress=False).values("ie", "mlp_out").size * 2
-    floor = deltapatch.sweep(model, given, precision="bf16", progress=False).meta["noise_floor"]
-    assert floor["precision"] == "fp32"
-    assert n // 16 <= floor["recomputed"] <= n // 16 + 4
-    assert deltapatch.sweep(model, given, progress=False).meta["noise_floor"] is None
-    monkeypatch.setattr(audit, "_LONG", 0)
-    assert deltapatch.sweep(model, given, progress=False).meta["noise_floor"]["precision"] == "fp64"
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "auto"])
+@pytest.mark.parametrize("n_pairs", [1, 9])
+def test_a_small_run_is_checked_in_float64(model, precision, n_pairs):
+    given = pairs(VARIANT, [6] * n_pairs)
+    effects = deltapatch.sweep(model, given, precision=precision, progress=False)
+    n = sum(effects.values("ie", site).size for site in effects.sites)
+    floor = effects.meta["noise_floor"]
+    assert floor["precision"] == "fp64"
+    assert 0 < floor["relative_error"]["logit_diff"] < (1e-5 if precision in ("fp32", "auto") else 1e-1)
+    fewest = max(4, -(-n // 16))
+    assert fewest <= floor["recomputed"] <= fewest + 3  # of up to four pairs
+    assert effects.meta["noise_floor_left_out"] is None
+
+
+@pytest.mark.parametrize("out", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_beside_which_the_sample_is_not_little_says_so(model, precision, out, monkeypatch, tmp_path):
+    monkeypatch.setattr(audit, "_SMALL", {})
+    where = tmp_path / "run" if out else None
+    effects = deltapatch.sweep(model, pairs(VARIANT, [6]), precision=precision, progress=False, out=where)
+    if out:
+        effects = deltapatch.load_effects(where)
+    said = audit.in_words(effects.meta)
+    if precision == "bf16":
+        assert effects.meta["noise_floor"]["precision"] == "fp32"
+        assert "effects computed again in float32 differ by" in said
+    else:
+        assert effects.meta["noise_floor"] is None
+        assert said == (
+            "precision fp32: no effects were computed again in float64 (that would take long beside so "
+            "short a run)"
+        )
+
+
+def audited(model, given, **options):
+    ready = prepare(model, given, Options(precision="fp32", **options))
+    return audit.Audit(ready.job, ready.work, Map())
+
+
+@pytest.mark.parametrize("source", ["counterpart", "mean", "resample"])
+def test_the_sample_takes_a_small_share_of_the_run(model, source, monkeypatch):
+    monkeypatch.setattr(audit, "_SMALL", {})
+    monkeypatch.setattr(audit, "_CONVERTING", 0)  # the model is tiny
+    sizes, little = {}, {}
+    for n in (3, 12, 60, 200):
+        found = audited(model, pairs(VARIANT, [6] * n), sites="mlp_out", source=source)
+        took = found._takes(found._pairs)
+        sizes[n] = len({pair for pair, *_ in found.sample})
+        little[n] = found._is_little
+        if found._is_little:
+            runs = found._of_runs(found.work.order)
+            assert took <= (found._flops + runs) / 8
+            # In float64 a row and an unpatched run take twice as long; a mean needs the runs of all.
+            sample = sum(part.n_rows for _, part, _ in found.sample)
+            per_pair = runs if source == "mean" else runs * sizes[n] / n
+            assert took == pytest.approx(
+                2 * (per_pair + found._flops * sample / found.work.n_effects), rel=0.1
+            )
+    # The unpatched runs of a single pair are a good part of a run of few, and those that a mean needs of any.
+    assert not little[3]
+    assert little[200] == (source != "mean")
+    assert sizes[3] == 1
+    assert sizes[200] == (1 if source == "mean" else 4)
 
 
 def test_a_streamed_model_is_read_again_only_beside_a_long_run(model, monkeypatch):
@@ -177,33 +235,41 @@ def test_a_streamed_model_is_read_again_only_beside_a_long_run(model, monkeypatc
     streamed.stream = True
     reading = type(model).reading
     monkeypatch.setattr(type(model), "reading", lambda self: read.append(self.stream) or reading(self))
-    monkeypatch.setattr(audit, "_LONG", 0)
 
     def passes(of, precision):
         read.clear()
-        floor = deltapatch.sweep(of, given, precision=precision, progress=False).meta["noise_floor"]
-        return floor and floor["precision"], len(read)
+        meta = deltapatch.sweep(of, given, precision=precision, progress=False).meta
+        floor = meta["noise_floor"]
+        return (floor and floor["precision"]) or meta["noise_floor_left_out"], len(read)
 
     assert passes(model, "fp32") == ("fp64", 2)
-    assert passes(streamed, "fp32") == (None, 1)
+    assert passes(streamed, "fp32") == ("the model would be read from its file once more", 1)
     assert passes(streamed, "bf16") == ("fp32", 2)
     monkeypatch.setattr(audit, "_READING", {"cpu": 0})
     assert passes(streamed, "fp32") == ("fp64", 2)
 
 
 def test_no_room_for_float64_is_no_reason_to_compute_float32_again(model, monkeypatch):
-    monkeypatch.setattr(audit, "_LONG", 0)
     monkeypatch.setattr(audit.Audit, "_recompute", lambda self, precision: _no_room(precision))
     with pytest.raises(AssertionError, match="fp32"):
         deltapatch.sweep(model, pairs(VARIANT, [5]), precision="bf16", progress=False)
     effects = deltapatch.sweep(model, pairs(VARIANT, [5]), precision="fp32", progress=False)
     assert effects.meta["noise_floor"] is None
+    assert effects.meta["noise_floor_left_out"] == "the memory budget has no room for it"
 
 
 def _no_room(precision):
     if precision.name == "fp64":
         raise DeltapatchError("too little memory")
     raise AssertionError(precision.name)
+
+
+@pytest.mark.parametrize("metrics", ["says_clean", "flip"])
+def test_what_is_yes_or_no_is_checked_too(model, metrics):
+    meta = deltapatch.sweep(model, pairs(VARIANT, [5]), metrics=metrics, progress=False).meta
+    assert audit.in_words(meta) == "precision fp32: 4 effects computed again in float64 say the same"
+    meta["noise_floor"]["relative_error"][metrics] = 0.25
+    assert audit.in_words(meta).endswith(f"4 effects computed again in float64 differ in {metrics} of 25%")
 
 
 def test_what_is_said():

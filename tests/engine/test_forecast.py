@@ -97,7 +97,7 @@ def test_the_plan_counts_what_the_sweep_does(sites, positions, source, budget, s
         given[1::2] = [replace(pair, clean_answer=[4, 2, 7], corrupted_answer=[4, 3]) for pair in given[1::2]]
     it = model()
     monkeypatch.setattr(it, "stream", stream)
-    options = {"source": source, "memory_budget": budget}
+    options = {"source": source, "memory_budget": budget, "noise_sample": 0}
     found = forecast(it, given, Options(sites, positions, **options), timed=False)
     counted = Counted(monkeypatch, it.spec.n_layers)
     effects = deltapatch.sweep(it, given, sites, positions, progress=False, **options)

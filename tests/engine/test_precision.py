@@ -1,13 +1,19 @@
-"""Precisions on the built-in trained models: products narrower than float64 against those in float64."""
+"""Precisions against float64: on the built-in trained models, and where attention's scores are large."""
 
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from engine_oracle import TrueModel
+from engine_tiny import VOCAB, build
+from engine_tiny import pairs as drawn_pairs
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import deltapatch
 from deltapatch.models.builtin_models import STUDY_MODELS
+from deltapatch.models.patched import patched_logits
 from deltapatch.tasks import make_pairs
 
 BUILTIN = Path(deltapatch.__file__).parent / "models" / "builtin"
@@ -113,3 +119,75 @@ def test_bfloat16_finds_the_same_neurons(model):
 
 def test_every_shipped_model_is_tested():
     assert MODELS, "no built-in model was found"
+
+
+# Large scores of attention ----------------------------------------------------------------------------------
+
+SCORED = ("mlp_out", "attn_out", "z", "q", "k", "v")
+
+
+def with_large_scores(variant, factor):
+    """A random model whose query and key weights are so many times as large."""
+    hf = build(variant)
+    with torch.no_grad():
+        for name, weight in hf.named_parameters():
+            if "query_key_value" in name:
+                weight.view(hf.config.num_attention_heads, 3, -1)[:, :2].mul_(factor)
+            elif "q_proj" in name or "k_proj" in name:
+                weight.mul_(factor)
+    return hf
+
+
+def with_wide_heads():
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB,
+        hidden_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
+    hf, generator = GPTNeoXForCausalLM(config).eval(), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in hf.named_parameters():
+            noise = 0.3 * torch.randn(weight.shape, generator=generator)
+            weight.copy_(noise + ("norm" in name and name.endswith("weight")))
+    return hf
+
+
+def largest_score(model, pairs):
+    """What no score exceeds: the norms of a query and a key, which rotary leaves as they are."""
+    largest = {}
+
+    def visit(site, layer, value):  # [row, T, head, d_head]
+        if site in ("q", "k"):
+            norm = float(value.norm(dim=-1).max())
+            largest[site, layer] = max(norm, largest.get((site, layer), 0.0))
+
+    for prompt in (prompt for pair in pairs for prompt in (pair.clean, pair.corrupted)):
+        patched_logits(model, torch.tensor([prompt]), visit)
+    layers = range(model.spec.n_layers)
+    return max(largest["q", l] * largest["k", l] for l in layers) / model.spec.d_head**0.5
+
+
+@pytest.mark.parametrize(
+    ("hf", "scores", "saturated"),
+    [
+        *((lambda v=v: with_large_scores(v, 30), 2e3, False) for v in ("neox-parallel", "gptj", "llama")),
+        *((lambda v=v: with_large_scores(v, 1e4), 2e8, True) for v in ("neox-parallel", "gptj", "llama")),
+        (with_wide_heads, 100, False),
+    ],
+)
+def test_large_scores_of_attention_stay_within_their_bound(hf, scores, saturated):
+    hf = hf()
+    given = [deltapatch.PromptPair(*pair) for pair in drawn_pairs(TrueModel(hf), (5, 7))]
+    model = deltapatch.from_transformers(hf)
+    largest = largest_score(model, given)
+    assert largest > scores
+    bound = 1e-5 if saturated else max(1e-5, 5e-7 * largest)
+    options = {"metrics": "logit_diff", "progress": False, "noise_sample": 0}
+    got, want = (deltapatch.sweep(model, given, SCORED, precision=p, **options) for p in ("fp32", "fp64"))
+    for site in SCORED:
+        found, true = (e.values("logit_diff", site) for e in (got, want))
+        there = ~np.isnan(true)
+        assert np.linalg.norm((found - true)[there]) <= bound * np.linalg.norm(true[there]), site

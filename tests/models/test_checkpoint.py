@@ -1,6 +1,7 @@
 """Checkpoints as they are and as they go wrong: every mistake gets one sentence that names it."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_a_hub_model_without_safetensors(monkeypatch, folder):
 
     (folder / WEIGHTS).unlink()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(folder))
-    fails("some/model", "some/model has no safetensors.*`deltapatch convert some/model OUT`")
+    fails("some/model", "some/model has no safetensors.*`deltapatch convert some/model --out OUT`")
 
 
 def test_a_file_is_no_folder(folder):
@@ -158,7 +159,30 @@ def test_no_weights_and_bin_only(folder):
     (folder / WEIGHTS).unlink()
     fails(folder, "has no weights: neither model.safetensors nor")
     torch.save({}, folder / "pytorch_model.bin")
-    fails(folder, f"`deltapatch convert {folder} OUT`")
+    fails(folder, f"`deltapatch convert {folder} --out OUT`")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_numbers_that_the_dtype_does_not_hold(stream, folder, tmp_path):
+    edit_weights(folder, lambda t: t["gpt_neox.layers.1.mlp.dense_h_to_4h.bias"].fill_(7e4))
+    said = r"dense_h_to_4h.bias' has numbers larger than float16 holds \(65504\): load the model with"
+    with pytest.raises(DeltapatchError, match=said):
+        load_model(folder, device="cpu", dtype="float16", stream=stream).logits([1])
+    assert load_model(folder, device="cpu", dtype="bfloat16", stream=stream).logits([1]).isfinite().all()
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_files_that_are_none(file, folder, ids):
+    """A FIFO would never end; nobody writes to it here."""
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    fails(folder, f"{file} is a FIFO .a pipe., not a regular file: save what it gives to a file")
+    (folder / file).unlink()
+    (folder / file).symlink_to("/dev/zero")
+    fails(folder, f"{file} is a device, not a regular file")
+    (folder / file).unlink()
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1f\nsize 44\n")
+    fails(folder, f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull`")
 
 
 def test_missing_tensor(folder):
@@ -210,10 +234,12 @@ def test_nan_in_weights(value, dtype, build, saved):
         tensors[name][3, 5] = value
 
     edit_weights(folder, spoil)
-    fails(folder, f"model.safetensors: tensor '{name}' holds NaN or infinity")
+    overflowed = dtype == torch.float16 and value == value
+    held = "infinity, which float16 makes of numbers above 65504" if overflowed else "NaN or infinity"
+    fails(folder, f"model.safetensors: tensor '{name}' holds {held}")
     streamed = load_model(folder, device="cpu", stream=True)
     streamed.layer(0)
-    with pytest.raises(DeltapatchError, match=f"tensor '{name}' holds NaN"):
+    with pytest.raises(DeltapatchError, match=f"tensor '{name}' holds {held}"):
         streamed.layer(1)
 
 
@@ -261,7 +287,7 @@ def test_shards_that_do_not_fit_together(shards):
         ({"num_local_experts": 8}, "asks for a mixture of experts"),
         ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "asks for code of its own"),
         ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not supported: it must be one of gelu, "),
-        ({"hidden_size": None}, "has no field 'hidden_size'"),
+        ({"hidden_size": None}, "'hidden_size' is null, which is no value of it: give one, or leave it out"),
         ({"num_hidden_layers": "2"}, "'num_hidden_layers' must be a positive integer, not '2'"),
         ({"num_attention_heads": 0}, "'num_attention_heads' must be a positive integer, not 0"),
         ({"num_attention_heads": 5}, "the hidden size 32 is not divisible by the 5 attention heads"),

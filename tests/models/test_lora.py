@@ -1,9 +1,11 @@
 """LoRA adapters merged on load agree with PEFT's own merge; what is not supported is refused."""
 
 import json
+import os
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from deltapatch import DeltapatchError, load_model
@@ -32,6 +34,28 @@ CASES = {
     "llama-regex": ("llama", {"target_modules": r".*layers\.1\..*(q_proj|up_proj)"}),
     "llama-output": ("llama", {"target_modules": ["lm_head", "k_proj"]}),
     "llama-one-layer": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    "llama-layer-number": ("llama", {"target_modules": LLAMA_ALL, "layers_to_transform": 0}),
+    "llama-layers-pattern": (
+        "llama",
+        {"target_modules": LLAMA_ALL, "layers_to_transform": [1], "layers_pattern": "layers"},
+    ),
+    "llama-more-than-it-has": ("llama", {"target_modules": ["q_proj", "c_attn", "experts.0.up_proj"]}),
+    "llama-excluded": (
+        "llama",
+        {"target_modules": LLAMA_ALL, "exclude_modules": ["layers.0.mlp.up_proj", "k_proj", "lm_head"]},
+    ),
+    "llama-excluded-by-pattern": (
+        "llama",
+        {"target_modules": LLAMA_ALL, "exclude_modules": r".*layers\.0\.(self_attn|mlp).*"},
+    ),
+    "llama-all-linear": ("llama", {"target_modules": "all-linear"}),
+    "llama-all-linear-but": ("llama", {"target_modules": "all-linear", "exclude_modules": ["mlp.up_proj"]}),
+    "llama-ahead": ("llama", {"target_modules": r"^(?!.*layers\.0).*(q_proj|up_proj)"}),
+    "llama-default": ("llama", {"target_modules": None}),
+    "gptj-default": ("gptj", {"target_modules": None}),
+    "neox-default": ("gpt_neox", {"target_modules": None}),
+    "neox-all-linear": ("gpt_neox", {"target_modules": "all-linear"}),
+    "neox-output": ("gpt_neox", {"target_modules": ["lm_head", "dense"]}),
     "neox-fused": ("gpt_neox", {"target_modules": ["query_key_value"], "r": 4, "lora_alpha": 16}),
     "neox-all": (
         "gpt_neox",
@@ -39,6 +63,11 @@ CASES = {
     ),
     "gptj": ("gptj", {"target_modules": ["q_proj", "v_proj", "out_proj", "fc_in", "fc_out"]}),
 }
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def adapt(hf, **options):
@@ -62,9 +91,51 @@ def test_merge_agrees_with_peft(case, build, saved, tmp_path, ids, reference, re
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     merged = reference(adapted.merge_and_unload(), ids)
     assert relative(plain, merged) > 0.01
-    for stream in (False, True):
-        model = load_model(folder, device="cpu", stream=stream, adapter=tmp_path / "adapter")
-        assert relative(model.logits(ids), merged) < 1e-5
+    for asked in (None, options.get("target_modules")):  # peft writes down what it has found
+        if asked is not None:
+            change_config(tmp_path / "adapter", target_modules=asked)
+        for stream in (False, True):
+            model = load_model(folder, device="cpu", stream=stream, adapter=tmp_path / "adapter")
+            assert relative(model.logits(ids), merged) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "left_out"),
+    [
+        ({"exclude_modules": ["layers.0.self_attn.v_proj"]}, "model.layers.0.self_attn.v_proj"),
+        ({"exclude_modules": r".*layers\.1.*q_proj"}, "model.layers.1.self_attn.q_proj"),
+        ({"layers_to_transform": [1]}, "model.layers.0.self_attn.q_proj"),
+        ({"target_modules": ["q_proj"]}, "model.layers.0.self_attn.v_proj"),
+        ({"target_modules": r".*self_attn\.v_proj"}, "model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_what_peft_would_leave_out_is_refused(pair, changes, left_out, ids, reference):
+    hf = transformers.AutoModelForCausalLM.from_pretrained(pair[0])
+    whole = reference(peft.PeftModel.from_pretrained(hf, pair[1]).merge_and_unload(), ids)
+    change_config(pair[1], **changes)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(pair[0])
+    part = reference(peft.PeftModel.from_pretrained(hf, pair[1]).merge_and_unload(), ids)
+    assert not torch.equal(part, whole)
+    fails(pair, f"holds an update of {left_out!r}, which adapter_config.json does not target, so PEFT leaves")
+
+
+def test_what_peft_would_fill_with_nothing_is_refused(pair):
+    change_config(pair[1], target_modules=["q_proj", "v_proj", "k_proj"])
+    fails(pair, "targets 'model.layers.0.self_attn.k_proj', for which adapter_model.safetensors holds no")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"target_modules": 3}, "'target_modules' must be names or a pattern, not 3"),
+        ({"exclude_modules": [None]}, "'exclude_modules' must be names or a pattern"),
+        ({"target_modules": "(q_proj"}, "'target_modules' is .*, that is no pattern"),
+        ({"layers_to_transform": ["1"]}, "'layers_to_transform' must be numbers, not .'1'"),
+    ],
+)
+def test_broken_targets(pair, changes, match):
+    change_config(pair[1], **changes)
+    fails(pair, match)
 
 
 def test_merge_into_half_precision_and_wider(build, saved, tmp_path, ids, relative):
@@ -120,15 +191,10 @@ def fails(pair, match):
         ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa', which changes the base weights"),
         ({"r": 5}, "'model.layers.0.self_attn.q_proj' has rank 8, but adapter_config.json says 5"),
         ({"lora_alpha": "x"}, "'lora_alpha' must be a number, not 'x'"),
-        (
-            {"target_modules": ["q_proj", "w_proj"]},
-            "names the target 'w_proj', for which .* holds no tensors",
-        ),
     ],
 )
 def test_options_that_are_not_supported(pair, changes, match):
-    path = pair[1] / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    change_config(pair[1], **changes)
     fails(pair, match)
 
 
@@ -179,9 +245,31 @@ def test_files_that_are_missing(pair):
     (pair[1] / "adapter_model.safetensors").rename(pair[1] / "elsewhere")
     fails(pair, "has no adapter_model.safetensors")
     torch.save({}, pair[1] / "adapter_model.bin")
-    fails(pair, f"`deltapatch convert {pair[1]} OUT`")
+    fails(pair, f"`deltapatch convert {pair[1]} --out OUT`")
     (pair[1] / "adapter_config.json").unlink()
     fails(pair, "has no adapter_config.json: it is not a LoRA adapter")
+
+
+def test_an_update_that_the_dtype_does_not_hold(build, saved, tmp_path, ids):
+    hf = build("llama")
+    folder = saved(hf.to(torch.float16))
+    adapted = adapt(hf.float(), target_modules=["q_proj"])
+    adapted.base_model.model.model.layers[1].self_attn.q_proj.lora_B["default"].weight.data.fill_(1e6)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(DeltapatchError, match=r"q_proj.weight' with the adapter's update has numbers larger"):
+        load_model(folder, device="cpu", adapter=tmp_path / "adapter")
+    wide = load_model(folder, device="cpu", dtype="float32", adapter=tmp_path / "adapter")
+    assert wide.logits(ids).isfinite().all()
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_that_are_none(pair, file):
+    (pair[1] / file).unlink()
+    os.mkfifo(pair[1] / file)
+    fails(pair, f"{file} is a FIFO .a pipe., not a regular file")
+    (pair[1] / file).unlink()
+    (pair[1] / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1f\nsize 44\n")
+    fails(pair, f"{file} is a git-lfs pointer")
 
 
 def test_a_bin_adapter_is_converted(pair, tmp_path, ids):

@@ -1,6 +1,7 @@
 """Loading, sharing, streaming, token checks, the tokenizer and the fingerprint."""
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from deltapatch import DeltapatchError, from_transformers, load_model
 from deltapatch.models import fetch
+from deltapatch.models.builtin_models import builtin_model_path
 from deltapatch.models.model import Model
 
 KINDS = ["gpt_neox", "gptj", "llama"]
@@ -171,7 +173,36 @@ def test_the_tokenizer_is_loaded_from_the_folder(build, saved, tmp_path):
     assert model.tokenizer.encode("two one", add_special_tokens=False) == [1, 0]
     assert model.tokenizer is model.tokenizer
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(DeltapatchError, match=r"the tokenizer in .* cannot be loaded"):
+    with pytest.raises(DeltapatchError, match=r"tokenizer\.json, line 1: not valid JSON"):
+        _ = load_model(folder, device="cpu").tokenizer
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("tokenizer.json", '{\n"version": }', r"tokenizer\.json, line 2: not valid JSON"),
+        ("tokenizer.json", "[]", r"tokenizer\.json must hold a JSON object, not a list"),
+        (
+            "tokenizer.json",
+            '{"added_tokens": [], "version": "1.0"}',
+            r"/tokenizer\.json cannot be loaded: .* at line 1",
+        ),
+        ("tokenizer_config.json", '{\n\n"a" 1}', r"tokenizer_config\.json, line 3: not valid JSON"),
+        ("added_tokens.json", "{", r"added_tokens\.json, line 1: not valid JSON"),
+        ("special_tokens_map.json", "", r"special_tokens_map\.json, line 1: not valid JSON"),
+        (
+            "tokenizer.json",
+            "version https://git-lfs.github.com/spec/v1\n",
+            r"tokenizer\.json is a git-lfs pointer, not the file itself",
+        ),
+    ],
+)
+def test_a_broken_tokenizer_is_told_by_file_and_line(file, text, said, build, saved):
+    folder = saved(build("gpt_neox"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(builtin_model_path() / name, folder)
+    (folder / file).write_text(text)
+    with pytest.raises(DeltapatchError, match=said):
         _ = load_model(folder, device="cpu").tokenizer
 
 
