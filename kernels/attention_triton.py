@@ -287,7 +287,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         mean = tl.zeros([BLOCK_Q], tl.float32)
         new_top = tl.full([BLOCK_Q], -1e30, tl.float32)
         new_total = tl.zeros([BLOCK_Q], tl.float32)
-        for k0 in range(0, end, BLOCK_K):
+        for k0 in tl.range(0, end, BLOCK_K, disable_licm=True):
             logit, change = _scores(
                 tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
                 BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_Q, HAS_K,
@@ -314,7 +314,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         a = tl.zeros([BLOCK_Q], tl.float32)
         acc = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
         z = tl.zeros([1 if BY_ROWS else BLOCK_Q, BLOCK_C], tl.float32)
-        for k0 in range(0, end, BLOCK_K):
+        for k0 in tl.range(0, end, BLOCK_K, disable_licm=True):
             logit, change = _scores(
                 tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
                 BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_Q, HAS_K,
