@@ -142,6 +142,39 @@ def _compile(model: str, arch: int, precisions: tuple[str, ...], tokens: tuple[i
 @contextmanager
 def compiling_for(arch: int) -> Iterator[list[tuple[str, str, Any]]]:
     """Within it a kernel launch compiles for the architecture and does nothing else; yields what it made."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[tuple[str, str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        binary = run(self, *args, grid=grid, warmup=True, **options)
+        variant = " ".join(f"{short}={options[name]}" for name, short in SHOWN.items() if name in options)
+        launches.append((self.fn.__name__, variant, binary))
+        return binary
+
+    with _launching(arch, compile_only):
+        yield launches
+
+
+@contextmanager
+def recording_for(arch: int) -> Iterator[list[tuple[str, str]]]:
+    """Within it no kernel is compiled or run; yields each launch's name and what it would be compiled for."""
+    launches: list[tuple[str, str]] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binder = self.device_caches[arch][-1]
+        _, specialisation, left = binder(*args, debug=False, **options)
+        chosen = {name: left[name] for name in sorted(left) if name not in self.arg_names}
+        launches.append((self.fn.__name__, f"{specialisation} {chosen}"))
+
+    with _launching(arch, record):
+        yield launches
+
+
+@contextmanager
+def _launching(arch: int, launch: Any) -> Iterator[None]:
+    """Within it there is a GPU of this architecture, and this is how kernels are launched."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -158,23 +191,14 @@ def compiling_for(arch: int) -> Iterator[list[tuple[str, str, Any]]]:
         def get_current_target(self) -> Any:
             return GPUTarget("cuda", arch, 32)
 
-    launches: list[tuple[str, str, Any]] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        binary = run(self, *args, grid=grid, warmup=True, **options)
-        variant = " ".join(f"{short}={options[name]}" for name, short in SHOWN.items() if name in options)
-        launches.append((self.fn.__name__, variant, binary))
-        return binary
-
-    before = triton.runtime.driver._active
+    driver, run = triton.runtime.driver._active, JITFunction.run
     triton.runtime.driver.set_active(Driver())
-    JITFunction.run = compile_only
+    JITFunction.run = launch
     try:
-        yield launches
+        yield
     finally:
         JITFunction.run = run
-        triton.runtime.driver._active = before
+        triton.runtime.driver._active = driver
 
 
 _PAIRS = 2

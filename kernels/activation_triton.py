@@ -87,7 +87,7 @@ def _name(act: Callable[[Tensor], Tensor]) -> str:
     return _NAMES[act]
 
 
-@jit
+@jit(do_not_specialize=["p_by_u", "p_by_g"])  # some rows' scales begin anywhere
 def _activation_kernel(  # type: ignore[no-untyped-def]
     p_out,
     p_scale,
@@ -139,7 +139,7 @@ def _activation_kernel(  # type: ignore[no-untyped-def]
         top = 0.0
         for i in tl.static_range(HELD):
             change = _change(rows, i * BLOCK_N + tl.arange(0, BLOCK_N), width, ACT, HAS_GATE)
-            changes = changes + (change,)  # noqa: RUF005 (the compiler has no other way)
+            changes = changes + (change,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no other way)
             # Joined block by block: else the compiler works on all at once, which takes too many registers.
             top = tl.maximum(top, tl.max(tl.abs(change)))
         scale, inverse = power_scale(top, TOP)

@@ -24,9 +24,9 @@ except ImportError:
 
         constexpr = int
 
-    def jit(fn: Any) -> Any:
+    def jit(fn: Any = None, **options: Any) -> Any:
         """Nothing to compile with."""
-        return fn
+        return jit if fn is None else fn
 else:
     HAS_TRITON = True
 
