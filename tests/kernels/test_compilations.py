@@ -92,7 +92,7 @@ def test_patches_of_queries_keys_and_values_share_their_kernels(launched):
         return {key for name, key in launched(lengths, list(sites), "all") if name == "_attention_kernel"}
 
     queries, heads = attention([9], "q"), attention([9], "z")
-    assert attention([9], "k") == attention([9], "v") == attention([10, 9], "q", "k", "v") == queries
+    assert attention([9], "k") | attention([9], "v") | attention([10, 9], "q", "k", "v") <= queries
     assert heads - queries
 
 
