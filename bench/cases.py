@@ -27,7 +27,7 @@ class Case(NamedTuple):
     Attributes:
         name: operation and variant.
         call: makes it; inputs that it overwrites are not restored.
-        n_bytes: what must be read and written at least.
+        n_bytes: what is read and written where nothing stays in a cache.
     """
 
     name: str
@@ -126,7 +126,8 @@ class Cases:
                 dq, dk, dv, scale, *base, rotary, c**-0.5, segments, last, swaps, self.precision
             )
 
-        key, query = 2 * kv * c * 4, heads * c * (4 + self.narrow)  # bytes a token
+        # Bytes a token; a result that is to be scaled is written and read once more, in float32.
+        key, query = 2 * kv * c * 4, heads * c * (4 + self.narrow + 8 * self.precision.scaled)
         both = self.rows * (key + query)
         yield Case("attention", lambda: call(self.one, False, {}), both)
         yield Case("attention, swaps", lambda: call(self.one, False, swaps), both)

@@ -1,18 +1,25 @@
 """What the Triton kernels compile to at the shapes of real models; no GPU is needed.
 
     python -m deltapatch.bench.compile_kernels --model gptj-6b --arch 90 --precision fp16
+    python -m deltapatch.bench.compile_kernels --arch 90 --triton 3.6.0 --triton installed --out file.json
 
 The backend's own host code runs on CPU tensors of the true widths, and each launch is compiled with the
-specialisation that it would have on that GPU. Exit code 1 where a kernel spills registers, asks for more
-shared memory than there is, waits after each wgmma, or misses the tensor cores that its products are for.
+specialisation that it would have on that GPU, by the Triton that is installed or, in an environment made for
+it, by another version. Exit code 1 where a kernel spills registers, asks for more shared memory than there
+is, waits after each wgmma, or misses the tensor cores that its products are for.
 """
 
+import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -21,6 +28,10 @@ import click
 import torch
 from torch import Tensor
 
+from deltapatch.bench.isolate import default_cache, python_with
+from deltapatch.bench.results import check_free
+from deltapatch.engine.runfolder import environment
+from deltapatch.errors import DeltapatchError
 from deltapatch.kernels import readout_triton
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import TRITON
@@ -32,10 +43,13 @@ from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
-PRECISIONS_OF = {80: ("fp32", "fp16"), 90: ("fp32", "fp16", "fp8")}  # unless asked for others
+PRECISIONS_OF = {80: ("fp32", "bf16", "fp16"), 90: ("fp32", "tf32", "bf16", "fp16", "fp8")}
+TOKENS = (16, 64, 128)  # of prompts: for each a kernel is laid out in its own way
 SHOWN = {  # compile-time arguments that tell launches of one kernel apart
     "BY_ROWS": "rows",
+    "HAS_EARLIER": "earlier",
     "HAS_FORK": "fork",
+    "HAS_Z": "swaps",
     "NORMS": "norms",
     "HAS_TO": "to",
     "ACT": "act",
@@ -77,6 +91,7 @@ class Compiled(NamedTuple):
     model: str
     arch: int
     precision: str
+    tokens: int
     kernel: str
     variant: str  # as in SHOWN
     registers: int
@@ -101,25 +116,65 @@ class Compiled(NamedTuple):
 
 
 def compile_all(
-    models: Iterable[str] = tuple(MODELS), archs: Iterable[int] = (80, 90), precisions: Iterable[str] = ()
+    models: Iterable[str], arch: int, precisions: Iterable[str] = (), tokens: Sequence[int] = TOKENS
 ) -> list[Compiled]:
-    """Every kernel launch of these models, compiled for these architectures; each binary once a model."""
-    out = []
-    for arch in archs:
-        for model in models:
-            seen: dict[str, tuple[str, str, str, Any]] = {}
-            for precision in precisions or PRECISIONS_OF[arch]:
-                with compiling_for(arch) as launches:
-                    _launch_everything(MODELS[model], PRECISIONS[precision])
-                for kernel, variant, binary in launches:
-                    seen.setdefault(binary.hash, (precision, kernel, variant, binary))
-            out += [_inspect(model, arch, *launch) for launch in seen.values()]
-    return out
+    """Every kernel launch of these models, compiled for this architecture; each binary once a model."""
+    work = [(model, arch, tuple(precisions or PRECISIONS_OF[arch]), tuple(tokens)) for model in models]
+    if len(work) == 1:
+        return _compile(*work[0])
+    with ProcessPoolExecutor(min(len(work), os.cpu_count() or 1), get_context("spawn")) as pool:
+        return [c for found in pool.map(_compile, *zip(*work, strict=True)) for c in found]
+
+
+def _compile(model: str, arch: int, precisions: tuple[str, ...], tokens: tuple[int, ...]) -> list[Compiled]:
+    seen: dict[str, tuple[Any, ...]] = {}
+    for precision in precisions:
+        for n in tokens:
+            with compiling_for(arch) as launches:
+                _launch_attention_of(MODELS[model], PRECISIONS[precision], n)
+                if n == tokens[0]:  # all else is the same for prompts of any length
+                    _launch_the_rest(MODELS[model], PRECISIONS[precision], n)
+            for kernel, variant, binary in launches:
+                seen.setdefault(binary.hash, (precision, n, kernel, variant, binary))
+    return [_inspect(model, arch, *launch) for launch in seen.values()]
 
 
 @contextmanager
 def compiling_for(arch: int) -> Iterator[list[tuple[str, str, Any]]]:
     """Within it a kernel launch compiles for the architecture and does nothing else; yields what it made."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[tuple[str, str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        binary = run(self, *args, grid=grid, warmup=True, **options)
+        variant = " ".join(f"{short}={options[name]}" for name, short in SHOWN.items() if name in options)
+        launches.append((self.fn.__name__, variant, binary))
+        return binary
+
+    with _launching(arch, compile_only):
+        yield launches
+
+
+@contextmanager
+def recording_for(arch: int) -> Iterator[list[tuple[str, str]]]:
+    """Within it no kernel is compiled or run; yields each launch's name and what it would be compiled for."""
+    launches: list[tuple[str, str]] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binder = self.device_caches[arch][-1]
+        _, specialisation, left = binder(*args, debug=False, **options)
+        chosen = {name: left[name] for name in sorted(left) if name not in self.arg_names}
+        launches.append((self.fn.__name__, f"{specialisation} {chosen}"))
+
+    with _launching(arch, record):
+        yield launches
+
+
+@contextmanager
+def _launching(arch: int, launch: Any) -> Iterator[None]:
+    """Within it there is a GPU of this architecture, and this is how kernels are launched."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -136,44 +191,44 @@ def compiling_for(arch: int) -> Iterator[list[tuple[str, str, Any]]]:
         def get_current_target(self) -> Any:
             return GPUTarget("cuda", arch, 32)
 
-    launches: list[tuple[str, str, Any]] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        binary = run(self, *args, grid=grid, warmup=True, **options)
-        variant = " ".join(f"{short}={options[name]}" for name, short in SHOWN.items() if name in options)
-        launches.append((self.fn.__name__, variant, binary))
-        return binary
-
-    before = triton.runtime.driver._active
+    driver, run = triton.runtime.driver._active, JITFunction.run
     triton.runtime.driver.set_active(Driver())
-    JITFunction.run = compile_only
+    JITFunction.run = launch
     try:
-        yield launches
+        yield
     finally:
         JITFunction.run = run
-        triton.runtime.driver._active = before
+        triton.runtime.driver._active = driver
 
 
-def _launch_everything(w: Widths, precision: Precision) -> None:
-    """Each operation of the backend once for each way in which the engine calls it."""
-    pairs, length, rows = 2, 32, 16
-    one = [Segment(0, pairs, 1, rows, 0, length)]
-    many = [Segment(0, pairs, length, rows, 0, length)]
-    for segments in (one, many):
+_PAIRS = 2
+
+
+def _launch_attention_of(w: Widths, precision: Precision, length: int) -> None:
+    """Attention once for each way in which the engine calls it on prompts of this length."""
+    rows = 40  # enough that, of whole prompts, the last layer takes several rows at a time
+    for positions in (1, 5, length):
+        segments = [Segment(0, _PAIRS, positions, rows, 0, length)]
         for swapped in (False, True):
-            _launch_norms(w, precision, segments, swapped)
-            _launch_activations(w, precision, segments, swapped)
             for reads_only in (False, True):
                 _launch_attention(w, precision, segments, swapped, reads_only)
-        _launch_columns(w, segments)
     # Answers of several tokens: runs that fork near their end.
     for positions in (5, length):
-        forked = [Segment(0, pairs, positions, rows, 0, length, 5, (length - 4, length - 2))]
+        forked = [Segment(0, _PAIRS, positions, rows, 0, length, 5, (length - 4, length - 2))]
         for reads_only in (False, True):
             _launch_attention(w, precision, forked, True, reads_only)
+
+
+def _launch_the_rest(w: Widths, precision: Precision, length: int) -> None:
+    """Each other operation of the backend once for each way in which the engine calls it."""
+    rows = 16
+    one = [Segment(0, _PAIRS, 1, rows, 0, length)]
+    for swapped in (False, True):
+        _launch_norms(w, precision, one, swapped)
+        _launch_activations(w, precision, one, swapped)
+    _launch_columns(w, one)
     narrow_triton(torch.empty(8, w.n_heads * w.d_head), precision)
-    _launch_readout(w, precision, pairs, rows, read_segments(one))
+    _launch_readout(w, precision, _PAIRS, rows, read_segments(one))
 
 
 def _difference(precision: Precision, segments: list[Segment], *shape: int) -> Scaled:
@@ -258,7 +313,9 @@ def _launch_readout(w: Widths, precision: Precision, pairs: int, rows: int, segm
         TRITON.readout(dn, unembedding, weight, precision, base, [0], segments, ("kl",))
 
 
-def _inspect(model: str, arch: int, precision: str, kernel: str, variant: str, binary: Any) -> Compiled:
+def _inspect(
+    model: str, arch: int, precision: str, tokens: int, kernel: str, variant: str, binary: Any
+) -> Compiled:
     """Look into the binary that would run; the assembler's warnings come from assembling it once more."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
@@ -282,6 +339,7 @@ def _inspect(model: str, arch: int, precision: str, kernel: str, variant: str, b
         model,
         arch,
         precision,
+        tokens,
         kernel,
         variant,
         registers,
@@ -298,6 +356,47 @@ def _output(*command: str) -> str:
     return done.stdout + done.stderr
 
 
+def problems(compiled: Iterable[Compiled]) -> list[str]:
+    """What is wrong with any of them, in words."""
+    return [
+        f"{c.kernel} {c.variant} in {c.precision} at {c.tokens} tokens for {c.model} on sm_{c.arch} {what}"
+        for c in compiled
+        for what in c.problems()
+    ]
+
+
+def write(path: Path, reports: list[dict[str, Any]]) -> None:
+    """Write what was compiled by each Triton, a kernel a line."""
+    parts = []
+    for report in reports:
+        head = {key: value for key, value in report.items() if key != "kernels"}
+        lines = ",\n  ".join(json.dumps(kernel) for kernel in report["kernels"])
+        parts.append(
+            f'{json.dumps({**head, "columns": Compiled._fields})[:-1]},\n "kernels": [\n  {lines}]}}'
+        )
+    path.write_text("[" + ",\n".join(parts) + "]\n", encoding="utf-8")
+
+
+def read(path: Path) -> list[tuple[dict[str, Any], list[Compiled]]]:
+    """Reports from a file: versions and date, and the kernels."""
+    return [(report, [Compiled(*k) for k in report["kernels"]]) for report in json.loads(path.read_text())]
+
+
+def _by(triton: str, arguments: list[str]) -> list[dict[str, Any]]:
+    """The reports of this command in an environment of its own with another version of Triton."""
+    python = python_with(f"triton=={triton}", default_cache(), lambda line: click.echo(line, err=True))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "report.json")
+        command = [python, "-m", "deltapatch.bench.compile_kernels", *arguments, "--out", str(out)]
+        done = subprocess.run(command)
+        if not out.exists():
+            raise DeltapatchError(
+                f"the kernels cannot be compiled by Triton {triton}: exit code {done.returncode}"
+            )
+        found: list[dict[str, Any]] = json.loads(out.read_text())
+    return found
+
+
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), help="Default: all.")
 @click.option("--arch", "archs", multiple=True, type=click.Choice(["80", "90"]), help="Default: both.")
@@ -306,21 +405,66 @@ def _output(*command: str) -> str:
     "precisions",
     multiple=True,
     type=click.Choice([name for name in PRECISIONS if name != "fp64"]),
-    help="Default: fp32 and fp16, and fp8 on sm_90.",
+    help="Default: all that the architecture has.",
 )
-def main(models: tuple[str, ...], archs: tuple[str, ...], precisions: tuple[str, ...]) -> None:
+@click.option("--tokens", multiple=True, type=click.IntRange(8), help="Of prompts. Default: 16, 64 and 128.")
+@click.option("--triton", "tritons", multiple=True, help="A version, or `installed`, which is the default.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the table there too, as JSON.")
+def main(
+    models: tuple[str, ...],
+    archs: tuple[str, ...],
+    precisions: tuple[str, ...],
+    tokens: tuple[int, ...],
+    tritons: tuple[str, ...],
+    out: Path | None,
+) -> None:
     """Compile every kernel and print a table of what it takes."""
-    compiled = compile_all(models or tuple(MODELS), [int(a) for a in archs] or (80, 90), precisions)
-    row = "{:<12} {:>4} {:<5} {:<20} {:<44} {:>5} {:>6} {:>7} {:>6} {:>6}"
-    names = ("model", "sm", "prec", "kernel", "variant", "regs", "spill", "shared", "instr", "tensor")
+    try:
+        check_free(out)
+        asked = [("--model", models), ("--arch", archs), ("--precision", precisions), ("--tokens", tokens)]
+        arguments = [str(part) for name, values in asked for value in values for part in (name, value)]
+        reports = []
+        for triton in tritons or ("installed",):
+            if triton not in ("installed", version("triton")):
+                reports += _by(triton, arguments)
+                continue
+            compiled = []
+            for arch in archs or ("80", "90"):
+                compiled += compile_all(models or tuple(MODELS), int(arch), precisions, tokens or TOKENS)
+            _print(compiled)
+            reports.append({"triton": version("triton"), **environment(), "kernels": compiled})
+        if out is not None:
+            write(out, reports)
+    except DeltapatchError as error:
+        sys.exit(f"Error: {error}")
+    bad = [
+        f"Triton {r['triton']}: {what}"
+        for r in reports
+        for what in problems(Compiled(*k) for k in r["kernels"])
+    ]
+    for what in bad:
+        click.echo(what, err=True)
+    sys.exit(1 if bad else 0)
+
+
+def _print(compiled: list[Compiled]) -> None:
+    row = "{:<12} {:>4} {:<5} {:>6} {:<20} {:<54} {:>5} {:>6} {:>7} {:>6} {:>6}"
+    names = (
+        "model",
+        "sm",
+        "prec",
+        "tokens",
+        "kernel",
+        "variant",
+        "regs",
+        "spill",
+        "shared",
+        "instr",
+        "tensor",
+    )
     click.echo(row.format(*names))
     for c in compiled:
-        click.echo(row.format(*c[:10]))
-    bad = [(c, problem) for c in compiled for problem in c.problems()]
-    for c, problem in bad:
-        name = f"{c.kernel} {c.variant} in {c.precision}"
-        click.echo(f"{name} for {c.model} on sm_{c.arch} {problem}", err=True)
-    sys.exit(1 if bad else 0)
+        click.echo(row.format(*c[:11]))
 
 
 if __name__ == "__main__":

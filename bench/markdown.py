@@ -46,7 +46,7 @@ def rates(result: dict[str, Any]) -> str:
     for side, title in SIDES.items():
         if any(side in columns[name] for name in names):
             rows.append([title, *(_rate(columns[name].get(side, {})) for name in names)])
-    return _table(rows)
+    return as_table(rows)
 
 
 def precision(result: dict[str, Any]) -> str:
@@ -56,14 +56,14 @@ def precision(result: dict[str, Any]) -> str:
         if "reason" not in found:
             numbers = f"{found['error']:.0e}", f"{found['rank_correlation']:.4f}", f"{found['top_worst']:.0%}"
             rows.append([name, *numbers])
-    return _table(rows)
+    return as_table(rows)
 
 
 def stream(result: dict[str, Any]) -> str:
     """Time and memory of every sweep of deltapatch alone, in the columns that are not empty."""
     rows = stream_rows(result)
     names = [name for name in rows[0] if any(row[name] for row in rows)]
-    return _table([names, *([row[name] for name in names] for row in rows)])
+    return as_table([names, *([row[name] for name in names] for row in rows)])
 
 
 def growth(result: dict[str, Any]) -> str:
@@ -74,7 +74,7 @@ def growth(result: dict[str, Any]) -> str:
         for point in points:
             rates = (_rate(point["columns"][side]) for side in sides)
             rows.append([f"{AXES[axis]}: {point['value']:,}", f"{point['interventions']:,}", *rates])
-    return _table(rows)
+    return as_table(rows)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -90,7 +90,8 @@ def _rate(column: dict[str, Any]) -> str:
     return ("~" if column.get("sampled") else "") + (f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}")
 
 
-def _table(rows: list[list[str]]) -> str:
+def as_table(rows: list[list[str]]) -> str:
+    """Rows of cells, of which the first is the head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 

@@ -1,4 +1,4 @@
-"""What `deltapatch pairs --show` prints: the tokens of pairs with their positions, labels and answers."""
+"""What `deltapatch pairs --show FILE --model M` prints: tokens with their positions, labels and answers."""
 
 from collections.abc import Sequence
 from textwrap import wrap

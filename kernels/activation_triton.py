@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.activation import activation_difference
-from deltapatch.kernels.lang import expm1, jit, next_power_of_two, on_device, power_scale, tl
+from deltapatch.kernels.lang import expm1_below_zero, jit, next_power_of_two, on_device, power_scale, tl
 from deltapatch.kernels.product import Precision, Scaled
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.swap import Swap
@@ -44,6 +44,10 @@ def activation_difference_triton(
     patches = order_patches([swaps], n_tokens)
     table = [None] * 4 if patches is None else [*patches[:3], *patches.deltas]
     block = min(_BLOCK, next_power_of_two(width))
+    held = precision.scaled and patches is None  # until the row's scale is known
+    if held and width > block:
+        block *= 2  # and as many threads as a block may have, so that each holds few
+    warps = min(32, max(4, block // (128 if held else 256)))
     with on_device(du):
         _activation_kernel[(n_tokens,)](
             out,
@@ -66,9 +70,10 @@ def activation_difference_triton(
             HAS_GATE=gate is not None,
             HAS_SWAPS=patches is not None,
             TOP=precision.top,
+            HELD=-(-width // block) if held else 0,
             BLOCK_P=min(1024, block),
             BLOCK_N=block,
-            num_warps=max(4, block // 256),
+            num_warps=warps,
         )
     return Scaled(out, scale)
 
@@ -82,7 +87,7 @@ def _name(act: Callable[[Tensor], Tensor]) -> str:
     return _NAMES[act]
 
 
-@jit
+@jit(do_not_specialize=["p_by_u", "p_by_g"])  # some rows' scales begin anywhere
 def _activation_kernel(  # type: ignore[no-untyped-def]
     p_out,
     p_scale,
@@ -107,13 +112,14 @@ def _activation_kernel(  # type: ignore[no-untyped-def]
     HAS_GATE: tl.constexpr,
     HAS_SWAPS: tl.constexpr,
     TOP: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One row, some neurons at a time.
 
-    Where it is to be scaled, its changes are kept in place of du until the largest is known: one row is small
-    enough that they still lie in the cache when they are read again.
+    Where it is to be scaled, its changes are kept in registers until the largest is known: all its HELD
+    blocks. With patches, which may be anywhere in the row, they are kept in place of du.
     """
     token = tl.program_id(0).to(tl.int64)
     base = tl.load(p_base + token).to(tl.int64)
@@ -125,29 +131,31 @@ def _activation_kernel(  # type: ignore[no-untyped-def]
         p_dg += token * s_dg
         p_g += base * s_g
         by_g = 1.0 if p_by_g is None else tl.load(p_by_g + token)
+    else:
+        by_g = 1.0
+    rows = (p_du, by_u, p_u, p_dg, by_g, p_g)
+    if HELD > 0:
+        changes = ()
+        top = 0.0
+        for i in tl.static_range(HELD):
+            change = _change(rows, i * BLOCK_N + tl.arange(0, BLOCK_N), width, ACT, HAS_GATE)
+            changes = changes + (change,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no other way)
+            # Joined block by block: else the compiler works on all at once, which takes too many registers.
+            top = tl.maximum(top, tl.max(tl.abs(change)))
+        scale, inverse = power_scale(top, TOP)
+        tl.store(p_scale + token, scale)
+        for i in tl.static_range(HELD):
+            o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            tl.store(p_out + o_n, (changes[i] * inverse).to(p_out.dtype.element_ty), mask=o_n < width)
+        return
+
     p_change = p_out
     if TOP > 0:
         p_change = p_du
-    top = tl.zeros([BLOCK_N], tl.float32)  # the largest of each lane
     for n0 in range(0, width, BLOCK_N):
         o_n = n0 + tl.arange(0, BLOCK_N)
-        m_n = o_n < width
-        b = tl.load(p_u + o_n, mask=m_n, other=0.0)
-        d = tl.load(p_du + o_n, mask=m_n, other=0.0) * by_u
-        if HAS_GATE:
-            gate = tl.load(p_g + o_n, mask=m_n, other=0.0)
-            d_gate = tl.load(p_dg + o_n, mask=m_n, other=0.0) * by_g
-            # act(g + dg)(u + du) - act(g) u = change (u + du) + act(g) du = change u + act(g + dg) du: the
-            # form with the smaller factor of du, which does not bring in a large term only to take it out.
-            change = _difference(gate, d_gate, ACT)
-            before, after = _act(gate, ACT), _act(gate + d_gate, ACT)
-            early = tl.abs(before) < tl.abs(after)
-            change = change * tl.where(early, b + d, b) + tl.where(early, before, after) * d
-        else:
-            change = _difference(b, d, ACT)
-        if TOP > 0:
-            top = tl.maximum(top, tl.abs(change))
-        tl.store(p_change + o_n, change.to(p_change.dtype.element_ty), mask=m_n)
+        change = _change(rows, o_n, width, ACT, HAS_GATE)
+        tl.store(p_change + o_n, change.to(p_change.dtype.element_ty), mask=o_n < width)
 
     if HAS_SWAPS:
         begin = tl.load(p_first + token)
@@ -161,17 +169,15 @@ def _activation_kernel(  # type: ignore[no-untyped-def]
                 at = tl.load(p_at + o_p, mask=m_p, other=0)
                 value = tl.load(p_delta + source * width + at, mask=m_p, other=0.0)
                 tl.store(p_change + at, value.to(p_change.dtype.element_ty), mask=m_p)
-            if TOP > 0:
-                tl.debug_barrier()
-                top = tl.zeros([BLOCK_N], tl.float32)
-                for n0 in range(0, width, BLOCK_N):
-                    o_n = n0 + tl.arange(0, BLOCK_N)
-                    top = tl.maximum(top, tl.abs(tl.load(p_change + o_n, mask=o_n < width, other=0.0)))
 
     if TOP > 0:
+        tl.debug_barrier()  # a thread may read what another wrote
+        top = tl.zeros([BLOCK_N], tl.float32)
+        for n0 in range(0, width, BLOCK_N):
+            o_n = n0 + tl.arange(0, BLOCK_N)
+            top = tl.maximum(top, tl.abs(tl.load(p_change + o_n, mask=o_n < width, other=0.0)))
         scale, inverse = power_scale(tl.max(top), TOP)
         tl.store(p_scale + token, scale)
-        tl.debug_barrier()  # a thread may read what another wrote
         for n0 in range(0, width, BLOCK_N):
             o_n = n0 + tl.arange(0, BLOCK_N)
             change = tl.load(p_change + o_n, mask=o_n < width, other=0.0) * inverse
@@ -179,32 +185,44 @@ def _activation_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _act(b, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    if ACT == "relu":
-        out = tl.maximum(b, 0.0)
-    elif ACT == "gelu":
-        out = b * _cdf(b)
-    elif ACT == "silu":
-        out = b * tl.sigmoid(b)
+def _change(rows, o_n, width, ACT: tl.constexpr, HAS_GATE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The changes of some neurons of a row."""
+    p_du, by_u, p_u, p_dg, by_g, p_g = rows
+    m_n = o_n < width
+    b = tl.load(p_u + o_n, mask=m_n, other=0.0)
+    d = tl.load(p_du + o_n, mask=m_n, other=0.0) * by_u
+    if HAS_GATE:
+        gate = tl.load(p_g + o_n, mask=m_n, other=0.0)
+        d_gate = tl.load(p_dg + o_n, mask=m_n, other=0.0) * by_g
+        # act(g + dg)(u + du) - act(g) u = change (u + du) + act(g) du = change u + act(g + dg) du: the form
+        # with the smaller factor of du, which does not bring in a large term only to take it out.
+        before, after, change = _act(gate, d_gate, ACT)
+        early = tl.abs(before) < tl.abs(after)
+        out = change * tl.where(early, b + d, b) + tl.where(early, before, after) * d
     else:
-        out = b * tl.sigmoid(_twice_u(b))
+        _, _, out = _act(b, d, ACT)
     return out
 
 
 @jit
-def _difference(b, d, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """act(b + d) - act(b). All but relu are x s(x) with s from 0 to 1: the change is d s(b + d) + b Δs."""
+def _act(b, d, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """act(b), act(b + d) and the change, which no difference of the two is taken for.
+
+    All but relu are x s(x) with s from 0 to 1: the change is d s(b + d) + b Δs.
+    """
     if ACT == "relu":
-        out = tl.where(b > 0, tl.maximum(d, -b), tl.maximum(b + d, 0.0))
-    elif ACT == "gelu":
-        out = d * _cdf(b + d) + b * _cdf_difference(b, d)
-    elif ACT == "silu":
-        out = d * tl.sigmoid(b + d) + b * _sigmoid_difference(b, b + d, d)
+        before, after = tl.maximum(b, 0.0), tl.maximum(b + d, 0.0)
+        change = tl.where(b > 0, tl.maximum(d, -b), after)
     else:
-        after = _twice_u(b + d)
-        step = 1.5957691216057308 * d * (1.0 + 0.044715 * (3.0 * b * (b + d) + d * d))
-        out = d * tl.sigmoid(after) + b * _sigmoid_difference(_twice_u(b), after, step)
-    return out
+        if ACT == "gelu":
+            s, s2, step = _cdf(b), _cdf(b + d), _cdf_difference(b, d)
+        elif ACT == "silu":
+            s, s2, step = _sigmoids(b, b + d, d)
+        else:
+            grown = 1.5957691216057308 * d * (1.0 + 0.044715 * (3.0 * b * (b + d) + d * d))
+            s, s2, step = _sigmoids(_twice_u(b), _twice_u(b + d), grown)
+        before, after, change = b * s, (b + d) * s2, d * s2 + b * step
+    return before, after, change
 
 
 @jit
@@ -214,10 +232,18 @@ def _twice_u(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _sigmoid_difference(x, y, d):  # type: ignore[no-untyped-def]
-    """sigmoid(y) - sigmoid(x), from d = y - x: sigmoid(upper) sigmoid(-lower) (1 - exp(-|d|)), signed."""
-    size = -expm1(-tl.abs(d)) * tl.sigmoid(tl.maximum(x, y)) * tl.sigmoid(-tl.minimum(x, y))
-    return tl.where(d < 0, -size, size)
+def _sigmoids(x, y, d):  # type: ignore[no-untyped-def]
+    """sigmoid(x), sigmoid(y) and sigmoid(y) - sigmoid(x), from d = y - x, with one division.
+
+    The difference is sigmoid(upper) sigmoid(-lower) (1 - exp(-|d|)), signed.
+    """
+    p = tl.exp(tl.minimum(tl.minimum(x, y), 80.0))  # so that no product overflows
+    r = tl.exp(tl.minimum(-tl.maximum(x, y), 80.0))
+    both = 1.0 / ((1.0 + p) * (1.0 + r))
+    lower, upper = p * (1.0 + r) * both, (1.0 + p) * both
+    step = expm1_below_zero(-tl.abs(d)) * both
+    down = d < 0
+    return tl.where(down, upper, lower), tl.where(down, lower, upper), tl.where(down, step, -step)
 
 
 @jit

@@ -53,15 +53,17 @@ def attention_difference_triton(
     n_out = sum(s.n_tokens for s in (read_segments(segments) if reads_only else segments))
     dtype = torch.float32 if precision.scaled else precision.operand
     out = torch.empty(n_out, n_heads * d_head, dtype=dtype, device=dq.device)
-    patches = {
-        place: _patched(swaps.get(place, []), lines, heads)
-        for place, lines, heads in (
-            ("q", len(dq), n_heads),
-            ("k", len(dk), n_kv),
-            ("v", len(dv), n_kv),
-            ("z", n_out, n_heads),
+    # One variant of the kernel for patches of any of q, k and v, since one takes seconds to compile.
+    has_qkv, has_z = (any(swaps.get(place) for place in places) for places in ("qkv", "z"))
+    patches = [
+        _patched(swaps.get(place, []), lines, heads, q) if wanted else (None, None)
+        for place, lines, heads, wanted in (
+            ("q", len(dq), n_heads, has_qkv),
+            ("k", len(dk), n_kv, has_qkv),
+            ("v", len(dv), n_kv, has_qkv),
+            ("z", n_out, n_heads, has_z),
         )
-    }
+    ]
     longest = max((s.length for s in segments), default=0)
     earlier = any(s.positions > 1 for s in segments)
     forks = any(s.fork is not None for s in segments)
@@ -77,7 +79,7 @@ def attention_difference_triton(
                 dk,
                 dv,
                 scale_of_rows,
-                *(part for place in "qkvz" for part in patches[place]),
+                *(part for found in patches for part in found),
                 q,
                 k,
                 v,
@@ -95,7 +97,8 @@ def attention_difference_triton(
                 HAS_EARLIER=earlier,
                 HAS_FORK=forks,
                 HAS_SCALE=scale_of_rows is not None,
-                **{f"HAS_{place.upper()}": patches[place][0] is not None for place in patches},
+                HAS_QKV=has_qkv,
+                HAS_Z=has_z,
                 N_HEADS=n_heads,
                 N_KV=n_kv,
                 D_HEAD=d_head,
@@ -131,16 +134,21 @@ def _sizes(by_rows: bool, longest: int, d_head: int) -> dict[str, Any]:
     }
 
 
-def _patched(swaps: list[Swap], lines: int, heads: int) -> tuple[Tensor | None, Tensor | None]:
+def _patched(swaps: list[Swap], lines: int, heads: int, some: Tensor) -> tuple[Tensor, Tensor]:
     """Where a kernel finds what takes the place of heads: no host waits for it.
+
+    Args:
+        swaps: of heads; there may be none.
+        lines, heads: of what is patched.
+        some: any array in the base dtype, where there is nothing to be found.
 
     Returns:
         [line, head] int64, where a head's replacement begins, -1 for a head that is not patched; and the
-        array that it lies in. None, None where there are no patches.
+        array that it lies in.
     """
     if not swaps:
-        return None, None
-    if len(swaps) == 1:
+        delta, first = some, []
+    elif len(swaps) == 1:
         delta, first = swaps[0].delta, [0]
     else:
         delta = torch.cat([s.delta for s in swaps])
@@ -191,9 +199,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     HAS_EARLIER: tl.constexpr,
     HAS_FORK: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    HAS_Q: tl.constexpr,
-    HAS_K: tl.constexpr,
-    HAS_V: tl.constexpr,
+    HAS_QKV: tl.constexpr,
     HAS_Z: tl.constexpr,
     N_HEADS: tl.constexpr,
     N_KV: tl.constexpr,
@@ -247,7 +253,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     if WHOLE:
         logit, change = _scores(
             tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, 0,
-            BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_Q, HAS_K,
+            BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_QKV,
             N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
         )  # fmt: skip
         p, w = _weights(logit, change, HUGE)
@@ -273,7 +279,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
                 BY_ROWS,
                 HAS_EARLIER,
                 HAS_SCALE,
-                HAS_V,
+                HAS_QKV,
                 N_KV,
                 D_HEAD,
                 BLOCK_K,
@@ -287,10 +293,10 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         mean = tl.zeros([BLOCK_Q], tl.float32)
         new_top = tl.full([BLOCK_Q], -1e30, tl.float32)
         new_total = tl.zeros([BLOCK_Q], tl.float32)
-        for k0 in range(0, end, BLOCK_K):
+        for k0 in tl.range(0, end, BLOCK_K, disable_licm=True):
             logit, change = _scores(
                 tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
-                BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_Q, HAS_K,
+                BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_QKV,
                 N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
             )  # fmt: skip
             high = tl.maximum(high, tl.max(tl.where(logit > -1e30, change, -1e30), 1))
@@ -314,10 +320,10 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         a = tl.zeros([BLOCK_Q], tl.float32)
         acc = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
         z = tl.zeros([1 if BY_ROWS else BLOCK_Q, BLOCK_C], tl.float32)
-        for k0 in range(0, end, BLOCK_K):
+        for k0 in tl.range(0, end, BLOCK_K, disable_licm=True):
             logit, change = _scores(
                 tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
-                BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_Q, HAS_K,
+                BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_QKV,
                 N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
             )  # fmt: skip
             p = tl.exp(logit - log_total[:, None])
@@ -347,7 +353,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
                 BY_ROWS,
                 HAS_EARLIER,
                 HAS_SCALE,
-                HAS_V,
+                HAS_QKV,
                 N_KV,
                 D_HEAD,
                 BLOCK_K,
@@ -361,7 +367,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
 def _scores(  # type: ignore[no-untyped-def]
     tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
     BY_ROWS: tl.constexpr, HAS_EARLIER: tl.constexpr, HAS_FORK: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_QKV: tl.constexpr,
     N_HEADS: tl.constexpr, N_KV: tl.constexpr, D_HEAD: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -389,10 +395,10 @@ def _scores(  # type: ignore[no-untyped-def]
             o_c = c0 + tl.arange(0, BLOCK_S)
             cos, sin = _angles(angles, o_at, o_at < end, o_c, PAIRS, INTERLEAVED)
             keys = _turned(base_k, o_k, m_k, o_c, cos, -sin, D_HEAD, PAIRS, INTERLEAVED)
-            dq = _changes(rows_q, token, m_q, o_c, D_HEAD, HAS_SCALE, HAS_Q, N_HEADS)
+            dq = _changes(rows_q, token, m_q, o_c, D_HEAD, HAS_SCALE, HAS_QKV, N_HEADS)
             change = tl.dot(dq, tl.trans(keys), change, input_precision="tf32x3")
             q = _turned(base_q, o_at, o_at < end, o_c, cos, -sin, D_HEAD, PAIRS, INTERLEAVED)
-            dk = _changes(rows_k, token, m_last, o_c, D_HEAD, HAS_SCALE, HAS_K, N_KV)
+            dk = _changes(rows_k, token, m_last, o_c, D_HEAD, HAS_SCALE, HAS_QKV, N_KV)
             own_terms += (q + dq) * dk
         change += tl.where((o_k == position)[None, :], tl.sum(own_terms, 1)[:, None], 0.0)
         if HAS_EARLIER:
@@ -404,11 +410,11 @@ def _scores(  # type: ignore[no-untyped-def]
                     cos, sin = _angles(angles, o_at, o_at < end, o_c, PAIRS, INTERLEAVED)
                     cos_j, sin_j = _angles(angles, o_j, o_j < end, o_c, PAIRS, INTERLEAVED)
                     q = _turned(base_q, o_at, o_at < end, o_c, cos, -sin, D_HEAD, PAIRS, INTERLEAVED)
-                    dq = _changes(rows_q, token, m_q, o_c, D_HEAD, HAS_SCALE, HAS_Q, N_HEADS)
+                    dq = _changes(rows_q, token, m_q, o_c, D_HEAD, HAS_SCALE, HAS_QKV, N_HEADS)
                     dk = _turned_changes(
                         rows_k, own + o_q + (j - start) * stride, m_q, o_c,
                         cos_j * cos + sin_j * sin, sin_j * cos - cos_j * sin,
-                        D_HEAD, PAIRS, INTERLEAVED, HAS_SCALE, HAS_K, N_KV,
+                        D_HEAD, PAIRS, INTERLEAVED, HAS_SCALE, HAS_QKV, N_KV,
                     )  # fmt: skip
                     own_terms += (q + dq) * dk
                 change += tl.where((o_k == j)[None, :], tl.sum(own_terms, 1)[:, None], 0.0)
@@ -423,7 +429,7 @@ def _scores(  # type: ignore[no-untyped-def]
             cos, sin = _angles(angles, o_at, m_q, o_c, PAIRS, INTERLEAVED)
             dq = _turned_changes(
                 rows_q, token, m_q, o_c, cos, sin,
-                D_HEAD, PAIRS, INTERLEAVED, HAS_SCALE, HAS_Q, N_HEADS,
+                D_HEAD, PAIRS, INTERLEAVED, HAS_SCALE, HAS_QKV, N_HEADS,
             )  # fmt: skip
             logit = tl.dot(q, tl.trans(keys), logit, input_precision="tf32x3")
             change = tl.dot(dq, tl.trans(keys), change, input_precision="tf32x3")
@@ -431,7 +437,7 @@ def _scores(  # type: ignore[no-untyped-def]
                 cos_k, sin_k = _angles(angles, o_k, m_own, o_c, PAIRS, INTERLEAVED)
                 dk = _turned_changes(
                     rows_k, own + (o_k - start) * stride, m_own, o_c, cos_k, sin_k,
-                    D_HEAD, PAIRS, INTERLEAVED, HAS_SCALE, HAS_K, N_KV,
+                    D_HEAD, PAIRS, INTERLEAVED, HAS_SCALE, HAS_QKV, N_KV,
                 )  # fmt: skip
                 change = tl.dot(q + dq, tl.trans(dk), change, input_precision="tf32x3")
     seen = (o_k[None, :] <= o_at[:, None]) & m_k[None, :]
@@ -460,7 +466,7 @@ def _weights(logit, change, HUGE: tl.constexpr):  # type: ignore[no-untyped-def]
 @jit
 def _add_own_values(  # type: ignore[no-untyped-def]
     acc, weights, last, tile, rows_v, o_c, k0,
-    BY_ROWS: tl.constexpr, HAS_EARLIER: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_V: tl.constexpr,
+    BY_ROWS: tl.constexpr, HAS_EARLIER: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_QKV: tl.constexpr,
     N_KV: tl.constexpr, D_HEAD: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add the rows' own changes of values, times new weights [query, key]; `last` is that of `position`."""
@@ -469,16 +475,16 @@ def _add_own_values(  # type: ignore[no-untyped-def]
     o_k = k0 + tl.arange(0, BLOCK_K)
     if BY_ROWS:
         m_last = o_q < tl.where(k0 + BLOCK_K > position, count, 0)
-        acc += last[:, None] * _changes(rows_v, token, m_last, o_c, D_HEAD, HAS_SCALE, HAS_V, N_KV)
+        acc += last[:, None] * _changes(rows_v, token, m_last, o_c, D_HEAD, HAS_SCALE, HAS_QKV, N_KV)
         if HAS_EARLIER:
             for j in range(tl.maximum(k0, start), tl.minimum(k0 + BLOCK_K, position)):
                 dv = _changes(
-                    rows_v, own + o_q + (j - start) * stride, m_q, o_c, D_HEAD, HAS_SCALE, HAS_V, N_KV
+                    rows_v, own + o_q + (j - start) * stride, m_q, o_c, D_HEAD, HAS_SCALE, HAS_QKV, N_KV
                 )
                 acc += tl.sum(tl.where((o_k == j)[None, :], weights, 0.0), 1)[:, None] * dv
     elif k0 + BLOCK_K > start:
         m_own = (o_k >= start) & (o_k < end)
-        dv = _changes(rows_v, own + (o_k - start) * stride, m_own, o_c, D_HEAD, HAS_SCALE, HAS_V, N_KV)
+        dv = _changes(rows_v, own + (o_k - start) * stride, m_own, o_c, D_HEAD, HAS_SCALE, HAS_QKV, N_KV)
         acc = tl.dot(weights, dv, acc, input_precision="tf32x3")
     return acc
 

@@ -72,9 +72,9 @@ def add_norm_triton(
             HAS_OUT=out is not None,
             HAS_TO=to is not None,
             NORMS=len(norms),
-            CENTRED=centred,
+            CENTRED=centred and bool(norms),  # one variant for all where nothing is normalised
             COLLAPSE=COLLAPSE,
-            TOP=precision.top,
+            TOP=precision.top if norms else 0,
             BLOCK_N=block,
             # Few numbers a thread, so that many rows are in flight; with swaps that would spill on sm_80.
             num_warps=min(16, max(4, block // (256 if patches is None else 512))),

@@ -166,7 +166,7 @@ def narrow_weight(weight: Tensor, precision: Precision) -> Operand:
         weight = weight.float()
         scale, inverse = _powers(weight, precision.top)
         return Operand(_rounded(weight * inverse.unsqueeze(1), precision), scale, precision)
-    if precision.operand == torch.float16 and weight.dtype != torch.float16 and not weight.is_cuda:
+    if precision.operand == torch.float16 and weight.dtype != torch.float16 and weight.device.type == "cpu":
         largest = float(torch.linalg.vector_norm(weight, torch.inf)) if weight.numel() else 0.0
         if largest > _LARGEST_HALF:
             raise DeltapatchError(

@@ -116,7 +116,7 @@ def _distribution(
     }
 
 
-@jit
+@jit(do_not_specialize=["n_rows"])
 def _dots_kernel(  # type: ignore[no-untyped-def]
     p_out,
     p_d,

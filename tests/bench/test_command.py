@@ -119,6 +119,25 @@ def test_an_environment_is_made_once(tmp_path, monkeypatch):
     assert (tmp_path / "site" / "deltapatch" / "bench").is_dir()
 
 
+def test_an_environment_that_is_this_one_but_for_a_package(tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, **more):
+        calls.append(command)
+        if "venv" in command:
+            isolate.Path(command[-1]).mkdir(parents=True)
+            (tmp_path / "site").mkdir()
+        return SimpleNamespace(returncode=0, stderr="", stdout=str(tmp_path / "site"))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    python = isolate.python_with("triton==3.6.0", tmp_path, print)
+    assert isolate.Path(python).is_relative_to(tmp_path)
+    (install,) = (c for c in calls if "install" in c)
+    assert install[-2:] == ["triton==3.6.0", "--no-deps"]
+    assert (tmp_path / "site" / "above.pth").read_text() == isolate.site_packages() + "\n"
+    assert (tmp_path / "site" / "deltapatch" / "bench").is_dir()
+
+
 def test_requirements_fall_back_to_the_package():
     assert isolate.requirements("no-such-extra")[-1] == "no-such-extra"
 

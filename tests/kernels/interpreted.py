@@ -26,7 +26,7 @@ from transformers import (
 
 import deltapatch
 from deltapatch.kernels.backend import REFERENCE, TRITON, choose_backend
-from deltapatch.kernels.lang import expm1, expm1_minus, interpreted
+from deltapatch.kernels.lang import expm1, expm1_below_zero, expm1_minus, interpreted
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import (
     PRECISIONS,
@@ -115,9 +115,10 @@ def assert_same(name, arguments, tolerance, measure=error):
 
 
 @triton.jit
-def _both(p_x, p_expm1, p_minus, BLOCK: tl.constexpr):
+def _all(p_x, p_expm1, p_minus, p_below, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(p_x + o)
+    tl.store(p_below + o, expm1_below_zero(-tl.abs(x)))
     tl.store(p_expm1 + o, expm1(x))
     tl.store(p_minus + o, expm1_minus(x))
 
@@ -125,12 +126,14 @@ def _both(p_x, p_expm1, p_minus, BLOCK: tl.constexpr):
 def test_expm1_of_any_size():
     draw = drawer(0, torch.float32)
     x = torch.cat([draw(1024, scale=s) for s in (1e-30, 1e-6, 1e-2, 0.3, 1.0, 5.0, 20.0, 0.0)])
-    got, minus = torch.empty_like(x), torch.empty_like(x)
-    _both[(8,)](x, got, minus, BLOCK=1024)
+    got, minus, below = (torch.empty_like(x) for _ in range(3))
+    _all[(8,)](x, got, minus, below, BLOCK=1024)
     wide = x.cpu().numpy().astype(np.longdouble)
     want = np.expm1(wide)
     off = np.abs(got.cpu().numpy() - want) / np.where(want == 0, 1, np.abs(want))
     assert off.max() < 2e-7
+    want = np.expm1(-np.abs(wide))
+    assert (np.abs(below.cpu().numpy() - want) / np.where(want == 0, 1, -want)).max() < 6e-7
     series = sum(wide**k / np.longdouble(float(np.prod(np.arange(1.0, k + 1)))) for k in range(2, 20))
     want = np.where(np.abs(wide) < 0.5, series, want - wide)
     known = np.abs(wide) > 1e-15  # below, the square is less than float32 can hold
@@ -220,9 +223,11 @@ def test_parts_swaps_and_norms_of_any_kind(packing, seed, parts, last, n_norms, 
         (partial(F.gelu, approximate="tanh"), "fp32"),
         (F.silu, "fp32"),
         (F.silu, "fp16"),
+        (F.gelu, "fp16"),
+        (partial(F.gelu, approximate="tanh"), "fp16"),
         (F.relu, "fp32"),
     ],
-    ids=["gelu", "tanh", "silu", "silu-fp16", "relu"],
+    ids=["gelu", "tanh", "silu", "silu-fp16", "gelu-fp16", "tanh-fp16", "relu"],
 )
 def test_activation(act, precision, gated, monkeypatch):
     monkeypatch.setattr("deltapatch.kernels.activation_triton._BLOCK", 32)  # so that rows take several

@@ -1,10 +1,15 @@
 """Compilations are counted: each specialisation once a process, whatever else listens."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 
-from deltapatch.bench.compile_kernels import compiling_for
-from deltapatch.kernels import compilations
+import deltapatch
+from deltapatch.bench.compile_kernels import compiling_for, recording_for
+from deltapatch.bench.true_shapes import CONFIGS, random_model
+from deltapatch.kernels import backend, compilations
 from deltapatch.kernels.compilations import count_compilations
 from deltapatch.kernels.lang import HAS_TRITON
 from deltapatch.kernels.narrow_triton import narrow_rows
@@ -46,6 +51,49 @@ def test_without_triton_nothing_is_compiled(monkeypatch):
     with count_compilations() as n:
         pass
     assert (n.count, n.names) == (0, [])
+
+
+SMALL = {"n_layer": 3, "n_embd": 64, "n_head": 4, "vocab_size": 112, "rotary_dim": 8}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What a sweep of a small random GPT-J launches, as (kernel, specialisation); nothing is computed."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backend, "interpreted", lambda: True)  # so that a CPU may have the backend
+    for where, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(where, name, getattr(where, name.replace("empty", "zeros")))
+    model = random_model({**CONFIGS["gptj-6b"], **SMALL}, "cpu", torch.float16)
+
+    def launch(lengths, sites, positions):
+        prompts = [np.random.default_rng(0).integers(0, 112, (2, n)).tolist() for n in lengths]
+        pairs = [deltapatch.PromptPair(*two, 3, 4) for two in prompts]
+        with recording_for(90) as found:
+            deltapatch.sweep(
+                model, pairs, sites, positions=positions, precision="fp16", backend="triton", progress=False
+            )
+        return set(found)
+
+    return launch
+
+
+def test_other_prompts_and_pairs_compile_nothing_anew(launched):
+    neurons, components = partial(launched, sites=["mlp_post"]), ["mlp_out", "attn_out"]
+    first = neurons([16, 12], positions="last") | launched([16, 16], components, "all")
+    assert {name for name, _ in first} >= {"_add_norm_kernel", "_attention_kernel", "_dots_kernel"}
+    second = neurons([11, 9, 9], positions="last") | launched([13, 9, 16], components, "all")
+    assert second - first == set()
+    assert {name for name, _ in launched([17], ["mlp_post"], "last") - first} == {"_attention_kernel"}
+
+
+def test_patches_of_queries_keys_and_values_share_their_kernels(launched):
+
+    def attention(lengths, *sites):
+        return {key for name, key in launched(lengths, list(sites), "all") if name == "_attention_kernel"}
+
+    queries, heads = attention([9], "q"), attention([9], "z")
+    assert attention([9], "k") | attention([9], "v") | attention([10, 9], "q", "k", "v") <= queries
+    assert heads - queries
 
 
 @pytest.mark.gpu

@@ -1,13 +1,26 @@
 """What the kernels compile to for GPUs that are not here, at the shapes of real models."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from deltapatch.bench.compile_kernels import MODELS, SHARED_LIMIT, Compiled
+from deltapatch.bench import compile_kernels
+from deltapatch.bench.compile_kernels import (
+    MODELS,
+    PRECISIONS_OF,
+    SHARED_LIMIT,
+    TOKENS,
+    Compiled,
+    read,
+    write,
+)
 from deltapatch.kernels.lang import HAS_TRITON
 
+RESULT = Path(compile_kernels.__file__).parent / "results" / "compile_sm90.json"
 KERNELS = (
     "_add_norm_kernel",
     "_activation_kernel",
@@ -30,13 +43,13 @@ def compiled(*arguments):
 
 def missing(table, models, archs):
     """Kernels that the table lacks."""
-    seen = {(line.split()[0], line.split()[1], line.split()[3]) for line in table.splitlines()}
+    seen = {(line.split()[0], line.split()[1], line.split()[4]) for line in table.splitlines()}
     return sorted({(m, a, k) for m in models for a in archs for k in KERNELS} - seen)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
 def test_kernels_fit_a_gpu():
-    table = compiled("--model", "gptj-6b", "--arch", "90")
+    table = compiled("--model", "gptj-6b", "--arch", "90", "--precision", "fp16", "--tokens", "16")
     assert missing(table, ["gptj-6b"], ["90"]) == []
 
 
@@ -58,10 +71,66 @@ def test_kernels_fit_every_gpu():
     ids=["spill", "shared", "wgmma", "tensor"],
 )
 def test_what_must_not_be(change, problem):
-    good = Compiled("m", 90, "fp16", "_attention_kernel", "", 128, 0, 1024, 100, 8, False)
+    good = Compiled("m", 90, "fp16", 16, "_attention_kernel", "", 128, 0, 1024, 100, 8, False)
     assert good.problems() == []
     assert [problem in said for said in good._replace(**change).problems()] == [True]
 
 
 def test_kernels_without_products_need_no_tensor_cores():
-    assert Compiled("m", 80, "fp16", "_add_norm_kernel", "", 128, 0, 1024, 100, 0, False).problems() == []
+    kernel = Compiled("m", 80, "fp16", 16, "_add_norm_kernel", "", 128, 0, 1024, 100, 0, False)
+    assert kernel.problems() == []
+
+
+def test_the_committed_result_covers_everything_and_has_no_problem():
+    """Of the Triton that PyTorch 2.11 brings and of a newer one."""
+    reports = read(RESULT)
+    assert reports[0][0]["triton"] == "3.6.0"
+    assert len(reports) == 2
+    for report, kernels in reports:
+        assert report["versions"]["torch"]
+        assert report["date"]
+        assert [problem for kernel in kernels for problem in kernel.problems()] == []
+        seen = {(c.model, c.kernel) for c in kernels}
+        assert {(m, k) for m in MODELS for k in KERNELS} <= seen
+        # What compiles to the same is there once, for the first of the precisions that have it.
+        attention = [c for c in kernels if c.kernel == "_attention_kernel"]
+        assert {(c.model, c.tokens) for c in attention} == {(m, n) for m in MODELS for n in TOKENS}
+        assert {c.precision for c in kernels} >= {"fp32", "bf16", "fp16", "fp8"}
+        assert {c.arch for c in kernels} == {90}
+    assert set(PRECISIONS_OF[90]) == {"fp32", "tf32", "bf16", "fp16", "fp8"}
+
+
+def test_another_triton_compiles_in_an_environment_of_its_own(tmp_path, monkeypatch):
+    """The command there gets the same options; what it finds is told, kept, and decides the exit code."""
+    spilled = Compiled("gptj-6b", 90, "fp16", 16, "_add_norm_kernel", "norms=1", 64, 8, 0, 100, 0, False)
+    asked = []
+
+    def fake(command):
+        asked.append(command)
+        write(Path(command[command.index("--out") + 1]), [{"triton": "3.6.0", "kernels": [spilled]}])
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(compile_kernels, "python_with", lambda package, cache, say: f"python with {package}")
+    monkeypatch.setattr(compile_kernels.subprocess, "run", fake)
+    out = tmp_path / "out.json"
+    options = ["--model", "gptj-6b", "--arch", "90", "--tokens", "16", "--triton", "3.6.0", "--out", str(out)]
+    run = CliRunner().invoke(compile_kernels.main, options)
+    assert run.exit_code == 1
+    assert "Triton 3.6.0: _add_norm_kernel norms=1 in fp16 at 16 tokens for gptj-6b on sm_90" in run.stderr
+    assert [(report["triton"], kernels) for report, kernels in read(out)] == [("3.6.0", [spilled])]
+    assert asked[0][:3] == ["python with triton==3.6.0", "-m", "deltapatch.bench.compile_kernels"]
+    assert asked[0][3:9] == options[:6]
+
+
+def test_another_triton_that_compiles_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_kernels, "python_with", lambda package, cache, say: "false")
+    run = CliRunner().invoke(compile_kernels.main, ["--triton", "0.1"])
+    assert "the kernels cannot be compiled by Triton 0.1: exit code 1" in run.output
+
+
+def test_a_report_has_a_kernel_a_line(tmp_path):
+    kernel = Compiled("m", 90, "fp16", 16, "_add_norm_kernel", "norms=1", 64, 0, 0, 100, 0, False)
+    write(tmp_path / "file", [{"triton": "1", "kernels": [kernel, kernel]}])
+    assert len((tmp_path / "file").read_text().splitlines()) == 4
+    (report,) = json.loads((tmp_path / "file").read_text())
+    assert dict(zip(report["columns"], report["kernels"][0], strict=True)) == kernel._asdict()
