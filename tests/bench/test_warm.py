@@ -4,12 +4,11 @@ A stand-in for a GPU's driver lets the host's code run on CPU tensors; Triton sa
 for which key, and compiles nothing. The kernels do nothing, so numbers mean nothing here.
 """
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 import deltapatch
+from deltapatch.bench.compile_kernels import recording_for
 from deltapatch.bench.gpu_parts import COMPONENTS, NEURONS, warm_layers
 from deltapatch.bench.true_shapes import CONFIGS, random_model
 from deltapatch.engine.job import Job
@@ -21,37 +20,6 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed 
 SMALL = {"n_layer": 6, "num_hidden_layers": 6, "n_embd": 32, "hidden_size": 32, "n_head": 2,
          "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "n_inner": 32,
          "vocab_size": 64, "rotary_dim": 8}  # fmt: skip
-
-
-@contextmanager
-def launches():
-    """Collects (kernel, key) of each launch."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    class Driver:
-        def get_current_device(self):
-            return 90
-
-        def get_current_stream(self, device):
-            return 0
-
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-    met = set()
-
-    def note(*args, fn, key, **told):
-        met.add((fn.name, str(key)))
-        return True  # not to be compiled, nor run
-
-    runtime, before = triton.knobs.runtime, triton.runtime.driver._active
-    triton.runtime.driver.set_active(Driver())
-    hook, runtime.jit_cache_hook = runtime.jit_cache_hook, note
-    try:
-        yield met
-    finally:
-        runtime.jit_cache_hook, triton.runtime.driver._active = hook, before
 
 
 @pytest.fixture(autouse=True)
@@ -75,12 +43,12 @@ def test_the_warm_up_meets_all_that_the_sweep_launches(name, what, mode):
     pairs = [deltapatch.PromptPair([1, 2, 3, 4, 5], [1, 7, 3, 8, 9], 3, 4)] * 2
     options = {"positions": positions, "precision": mode, "backend": "triton", "progress": False}
     options |= {"noise_sample": 0, "metrics": "logit_diff,dlogp_clean"}
-    with launches() as warm:
+    with recording_for(90) as warm:
         deltapatch.sweep(model, pairs, sites, layers=warm_layers(model.spec), **options)
-    with launches() as timed:
+    with recording_for(90) as timed:
         deltapatch.sweep(model, pairs, sites, **options)
     assert timed
-    new = sorted(timed - warm)
+    new = sorted(set(timed) - set(warm))
     assert not new, f"{len(new)} of {len(timed)}: {new[:2]}"
 
 
@@ -90,9 +58,9 @@ def test_a_warm_up_of_the_last_layer_alone_would_miss_some():
     pairs = [deltapatch.PromptPair([1, 2, 3, 4, 5], [1, 7, 3, 8, 9], 3, 4)]
     options = {"sites": "mlp_post", "positions": "last", "precision": "fp16", "backend": "triton"}
     options |= {"noise_sample": 0, "progress": False}
-    with launches() as warm:
+    with recording_for(90) as warm:
         deltapatch.sweep(model, pairs, layers=[5], **options)
-    with launches() as timed:
+    with recording_for(90) as timed:
         deltapatch.sweep(model, pairs, **options)
-    missed = {name.rpartition(".")[2] for name, _ in timed - warm}
+    missed = {name for name, _ in set(timed) - set(warm)}
     assert missed >= {"_activation_kernel", "_add_norm_kernel"}
