@@ -105,6 +105,8 @@ def attention_difference_triton(
                 PAIRS=rotary.cos.shape[1],
                 INTERLEAVED=rotary.interleaved,
                 HUGE=HUGE,
+                # Left to itself, the assembler spills a little to have more of these programs side by side.
+                maxnreg=255 if earlier else None,
                 **size,
             )
     return narrow(out, precision) if precision.scaled else Scaled(out)
