@@ -149,6 +149,12 @@ def test_wrong_options(options, message):
     assert message in " ".join(done.output.split())
 
 
+def test_the_page_says_what_the_parts_are():
+    page = (gpu.Path(gpu.__file__).parents[1] / "docs" / "gpu.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert {row[0].strip("| `"): row[1] for row in rows} == {k: f"{v} s" for k, v in gpu.LIMITS.items()}
+
+
 @pytest.mark.slow
 def test_every_part_runs(tmp_path):
     out = tmp_path / "gpu.json"
