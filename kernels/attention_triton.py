@@ -128,7 +128,7 @@ def _sizes(by_rows: bool, longest: int, d_head: int) -> dict[str, Any]:
     return {
         "WHOLE": whole,
         "BLOCK_Q": 64 if by_rows and short else 16,
-        "BLOCK_K": keys if whole else 32,
+        "BLOCK_K": keys if whole else 32 if by_rows or block_c <= 128 else 16,
         "BLOCK_C": block_c,
         "BLOCK_S": 16,
         "num_warps": warps if whole or block_c <= 64 else 8,
