@@ -53,7 +53,7 @@ class Part:
 
 
 # In the order in which they are done.
-LIMITS = {"smoke": 60, "gptj": 200, "fp8": 90, "llama": 120, "pythia": 120, "kernels": 150, "precision": 120}
+LIMITS = {"smoke": 90, "gptj": 200, "fp8": 90, "llama": 120, "pythia": 120, "kernels": 150, "precision": 120}
 
 
 def measure(

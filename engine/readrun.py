@@ -54,8 +54,7 @@ def read_run(path: str | os.PathLike[str]) -> Effects:
             f"run {path} is not finished: the same sweep with --resume (in Python resume=True) goes on "
             "with it, and `deltapatch merge` finishes one whose parts (--shard) are all done"
         )
-    for name in (RUN, PAIRS, EFFECTS):
-        check_file(path / name)
+    check_file(path / RUN)
     if not (path / RUN).is_file():
         raise DeltapatchError(f"{path} is not a run folder: it has no {RUN}")
     try:
@@ -96,7 +95,8 @@ def _effects(path: Path, about: dict[str, Any]) -> Effects:
         same = about.get(CHECKSUM) == checksum(about, path)
         _need(same, "its files are not those that were written")
     _check_coordinates(about)
-    check_regular(path / PAIRS)
+    for name in (PAIRS, EFFECTS):
+        check_regular(path / name)
     pairs = read_pairs_text((path / PAIRS).read_text(encoding="utf-8"))
     sites: dict[str, SiteEffects] = {}
     with open_safetensors(path / EFFECTS, "numpy") as file:

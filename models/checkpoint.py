@@ -79,10 +79,10 @@ class SafetensorsFiles:
 
     def __init__(self, where: str, files: list[Path], index: dict[str, str] | None = None) -> None:
         self.where = where
-        self._looks = {path.name: _look(path) for path in files}  # before they are opened
+        self._absolute = {path.name: path.absolute() for path in files}  # read from wherever the program goes
+        self._looks = {name: _look(path) for name, path in self._absolute.items()}  # before they are opened
         self._files = {path.name: _open(path) for path in files}
         self._paths = {path.name: path for path in files}
-        self._absolute = {path.name: path.absolute() for path in files}  # read from wherever the program goes
         if index is None:
             index = {name: path.name for path in files for name in self._files[path.name].keys()}  # noqa: SIM118
         held = {file: set(opened.keys()) for file, opened in self._files.items()}
@@ -152,7 +152,7 @@ class SafetensorsFiles:
 
     def _check_unchanged(self, name: str) -> None:
         file = self._home[name]
-        if _look(self._paths[file]) != self._looks[file]:
+        if _look(self._absolute[file]) != self._looks[file]:
             raise DeltapatchError(
                 f"{self._paths[file]} has changed since the model was loaded: load the model again"
             )

@@ -147,7 +147,9 @@ def test_files_that_are_none(command, tiny, write_pairs, ids_pair, tmp_path):
     for name in ("run.json", "pairs.jsonl", "effects.safetensors"):
         os.rename(f"whole/{name}", "aside")
         os.mkfifo(f"whole/{name}")
-        refuses(command("effects", "whole"), f"whole/{name} is a FIFO")
+        refuses(
+            command("effects", "whole"), f"whole/{name}", "FIFO" if name == "run.json" else "no regular file"
+        )
         os.replace("aside", f"whole/{name}")
     assert command("effects", "whole").code == 0
 

@@ -249,7 +249,7 @@ def test_patches_are_checked_as_axes_are(model, patch, message):
         (lambda e: e.values(len), "a metric must be a name, not a function"),
         (lambda e: e.values("ie", ["mlp_out"]), "unknown site ['mlp_out']"),
         (lambda e: e.values("ie", 3), "unknown site 3"),
-        (lambda e: e.columns(None), "metrics must be names such as ['ie', 'recovered'], not None"),
+        (lambda e: e.columns({"ie": 1}), "metrics must be names such as ['ie', 'recovered'], not {'ie': 1}"),
         (lambda e: e.columns("ie", 3), "unknown site 3"),
         (lambda e: e.save(None), "a run folder must be a path, not None"),
         (lambda e: load_effects(3), "a run folder must be a path, not 3"),
