@@ -67,7 +67,7 @@ def attention_difference_triton(
     longest = max((s.length for s in segments), default=0)
     earlier = any(s.positions > 1 for s in segments)
     forks = any(s.fork is not None for s in segments)
-    sizes = [_sizes(by_rows, longest, d_head) for by_rows in (True, False)]
+    sizes = [_sizes(by_rows, longest, d_head, earlier) for by_rows in (True, False)]
     tables = query_tiles(segments, reads_only, sizes[0]["BLOCK_Q"], sizes[1]["BLOCK_Q"], dq.device)
     for tiles, by_rows, size in zip(tables, (True, False), sizes, strict=True):
         if not len(tiles):
@@ -105,20 +105,19 @@ def attention_difference_triton(
                 PAIRS=rotary.cos.shape[1],
                 INTERLEAVED=rotary.interleaved,
                 HUGE=HUGE,
-                # Left to itself, the assembler spills a little to have more of these programs side by side.
-                maxnreg=255 if earlier else None,
                 **size,
             )
     return narrow(out, precision) if precision.scaled else Scaled(out)
 
 
-def _sizes(by_rows: bool, longest: int, d_head: int) -> dict[str, Any]:
+def _sizes(by_rows: bool, longest: int, d_head: int, earlier: bool) -> dict[str, Any]:
     """Blocks of queries, keys and coordinates, as large as registers allow: see bench/compile_kernels.py.
 
     Args:
         by_rows: of tiles of rows, else of queries.
         longest: prompt.
         d_head: any.
+        earlier: whether any row has several own positions.
     """
     block_c = max(16, next_power_of_two(d_head))
     keys = max(16, next_power_of_two(longest))
@@ -133,6 +132,8 @@ def _sizes(by_rows: bool, longest: int, d_head: int) -> dict[str, Any]:
         "BLOCK_S": 16,
         "num_warps": warps if whole or block_c <= 64 else 8,
         "num_stages": 1,
+        # Left to itself, the assembler spills a little there to have more programs side by side.
+        "maxnreg": 255 if earlier and not (by_rows and short) else None,
     }
 
 
