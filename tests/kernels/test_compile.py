@@ -56,7 +56,8 @@ def test_kernels_fit_a_gpu():
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
 def test_kernels_fit_every_gpu():
-    table = compiled()
+    """Shortest and longest prompts in one precision; the committed result has the others."""
+    table = compiled("--precision", "fp16", "--tokens", "16", "--tokens", "128")
     assert missing(table, MODELS, [str(arch) for arch in SHARED_LIMIT]) == []
 
 
