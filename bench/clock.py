@@ -10,6 +10,7 @@ _WARM = 3  # calls that do not count
 _COLD = 256 << 20  # bytes that are written between calls: more than an L2 cache holds
 _CYCLES = 2e9  # of a GPU in a second, about
 _TRIES = 3
+_LONGEST = 1.0  # seconds of sleep
 
 
 class Clock:
@@ -26,19 +27,20 @@ class Clock:
 
     def seconds(self, work: Callable[[], Any], repeats: int = 10) -> float:
         """The median time of a call, after some that do not count; on a GPU with a cold L2 cache."""
-        began = time.perf_counter()
         for _ in range(_WARM):
             work()
         if not self.on_gpu:
             return _median([self._one(work) for _ in range(repeats)])
-        self.cuda.synchronize()
         # Everything is queued while the GPU sleeps, so that it never waits for the host between two events.
-        asleep = (time.perf_counter() - began) / _WARM * repeats
+        # How long that takes is seen of a call that compiles nothing and finds the queue empty.
+        self.cuda.synchronize()
+        asleep = min(_LONGEST, 2 * repeats * self._one(work))
+        self.cuda.synchronize()
         for _ in range(_TRIES):
             times, waited = self._queued(work, repeats, asleep)
             if not waited:
                 break
-            asleep *= 4
+            asleep = min(_LONGEST, 4 * asleep)
         # A queue that is full makes the host wait for the GPU: then the GPU has enough to do without a sleep.
         return _median(times)
 

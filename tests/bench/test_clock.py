@@ -69,9 +69,18 @@ def test_the_host_takes_no_part_in_what_a_kernel_takes(timed):
 def test_a_host_that_slows_down_makes_the_gpu_sleep_longer(timed):
     gpu, found = timed()
     calls = iter(range(1000))
-    work = found.seconds(lambda: gpu.launch(WORK, HOST if next(calls) < 3 else 3 * HOST))
+    work = found.seconds(lambda: gpu.launch(WORK, HOST if next(calls) < 4 else 3 * HOST))
     assert work == pytest.approx(WORK)
     assert len(gpu.sleeps) == 2
+
+
+def test_what_is_compiled_before_does_not_count(timed):
+    gpu, found = timed()
+    calls = iter(range(1000))
+    work = found.seconds(lambda: gpu.launch(WORK, HOST if next(calls) else 30.0))
+    assert work == pytest.approx(WORK)
+    assert gpu.sleeps == [pytest.approx(2 * 10 * HOST * 2e9)]
+    assert gpu.now < 31
 
 
 def test_a_queue_that_is_full_ends_too(timed):
