@@ -5,13 +5,12 @@ what that is measured by. Its mean over pairs is the ratio of both means, so tha
 small does not make most of it.
 """
 
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
 
 from deltapatch.engine.arguments import seed as check_seed
-from deltapatch.engine.metrics import NOTHING
+from deltapatch.engine.metrics import NOTHING, something
 
 _CHUNK_BYTES = 64_000_000  # of what is held at a time for [draw, cell]
 
@@ -31,14 +30,7 @@ def mean_over_pairs(
     if over is not None:
         own = _column(over, values.ndim)
         base = divide(np.where(present, own, 0).sum(axis=0), n)
-        nothing = np.abs(base) < NOTHING
-        if nothing.any():
-            warnings.warn(
-                f"recovered is undefined (NaN) for {int(nothing.sum())} mean(s) over pairs: "
-                "clean and corrupted runs have the same mean logit difference",
-                stacklevel=3,
-            )
-        base = np.where(nothing, np.nan, base)
+        base = something("recovered", base, "mean(s) over pairs", "mean logit difference")
         mean = mean / base
     squares = np.where(present, (values - (mean if own is None else mean * own)) ** 2, 0).sum(axis=0)
     stderr = np.sqrt(divide(squares, (n - 1) * n))

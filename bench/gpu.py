@@ -34,6 +34,8 @@ from typing import Any
 
 import click
 
+from deltapatch.engine.wholefile import write_whole
+
 Report = dict[str, Any]
 _LEAST = 5.0  # seconds that a part is begun for
 _TAIL = 3000  # characters of what a process said that are kept
@@ -135,10 +137,8 @@ def _read(process: Any, lines: "queue.Queue[str | None]") -> None:
 
 
 def _write(out: Path, report: Report) -> None:
-    """The whole file, or the one before: never a part of one."""
-    draft = out.with_name(f".{out.name}.partial")
-    draft.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(draft, out)
+    text = json.dumps(report, indent=1) + "\n"
+    write_whole(out, lambda draft: draft.write_text(text))
 
 
 def failures(report: Report) -> list[str]:

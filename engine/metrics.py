@@ -334,14 +334,25 @@ def quotient(name: str, values: np.ndarray, over: np.ndarray | None) -> np.ndarr
     """What `terms` gave, pair by pair: [pair, ...]."""
     if over is None:
         return values
+    return values / something(name, over, "pair(s)").reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def something(name: str, over: np.ndarray, of: str, same: str = "logit difference") -> np.ndarray:
+    """What a ratio is divided by, NaN where that is nothing, with a warning.
+
+    Args:
+        name: of the metric.
+        of: what the numbers are of, for the warning.
+        same: what is the same in both runs then.
+    """
     nothing = np.abs(over) < NOTHING
     if nothing.any():
         warnings.warn(
-            f"{name} is undefined (NaN) for {int(nothing.sum())} pair(s): "
-            "clean and corrupted runs have the same logit difference",
-            stacklevel=4,
+            f"{name} is undefined (NaN) for {int(nothing.sum())} {of}: "
+            f"clean and corrupted runs have the same {same}",
+            stacklevel=5,
         )
-    return values / np.where(nothing, np.nan, over).reshape(-1, *(1,) * (values.ndim - 1))
+    return np.where(nothing, np.nan, over)
 
 
 def definitions() -> list[tuple[str, ...]]:

@@ -88,7 +88,8 @@ class Prepared:
         The model's fingerprint is among them: all its weights are read.
         """
         precision = None if self.options.precision == "auto" else self.options.precision
-        budget = n_bytes(self.options.memory_budget, "the memory budget")
+        budget = self.options.memory_budget
+        assert not isinstance(budget, str)  # it became a number when the options were made
         return settings_of(self.job, self.grid, precision, budget)
 
     def plan(self) -> Manifest:

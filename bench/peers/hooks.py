@@ -30,7 +30,7 @@ class Hooks(Peer):
         """Load the model; its weights are not frozen, since transformers' read-out is slower then."""
         self.work, self.spec = work, spec
         self.model = wiring.load(work.folder, work.device, self.dtype)
-        self.backbone = self.model.get_submodule(wiring.NAMES[spec.architecture].backbone)
+        self.backbone = wiring.backbone(self.model, spec)
         self.blocks = list(wiring.layers(self.model, spec))
         self.head = self.model.get_output_embeddings()
         self.clean, self.corrupted, self.answers = (

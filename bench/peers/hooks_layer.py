@@ -1,12 +1,8 @@
 """Hooks in batches that start at the patched layer: the layers before it are the base run's."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers import wiring
@@ -50,18 +46,7 @@ class HooksLayer(Hooks):
         first = int(cells.first_layer.min())
         with (
             self.hooked(cells.site, np.unique(cells.layer).tolist(), self.swap(cells)),
-            self.only_from(first),
+            wiring.only_from(self.model, self.spec, first),
         ):
             out = self.backbone(inputs_embeds=self.hidden[first][pair], use_cache=False)
         return self.changes(out.last_hidden_state[:, -1], pair)
-
-    @contextmanager
-    def only_from(self, first: int) -> Iterator[None]:
-        """Within it the backbone has only the layers from `first` on."""
-        name = wiring.NAMES[self.spec.architecture].layers
-        every: Any = getattr(self.backbone, name)
-        setattr(self.backbone, name, nn.ModuleList(self.blocks[first:]))
-        try:
-            yield
-        finally:
-            setattr(self.backbone, name, every)

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from deltapatch.bench.cells import Cells
+from deltapatch.bench.peers import wiring
 from deltapatch.bench.peers.base import chunks
 from deltapatch.bench.peers.hooks_layer import HooksLayer
 
@@ -65,7 +66,7 @@ class HooksPrefix(HooksLayer):
         hidden = self.hidden[layer][pair, start:]  # [row, T - start, d_model]
         with (
             self.hooked(cells.site, np.unique(cells.layer).tolist(), self.swap(cells, start)),
-            self.only_from(layer),
+            wiring.only_from(self.model, self.spec, layer),
         ):
             out = self.backbone(
                 inputs_embeds=hidden,

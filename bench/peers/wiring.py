@@ -1,5 +1,7 @@
 """Where the sites of a transformers model are: modules, and whether a site is their input or output."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +45,23 @@ def load(folder: str, device: str, dtype: torch.dtype = torch.float32) -> Any:
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False
     )
     return model.to(device).eval()
+
+
+def backbone(model: Any, spec: ModelSpec) -> Any:
+    """All of it but the read-out."""
+    return model.get_submodule(NAMES[spec.architecture].backbone)
+
+
+@contextmanager
+def only_from(model: Any, spec: ModelSpec, first: int) -> Iterator[None]:
+    """Within it the backbone has only the layers from `first` on."""
+    body, name = backbone(model, spec), NAMES[spec.architecture].layers
+    every = getattr(body, name)
+    setattr(body, name, every[first:])
+    try:
+        yield
+    finally:
+        setattr(body, name, every)
 
 
 def layers(model: Any, spec: ModelSpec) -> Any:
