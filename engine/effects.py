@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from deltapatch.engine.arguments import several
-from deltapatch.engine.metrics import METRICS, Direction, Reference, compute, default_metric, terms
+from deltapatch.engine.metrics import METRICS, Direction, Reference, asked_of, compute, terms
 from deltapatch.engine.pairs import EncodedPair
 from deltapatch.engine.sites import find_site
 from deltapatch.errors import DeltapatchError, path_of
@@ -158,8 +158,7 @@ class Effects:
         Raises:
             DeltapatchError: an unknown metric or site, or one that was not swept.
         """
-        metrics = default_metric(self.metrics) if metrics is None else metrics
-        metrics = list(several(metrics, "metrics", "names such as ['ie', 'recovered']"))  # type: ignore[arg-type]
+        metrics = asked_of(self.metrics, metrics)
         sites = list(several(sites or list(self.sites), "sites", "names of sites"))  # type: ignore[arg-type]
         labelled = any(is_labelled(self.positions(site)) for site in sites)
         parts = [self._site_columns(metrics, site, labelled) for site in sites]

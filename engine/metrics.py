@@ -293,6 +293,17 @@ def default_metric(known: Sequence[str]) -> str:
     return DEFAULT if DEFAULT in known or not known else known[0]
 
 
+def asked_of(known: Sequence[str], metrics: str | Sequence[str] | None) -> list[str]:
+    """The metrics to show: as asked, one or several, or the default of what is known.
+
+    Raises:
+        DeltapatchError: they are something else than names.
+    """
+    if metrics is None:
+        return [default_metric(known)]
+    return list(several(metrics, "metrics", "names such as ['ie', 'recovered']"))  # type: ignore[arg-type]
+
+
 def compute(
     name: str, measured: Mapping[str, np.ndarray], reference: Reference, direction: Direction
 ) -> np.ndarray:

@@ -16,8 +16,8 @@ from deltapatch.engine.metrics import (
     METRICS,
     Direction,
     Reference,
+    asked_of,
     compute,
-    default_metric,
     terms,
 )
 from deltapatch.engine.runfolder import plain_errors
@@ -79,10 +79,8 @@ class Outcome:
         Raises:
             DeltapatchError: an unknown metric, or one that was not measured.
         """
-        asked = default_metric(self.metrics) if metrics is None else metrics
-        names = [asked] if isinstance(asked, str) else list(asked)
         own = {"intervention": np.arange(len(self)), "pair": self.pair, "patches": self.patches}
-        return own | {name: self.values(name) for name in names}
+        return own | {name: self.values(name) for name in asked_of(self.metrics, metrics)}
 
     def to_pandas(self, metrics: str | Sequence[str] | None = None) -> Any:
         """A DataFrame of `columns`, a row an intervention. DeltapatchError where pandas is not installed."""
