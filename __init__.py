@@ -7,28 +7,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltapatch.engine.effects import Effects, load_effects
-    from deltapatch.engine.interventions import Intervention, Patch
-    from deltapatch.engine.outcome import Outcome, load_outcome
-    from deltapatch.engine.pairs import PromptPair
     from deltapatch.engine.sweep import run, sweep
     from deltapatch.errors import DeltapatchError
+    from deltapatch.interventions.given import Intervention, Patch
+    from deltapatch.interventions.pairs import PromptPair
     from deltapatch.models.model import Model, from_transformers, load_model
+    from deltapatch.results.effects import Effects, load_effects
+    from deltapatch.results.outcome import Outcome, load_outcome
 
 __version__ = "0.1.0"
 
 _HOME = {
     "DeltapatchError": "errors",
-    "Effects": "engine.effects",
-    "Intervention": "engine.interventions",
+    "Effects": "results.effects",
+    "Intervention": "interventions.given",
     "Model": "models.model",
-    "Outcome": "engine.outcome",
-    "Patch": "engine.interventions",
-    "PromptPair": "engine.pairs",
+    "Outcome": "results.outcome",
+    "Patch": "interventions.given",
+    "PromptPair": "interventions.pairs",
     "from_transformers": "models.model",
-    "load_effects": "engine.effects",
+    "load_effects": "results.effects",
     "load_model": "models.model",
-    "load_outcome": "engine.outcome",
+    "load_outcome": "results.outcome",
     "run": "engine.sweep",
     "sweep": "engine.sweep",
 }

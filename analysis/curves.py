@@ -11,7 +11,7 @@ from deltapatch.analysis.positions import aligned
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.analysis.style import COLOURS, NEGATIVE, POSITIVE, QUIET, is_wide, metric_label, widen
 from deltapatch.analysis.tables import component
-from deltapatch.engine.effects import Effects
+from deltapatch.results.effects import Effects
 
 
 def last_position(effects: Effects, metric: str, site: str) -> np.ndarray | None:

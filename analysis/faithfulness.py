@@ -9,11 +9,11 @@ import numpy as np
 from deltapatch.analysis.select import select
 from deltapatch.analysis.statistics import bootstrap, mean_over, mean_over_pairs
 from deltapatch.analysis.tables import Table
-from deltapatch.engine.arguments import seed as check_seed
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.interventions import Intervention, Patch
-from deltapatch.engine.sites import SITES
+from deltapatch.arguments import seed as check_seed
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.given import Intervention, Patch
+from deltapatch.interventions.sites import SITES
+from deltapatch.results.effects import Effects
 
 _RANKING = -1  # the set number of the ranking's own sets; random ones count from 0
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from deltapatch.analysis.positions import aligned, peaks
 from deltapatch.analysis.statistics import mean_over_pairs
 from deltapatch.analysis.style import MISSING, folded, is_wide, metric_label, wide_ticks
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.metrics import METRICS
+from deltapatch.results.effects import Effects
+from deltapatch.results.metrics import METRICS
 
 Panel = tuple[str, list[str], np.ndarray, np.ndarray]  # title, column labels, [layer, column], layers
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.analysis.statistics import pair_counts, resampled_means
-from deltapatch.engine.effects import Effects
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.effects import Effects
 
 PAPER_FLOOR = 0.1
 

@@ -8,8 +8,8 @@ import numpy as np
 from deltapatch.analysis.significance import POOLED_FROM, benjamini_hochberg, out_of_reach, sign_flip_test
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.analysis.tables import Table, check_groups, collect, medians
-from deltapatch.engine.effects import Effects
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.effects import Effects
 
 
 def magnitudes(

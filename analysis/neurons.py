@@ -19,9 +19,9 @@ from deltapatch.analysis.significance import (
 )
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs, median_over_pairs
 from deltapatch.analysis.tables import Table, component
-from deltapatch.engine.effects import Effects, SiteEffects
-from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.effects import Effects, SiteEffects
+from deltapatch.results.metrics import METRICS
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 from deltapatch.analysis.curves import layer_curves, neuron_ranking
 from deltapatch.analysis.heatmaps import head_heatmaps, position_heatmaps
 from deltapatch.analysis.style import figure_style, save
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.metrics import check_metric, default_metric
-from deltapatch.engine.sites import SITES
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.sites import SITES
+from deltapatch.results.effects import Effects
+from deltapatch.results.metrics import check_metric, default_metric
 
 
 def plot_run(effects: Effects, folder: str | PathLike[str], metric: str | None = None) -> list[Path]:

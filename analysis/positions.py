@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from deltapatch.analysis.statistics import mean_over_pairs
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.pairs import EncodedPair
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.results.effects import Effects
 
 # The order on an axis; other labels come where they stand in the prompts.
 _ORDER = ("early", "op1", "middle", "operator", "op2", "between", "op3", "late", "last")

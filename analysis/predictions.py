@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltapatch.engine.effects import Effects
+from deltapatch.results.effects import Effects
 
 
 @dataclass(frozen=True)

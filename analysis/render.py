@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from deltapatch.analysis.tables import Table
-from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.metrics import METRICS
 
 FORMATS = ("table", "csv", "json", "parquet")
 WIDTH = 80  # of a table of text, where nothing else is known

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from deltapatch.engine.effects import Effects, SiteEffects
+from deltapatch.results.effects import Effects, SiteEffects
 
 
 def select(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deltapatch.analysis.statistics import divide, parts
-from deltapatch.engine.arguments import seed as check_seed
+from deltapatch.arguments import seed as check_seed
 from deltapatch.errors import DeltapatchError
 
 _EXACT = 12  # up to that many pairs, all patterns of signs are gone through

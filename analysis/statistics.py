@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from deltapatch.engine.arguments import seed as check_seed
-from deltapatch.engine.metrics import NOTHING, something
+from deltapatch.arguments import seed as check_seed
+from deltapatch.results.metrics import NOTHING, something
 
 _CHUNK_BYTES = 64_000_000  # of what is held at a time for [draw, cell]
 

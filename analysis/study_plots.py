@@ -23,8 +23,8 @@ from deltapatch.analysis.style import (
     widen,
 )
 from deltapatch.analysis.tables import Table
-from deltapatch.engine.metrics import check_metric
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.metrics import check_metric
 
 
 def importance_bars(found: Mapping[str, RelativeImportance], others: np.ndarray | None = None) -> Figure:

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deltapatch.engine.metrics import METRICS
+from deltapatch.results.metrics import METRICS
 
 STYLE = {
     "font.size": 9,

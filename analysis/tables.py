@@ -7,10 +7,10 @@ import numpy as np
 
 from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.analysis.statistics import mean_over, mean_over_pairs, median_over_pairs
-from deltapatch.engine.effects import AXES, Effects, is_labelled, position_column
-from deltapatch.engine.metrics import METRICS, check_metric, quotient
-from deltapatch.engine.sites import SITES
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.sites import SITES
+from deltapatch.results.effects import AXES, Effects, is_labelled, position_column
+from deltapatch.results.metrics import METRICS, check_metric, quotient
 
 # What an index counts, as people group by it: each head (neuron, coordinate) of each layer.
 _COUNTED = {"head": ("head", "kv_head"), "neuron": ("neuron",), "coordinate": ("coordinate",)}

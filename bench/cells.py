@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from deltapatch.engine.costs import necessary_flops
-from deltapatch.engine.interventions import Intervention, Patch
-from deltapatch.engine.sites import find_site
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.given import Intervention, Patch
+from deltapatch.interventions.sites import find_site
 from deltapatch.models.spec import ModelSpec
 
 

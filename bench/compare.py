@@ -18,9 +18,9 @@ from deltapatch.bench.oracle import oracle_values
 from deltapatch.bench.peers.ours import PREFIX, Ours
 from deltapatch.bench.remote import Held, SideError
 from deltapatch.bench.workload import Workload
-from deltapatch.engine.runfolder import environment
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import Model, load_model
+from deltapatch.results.folder import environment
 
 _ORACLE = 1e-7  # deltapatch in float64 against plain forwards in float64, relative
 _ROUNDING = 1e-13  # what those leave of an effect that is exactly zero, in log-probability

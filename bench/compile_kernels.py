@@ -30,7 +30,6 @@ from torch import Tensor
 
 from deltapatch.bench.isolate import default_cache, python_with
 from deltapatch.bench.results import check_free
-from deltapatch.engine.runfolder import environment
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels import readout_triton
 from deltapatch.kernels.attention import Rotary
@@ -41,6 +40,7 @@ from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.segments import Segment, read_segments
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
+from deltapatch.results.folder import environment
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
 PRECISIONS_OF = {80: ("fp32", "bf16", "fp16"), 90: ("fp32", "tf32", "bf16", "fp16", "fp8")}

@@ -14,8 +14,8 @@ from deltapatch.bench.cells import SWEEPS
 from deltapatch.bench.growth import AXES
 from deltapatch.bench.peers.ours import PREFIX
 from deltapatch.bench.results import read_all
-from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.metrics import METRICS
 
 
 def draw_all(sources: Sequence[Path], folder: Path) -> list[Path]:

@@ -34,7 +34,7 @@ from typing import Any
 
 import click
 
-from deltapatch.engine.wholefile import write_whole
+from deltapatch.results.wholefile import write_whole
 
 Report = dict[str, Any]
 _LEAST = 5.0  # seconds that a part is begun for

@@ -30,13 +30,13 @@ from deltapatch.bench.random_models import Shape, make_pairs
 from deltapatch.bench.setup import make_workload
 from deltapatch.bench.true_shapes import CONFIGS, random_model, spec_of
 from deltapatch.engine.costs import necessary_flops
-from deltapatch.engine.runfolder import environment
 from deltapatch.kernels.backend import choose_backend
 from deltapatch.kernels.compilations import count_compilations
 from deltapatch.kernels.lang import HAS_TRITON
 from deltapatch.kernels.product import PRECISIONS, narrow, narrow_weight, product
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
+from deltapatch.results.folder import environment
 
 Report = dict[str, Any]
 Step = tuple[str, Callable[[], Report]]

@@ -15,10 +15,10 @@ from deltapatch.bench.peers.base import Peer
 from deltapatch.bench.peers.hooks_batched import HooksBatched
 from deltapatch.bench.peers.ours import Ours
 from deltapatch.bench.workload import Workload
-from deltapatch.engine.runfolder import environment
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.models.model import load_model
+from deltapatch.results.folder import environment
 
 _POINTS = 1500  # kept of each method, for the scatter plot
 

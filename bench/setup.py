@@ -10,9 +10,9 @@ from deltapatch.bench.peers.registry import PEERS, ours
 from deltapatch.bench.random_models import Shape, make_model, make_pairs
 from deltapatch.bench.remote import Absent, Held, Remote
 from deltapatch.bench.workload import Workload, check_metric, one_length
-from deltapatch.engine.pairs import PromptPair, encode_pairs
-from deltapatch.engine.pairs_file import read_pairs
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair, encode_pairs
+from deltapatch.interventions.pairs_file import read_pairs
 from deltapatch.models.builtin_models import BUILTIN
 from deltapatch.models.checkpoint import find_folder
 from deltapatch.models.model import Model, load_model

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deltapatch.engine.arguments import in_bytes
+from deltapatch.arguments import in_bytes
 from deltapatch.errors import DeltapatchError
 
 _EVERY = 0.005  # seconds between two looks at the memory
@@ -135,7 +135,7 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
     from deltapatch.engine.costs import layer_parameters
     from deltapatch.engine.forecast import forecast
     from deltapatch.engine.prepare import Options
-    from deltapatch.engine.runfolder import environment
+    from deltapatch.results.folder import environment
 
     if sweep.threads:
         torch.set_num_threads(sweep.threads)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from deltapatch.engine.metrics import METRICS as ENGINE_METRICS
-from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair
+from deltapatch.results.metrics import METRICS as ENGINE_METRICS
 
 METRICS = ("ie", "logit_diff")  # what a comparison can be about
 

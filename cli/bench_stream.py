@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from deltapatch.arguments import n_bytes
 from deltapatch.cli.delivery import deliver, out_file, read_sizes
 from deltapatch.cli.options import as_json, quiet, read_names, read_positions, say
-from deltapatch.engine.arguments import n_bytes
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b

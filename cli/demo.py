@@ -12,7 +12,7 @@ from deltapatch.cli.options import SEED, as_json, print_json, quiet, say
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
-    from deltapatch.engine.effects import Effects
+    from deltapatch.results.effects import Effects
 
 EXAMPLES = """\b
 Examples:
@@ -123,7 +123,7 @@ def _report(effects: "Effects", components: dict[str, Any], neurons: dict[str, A
 
     from deltapatch.analysis.render import as_text
     from deltapatch.analysis.tables import Table
-    from deltapatch.engine.metrics import METRICS
+    from deltapatch.results.metrics import METRICS
 
     neurons = {name: np.array(c, dtype=object) if name == "neuron" else c for name, c in neurons.items()}
     total = int(np.prod(effects.site("mlp_post").shape[1:]))
@@ -159,8 +159,8 @@ def _free(out: str | None) -> Path:
 
 def _check_ours(folder: Path) -> None:
     """Raise DeltapatchError where a folder has anything that the demo did not put there."""
-    from deltapatch.engine.runfolder import EFFECTS, PAIRS, RUN, check_output
     from deltapatch.models.header import check_regular
+    from deltapatch.results.folder import EFFECTS, PAIRS, RUN, check_output
 
     try:
         check_regular(folder / RUN)

@@ -12,7 +12,7 @@ from deltapatch.cli.options import SEED, read_names
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
-    from deltapatch.engine.effects import Effects
+    from deltapatch.results.effects import Effects
 
 EXAMPLES = """\b
 Examples:
@@ -102,8 +102,8 @@ def effects(
     from deltapatch.analysis.magnitudes import discoveries, magnitudes
     from deltapatch.analysis.render import render
     from deltapatch.analysis.tables import averages, cells, having
-    from deltapatch.engine.effects import load_effects
-    from deltapatch.engine.metrics import default_metric
+    from deltapatch.results.effects import load_effects
+    from deltapatch.results.metrics import default_metric
 
     found = load_effects(run)
     if caveat := found.caveat():

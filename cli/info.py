@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltapatch.arguments import in_bytes, n_bytes
 from deltapatch.cli.options import as_json, in_flops, in_seconds, print_json, revision, stream
-from deltapatch.engine.arguments import in_bytes, n_bytes
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _model(name: str, device: str, stream: bool, revision: str | None) -> tuple[
 def _pairs(n: int, length: int, d_vocab: int) -> list[Any]:
     import numpy as np
 
-    from deltapatch.engine.pairs import PromptPair
+    from deltapatch.interventions.pairs import PromptPair
 
     drawn = np.random.default_rng(0).integers(0, d_vocab, (n, 2, length)).tolist()
     return [PromptPair(clean, corrupted, 0, d_vocab - 1) for clean, corrupted in drawn]

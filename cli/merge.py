@@ -20,7 +20,7 @@ def merge(run: str, quiet: bool) -> None:
 
     The effects have the same bytes as those of one process that does all parts.
     """
-    from deltapatch.engine.merge import merge as join
+    from deltapatch.results.merge import merge as join
 
     if not join(run):
         say(f"{run} is finished already: nothing to do", quiet)

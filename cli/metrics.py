@@ -17,7 +17,7 @@ class MetricHelp(click.Command):
 
 def metric_lines() -> list[str]:
     """What each metric is, in lines of 80 columns."""
-    from deltapatch.engine.metrics import NOTATION, definitions
+    from deltapatch.results.metrics import NOTATION, definitions
 
     header, *rows = definitions()
     lines = ["Metrics:"]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from deltapatch.engine.arguments import scaled
+from deltapatch.arguments import scaled
 from deltapatch.errors import DeltapatchError
 
 Command = TypeVar("Command", bound=Callable[..., Any])

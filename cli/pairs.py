@@ -105,7 +105,7 @@ def pairs(
         return
     if not out:
         raise DeltapatchError("Missing option '--out': the pairs file to make (or --show FILE to make none)")
-    from deltapatch.engine.pairs_file import write_pairs
+    from deltapatch.interventions.pairs_file import write_pairs
     from deltapatch.tasks.answered import keep_answered
     from deltapatch.tasks.registry import TASKS, make_pairs
 
@@ -150,8 +150,8 @@ def _refuse_beside_show() -> None:
 def _show(path: str, model: str, as_json: bool) -> None:
     """Print the pairs of a file as a model sees them."""
     from deltapatch.cli.show import as_text, shown_pairs
-    from deltapatch.engine.pairs import encode_pairs
-    from deltapatch.engine.pairs_file import read_named_pairs
+    from deltapatch.interventions.pairs import encode_pairs
+    from deltapatch.interventions.pairs_file import read_named_pairs
     from deltapatch.models.model import load_model
 
     names, given = zip(*read_named_pairs(path), strict=True)

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from deltapatch.arguments import n_bytes
 from deltapatch.cli.options import (
     SEED,
     as_json,
@@ -14,7 +15,6 @@ from deltapatch.cli.options import (
     read_names,
     say,
 )
-from deltapatch.engine.arguments import n_bytes
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b

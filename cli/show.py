@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from textwrap import wrap
 from typing import Any
 
-from deltapatch.engine.pairs import EncodedPair, PromptPair
-from deltapatch.engine.tokens import around, pieces
+from deltapatch.interventions.pairs import EncodedPair, PromptPair
+from deltapatch.interventions.tokens import around, pieces
 
 _WIDTH = 80
 _TOKEN = 22  # columns of a token at most

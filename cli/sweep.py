@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltapatch.arguments import in_bytes, n_bytes
 from deltapatch.cli.options import (
     SEED,
     as_json,
@@ -19,7 +20,6 @@ from deltapatch.cli.options import (
     read_shard,
     say,
 )
-from deltapatch.engine.arguments import in_bytes, n_bytes
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ def sweep(
     )
     measured = "all" if metrics == "all" else read_names(metrics)
 
-    from deltapatch.engine.pairs_file import read_named_pairs
-    from deltapatch.engine.runfolder import RUN, check_output
+    from deltapatch.interventions.pairs_file import read_named_pairs
+    from deltapatch.results.folder import RUN, check_output
 
     # Of a run that is finished it is only seen whether it is of this sweep: nothing of that is told.
     finished = bool(out) and (resume or part is not None) and (Path(out or "") / RUN).is_file()
@@ -165,14 +165,14 @@ def sweep(
         "seed": seed,
     }
 
-    from deltapatch.engine.audit import in_words
     from deltapatch.engine.costs import sweep_cost
     from deltapatch.engine.forecast import forecast
-    from deltapatch.engine.grid import make_grid
-    from deltapatch.engine.pairs import encode_pairs
     from deltapatch.engine.prepare import Options
     from deltapatch.engine.sweep import sweep as run_sweep
+    from deltapatch.interventions.grid import make_grid
+    from deltapatch.interventions.pairs import encode_pairs
     from deltapatch.models.model import load_model
+    from deltapatch.results.truth import in_words
 
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "stream": stream, "adapter": adapter}
     loading |= {} if revision is None else {"revision": revision}
@@ -185,7 +185,7 @@ def sweep(
         say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", hushed)
 
     if ray is not None and not finished:
-        from deltapatch.engine.ray_sweep import ray_sweep
+        from deltapatch.engine.cluster.sweep import ray_sweep
 
         assert out is not None
         effects = ray_sweep(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltapatch.engine.patches import ATTENTION, MIDDLE, WHOLE
 from deltapatch.engine.products import ProductWeights
+from deltapatch.engine.rows import ATTENTION, MIDDLE, WHOLE
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.norm import Part

@@ -12,13 +12,13 @@ import numpy as np
 
 from deltapatch.engine.costs import layer_parameters
 from deltapatch.engine.job import Job
-from deltapatch.engine.layout import RunShape
-from deltapatch.engine.patches import PatchTable
 from deltapatch.engine.plan import Plan
-from deltapatch.engine.planner import first_positions, join, take
+from deltapatch.engine.planner import join
+from deltapatch.engine.pool import Map
 from deltapatch.engine.timed import Amount, Piece, TimedWavefront, now
 from deltapatch.engine.work import Work
-from deltapatch.engine.workers import Map
+from deltapatch.interventions.runs import RunShape
+from deltapatch.interventions.table import PatchTable, first_positions, take
 from deltapatch.kernels.product import Precision
 
 LAYERS = 3

@@ -9,13 +9,13 @@ this is the floor that speed is measured against.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deltapatch.engine.continuation import continuation
-from deltapatch.engine.sites import find_site
+from deltapatch.interventions.runs import continuation
+from deltapatch.interventions.sites import find_site
 from deltapatch.models.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from deltapatch.engine.grid import Grid
-    from deltapatch.engine.pairs import EncodedPair
+    from deltapatch.interventions.grid import Grid
+    from deltapatch.interventions.pairs import EncodedPair
 
 
 def layer_parameters(spec: ModelSpec) -> int:

@@ -8,16 +8,16 @@ import numpy as np
 
 from deltapatch.engine.audit import Audit
 from deltapatch.engine.calibration import Rates, calibrate
-from deltapatch.engine.grid import Grid, listed, make_grid
 from deltapatch.engine.job import Job
 from deltapatch.engine.layout import how_many_blocks
-from deltapatch.engine.pairs import PromptPair
 from deltapatch.engine.plan import Plan, plan
 from deltapatch.engine.planner import Used
+from deltapatch.engine.pool import Map
 from deltapatch.engine.prepare import Options
 from deltapatch.engine.readout import reads_held
 from deltapatch.engine.work import Work
-from deltapatch.engine.workers import Map
+from deltapatch.interventions.grid import Grid, listed, make_grid
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
 

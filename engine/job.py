@@ -11,28 +11,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltapatch.engine.audit import Audit, Truth
-from deltapatch.engine.continuation import Continuation, check_rotary, continuation
-from deltapatch.engine.gather import Gathered, PassEffects
-from deltapatch.engine.layout import PairShapes, RunShape
+from deltapatch.engine.audit import Audit
+from deltapatch.engine.layout import PairShapes
 from deltapatch.engine.limit import Limit
 from deltapatch.engine.memory import Costs, default_budget
-from deltapatch.engine.metrics import Direction, Reference, measured_for
-from deltapatch.engine.pairs import EncodedPair, encode_pairs, read_at
-from deltapatch.engine.pairs_file import Pairs, as_pairs
-from deltapatch.engine.planner import Pass, cut, row_layers
+from deltapatch.engine.planner import Pass, cut
+from deltapatch.engine.pool import Map, workers
 from deltapatch.engine.products import has_float8
 from deltapatch.engine.progress import progress_bar
-from deltapatch.engine.runfolder import environment
-from deltapatch.engine.sources import Prompts, Source, check_source, partners
+from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.wavefront import PassResult, Wavefront
 from deltapatch.engine.work import Keeper, Tables, Work
-from deltapatch.engine.workers import Map, workers
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.pairs import EncodedPair, encode_pairs, read_at
+from deltapatch.interventions.pairs_file import Pairs, as_pairs
+from deltapatch.interventions.runs import Continuation, RunShape, check_rotary, continuation
+from deltapatch.interventions.sources import Source, check_source, partners
+from deltapatch.interventions.table import row_layers
 from deltapatch.kernels.backend import Backend, choose_backend
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.model import Model
 from deltapatch.models.surroundings import undisturbed
+from deltapatch.results.folder import environment
+from deltapatch.results.measured import Gathered, PassEffects
+from deltapatch.results.metrics import Direction, Reference, measured_for
+from deltapatch.results.truth import Truth
 
 _TOKENS = 4096  # whose embeddings are looked at together
 
@@ -173,7 +176,7 @@ class Job:
             for number, part in enumerate(self.parts(work, each)):
                 if keeper is not None and not keeper.wants(number):
                     continue
-                found = None if keeper is None else keeper.kept(number, part, gathered)
+                found = None if keeper is None else keeper.kept(number, part.out, part.pairs, gathered)
                 if found is None:
                     found = self.found(part, each, tick, work.describe)
                     if keeper is not None:

@@ -3,47 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import NamedTuple
 
 import numpy as np
 
-from deltapatch.kernels.segments import Fork, Segment
+from deltapatch.interventions.runs import RunShape
+from deltapatch.kernels.segments import Segment
 
 _LEAST = 64  # tokens in a block: with fewer, a product does little but read its weights
 _SPREAD = 4  # blocks that few tokens are cut into, so that cores share them; not as many as there are cores,
 # since effects must not depend on the machine
-
-
-class RunShape(NamedTuple):
-    """The shape of a run: its prompt, and what the answers add.
-
-    Attributes:
-        prompt: tokens up to the first position that is read, the end of the prompt.
-        length: all tokens.
-        fork: where the run parts into two branches, if it does.
-    """
-
-    prompt: int
-    length: int
-    fork: Fork | None = None
-
-    @property
-    def reads(self) -> int:
-        """How many tokens are read from: the last of the prompt and all after it."""
-        return self.length - self.prompt + 1
-
-    @property
-    def positions(self) -> np.ndarray:
-        """[token], each token's position; the second branch counts from the fork."""
-        position = np.arange(self.length)
-        if self.fork is not None:
-            position[self.fork[1] :] -= self.fork[1] - self.fork[0]
-        return position
-
-    @property
-    def order(self) -> tuple[int, int, Fork | tuple[()]]:
-        """What pairs are ordered by: those of one prompt length together, and among them those alike."""
-        return self.prompt, self.length, self.fork or ()
 
 
 class PairShapes:

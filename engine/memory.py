@@ -7,8 +7,8 @@ import torch
 
 from deltapatch.engine import readout
 from deltapatch.engine.costs import layer_parameters
-from deltapatch.engine.sites import PLACES
 from deltapatch.engine.unpatched import MET
+from deltapatch.interventions.sites import PLACES
 from deltapatch.kernels import activation, attention, readout_tail, readout_triton
 from deltapatch.kernels import readout as readout_torch
 from deltapatch.kernels.product import Precision

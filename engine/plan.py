@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from deltapatch.engine.costs import sweep_cost
-from deltapatch.engine.grid import Grid
 from deltapatch.engine.job import Job
 from deltapatch.engine.planner import Used, cut_rows
 from deltapatch.engine.work import Work
+from deltapatch.interventions.grid import Grid
 from deltapatch.kernels.product import Precision
 
 

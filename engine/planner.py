@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from deltapatch.engine.arguments import at_least_bytes, at_most_bytes
-from deltapatch.engine.layout import RunShape
+from deltapatch.arguments import at_least_bytes, at_most_bytes
 from deltapatch.engine.limit import Limit
 from deltapatch.engine.memory import Costs
-from deltapatch.engine.patches import PatchTable
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.runs import RunShape
+from deltapatch.interventions.table import PatchTable, first_layers, row_tokens, take
 
 
 @dataclass(frozen=True)
@@ -213,35 +213,6 @@ class Used:
         return costs.total(self.reads, self.base_tokens, self.row_tokens, self.row_reads)
 
 
-def first_positions(table: PatchTable) -> np.ndarray:
-    """[row], each intervention's first patched position."""
-    first = np.full(table.n_rows, np.iinfo(np.int64).max)
-    np.minimum.at(first, table.row, table.position)
-    return first
-
-
-def row_tokens(table: PatchTable, run: RunShape) -> np.ndarray:
-    """[row], tokens of each intervention's row; none where all patches lie behind the read-out."""
-    first = first_positions(table)
-    return np.where(first < run.prompt, run.length - first, 0)
-
-
-def first_layers(table: PatchTable) -> np.ndarray:
-    """[row], each intervention's first patched layer."""
-    first = np.full(table.n_rows, np.iinfo(np.int64).max)
-    np.minimum.at(first, table.row, table.layer)
-    return first
-
-
-def row_layers(table: PatchTable, runs: Sequence[RunShape], n_layers: int) -> int:
-    """Row tokens times the layers that they pass, for pairs whose runs have these shapes."""
-    first = first_positions(table)
-    prompt, length = (
-        np.array(sizes)[table.pair] for sizes in zip(*((r.prompt, r.length) for r in runs), strict=True)
-    )
-    return int((np.where(first < prompt, length - first, 0) * (n_layers - 1 - first_layers(table))).sum())
-
-
 def _pieces(each: np.ndarray, room: int, few: bool) -> list[slice]:
     """Runs of rows that each fit into `room`: even ones, or `few` full ones."""
     if few:
@@ -256,16 +227,6 @@ def _pieces(each: np.ndarray, room: int, few: bool) -> list[slice]:
         if all(each[p].sum() <= room for p in pieces) or not pieces:
             return pieces
         n += 1
-
-
-def take(table: PatchTable, rows: np.ndarray) -> PatchTable:
-    """Some interventions; `rows` ascends."""
-    number = np.full(table.n_rows, -1)
-    number[rows] = np.arange(len(rows))
-    new = number[table.row]
-    kept = new >= 0
-    columns = (getattr(table, f)[kept] for f in ("layer", "place", "position", "index"))
-    return PatchTable(len(rows), table.pair[rows], new[kept], *columns)
 
 
 def join(

@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltapatch.engine import manifest as manifests
-from deltapatch.engine.arguments import count, n_bytes, position, scale, seed
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.gather import split
-from deltapatch.engine.grid import Grid, Layers, Positions, make_grid
+from deltapatch.arguments import count, n_bytes, position, scale, seed
+from deltapatch.engine import settings as of_runs
 from deltapatch.engine.job import Job
-from deltapatch.engine.manifest import Manifest, check_same, device_kind, settings_of, settings_of_run
-from deltapatch.engine.metrics import Direction, Reference, metric_names
-from deltapatch.engine.pairs_file import Pairs
+from deltapatch.engine.settings import settings_of
 from deltapatch.engine.work import Work
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.grid import Grid, Layers, Positions, make_grid
+from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.models.model import Model
+from deltapatch.results.effects import Effects
+from deltapatch.results.manifest import Manifest, check_same, settings_of_run
+from deltapatch.results.measured import split
+from deltapatch.results.metrics import Direction, Reference, metric_names
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,10 @@ class Prepared:
     def _meta(self) -> dict[str, Any]:
         """What was run, for the record: all that `settings_of_run` asks for."""
         return self.job.meta() | {
-            "device_kind": device_kind(self.job.model.device),
+            "device_kind": of_runs.device_kind(self.job.model.device),
             "threads": torch.get_num_threads(),
             "noise_sample": self.job.noise_sample,
-            "plan": manifests.PLAN_VERSION,
+            "plan": of_runs.PLAN_VERSION,
         }
 
 

@@ -4,12 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.layout import Block, PairShapes, RunShape, how_many_blocks, lay_out
-from deltapatch.engine.metrics import Reference
+from deltapatch.engine.layout import Block, PairShapes, how_many_blocks, lay_out
+from deltapatch.engine.pool import Map
 from deltapatch.engine.products import taken_in
+from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.reads import RowReads
-from deltapatch.engine.sources import Prompts
-from deltapatch.engine.workers import Map
+from deltapatch.interventions.runs import RunShape
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.each import Each, in_turn, vocabulary_pieces
@@ -21,6 +21,7 @@ from deltapatch.kernels.segments import Segment
 from deltapatch.models.forward import normalise
 from deltapatch.models.model import Model
 from deltapatch.models.weights import EndWeights, map_tensors
+from deltapatch.results.metrics import Reference
 
 _PIECE, _PIECE_ON_CPU = 1 << 26, 1 << 22  # entries of the unembedding that base runs take at a time
 _HELD, _HELD_ON_CPU = 1 << 30, 1 << 27  # bytes of output distributions that are held at a time

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltapatch.engine.continuation import NONE
 from deltapatch.engine.layout import Block, PairShapes, spread
-from deltapatch.engine.metrics import Reference
+from deltapatch.interventions.runs import NONE
 from deltapatch.kernels.segments import read_segments
+from deltapatch.results.metrics import Reference
 
 _ANSWERS = ("clean", "corrupted")
 

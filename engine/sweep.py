@@ -6,24 +6,24 @@ from pathlib import Path
 
 import numpy as np
 
-from deltapatch.engine.arguments import several, whole
-from deltapatch.engine.effects import Effects, load_effects
-from deltapatch.engine.grid import Layers, Positions
-from deltapatch.engine.interventions import Intervention, checked, tables_of
+from deltapatch.arguments import several, whole
 from deltapatch.engine.job import Job
-from deltapatch.engine.metrics import Direction
-from deltapatch.engine.outcome import Outcome
-from deltapatch.engine.pairs_file import Pairs
-from deltapatch.engine.planner import row_layers
+from deltapatch.engine.pool import threads
 from deltapatch.engine.prepare import Options, Prepared, prepare
-from deltapatch.engine.runfolder import RUN, check_output
-from deltapatch.engine.sites import PLACES
-from deltapatch.engine.unfinished import tidy, unfinished
 from deltapatch.engine.work import Work
-from deltapatch.engine.workers import threads
 from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.interventions.given import Intervention, checked, tables_of
+from deltapatch.interventions.grid import Layers, Positions
+from deltapatch.interventions.pairs_file import Pairs
+from deltapatch.interventions.sites import PLACES
+from deltapatch.interventions.table import row_layers
 from deltapatch.models.model import Model
 from deltapatch.models.surroundings import undisturbed
+from deltapatch.results.checkpoint import tidy, unfinished
+from deltapatch.results.effects import Effects, load_effects
+from deltapatch.results.folder import RUN, check_output
+from deltapatch.results.metrics import Direction
+from deltapatch.results.outcome import Outcome
 
 
 @undisturbed()

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.layout import Layout, PairShapes, how_many_blocks
-from deltapatch.engine.metrics import Reference
-from deltapatch.engine.patches import WHOLE
+from deltapatch.engine.pool import Map
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.reads import RowReads
+from deltapatch.engine.rows import WHOLE
 from deltapatch.engine.wavefront import Wavefront
-from deltapatch.engine.workers import Map
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.models.weights import EndWeights
+from deltapatch.results.metrics import Reference
 
 
 @dataclass

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Layer
-from deltapatch.engine.patches import WHOLE
-from deltapatch.engine.sources import Prompts
-from deltapatch.engine.workers import Map
+from deltapatch.engine.pool import Map
+from deltapatch.engine.prompts import Prompts
+from deltapatch.engine.rows import WHOLE
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.segments import Segment
 from deltapatch.models import forward

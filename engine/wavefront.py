@@ -13,25 +13,16 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Layer, Swaps
-from deltapatch.engine.layout import Block, Layout, RunShape, first_tokens, how_many_blocks, lay_out
-from deltapatch.engine.metrics import Direction, Reference
-from deltapatch.engine.patches import (
-    ATTENTION,
-    END,
-    MIDDLE,
-    PLACE,
-    WHOLE,
-    PatchedPlaces,
-    PatchTable,
-    Rows,
-    make_rows,
-)
+from deltapatch.engine.layout import Block, Layout, first_tokens, how_many_blocks, lay_out
+from deltapatch.engine.pool import Map
 from deltapatch.engine.products import narrow_layer, taken_in
+from deltapatch.engine.prompts import Prompts, source_differences
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.reads import Reads, RowReads
-from deltapatch.engine.sources import Prompts, source_differences
+from deltapatch.engine.rows import ATTENTION, END, MIDDLE, WHOLE, PatchedPlaces, Rows, make_rows
 from deltapatch.engine.unpatched import Unpatched
-from deltapatch.engine.workers import Map
+from deltapatch.interventions.runs import RunShape
+from deltapatch.interventions.table import PLACE, PatchTable
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
@@ -43,6 +34,7 @@ from deltapatch.models import forward
 from deltapatch.models.model import Model
 from deltapatch.models.stream import Reader
 from deltapatch.models.weights import Converter
+from deltapatch.results.metrics import Direction, Reference
 
 _ENTRY_STAGES = (ATTENTION, MIDDLE, END)
 

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from deltapatch.engine.audit import Truth
-from deltapatch.engine.gather import Gathered, PassEffects
-from deltapatch.engine.grid import Grid
-from deltapatch.engine.patches import PatchTable
-from deltapatch.engine.planner import Pass
+from deltapatch.interventions.grid import Grid
+from deltapatch.interventions.table import PatchTable
+from deltapatch.results.measured import Gathered, PassEffects
+from deltapatch.results.truth import Truth
 
 if TYPE_CHECKING:
     from deltapatch.engine.job import Job
@@ -74,7 +73,7 @@ class Keeper(Protocol):
     def wants(self, number: int) -> bool:
         """Whether this process does that pass."""
 
-    def kept(self, number: int, part: Pass, gathered: Gathered) -> PassEffects | None:
+    def kept(self, number: int, out: np.ndarray, pairs: list[int], gathered: Gathered) -> PassEffects | None:
         """What the pass found earlier; None where it is to be done."""
 
     def keep(self, number: int, found: PassEffects) -> None:

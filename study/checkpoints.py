@@ -13,10 +13,10 @@ from deltapatch.analysis.significance import benjamini_hochberg, sign_flip_test
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.analysis.study_plots import group_curves
 from deltapatch.analysis.tables import Table
-from deltapatch.engine.metrics import METRICS
-from deltapatch.engine.pairs import encode_pairs
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.models.model import Model
+from deltapatch.results.metrics import METRICS
 from deltapatch.study.components import SITES
 from deltapatch.study.exhibit import Exhibit
 from deltapatch.study.found import Found

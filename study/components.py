@@ -14,9 +14,9 @@ from deltapatch.analysis.predictions import prediction_changes
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.analysis.study_plots import group_curves, importance_bars, prediction_curves
 from deltapatch.analysis.tables import Table
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.effects import Effects
+from deltapatch.results.metrics import METRICS
 from deltapatch.study.exhibit import Exhibit
 from deltapatch.study.found import Found
 

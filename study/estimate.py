@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltapatch.engine.costs import sweep_cost
-from deltapatch.engine.grid import make_grid
-from deltapatch.engine.pairs import encode_pairs
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.grid import make_grid
+from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.models.model import Model
 from deltapatch.study import pairs as pair_files
 from deltapatch.study.found import Found

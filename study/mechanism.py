@@ -17,13 +17,13 @@ from deltapatch.analysis.select import select
 from deltapatch.analysis.statistics import mean_over_pairs
 from deltapatch.analysis.study_plots import faithfulness_curves
 from deltapatch.analysis.tables import Table
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.interventions import Intervention, Patch
-from deltapatch.engine.metrics import METRICS, Direction
-from deltapatch.engine.outcome import Outcome, load_outcome
-from deltapatch.engine.runfolder import plain_errors
 from deltapatch.engine.sweep import run
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.given import Intervention, Patch
+from deltapatch.results.effects import Effects
+from deltapatch.results.folder import plain_errors
+from deltapatch.results.metrics import METRICS, Direction
+from deltapatch.results.outcome import Outcome, load_outcome
 from deltapatch.study.exhibit import Exhibit
 from deltapatch.study.found import Found
 from deltapatch.study.oracle import CHECKED, errors, plain_effects

@@ -10,7 +10,7 @@ from deltapatch.analysis.heatmaps import head_heatmaps
 from deltapatch.analysis.neurons import group_means, strongest_table
 from deltapatch.analysis.overlap import overlaps
 from deltapatch.analysis.study_plots import discovery_plot, overlap_matrix
-from deltapatch.engine.metrics import METRICS
+from deltapatch.results.metrics import METRICS
 from deltapatch.study.exhibit import Exhibit
 from deltapatch.study.found import Found
 

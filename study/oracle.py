@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.interventions import Patch
-from deltapatch.engine.metrics import Direction
-from deltapatch.engine.pairs import EncodedPair
+from deltapatch.interventions.given import Patch
+from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.models.model import Model
 from deltapatch.models.patched import Visit, patched_logits
+from deltapatch.results.effects import Effects
+from deltapatch.results.metrics import Direction
 
 CHECKED = ("logit_diff", "dlogp_clean", "dlogp_corrupted")
 _PAIRS = 4  # that a sample is drawn from: each costs two unpatched runs

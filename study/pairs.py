@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from deltapatch.engine.pairs import PromptPair, encode_pairs
-from deltapatch.engine.pairs_file import read_pairs, write_pairs
-from deltapatch.engine.wholefile import write_whole
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair, encode_pairs
+from deltapatch.interventions.pairs_file import read_pairs, write_pairs
 from deltapatch.models.model import Model
+from deltapatch.results.wholefile import write_whole
 from deltapatch.study.presets import Experiment
 from deltapatch.study.settings import Settings
 from deltapatch.tasks.answered import WRONG, answered

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltapatch.engine.runfolder import environment
+from deltapatch.results.folder import environment
 from deltapatch.study.exhibit import FIGURES, TABLES, Exhibit
 from deltapatch.study.found import Found
 from deltapatch.study.subject import Subject, write_text

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltapatch.engine.runfolder import plain_errors
-from deltapatch.engine.runlock import held
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.header import check_regular
 from deltapatch.models.model import Model
+from deltapatch.results.folder import plain_errors
+from deltapatch.results.lock import held
 from deltapatch.study import checkpoints
 from deltapatch.study import pairs as pair_files
 from deltapatch.study.across import compare

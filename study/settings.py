@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from deltapatch.engine.costs import layer_parameters
-from deltapatch.engine.wholefile import write_whole
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import Model
+from deltapatch.results.wholefile import write_whole
 from deltapatch.study.presets import Experiment
 
 SIZES = ("quick", "usual", "paper")

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from deltapatch.engine.runfolder import RUN
-from deltapatch.engine.wholefile import write_whole
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import Model
+from deltapatch.results.folder import RUN
+from deltapatch.results.wholefile import write_whole
 from deltapatch.study.published import Published
 from deltapatch.study.settings import Settings
 

@@ -1,6 +1,6 @@
 """Prompt pairs: the paper's data sets and the files that users bring."""
 
-from deltapatch.engine.pairs_file import read_named_pairs, read_pairs, write_pairs
+from deltapatch.interventions.pairs_file import read_named_pairs, read_pairs, write_pairs
 from deltapatch.tasks.answered import answered, keep_answered
 from deltapatch.tasks.arithmetic import arithmetic_pairs
 from deltapatch.tasks.dropped import Dropped

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltapatch.engine.pairs import PromptPair, encode_pairs
-from deltapatch.engine.pairs_file import Pairs, as_pairs
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair, encode_pairs
+from deltapatch.interventions.pairs_file import Pairs, as_pairs
 from deltapatch.tasks.dropped import Dropped
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from deltapatch.engine.tokens import after, tokenise
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.tokens import after, tokenise
 
 # one: answers that are one token, as text. text, ids: of any length, as text or as a list of token ids. And
 # why an answer makes no pair.

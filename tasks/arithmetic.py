@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.answers import check_answers
 from deltapatch.tasks.draws import Asked, Drawn, Draws, Fact, check_differ
 from deltapatch.tasks.dropped import TWICE, Dropped

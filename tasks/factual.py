@@ -7,9 +7,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from deltapatch.engine.pairs import PromptPair
-from deltapatch.engine.tokens import tokenise
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair
+from deltapatch.interventions.tokens import tokenise
 from deltapatch.tasks.answers import check_answers, need_fast_tokenizer
 from deltapatch.tasks.closed_facts import CLOSED_FACTS, CLOSED_RELATIONS
 from deltapatch.tasks.dropped import SAME_RESULT, TWICE, Dropped

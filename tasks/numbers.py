@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from deltapatch.engine.tokens import tokenise
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.tokens import tokenise
 from deltapatch.tasks.answers import answer_ids, need_fast_tokenizer
 from deltapatch.tasks.number_words import WRITINGS
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from deltapatch.engine.pairs import PromptPair
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.answers import ANSWERS, answer_writer
 from deltapatch.tasks.dropped import TWICE, UNEVEN, Dropped
 from deltapatch.tasks.numbers import token_spans

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltapatch.engine.arguments import WORDS
+from deltapatch.arguments import WORDS
 from deltapatch.errors import DeltapatchError
 from deltapatch.tasks.fact_files import read_rows
 from deltapatch.tasks.formula import Formula, read_formula

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from deltapatch.engine.arguments import count
-from deltapatch.engine.arguments import seed as check_seed
-from deltapatch.engine.pairs import PromptPair
+from deltapatch.arguments import count
+from deltapatch.arguments import seed as check_seed
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.arithmetic import arithmetic_pairs
 from deltapatch.tasks.dropped import Dropped
 from deltapatch.tasks.factual import factual_pairs

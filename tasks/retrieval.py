@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.answers import check_answers
 from deltapatch.tasks.dropped import Dropped
 from deltapatch.tasks.number_words import check_writing

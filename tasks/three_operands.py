@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.answers import check_answers
 from deltapatch.tasks.draws import DIFFER, check_differ
 from deltapatch.tasks.dropped import SAME_QUESTION, SAME_RESULT, Dropped

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from deltapatch.engine.pairs import PromptPair
-from deltapatch.engine.tokens import tokenise
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair
+from deltapatch.interventions.tokens import tokenise
 from deltapatch.tasks.alignment import differing_labels, nearest
 from deltapatch.tasks.answers import ANSWERS, answer_writer, check_answers, need_fast_tokenizer
 from deltapatch.tasks.dropped import SAME_QUESTION, SAME_RESULT, Dropped

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from deltapatch.engine.effects import Effects, SiteEffects
-from deltapatch.engine.metrics import MEASURED, Reference
-from deltapatch.engine.pairs import EncodedPair
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.results.effects import Effects, SiteEffects
+from deltapatch.results.metrics import MEASURED, Reference
 
 WORDS = ("Q:", " What", " is", " 3", " plus", " 4", "?", " A:")
 

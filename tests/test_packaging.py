@@ -12,18 +12,31 @@ import deltapatch
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PARTS = ("kernels", "models", "engine", "tasks", "analysis", "study", "bench", "cli")
-# cli, bench -> study -> analysis, tasks -> engine -> models, kernels
+PARTS = (
+    "kernels",
+    "models",
+    "interventions",
+    "results",
+    "engine",
+    "tasks",
+    "analysis",
+    "study",
+    "bench",
+    "cli",
+)
+# cli -> bench -> study -> analysis, tasks -> engine -> results -> interventions -> models -> kernels
 MAY_IMPORT = {
     "kernels": {"kernels"},
-    "models": {"models"},
-    "engine": {"engine", "models", "kernels"},
-    "tasks": {"tasks", "engine", "models", "kernels"},
-    "analysis": {"analysis", "engine", "models", "kernels"},
-    "study": {"study", "tasks", "analysis", "engine", "models", "kernels"},
-    "bench": {"bench", "study", "tasks", "analysis", "engine", "models", "kernels"},
-    "cli": {"cli", "bench", "study", "tasks", "analysis", "engine", "models", "kernels"},
+    "models": {"models", "kernels"},
+    "interventions": {"interventions", "models", "kernels"},
+    "results": {"results", "interventions", "models", "kernels"},
+    "engine": {"engine", "results", "interventions", "models", "kernels"},
 }
+MAY_IMPORT["tasks"] = MAY_IMPORT["engine"] | {"tasks"}
+MAY_IMPORT["analysis"] = MAY_IMPORT["engine"] | {"analysis"}
+MAY_IMPORT["study"] = MAY_IMPORT["tasks"] | MAY_IMPORT["analysis"] | {"study"}
+MAY_IMPORT["bench"] = MAY_IMPORT["study"] | {"bench"}
+MAY_IMPORT["cli"] = MAY_IMPORT["bench"] | {"cli"}
 
 
 def python(code: str, **more) -> str:
@@ -61,7 +74,7 @@ def test_type_checkers_see_every_package():
     links = ROOT / ".typing" / "deltapatch"
     for part in PARTS:
         assert (links / part).resolve() == ROOT / part
-    for file in ("__init__.py", "__main__.py", "errors.py", "py.typed"):
+    for file in ("__init__.py", "__main__.py", "arguments.py", "errors.py", "py.typed"):
         assert (links / file).resolve() == ROOT / file
 
 
@@ -74,7 +87,16 @@ def test_the_wheel_has_the_code_and_the_built_in_models(tmp_path):
     # A copy of what matters: a build in the checkout would leave folders behind.
     copy = tmp_path / "copy"
     copy.mkdir()
-    kept = ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "__main__.py", "errors.py", "py.typed")
+    kept = (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "__init__.py",
+        "__main__.py",
+        "arguments.py",
+        "errors.py",
+    )
+    kept += ("py.typed",)
     for name in (*kept, *PARTS):
         if (ROOT / name).exists():
             _copy(ROOT / name, copy / name)
@@ -125,7 +147,7 @@ def test_help_loads_nothing_heavy(tmp_path):
 def test_reading_results_needs_no_torch(tmp_path):
     code = (
         "import sys\n"
-        "import deltapatch.engine.effects, deltapatch.engine.runfolder, deltapatch.analysis.plots\n"
+        "import deltapatch.results.effects, deltapatch.results.folder, deltapatch.analysis.plots\n"
         "print('torch' in sys.modules)"
     )
     assert python(code, cwd=tmp_path) == "False"

@@ -14,7 +14,7 @@ import pytest
 from deltapatch.bench import markdown
 from deltapatch.bench.results import read
 from deltapatch.cli.main import cli
-from deltapatch.engine.metrics import NOTATION, definitions
+from deltapatch.results.metrics import NOTATION, definitions
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -5,9 +5,9 @@ import pytest
 
 from deltapatch.analysis.importance import relative_importance
 from deltapatch.analysis.positions import class_table, position_class
-from deltapatch.engine.effects import SiteEffects
-from deltapatch.engine.pairs import EncodedPair
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.results.effects import SiteEffects
 
 
 def classes(length: int, labels: dict[str, int]) -> list[str]:

@@ -9,9 +9,9 @@ from deltapatch.analysis.curves import last_position, layer_curves, neuron_ranki
 from deltapatch.analysis.heatmaps import colour_scale, head_heatmaps, position_heatmaps
 from deltapatch.analysis.plots import plot_run
 from deltapatch.analysis.style import figure_style
-from deltapatch.engine.effects import SiteEffects
-from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.effects import SiteEffects
+from deltapatch.results.metrics import METRICS
 
 STEMS = [f"{kind}_recovered" for kind in ("heatmap", "layers", "neurons_mlp_post", "heads_z")]
 

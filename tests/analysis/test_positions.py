@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from deltapatch.analysis.positions import aligned, by_class, class_table, position_class, token_labels
-from deltapatch.engine.pairs import EncodedPair
+from deltapatch.interventions.pairs import EncodedPair
 
 
 def record(length, labels):

@@ -20,8 +20,8 @@ from deltapatch.analysis.predictions import prediction_changes
 from deltapatch.analysis.render import render
 from deltapatch.analysis.style import figure_style, save
 from deltapatch.analysis.tables import Table
-from deltapatch.engine.metrics import METRICS
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.metrics import METRICS
 
 
 def test_magnitudes(make_effects) -> None:

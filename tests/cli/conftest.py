@@ -21,7 +21,7 @@ TEXT_PAIR = {
 }
 SLOWLY = """
 import time
-from deltapatch.engine.shards import Shards
+from deltapatch.results.kept import Shards
 keep = Shards.write
 def write(*args):
     keep(*args)

@@ -7,7 +7,8 @@ import os
 import pytest
 from safetensors.torch import load_file, save_file
 
-from deltapatch.engine import runfolder, shards
+from deltapatch.results import folder as runfolder
+from deltapatch.results import kept as shards
 
 
 def refuses(result, *pieces):

@@ -265,7 +265,7 @@ def test_a_model_that_answers_nothing_right_is_said_beside_its_effects(command, 
 
 
 def test_help_says_what_each_metric_is(command):
-    from deltapatch.engine.metrics import definitions
+    from deltapatch.results.metrics import definitions
 
     for name in ("effects", "plot"):
         said = " ".join(command(name, "--help").out.split())
@@ -520,7 +520,7 @@ def test_a_closed_pipe_is_quiet(make_effects, tmp_path):
 
 def test_an_interrupt_ends_with_130(tmp_path):
     code = (
-        "import pathlib, time, deltapatch.engine.pairs_file as jsonl\n"
+        "import pathlib, time, deltapatch.interventions.pairs_file as jsonl\n"
         "def wait(path):\n"
         "    pathlib.Path('reading').touch()\n"
         "    time.sleep(60)\n"

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from deltapatch.engine.shards import Shards
+from deltapatch.results.kept import Shards
 
 ONE_PAIR_A_PASS = """
 from deltapatch.engine.memory import Costs
@@ -208,7 +208,7 @@ def test_a_finished_run_that_is_damaged_is_told(command, done, file):
 def test_what_a_kill_left_beside_a_finished_run_goes(
     command, args, tmp_path, again, monkeypatch, one_pair_a_pass
 ):
-    from deltapatch.engine import unfinished
+    from deltapatch.results import checkpoint as unfinished
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:

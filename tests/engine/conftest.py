@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from deltapatch.engine.workers import threads
+from deltapatch.engine.pool import threads
 
 
 def _register(name: str, file: str) -> ModuleType:

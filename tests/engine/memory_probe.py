@@ -15,7 +15,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import deltapatch
-from deltapatch.engine.arguments import n_bytes
+from deltapatch.arguments import n_bytes
 
 MEGABYTE = 1 << 20
 NEURONS = {"sites": "mlp_post", "positions": "last"}

@@ -14,8 +14,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 import deltapatch
 from deltapatch.engine import products
 from deltapatch.engine.memory import Costs
-from deltapatch.engine.shards import Shards
 from deltapatch.kernels.product import PRECISIONS
+from deltapatch.results.kept import Shards
 
 OPTIONS = {"sites": "mlp_out,z", "positions": [1, -1], "noise_sample": 4, "precision": "bf16"}
 

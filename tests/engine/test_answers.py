@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 import deltapatch
 from deltapatch import DeltapatchError
-from deltapatch.engine.continuation import NONE, continuation
 from deltapatch.engine.planner import Costs
+from deltapatch.interventions.runs import NONE, continuation
 from deltapatch.kernels.readout_tail import TOLERANCE as TAIL
 
 ANCHORS = ([Patch("resid_pre", 0, 1)], [Patch("resid_post", 1, -1)])  # effects of ordinary size

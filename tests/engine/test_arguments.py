@@ -13,12 +13,12 @@ from deltapatch import DeltapatchError, Intervention, Patch, PromptPair
 from deltapatch.analysis.faithfulness import plan
 from deltapatch.analysis.significance import pooled_null
 from deltapatch.analysis.statistics import pair_counts
-from deltapatch.engine.arguments import WORDS, at_least_bytes, at_most_bytes, in_bytes, n_bytes
-from deltapatch.engine.effects import load_effects
-from deltapatch.engine.metrics import METRICS
-from deltapatch.engine.pairs import encode_pairs
-from deltapatch.engine.pairs_file import read_pairs, write_pairs
-from deltapatch.engine.sites import HOOK_NAMES, SITES, find_site
+from deltapatch.arguments import WORDS, at_least_bytes, at_most_bytes, in_bytes, n_bytes
+from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.pairs_file import read_pairs, write_pairs
+from deltapatch.interventions.sites import HOOK_NAMES, SITES, find_site
+from deltapatch.results.effects import load_effects
+from deltapatch.results.metrics import METRICS
 from deltapatch.tasks.fact_files import read_facts
 from deltapatch.tasks.problem_file import read_problems
 from deltapatch.tasks.registry import make_pairs
@@ -330,7 +330,7 @@ def test_last_is_the_last_position_in_every_form(model):
 
 
 def test_a_run_folder_whose_labels_overruled_a_word(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltapatch.engine.pairs.check_label", lambda *args: None)  # as they once were
+    monkeypatch.setattr("deltapatch.interventions.pairs.check_label", lambda *args: None)  # as they once were
     sweep(model, labelled("last", 2), out=tmp_path / "run")
     with pytest.raises(DeltapatchError, match="label 'last' is at position 2"):
         load_effects(tmp_path / "run")

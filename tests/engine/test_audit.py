@@ -12,9 +12,9 @@ import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine import audit
 from deltapatch.engine.memory import Costs
-from deltapatch.engine.metrics import METRICS
+from deltapatch.engine.pool import Map
 from deltapatch.engine.prepare import Options, prepare
-from deltapatch.engine.workers import Map
+from deltapatch.results.metrics import METRICS
 
 VARIANT = "neox-parallel"
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from deltapatch.engine.costs import layer_parameters, necessary_flops, parameters, rows, sweep_cost
-from deltapatch.engine.grid import Grid, SiteGrid
-from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.sites import SITES
+from deltapatch.interventions.grid import Grid, SiteGrid
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.sites import SITES
 from deltapatch.models.spec import ModelSpec, RopeSpec
 
 SPEC = ModelSpec(

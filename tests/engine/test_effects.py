@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import deltapatch
-from deltapatch.engine import runfolder
-from deltapatch.engine.effects import load_effects
 from deltapatch.errors import DeltapatchError
+from deltapatch.results import folder as runfolder
+from deltapatch.results.effects import load_effects
 
 
 def test_values_follow_from_what_was_measured(make_effects):

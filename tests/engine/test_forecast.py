@@ -18,14 +18,14 @@ from deltapatch.engine.audit import Audit
 from deltapatch.engine.calibration import Line, Rates
 from deltapatch.engine.forecast import forecast, forecasts, seconds
 from deltapatch.engine.memory import Costs
-from deltapatch.engine.patches import WHOLE
 from deltapatch.engine.plan import plan
+from deltapatch.engine.pool import Map
 from deltapatch.engine.prepare import Options, prepare
 from deltapatch.engine.readout import ReadOut
+from deltapatch.engine.rows import WHOLE
 from deltapatch.engine.timed import Amount
 from deltapatch.engine.unpatched import Unpatched
 from deltapatch.engine.wavefront import Wavefront
-from deltapatch.engine.workers import Map
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.models.stand_in import stand_in
 

@@ -7,9 +7,9 @@ from engine_tiny import hf_model
 import deltapatch
 from deltapatch import DeltapatchError, PromptPair
 from deltapatch.engine.costs import sweep_cost
-from deltapatch.engine.grid import make_grid
-from deltapatch.engine.pairs import encode_pairs
-from deltapatch.engine.patches import place_of
+from deltapatch.interventions.grid import make_grid
+from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.table import place_of
 
 SPEC = deltapatch.from_transformers(hf_model("neox-parallel")).spec  # 3 layers, 2 heads, 24 neurons
 PAIRS = encode_pairs(

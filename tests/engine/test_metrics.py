@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import deltapatch as dp
-from deltapatch.engine.metrics import METRICS, definitions
+from deltapatch.results.metrics import METRICS, definitions
 
 PAIRS = [
     dp.PromptPair("12 + 30 =", "12 + 41 =", " 42", " 53", labels={"op": 2}),

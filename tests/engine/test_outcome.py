@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import deltapatch as dp
-from deltapatch.engine.metrics import MEASURED, Reference
-from deltapatch.engine.outcome import Outcome
-from deltapatch.engine.tensorfile import save_file
+from deltapatch.results.metrics import MEASURED, Reference
+from deltapatch.results.outcome import Outcome
+from deltapatch.results.tensorfile import save_file
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from deltapatch.engine.pairs import PromptPair, encode_pairs
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair, encode_pairs
 
 D_VOCAB = 400
 

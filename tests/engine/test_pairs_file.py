@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltapatch.engine.pairs import PromptPair
-from deltapatch.engine.pairs_file import read_named_pairs, read_pairs, write_pairs
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair
+from deltapatch.interventions.pairs_file import read_named_pairs, read_pairs, write_pairs
 
 PROMPT = st.text() | st.lists(st.integers(0, 10**6))
 ANSWER = st.text() | st.integers(0, 10**6)

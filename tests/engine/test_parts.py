@@ -10,9 +10,9 @@ from engine_survivor import budget, make_hf_model, make_pairs, process, same, sw
 
 import deltapatch
 from deltapatch import DeltapatchError
-from deltapatch.engine import unfinished
-from deltapatch.engine.merge import merge
 from deltapatch.engine.prepare import Prepared
+from deltapatch.results import checkpoint as unfinished
+from deltapatch.results.merge import merge
 
 
 def test_parts_merge_to_the_same_bytes(parts, whole, tmp_path):

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deltapatch
-from deltapatch.engine.patches import ATTENTION, END, MIDDLE, PLACE, PatchTable, make_rows, place_of
-from deltapatch.engine.sites import PLACES, SITES
+from deltapatch.engine.rows import ATTENTION, END, MIDDLE, make_rows
+from deltapatch.interventions.sites import PLACES, SITES
+from deltapatch.interventions.table import PLACE, PatchTable, place_of
 
 SPECS = {v: deltapatch.from_transformers(build(v)).spec for v in ("neox-parallel", "llama-grouped")}
 

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 import deltapatch
 from deltapatch import DeltapatchError
+from deltapatch.arguments import n_bytes
 from deltapatch.engine import limit as limits
-from deltapatch.engine.arguments import n_bytes
-from deltapatch.engine.layout import RunShape
 from deltapatch.engine.limit import Limit
 from deltapatch.engine.memory import Costs, default_budget
-from deltapatch.engine.metrics import MEASURED
-from deltapatch.engine.patches import PatchTable
-from deltapatch.engine.planner import cut, first_layers, row_tokens, take
+from deltapatch.engine.planner import cut
 from deltapatch.engine.wavefront import Wavefront
+from deltapatch.interventions.runs import RunShape
+from deltapatch.interventions.table import PatchTable, first_layers, row_tokens, take
 from deltapatch.models.memory import fits
+from deltapatch.results.metrics import MEASURED
 
 LIMIT = Limit(most=100, layer=1, readout=2, n_layers=3, runs=2)
 COSTS = Costs(fixed=1000, read=50, base_token=10, row_token=7, row=3)

@@ -11,11 +11,11 @@ from engine_survivor import budget, cut_off, make_hf_model, make_pairs, passes_o
 
 import deltapatch
 from deltapatch import DeltapatchError
-from deltapatch.engine import ray_team
-from deltapatch.engine.ray_sweep import ray_sweep
-from deltapatch.engine.ray_worker import Worker
-from deltapatch.engine.shards import Shards
-from deltapatch.engine.workers import threads
+from deltapatch.engine.cluster import team as ray_team
+from deltapatch.engine.cluster.sweep import ray_sweep
+from deltapatch.engine.cluster.worker import Worker
+from deltapatch.engine.pool import threads
+from deltapatch.results.kept import Shards
 
 ray = pytest.importorskip("ray")
 
@@ -190,8 +190,8 @@ def test_a_worker_that_differs_is_left_out(folder, options, alone, tmp_path, mon
 
 
 def test_a_worker_refuses_another_plan(folder, options):
+    from deltapatch.engine.cluster.worker import Request
     from deltapatch.engine.prepare import Options
-    from deltapatch.engine.ray_worker import Request
 
     request = Request(str(folder), {"device": "cpu"}, PAIRS, None, Options(**options), 1)
     worker = Worker()

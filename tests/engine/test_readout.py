@@ -9,7 +9,7 @@ from engine_tiny import hf_model, pairs, true_model
 
 import deltapatch
 from deltapatch.engine import readout
-from deltapatch.engine.metrics import MEASURED
+from deltapatch.results.metrics import MEASURED
 
 OPTIONS = {"sites": ["mlp_out", "k"], "progress": False}
 

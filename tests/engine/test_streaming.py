@@ -11,7 +11,7 @@ import torch
 
 import deltapatch
 from deltapatch.bench.true_shapes import CONFIGS, RandomTensors, random_model, write_random_model
-from deltapatch.engine.metrics import MEASURED
+from deltapatch.results.metrics import MEASURED
 
 GPTJ = CONFIGS["gptj-6b"]
 SMALL = {"n_embd": 64, "n_head": 4, "rotary_dim": 8, "vocab_size": 3000, "n_layer": 3}

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 import deltapatch
 import deltapatch.models.stand_in
 from deltapatch import DeltapatchError
-from deltapatch.engine.workers import threads
+from deltapatch.engine.pool import threads
 from deltapatch.models.patched import patched_logits
 from deltapatch.models.surroundings import undisturbed
 from deltapatch.tasks.answered import answered

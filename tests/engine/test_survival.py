@@ -34,9 +34,10 @@ from hypothesis import strategies as st
 
 import deltapatch
 from deltapatch import DeltapatchError
-from deltapatch.engine import manifest as manifests
-from deltapatch.engine import unfinished
-from deltapatch.engine.merge import merge
+from deltapatch.engine import settings as of_runs
+from deltapatch.results import checkpoint as unfinished
+from deltapatch.results import manifest as manifests
+from deltapatch.results.merge import merge
 
 HYPOTHESIS = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -107,8 +108,8 @@ def test_a_finished_run_answers_its_own_question_alone(done, monkeypatch):
 
 
 def test_a_finished_run_of_another_version_answers_and_says_so(done, monkeypatch):
-    monkeypatch.setattr(manifests, "PLAN_VERSION", 99)
-    monkeypatch.setattr(manifests, "device_kind", lambda device: "abacus")
+    monkeypatch.setattr(of_runs, "PLAN_VERSION", 99)
+    monkeypatch.setattr(of_runs, "device_kind", lambda device: "abacus")
     said = (
         r"was finished with a different version of the plan: \d+ there, 99 here; .*cpu.* there, abacus here"
     )
@@ -259,7 +260,7 @@ def test_nothing_else_is_mixed_in(cut, changes, what, monkeypatch):
 
 
 def test_another_model_or_version_is_not_mixed_in(cut, monkeypatch):
-    monkeypatch.setattr(manifests, "PLAN_VERSION", 99)
+    monkeypatch.setattr(of_runs, "PLAN_VERSION", 99)
     with pytest.raises(DeltapatchError, match=r"different version of the plan: \d+ there, 99 here"):
         sweep(cut, resume=True)
     monkeypatch.undo()

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 import deltapatch
 from deltapatch import DeltapatchError, PromptPair
-from deltapatch.engine.pairs import encode_pairs
-from deltapatch.engine.tokens import pieces, tokenise
+from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.tokens import pieces, tokenise
 from deltapatch.tasks.answers import answer_ids
 from deltapatch.tasks.numbers import token_spans
 

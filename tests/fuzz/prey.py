@@ -20,10 +20,10 @@ import transformers  # noqa: F401  # before memory is limited
 from transformers import AutoTokenizer  # noqa: F401
 
 import deltapatch
-from deltapatch.engine.merge import merge
-from deltapatch.engine.pairs import encode_pairs
-from deltapatch.engine.pairs_file import read_named_pairs, write_pairs
+from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.pairs_file import read_named_pairs, write_pairs
 from deltapatch.models.convert import convert
+from deltapatch.results.merge import merge
 from deltapatch.tasks.fact_files import read_facts
 from deltapatch.tasks.problem_file import read_problems
 

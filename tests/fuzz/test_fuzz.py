@@ -14,7 +14,7 @@ from fuzz_hunter import Hunter, broken_bytes, broken_safetensors, broken_text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deltapatch.engine.runfolder import checksum
+from deltapatch.results.folder import checksum
 
 QUICK, LONG = 15, 600  # examples
 LOOSE = settings(deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltapatch.engine.workers import threads
+from deltapatch.engine.pool import threads
 
 # --import-mode=importlib puts no test folder on sys.path, so a plain import would not find it
 for _name in ("packing", "attention_inputs"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deltapatch.engine.workers import threads
+from deltapatch.engine.pool import threads
 from deltapatch.models.model import Model, load_model
 from deltapatch.study.reproduce import Study, reproduce
 

@@ -19,10 +19,10 @@ import deltapatch as dp
 from deltapatch.analysis.importance import relative_importance
 from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.cli.main import cli
-from deltapatch.engine.effects import load_effects
-from deltapatch.engine.pairs_file import read_pairs
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs_file import read_pairs
 from deltapatch.models.model import load_model
+from deltapatch.results.effects import load_effects
 from deltapatch.study import checkpoints
 from deltapatch.study import pairs as pair_files
 from deltapatch.study import published as papers

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks import Dropped, answered, keep_answered
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from deltapatch.engine.pairs import encode_pairs
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.tasks.arithmetic import arithmetic_pairs
 from deltapatch.tasks.numbers import number_range, token_spans
 from deltapatch.tasks.registry import TASKS, find_task, make_pairs

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltapatch.engine.pairs import encode_pairs
-from deltapatch.engine.workers import threads
+from deltapatch.engine.pool import threads
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.models import builtin_models
 from deltapatch.models.builtin_models import ARITHMETIC_MODELS, BUILTIN_MODELS, builtin_model_path
 from deltapatch.tasks.arithmetic import arithmetic_pairs

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltapatch as dp
-from deltapatch.engine.workers import threads
+from deltapatch.engine.pool import threads
 from deltapatch.models.builtin_models import STUDY_MODELS, builtin_model_path
 from deltapatch.tasks import make_pairs
 from deltapatch.tasks.numbers import number_range

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from deltapatch.engine.gather import PassEffects
-from deltapatch.engine.metrics import Reference
-from deltapatch.engine.tensorfile import digest, save_file
-from deltapatch.engine.wholefile import write_whole
 from deltapatch.models.header import open_safetensors
+from deltapatch.results.measured import PassEffects
+from deltapatch.results.metrics import Reference
+from deltapatch.results.tensorfile import digest, save_file
+from deltapatch.results.wholefile import write_whole
 
 _REFERENCE = tuple(Reference.empty(0).arrays())
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from deltapatch.engine.arguments import choice, several
+from deltapatch.arguments import choice, several
 from deltapatch.errors import DeltapatchError, shown
 
 Direction = Literal["denoise", "noise"]

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.gather import Gathered, PassEffects, split
-from deltapatch.engine.grid import Grid
-from deltapatch.engine.manifest import Manifest, digest_of
-from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.readrun import read_pairs_text, read_run
-from deltapatch.engine.runfolder import PAIRS, RUN, UNFINISHED, is_begun
-from deltapatch.engine.shards import DamagedShard, Shards
-from deltapatch.engine.unfinished import Unfinished, read_plan, tidy, unfinished
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.grid import Grid
+from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.models.header import check_regular
+from deltapatch.results.checkpoint import Unfinished, read_plan, tidy, unfinished
+from deltapatch.results.effects import Effects
+from deltapatch.results.folder import PAIRS, RUN, UNFINISHED, is_begun
+from deltapatch.results.kept import DamagedShard, Shards
+from deltapatch.results.manifest import Manifest, digest_of
+from deltapatch.results.measured import Gathered, PassEffects, split
+from deltapatch.results.reading import read_pairs_text, read_run
 
 _NAMED = 10_000  # missing passes that are looked up for a message
 

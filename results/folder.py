@@ -29,12 +29,12 @@ import numpy as np
 from safetensors import SafetensorError
 
 import deltapatch
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.tensorfile import save_file
-from deltapatch.engine.wholefile import flush as _flush
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.models.header import check_regular
+from deltapatch.results.effects import Effects
+from deltapatch.results.tensorfile import save_file
+from deltapatch.results.wholefile import flush as _flush
 
 FORMAT = "deltapatch run"
 FORMAT_VERSION = 2  # 1: answers are single tokens, and `reference/says` is not written down

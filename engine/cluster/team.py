@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltapatch.engine.gather import PassEffects
-from deltapatch.engine.manifest import Manifest
-from deltapatch.engine.ray_worker import Report, Request, Worker
+from deltapatch.engine.cluster.worker import Report, Request, Worker
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.manifest import Manifest
+from deltapatch.results.measured import PassEffects
 
 _TRIES = 3  # of a pass, and of the first worker
 _PATIENCE = 30.0  # seconds without room in the cluster after which that is said

@@ -15,11 +15,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 from safetensors import SafetensorError
 
-from deltapatch.engine.arguments import check_label
-from deltapatch.engine.effects import Effects, SiteEffects
-from deltapatch.engine.metrics import MEASURED, Direction, Reference
-from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.runfolder import (
+from deltapatch.arguments import check_label
+from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.sites import SITES
+from deltapatch.models.header import check_file, check_regular, open_safetensors
+from deltapatch.results.effects import Effects, SiteEffects
+from deltapatch.results.folder import (
     CHECKSUM,
     EFFECTS,
     FORMAT,
@@ -29,9 +31,7 @@ from deltapatch.engine.runfolder import (
     checksum,
     is_begun,
 )
-from deltapatch.engine.sites import SITES
-from deltapatch.errors import DeltapatchError, path_of, shown
-from deltapatch.models.header import check_file, check_regular, open_safetensors
+from deltapatch.results.metrics import MEASURED, Direction, Reference
 
 _MEND = "copy it again, or remove it and run the sweep again"
 _HINTS = get_type_hints(EncodedPair)

@@ -10,21 +10,13 @@ from typing import Any, get_args
 import numpy as np
 from safetensors import SafetensorError
 
-from deltapatch.engine.effects import import_pandas
-from deltapatch.engine.metrics import (
-    MEASURED,
-    METRICS,
-    Direction,
-    Reference,
-    asked_of,
-    compute,
-    terms,
-)
-from deltapatch.engine.runfolder import plain_errors
-from deltapatch.engine.tensorfile import save_file
-from deltapatch.engine.wholefile import write_new
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.header import open_safetensors
+from deltapatch.results.effects import import_pandas
+from deltapatch.results.folder import plain_errors
+from deltapatch.results.metrics import MEASURED, METRICS, Direction, Reference, asked_of, compute, terms
+from deltapatch.results.tensorfile import save_file
+from deltapatch.results.wholefile import write_new
 
 FORMAT = "deltapatch outcome"
 _KINDS = {"prediction": "i", "says": "b"}  # of the reference's arrays; others are float64

@@ -17,16 +17,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.merge import join
-from deltapatch.engine.pairs_file import Pairs, as_pairs
+from deltapatch.engine.cluster.team import Team
+from deltapatch.engine.cluster.worker import Report, Request
 from deltapatch.engine.prepare import Options
 from deltapatch.engine.progress import progress_bar
-from deltapatch.engine.ray_team import Team
-from deltapatch.engine.ray_worker import Report, Request
-from deltapatch.engine.runfolder import RUN, check_output
-from deltapatch.engine.unfinished import unfinished
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs_file import Pairs, as_pairs
+from deltapatch.results.checkpoint import unfinished
+from deltapatch.results.effects import Effects
+from deltapatch.results.folder import RUN, check_output
+from deltapatch.results.merge import join
 
 
 def ray_sweep(

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from deltapatch.engine.arguments import check_label, label_name, whole
-from deltapatch.engine.tokens import Tokens, after, around, pieces, text_before, tokenise
+from deltapatch.arguments import check_label, label_name, whole
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.tokens import Tokens, after, around, pieces, text_before, tokenise
 
 _DEEPEST = 100  # that the meta of a pair may be nested
 

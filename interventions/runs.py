@@ -10,13 +10,47 @@ at the position before it. Answers of one token add nothing.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from deltapatch.engine.layout import RunShape
-from deltapatch.engine.pairs import EncodedPair
+import numpy as np
+
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.kernels.segments import Fork
 from deltapatch.models.forward import rope_depends_on_length
 from deltapatch.models.spec import RopeSpec
 
 NONE = -1  # no token
+
+
+class RunShape(NamedTuple):
+    """The shape of a run: its prompt, and what the answers add.
+
+    Attributes:
+        prompt: tokens up to the first position that is read, the end of the prompt.
+        length: all tokens.
+        fork: where the run parts into two branches, if it does.
+    """
+
+    prompt: int
+    length: int
+    fork: Fork | None = None
+
+    @property
+    def reads(self) -> int:
+        """How many tokens are read from: the last of the prompt and all after it."""
+        return self.length - self.prompt + 1
+
+    @property
+    def positions(self) -> np.ndarray:
+        """[token], each token's position; the second branch counts from the fork."""
+        position = np.arange(self.length)
+        if self.fork is not None:
+            position[self.fork[1] :] -= self.fork[1] - self.fork[0]
+        return position
+
+    @property
+    def order(self) -> tuple[int, int, Fork | tuple[()]]:
+        """What pairs are ordered by: those of one prompt length together, and among them those alike."""
+        return self.prompt, self.length, self.fork or ()
 
 
 class Continuation(NamedTuple):

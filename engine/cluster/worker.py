@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from deltapatch.engine.costs import sweep_cost
-from deltapatch.engine.gather import PassEffects
-from deltapatch.engine.manifest import Manifest
-from deltapatch.engine.pairs import EncodedPair, PromptPair, encode_pairs
 from deltapatch.engine.planner import Pass
+from deltapatch.engine.pool import threads
 from deltapatch.engine.prepare import Options, Prepared, prepare
-from deltapatch.engine.workers import threads
+from deltapatch.interventions.pairs import EncodedPair, PromptPair, encode_pairs
 from deltapatch.models.model import load_model
+from deltapatch.results.manifest import Manifest
+from deltapatch.results.measured import PassEffects
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltapatch.engine.arguments import position, several, whole
-from deltapatch.engine.layout import RunShape
-from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.patches import PatchTable, place_of
-from deltapatch.engine.sites import Site, check_site, find_site
+from deltapatch.arguments import position, several, whole
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.runs import RunShape
+from deltapatch.interventions.sites import Site, check_site, find_site
+from deltapatch.interventions.table import PatchTable, place_of
 from deltapatch.models.spec import ModelSpec
 
 Positions = str | int | Sequence[int | str]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltapatch.engine.effects import SiteEffects
-from deltapatch.engine.grid import Grid
-from deltapatch.engine.metrics import Reference
+from deltapatch.interventions.grid import Grid
+from deltapatch.results.effects import SiteEffects
+from deltapatch.results.metrics import Reference
 
 
 @dataclass(frozen=True)

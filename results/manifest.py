@@ -15,22 +15,19 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
-from deltapatch.engine.audit import Sampled, Truth
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.grid import Grid, SiteGrid
-from deltapatch.engine.job import Job
-from deltapatch.engine.metrics import MEASURED, Direction, Reference
-from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.runfolder import environment, pairs_as_text
-from deltapatch.engine.sites import SITES
-from deltapatch.engine.sources import SOURCES
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.grid import Grid, SiteGrid
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.sites import SITES
+from deltapatch.interventions.sources import SOURCES
 from deltapatch.kernels.product import PRECISIONS
+from deltapatch.results.effects import Effects
+from deltapatch.results.folder import pairs_as_text
+from deltapatch.results.metrics import MEASURED, Direction, Reference
+from deltapatch.results.truth import Sampled, Truth
 
 FORMAT, FORMAT_VERSION = "deltapatch unfinished run", 2
-PLAN_VERSION = 3  # to be raised whenever passes are cut, or computed, in another way
 
 # What must be the same for two processes to work on one run, and what a sentence calls it.
 _WORDS = {
@@ -114,43 +111,6 @@ class Manifest:
         # Numpy numbers and tuples become what they will be when they are read.
         plain: dict[str, Any] = json.loads(json.dumps(body, default=_plain))
         return plain
-
-
-def settings_of(
-    job: Job,
-    grid: Grid,
-    precision: str | None,
-    budget: int | None,
-    threads: int | None = None,
-    stream: bool | None = None,
-) -> dict[str, Any]:
-    """What decides the result of a sweep; None for what the plan may decide."""
-    versions = environment()["versions"]
-    return {
-        "plan": PLAN_VERSION,
-        "deltapatch": versions["deltapatch"],
-        "torch": versions["torch"],
-        "model": job.identify(),
-        "dtype": str(job.model.dtype).removeprefix("torch."),
-        "device": device_kind(job.model.device),
-        "backend": job.backend.name,
-        "pairs": digest_of(job.pairs),
-        "sites": [
-            {"site": g.site.name, "layers": g.layers.tolist(), "indices": g.n_indices} for g in grid.sites
-        ],
-        "positions": grid.sites[0].positions,
-        "direction": job.direction,
-        "source": job.source,
-        "readout": job.readout,
-        "metrics": list(job.measured),
-        "seed": job.seed,
-        "noise_scale": job.noise_scale if job.source == "noise" else None,
-        "noise_sample": job.noise_sample,
-        "precision": precision,
-        "memory_budget": budget,
-        "threads": threads,
-        "stream": stream,
-    }
 
 
 def settings_of_run(effects: Effects) -> dict[str, Any]:
@@ -241,13 +201,6 @@ def _ranges(numbers: Any) -> str:
         else:
             found.append([n, n])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
-
-
-def device_kind(device: torch.device) -> str:
-    """What must be the same for the same bits: "cuda 9.0", "cpu AVX512"."""
-    if device.type == "cuda":
-        return "cuda {}.{}".format(*torch.cuda.get_device_capability(device))
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
 def digest_of(pairs: list[EncodedPair]) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from deltapatch.engine.arguments import several
-from deltapatch.engine.metrics import METRICS, Direction, Reference, asked_of, compute, terms
-from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.sites import find_site
+from deltapatch.arguments import several
 from deltapatch.errors import DeltapatchError, path_of
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.sites import find_site
+from deltapatch.results.metrics import METRICS, Direction, Reference, asked_of, compute, terms
 
 AXES = ("pair", "layer", "position", "index")  # of every measured array; whole-vector sites have no index
 
@@ -183,7 +183,7 @@ class Effects:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a run folder. DeltapatchError where the path is taken or cannot be written."""
-        from deltapatch.engine.runfolder import write_run
+        from deltapatch.results.folder import write_run
 
         if self.meta.get("fingerprint") is None and self._fingerprint is not None:
             self.meta["fingerprint"] = self._fingerprint()
@@ -246,7 +246,7 @@ class Effects:
 
 def load_effects(path: str | PathLike[str]) -> Effects:
     """The effects in a run folder. DeltapatchError where it is none, is damaged, or is of a newer format."""
-    from deltapatch.engine.readrun import read_run
+    from deltapatch.results.reading import read_run
 
     return read_run(path)
 

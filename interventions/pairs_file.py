@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from deltapatch.engine.pairs import PromptPair
 from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.models.header import check_file
 
 # What may be given as the pairs of a sweep or run.

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltapatch.engine.arguments import position, several, whole
-from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.patches import PatchTable, place_of
-from deltapatch.engine.sites import check_site, find_site
+from deltapatch.arguments import position, several, whole
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.sites import check_site, find_site
+from deltapatch.interventions.table import PatchTable, place_of
 from deltapatch.models.spec import ModelSpec
 
 

@@ -19,13 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from deltapatch.engine.audit import Truth
-from deltapatch.engine.effects import Effects
-from deltapatch.engine.gather import Gathered, PassEffects
-from deltapatch.engine.manifest import Manifest, read_manifest
-from deltapatch.engine.pairs import EncodedPair
-from deltapatch.engine.planner import Pass
-from deltapatch.engine.runfolder import (
+from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.models.header import check_regular
+from deltapatch.results.effects import Effects
+from deltapatch.results.folder import (
     LOCK,
     MANIFEST,
     PAIRS,
@@ -37,11 +35,12 @@ from deltapatch.engine.runfolder import (
     plain_errors,
     put_files,
 )
-from deltapatch.engine.runlock import held
-from deltapatch.engine.shards import DamagedShard, Shards
-from deltapatch.engine.wholefile import flush, write_new, write_whole
-from deltapatch.errors import DeltapatchError
-from deltapatch.models.header import check_regular
+from deltapatch.results.kept import DamagedShard, Shards
+from deltapatch.results.lock import held
+from deltapatch.results.manifest import Manifest, read_manifest
+from deltapatch.results.measured import Gathered, PassEffects
+from deltapatch.results.truth import Truth
+from deltapatch.results.wholefile import flush, write_new, write_whole
 
 GO_ON = "the same sweep with --resume (in Python resume=True) goes on from there"
 
@@ -105,13 +104,13 @@ class Unfinished:
         """Whether this process does that pass."""
         return self.part is None or number % self.part[1] == self.part[0]
 
-    def kept(self, number: int, part: Pass, gathered: Gathered) -> PassEffects | None:
+    def kept(self, number: int, out: np.ndarray, pairs: list[int], gathered: Gathered) -> PassEffects | None:
         """What the pass found earlier; None where it is to be done, perhaps again."""
         try:
             found = self.shards.read(number)
             if found is None:
                 return None
-            same = np.array_equal(found.out, part.out) and np.array_equal(found.pairs, part.pairs)
+            same = np.array_equal(found.out, out) and np.array_equal(found.pairs, pairs)
             kinds = {name: values.dtype for name, values in found.measured.items()}
             if not same or kinds != {name: values.dtype for name, values in gathered.measured.items()}:
                 raise DamagedShard

@@ -5,39 +5,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from deltapatch.engine.sites import PLACES, SITES
+from deltapatch.interventions.sites import PLACES
+from deltapatch.interventions.table import PLACE, PatchTable
 from deltapatch.models.spec import ModelSpec
-
-PLACE = {place: i for i, place in enumerate(PLACES)}
 
 # Stages: where in a block a row's difference first appears, and so which products it needs there.
 WHOLE, ATTENTION, MIDDLE, END = range(4)
-
-
-@dataclass(frozen=True)
-class PatchTable:
-    """Patches of a set of interventions, one array entry a patch, sorted by row.
-
-    Attributes:
-        n_rows: interventions; `row` refers to them.
-        pair: [row], the pair of each intervention.
-        row, layer, place, position, index: [patch]. `layer` -1 stands for the embedding; `place` counts in
-            PLACES; `position` counts from 0; `index` is -1 where the whole vector is swapped.
-    """
-
-    n_rows: int
-    pair: np.ndarray
-    row: np.ndarray
-    layer: np.ndarray
-    place: np.ndarray
-    position: np.ndarray
-    index: np.ndarray
-
-
-def place_of(site: str, layer: np.ndarray | int) -> tuple[int, np.ndarray | int]:
-    """Place and layer of a site. What enters a layer is what left the one before: resid_pre has no place."""
-    shift = 1 if site.startswith("resid_pre") else 0
-    return PLACE[SITES[site].place], layer - shift
 
 
 def entry_stage(place: np.ndarray, parallel: bool) -> np.ndarray:

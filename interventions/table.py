@@ -1,0 +1,76 @@
+"""Patch tables: interventions as arrays, one entry a patch, as grids and lists of interventions make them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltapatch.interventions.runs import RunShape
+from deltapatch.interventions.sites import PLACES, SITES
+
+PLACE = {place: i for i, place in enumerate(PLACES)}
+
+
+@dataclass(frozen=True)
+class PatchTable:
+    """Patches of a set of interventions, one array entry a patch, sorted by row.
+
+    Attributes:
+        n_rows: interventions; `row` refers to them.
+        pair: [row], the pair of each intervention.
+        row, layer, place, position, index: [patch]. `layer` -1 stands for the embedding; `place` counts in
+            PLACES; `position` counts from 0; `index` is -1 where the whole vector is swapped.
+    """
+
+    n_rows: int
+    pair: np.ndarray
+    row: np.ndarray
+    layer: np.ndarray
+    place: np.ndarray
+    position: np.ndarray
+    index: np.ndarray
+
+
+def place_of(site: str, layer: np.ndarray | int) -> tuple[int, np.ndarray | int]:
+    """Place and layer of a site. What enters a layer is what left the one before: resid_pre has no place."""
+    shift = 1 if site.startswith("resid_pre") else 0
+    return PLACE[SITES[site].place], layer - shift
+
+
+def first_positions(table: PatchTable) -> np.ndarray:
+    """[row], each intervention's first patched position."""
+    first = np.full(table.n_rows, np.iinfo(np.int64).max)
+    np.minimum.at(first, table.row, table.position)
+    return first
+
+
+def row_tokens(table: PatchTable, run: RunShape) -> np.ndarray:
+    """[row], tokens of each intervention's row; none where all patches lie behind the read-out."""
+    first = first_positions(table)
+    return np.where(first < run.prompt, run.length - first, 0)
+
+
+def first_layers(table: PatchTable) -> np.ndarray:
+    """[row], each intervention's first patched layer."""
+    first = np.full(table.n_rows, np.iinfo(np.int64).max)
+    np.minimum.at(first, table.row, table.layer)
+    return first
+
+
+def row_layers(table: PatchTable, runs: Sequence[RunShape], n_layers: int) -> int:
+    """Row tokens times the layers that they pass, for pairs whose runs have these shapes."""
+    first = first_positions(table)
+    prompt, length = (
+        np.array(sizes)[table.pair] for sizes in zip(*((r.prompt, r.length) for r in runs), strict=True)
+    )
+    return int((np.where(first < prompt, length - first, 0) * (n_layers - 1 - first_layers(table))).sum())
+
+
+def take(table: PatchTable, rows: np.ndarray) -> PatchTable:
+    """Some interventions; `rows` ascends."""
+    number = np.full(table.n_rows, -1)
+    number[rows] = np.arange(len(rows))
+    new = number[table.row]
+    kept = new >= 0
+    columns = (getattr(table, f)[kept] for f in ("layer", "place", "position", "index"))
+    return PatchTable(len(rows), table.pair[rows], new[kept], *columns)

@@ -1,0 +1,1 @@
+"""Results: metrics, effects, and the run folders that keep them."""
