@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from deltapatch.interventions.given import Intervention, Patch
     from deltapatch.interventions.pairs import PromptPair
     from deltapatch.models.model import Model, from_transformers, load_model
-    from deltapatch.results.effects import Effects, load_effects
-    from deltapatch.results.outcome import Outcome, load_outcome
+    from deltapatch.results.effects import Effects
+    from deltapatch.results.outcome import Outcome
+    from deltapatch.results.reading import load_effects, load_outcome
 
 __version__ = "0.1.0"
 
@@ -26,9 +27,9 @@ _HOME = {
     "Patch": "interventions.given",
     "PromptPair": "interventions.pairs",
     "from_transformers": "models.model",
-    "load_effects": "results.effects",
+    "load_effects": "results.reading",
     "load_model": "models.model",
-    "load_outcome": "results.outcome",
+    "load_outcome": "results.reading",
     "run": "engine.sweep",
     "sweep": "engine.sweep",
 }

@@ -197,3 +197,38 @@ def check_label(name: str, place: int, length: int, where: str) -> None:
 def _dim(value: Any) -> Any:
     """How many axes an array has; None of anything else."""
     return getattr(value, "ndim", None)
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def number_or_label(text: str) -> int | str:
+    """One position, as text."""
+    return int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else text
+
+
+def positions(text: str) -> str | list[int | str]:
+    """`all`, `last`, or numbers and label names with commas between."""
+    items = [item.strip() for item in text.split(",")]
+    if items in (["all"], ["last"]):
+        return items[0]
+    if not all(items):
+        raise DeltapatchError(
+            f"--positions {text!r} is not all, last, or numbers and labels such as 3,-1,op1"
+        )
+    return [number_or_label(item) for item in items]
+
+
+def layers(text: str) -> str | list[int]:
+    """`all`, or numbers and ranges with commas between; a range includes its end."""
+    if text.strip() == "all":
+        return "all"
+    found: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", item)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise DeltapatchError(f"--layers {text!r} is not all, or numbers and ranges such as 0-5,9")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return found

@@ -194,7 +194,7 @@ class Bench:
         prompts = np.random.default_rng(0).integers(0, spec.d_vocab, (n_pairs, 2, self.length)).tolist()
         pairs = [deltapatch.PromptPair(clean, corrupted, 3, 4) for clean, corrupted in prompts]
         options: Any = {"positions": positions, "precision": mode, "backend": self.backend, "progress": False}
-        whole = partial(deltapatch.sweep, model, pairs, list(sites), **options)
+        whole = partial(deltapatch.sweep, model, pairs, sites=list(sites), **options)
         with count_compilations() as warm:
             for noise_sample in (0, _NOISE_SAMPLE):
                 whole(layers=warm_layers(spec), noise_sample=noise_sample)

@@ -134,7 +134,8 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
     from deltapatch.bench.memory import device_peak_bytes
     from deltapatch.engine.costs import layer_parameters
     from deltapatch.engine.forecast import forecast
-    from deltapatch.engine.prepare import Options
+    from deltapatch.engine.options import SweepOptions
+    from deltapatch.engine.question import ask
     from deltapatch.results.folder import environment
 
     if sweep.threads:
@@ -151,12 +152,12 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
     ]
     options: dict[str, Any] = {"memory_budget": sweep.memory_budget}
     began = time.perf_counter()
-    asked = Options(sweep.sites, sweep.positions, **options)
-    predicted = forecast(model, pairs, asked, kept=False).as_dict()
+    asked = SweepOptions(sites=sweep.sites, positions=sweep.positions, **options)
+    predicted = forecast(ask(model, pairs, asked)).as_dict()
     predicting = time.perf_counter() - began
     began = time.perf_counter()
     effects = deltapatch.sweep(
-        model, pairs, sweep.sites, positions=sweep.positions, progress=False, **options
+        model, pairs, sites=sweep.sites, positions=sweep.positions, progress=False, **options
     )
     seconds = time.perf_counter() - began
     watch.stop()

@@ -102,8 +102,8 @@ def effects(
     from deltapatch.analysis.magnitudes import discoveries, magnitudes
     from deltapatch.analysis.render import render
     from deltapatch.analysis.tables import averages, cells, having
-    from deltapatch.results.effects import load_effects
     from deltapatch.results.metrics import default_metric
+    from deltapatch.results.reading import load_effects
 
     found = load_effects(run)
     if caveat := found.caveat():

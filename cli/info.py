@@ -76,16 +76,16 @@ def info(
 def _facts(model: "Model", length: int, n_pairs: int, budget: int | None, timed: bool) -> dict[str, Any]:
     from deltapatch.engine.costs import parameters
     from deltapatch.engine.forecast import forecasts
-    from deltapatch.engine.prepare import Options
+    from deltapatch.engine.options import SweepOptions
+    from deltapatch.engine.question import ask
 
     spec, pairs = model.spec, _pairs(n_pairs, length, model.spec.d_vocab)
-    sweeps: list[dict[str, Any]] = []
-    for positions in ("all", "last"):  # rows of one kind
-        asked = [Options(site, at, memory_budget=budget) for site, at, _ in SWEEPS if at == positions]
-        found = forecasts(model, pairs, asked, timed=timed)
-        sweeps += [
-            {"site": a.sites, "positions": positions} | f.as_dict() for a, f in zip(asked, found, strict=True)
-        ]
+    asked = [SweepOptions(sites=site, positions=at, memory_budget=budget) for site, at, _ in SWEEPS]
+    found = forecasts([ask(model, pairs, each) for each in asked], timed)
+    sweeps: list[dict[str, Any]] = [
+        {"site": site, "positions": at} | one.as_dict()
+        for (site, at, _), one in zip(SWEEPS, found, strict=True)
+    ]
     by = {(s["site"], s["positions"]): s for s in sweeps}
     n = parameters(spec)
     return {

@@ -3,12 +3,15 @@
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import click
 
+from deltapatch import arguments
 from deltapatch.arguments import scaled
+from deltapatch.engine.options import Options
 from deltapatch.errors import DeltapatchError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -31,6 +34,7 @@ revision = click.option(
 adapter = click.option("--adapter", help="A LoRA adapter (PEFT, safetensors) to merge into the model.")
 
 SEED = click.IntRange(0)
+read_names, read_positions, read_layers = arguments.names, arguments.positions, arguments.layers
 
 
 def loading(command: Command) -> Command:
@@ -49,34 +53,32 @@ def loading(command: Command) -> Command:
     return command
 
 
-def read_positions(text: str) -> str | list[int | str]:
-    """`all`, `last`, or numbers and label names with commas between."""
-    items = [item.strip() for item in text.split(",")]
-    if items in (["all"], ["last"]):
-        return items[0]
-    if not all(items):
-        raise DeltapatchError(
-            f"--positions {text!r} is not all, last, or numbers and labels such as 3,-1,op1"
-        )
-    return [int(item) if re.fullmatch(r"[+-]?\d{1,18}", item) else item for item in items]
+def asked(kind: type[Options]) -> Callable[[Command], Command]:
+    """An option of the command for each of some options that the shell takes, in their order."""
+
+    def decorate(command: Command) -> Command:
+        for each in reversed([each for each in fields(kind) if each.metadata["shell"]]):
+            own = dict(each.metadata["shell"])
+            own.pop("read", None)
+            if choice := own.pop("choice", None):
+                own["type"] = click.Choice(choice)
+            own.setdefault("default", each.default)
+            own["show_default"] = own["default"] is not None
+            command = click.option(f"--{each.name.replace('_', '-')}", each.name, **own)(command)
+        return command
+
+    return decorate
 
 
-def read_layers(text: str) -> str | list[int]:
-    """`all`, or numbers and ranges with commas between; a range includes its end."""
-    if text.strip() == "all":
-        return "all"
-    layers: list[int] = []
-    for item in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", item)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise DeltapatchError(f"--layers {text!r} is not all, or numbers and ranges such as 0-5,9")
-        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return layers
-
-
-def read_names(text: str) -> list[str]:
-    """Names with commas between."""
-    return [item.strip() for item in text.split(",") if item.strip()]
+def read_asked(kind: type[Options], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the shell was given for the options of `asked`, as Python takes it."""
+    out = {}
+    for each in fields(kind):
+        shell = each.metadata["shell"]
+        if shell:
+            value, read = given[each.name], shell.get("read")
+            out[each.name] = value if read is None or not isinstance(value, str) else read(value)
+    return out
 
 
 def read_shard(text: str | None) -> tuple[int, int] | None:

@@ -29,8 +29,8 @@ def plot(run: str, out: str | None, metric: str | None, as_json: bool) -> None:
     the run has. Figures of the same name are replaced.
     """
     from deltapatch.analysis.plots import plot_run
-    from deltapatch.results.effects import load_effects
     from deltapatch.results.metrics import default_metric
+    from deltapatch.results.reading import load_effects
 
     effects = load_effects(run)
     if caveat := effects.caveat():

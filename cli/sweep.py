@@ -5,21 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltapatch.arguments import in_bytes, n_bytes
+from deltapatch.arguments import in_bytes
 from deltapatch.cli.options import (
-    SEED,
     as_json,
+    asked,
     in_flops,
     in_seconds,
     loading,
     print_json,
     quiet,
-    read_layers,
-    read_names,
-    read_positions,
+    read_asked,
     read_shard,
     say,
 )
+from deltapatch.engine.options import SweepOptions
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
@@ -38,43 +37,7 @@ Examples:
 @click.command(short_help="Patch every chosen site of every pair.", epilog=EXAMPLES)
 @loading
 @click.option("--pairs", "pairs_file", required=True, help="Prompt pairs, one JSON object a line.")
-@click.option("--sites", default="mlp_out,attn_out", show_default=True, help="Sites, with commas between.")
-@click.option(
-    "--positions",
-    default="all",
-    show_default=True,
-    help="all, last, or numbers (negative from the end) and labels: 3,-1,op1.",
-)
-@click.option("--layers", default="all", show_default=True, help="all, or numbers and ranges: 0-5,9.")
-@click.option(
-    "--direction",
-    type=click.Choice(["denoise", "noise"]),
-    default="denoise",
-    show_default=True,
-    help="denoise patches clean activations into the corrupted run; noise the other way round.",
-)
-@click.option(
-    "--source",
-    default="counterpart",
-    show_default=True,
-    help="Where activations come from: counterpart, zero, mean, resample or noise.",
-)
-@click.option(
-    "--precision",
-    default="auto",
-    show_default=True,
-    help="Of the products of differences: fp64, fp32, tf32, bf16, fp16, fp8 (approximate, for screening), or "
-    "auto: the cheapest that keeps a sample of the effects within 1e-2 of float64.",
-)
-@click.option("--backend", default="auto", show_default=True, help="auto, triton or reference.")
-@click.option(
-    "--metrics",
-    default="all",
-    show_default=True,
-    help="Metrics to be asked for later, with commas; `deltapatch effects --help` says what each is.",
-)
-@click.option("--memory-budget", help="Memory that the sweep may use beside the model: 2GB, 512MiB.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the sources resample and noise.")
+@asked(SweepOptions)
 @click.option("--out", help="The run folder to make; it must not exist, unless a sweep is resumed.")
 @click.option(
     "--resume",
@@ -106,16 +69,6 @@ def sweep(
     adapter: str | None,
     stream: bool,
     pairs_file: str,
-    sites: str,
-    positions: str,
-    layers: str,
-    direction: Any,
-    source: str,
-    precision: str,
-    backend: str,
-    metrics: str,
-    memory_budget: str | None,
-    seed: int,
     out: str | None,
     resume: bool,
     shard: str | None,
@@ -124,22 +77,18 @@ def sweep(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Patch every chosen site of every pair, each alone and exactly, and write a run folder."""
     if not out and not dry_run:
         raise DeltapatchError("Missing option '--out': the run folder to make (or --dry-run to make none)")
     part = read_shard(shard)
-    for given, option in ((part, "--shard"), (dry_run, "--dry-run")):
-        if ray is not None and given:
+    for wanted, option in ((part, "--shard"), (dry_run, "--dry-run")):
+        if ray is not None and wanted:
             raise DeltapatchError(f"--ray and {option} do not go together: leave one out")
     if ray_cpus and ray is None:
         raise DeltapatchError("--ray-cpus says of how many CPUs the workers of --ray are: give --ray as well")
-    at, which, budget = (
-        read_positions(positions),
-        read_layers(layers),
-        n_bytes(memory_budget, "--memory-budget"),
-    )
-    measured = "all" if metrics == "all" else read_names(metrics)
+    options = read_asked(SweepOptions, given)
 
     from deltapatch.interventions.pairs_file import read_named_pairs
     from deltapatch.results.folder import RUN, check_output
@@ -152,24 +101,8 @@ def sweep(
     named = read_named_pairs(pairs_file)
     names, pairs = [name for name, _ in named], [pair for _, pair in named]
 
-    options: dict[str, Any] = {
-        "sites": read_names(sites),
-        "positions": at,
-        "layers": which,
-        "direction": direction,
-        "source": source,
-        "precision": precision,
-        "backend": backend,
-        "memory_budget": budget,
-        "metrics": measured,
-        "seed": seed,
-    }
-
-    from deltapatch.engine.costs import sweep_cost
-    from deltapatch.engine.forecast import forecast
-    from deltapatch.engine.prepare import Options
+    from deltapatch.engine.question import ask
     from deltapatch.engine.sweep import sweep as run_sweep
-    from deltapatch.interventions.grid import make_grid
     from deltapatch.interventions.pairs import encode_pairs
     from deltapatch.models.model import load_model
     from deltapatch.results.truth import in_words
@@ -185,27 +118,21 @@ def sweep(
         say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", hushed)
 
     if ray is not None and not finished:
-        from deltapatch.engine.cluster.sweep import ray_sweep
+        from deltapatch.engine.cluster.sweep import Cluster, ray_sweep
 
-        assert out is not None
-        effects = ray_sweep(
-            model,
-            pairs,
-            out,
-            ray or None,
-            ray_cpus,
-            loading,
-            resume,
-            not quiet,
-            names,
-            lambda report: planned(report.model, report.rows, report.flops),
-            **options,
+        cluster = Cluster(
+            address=ray or None,
+            cpus=ray_cpus,
+            loading=loading,
+            names=names,
+            told=lambda report: planned(report.model, report.rows, report.flops),
         )
+        effects = ray_sweep(model, pairs, cluster, out=out, resume=resume, progress=not quiet, **options)
     else:
         loaded = load_model(model, **loading | ({"stream": True} if finished else {}))
         encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names)
-        grid = make_grid(options["sites"], at, which, encoded, loaded.spec)
-        planned(repr(loaded), *sweep_cost(grid, encoded, loaded.spec))
+        question = ask(loaded, pairs, SweepOptions(**options))
+        planned(repr(loaded), question.n_rows, question.flops)
         longest = max(pair.answer_tokens for pair in encoded)
         if longest > 1:
             say(
@@ -216,7 +143,9 @@ def sweep(
             size = in_bytes(loaded.n_bytes)
             say(f"its {size} do not fit into the memory: every pass reads them from the file", hushed)
         if dry_run and not finished:
-            found = forecast(loaded, pairs, Options(**options))
+            from deltapatch.engine.forecast import forecast
+
+            found = forecast(question)
             if as_json:
                 print_json({"model": loaded.name, "stream": loaded.stream, **found.as_dict()})
             else:

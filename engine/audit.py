@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from deltapatch.engine.costs import flops, parameters
+from deltapatch.engine.passes import carry, passes
 from deltapatch.engine.pool import Map
+from deltapatch.engine.question import Question
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.table import PatchTable, take
 from deltapatch.kernels.device import fast_bfloat16
@@ -17,10 +18,6 @@ from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.kernels.readout_tail import worth_a_tail
 from deltapatch.results.metrics import METRICS, Reference
 from deltapatch.results.truth import Sampled, Truth, relative_errors
-
-if TYPE_CHECKING:
-    from deltapatch.engine.job import Job
-    from deltapatch.engine.work import Work
 
 TOLERANCE = 1e-2  # what "auto" allows, relative to the norm of the effects
 SAMPLE, _FEW = 32, 4  # effects, at most and at least, where the user does not say
@@ -39,16 +36,15 @@ _READINGS = 16
 
 
 class Audit:
-    """Recomputes a sample of a job's effects.
+    """Recomputes a sample of a question's effects.
 
     Args:
-        job: whose options count.
-        work: what the sample is drawn from.
-        each: does blocks.
+        question: what the sample is drawn from.
+        pool: does blocks.
     """
 
-    def __init__(self, job: "Job", work: "Work", each: Map) -> None:
-        self.job, self.work, self.each = job, work, each
+    def __init__(self, question: Question, pool: Map) -> None:
+        self.question, self.pool = question, pool
         self._found: dict[str, Truth | None] = {}
 
     def cheapest(self) -> Precision:
@@ -71,8 +67,8 @@ class Audit:
 
     def expects(self) -> list[str]:
         """The precisions in which the sample will then be computed."""
-        precision = self.job.precision or self.expected()
-        tried = [] if self.job.precision or len(self._candidates()) == 1 else [precision.name]
+        precision = self.question.precision or self.expected()
+        tried = [] if self.question.precision or len(self._candidates()) == 1 else [precision.name]
         return tried + self.recomputed(precision)[:1]
 
     def truth_for(self, precision: Precision) -> Truth | None:
@@ -88,7 +84,7 @@ class Audit:
         """What the truth for a run in that precision is computed in: the first that memory has room for."""
         if not self._size or precision.name == "fp64":
             return []
-        exact = ["fp64"] if self.job.noise_sample is not None or self._is_little else []
+        exact = ["fp64"] if self.question.options.noise_sample is not None or self._is_little else []
         return exact if precision.name == "fp32" else [*exact, "fp32"]
 
     def left_out(self, precision: Precision) -> str | None:
@@ -99,63 +95,66 @@ class Audit:
             return "no sample was asked for"
         if self.recomputed(precision):
             return "the memory budget has no room for it"
-        if self._flops < self._reading:
+        if self.question.flops < self._reading:
             return "the model would be read from its file once more"
         return "that would take long beside so short a run"
 
-    @cached_property
-    def _flops(self) -> int:
-        """What the whole run needs, but for its unpatched runs."""
-        return flops(self.job.model.spec, self.work.row_layers, self.work.n_reads)
-
     def _of_runs(self, pairs: Sequence[int]) -> int:
         """FLOPs of the unpatched runs of some pairs, and of those that they share a mean with."""
-        runs, spec = [self.job.runs[pair] for pair in pairs], self.job.model.spec
-        if self.job.source == "mean":
+        runs, spec = [self.question.runs[pair] for pair in pairs], self.question.model.spec
+        if self.question.options.source == "mean":
             prompts = {run.prompt for run in runs}
-            runs = [self.job.runs[pair] for pair in self.work.order if self.job.runs[pair].prompt in prompts]
+            runs = [
+                self.question.runs[pair]
+                for pair in self.question.order
+                if self.question.runs[pair].prompt in prompts
+            ]
         tokens, reads = (sum(getattr(run, name) for run in runs) for name in ("length", "reads"))
-        return (1 + self.job.n_sources) * flops(spec, tokens * spec.n_layers, reads)
+        return (1 + self.question.n_sources) * flops(spec, tokens * spec.n_layers, reads)
 
     def _takes(self, pairs: Sequence[int]) -> float:
         """FLOPs that could be done while the sample is computed in float64, drawn from some pairs."""
-        rows = self._flops * self._size / max(1, self.work.n_effects)
-        return _DOUBLE * (self._of_runs(pairs) + rows) + _CONVERTING * parameters(self.job.model.spec)
+        rows = self.question.flops * self._size / max(1, self.question.interventions.n_effects)
+        return _DOUBLE * (self._of_runs(pairs) + rows) + _CONVERTING * parameters(self.question.model.spec)
+
+    def takes(self) -> float:
+        """FLOPs that could be done while the sample is computed in float64."""
+        return self._takes(self._pairs)
 
     @cached_property
     def _pairs(self) -> list[int]:
         """Pairs that lie evenly among all, as many as the sample may be drawn from."""
-        order = self.work.order
+        order = self.question.order
         for n in range(min(_PAIRS, len(order)), 0, -1):
             pairs = [order[i] for i in np.linspace(0, len(order) - 1, n).round().astype(int)]
-            if self.job.noise_sample is not None or self._takes(pairs) <= self._allowed:
+            if self.question.options.noise_sample is not None or self._takes(pairs) <= self._allowed:
                 break
         return pairs
 
     @cached_property
     def _allowed(self) -> float:
         """FLOPs that the sample may take the time of."""
-        small = _SMALL.get(self.job.model.device.type, 0)
-        return max(small, _SHARE * (self._flops + self._of_runs(self.work.order)))
+        small = _SMALL.get(self.question.model.device.type, 0)
+        return max(small, _SHARE * (self.question.flops + self._of_runs(self.question.order)))
 
     @property
     def _is_little(self) -> bool:
         """Whether the sample in float64 is little beside the run."""
-        return self._flops >= self._reading and self._takes(self._pairs) <= self._allowed
+        return self.question.flops >= self._reading and self._takes(self._pairs) <= self._allowed
 
     @property
     def _reading(self) -> float:
         """FLOPs of a run beside which reading a streamed model once or twice more is little; 0 in memory."""
-        model = self.job.model
+        model = self.question.model
         tokens = _READING.get(model.device.type, 0) if model.stream else 0
         return 2.0 * tokens * _READINGS * parameters(model.spec)
 
     @property
     def _size(self) -> int:
         """How many effects to compute again: as asked, or so few that the run hardly takes longer."""
-        if self.job.noise_sample is not None:
-            return self.job.noise_sample
-        return min(SAMPLE, max(_FEW, -(-self.work.n_effects // _ONE_IN)))
+        if self.question.options.noise_sample is not None:
+            return self.question.options.noise_sample
+        return min(SAMPLE, max(_FEW, -(-self.question.interventions.n_effects // _ONE_IN)))
 
     @cached_property
     def sample(self) -> list[tuple[int, PatchTable, np.ndarray]]:
@@ -163,9 +162,11 @@ class Audit:
         chosen, size = self._pairs, self._size
         out: list[tuple[int, PatchTable, np.ndarray]] = []
         for pair in chosen if size else []:
-            table, effects = self.work.table_of(pair)
+            table, effects = self.question.interventions.table(pair, self.question.pairs[pair])
             n = min(-(-size // len(chosen)), table.n_rows)
-            rows = np.random.default_rng((self.job.seed, pair)).choice(table.n_rows, n, replace=False)
+            rows = np.random.default_rng((self.question.options.seed, pair)).choice(
+                table.n_rows, n, replace=False
+            )
             rows.sort()
             out.append((pair, take(table, rows), effects[rows]))
         return [part for part in out if part[1].n_rows]
@@ -183,11 +184,11 @@ class Audit:
 
     def _candidates(self) -> Sequence[str]:
         """Precisions from the cheapest on; the last one is taken without a test."""
-        model = self.job.model
+        model = self.question.model
         if model.dtype == torch.float64:
             return ["fp64"]
         on = model.device.type
-        if not self._size or self._flops < max(_WORTH_CHOOSING.get(on, 0), self._reading):
+        if not self._size or self.question.flops < max(_WORTH_CHOOSING.get(on, 0), self._reading):
             return ["fp32"]
         if on == "cuda":
             return ["fp16", "bf16", "tf32", "fp32"]
@@ -196,27 +197,28 @@ class Audit:
     @property
     def _expands(self) -> bool:
         """Whether a run in bfloat16 does not multiply most rows with the whole vocabulary."""
-        job, spec = self.job, self.job.model.spec
-        rows = self.work.n_reads // max(1, len(self.work.order))
-        return job.backend.expands and worth_a_tail(
-            rows, spec.d_vocab, spec.d_model, PRECISIONS["bf16"], job.measured
+        question, spec = self.question, self.question.model.spec
+        rows = self.question.n_reads // max(1, len(self.question.order))
+        return question.backend.expands and worth_a_tail(
+            rows, spec.d_vocab, spec.d_model, PRECISIONS["bf16"], question.measured
         )
 
     def _recompute(self, precision: Precision) -> Sampled:
         """The sample in another precision."""
-        job = self.job
+        question = self.question
         place = {int(effect): i for i, effect in enumerate(np.concatenate([o for _, _, o in self.sample]))}
         n = len(place)
-        measured = {name: np.full(n, np.nan) for name in job.measured}
+        measured = {name: np.full(n, np.nan) for name in question.measured}
         reference = Reference.empty(n)
-        for part, result in job.passes_of(self.sample, self.work.places, precision, self.each):
+        for part in passes(question, question.decided(precision), self.pool, self.sample):
+            result = carry(question, part, precision, self.pool)
             at = np.array([place[int(effect)] for effect in part.out])
             for name, values in result.measured.items():
                 measured[name][at] = values
-            reference.put(at, result.reference(job.direction).of(part.table.pair))
+            reference.put(at, result.reference(question.options.direction).of(part.table.pair))
         return Sampled(measured, reference)
 
     def _worst(self, got: Mapping[str, np.ndarray], truth: Sampled) -> float:
         """The largest error of all metrics."""
-        errors = relative_errors(got, truth.measured, truth.reference, self.job.direction)
+        errors = relative_errors(got, truth.measured, truth.reference, self.question.options.direction)
         return max((e for name, e in errors.items() if not METRICS[name].yes_or_no), default=0.0)

@@ -7,15 +7,12 @@ this is the floor that speed is measured against.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from deltapatch.interventions.grid import Grid
+from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.runs import continuation
 from deltapatch.interventions.sites import find_site
 from deltapatch.models.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from deltapatch.interventions.grid import Grid
-    from deltapatch.interventions.pairs import EncodedPair
 
 
 def layer_parameters(spec: ModelSpec) -> int:
@@ -62,7 +59,7 @@ def necessary_flops(
     return (find_site(site)[0].n_indices(spec) or 1) * each
 
 
-def sweep_cost(grid: "Grid", pairs: Sequence["EncodedPair"], spec: ModelSpec) -> tuple[int, int]:
+def sweep_cost(grid: Grid, pairs: Sequence[EncodedPair], spec: ModelSpec) -> tuple[int, int]:
     """Rows and necessary FLOPs of a sweep over pairs of any lengths."""
     n_rows = needed = 0
     for pair in pairs:

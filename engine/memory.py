@@ -3,8 +3,6 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import torch
-
 from deltapatch.engine import readout
 from deltapatch.engine.costs import layer_parameters
 from deltapatch.engine.unpatched import MET
@@ -13,7 +11,6 @@ from deltapatch.kernels import activation, attention, readout_tail, readout_trit
 from deltapatch.kernels import readout as readout_torch
 from deltapatch.kernels.product import Precision
 from deltapatch.models.forward import widths
-from deltapatch.models.memory import available
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 
@@ -58,6 +55,8 @@ class Costs:
         threads: int,
         places: Collection[str] = PLACES,
         against_base: bool = True,
+        *,
+        stream: bool | None = None,
     ) -> "Costs":
         """The costs of a sweep of this model, with runs of at most `length` tokens.
 
@@ -65,7 +64,9 @@ class Costs:
             threads: how many blocks are worked on at once (`Map.count`).
             places: where patches go.
             against_base: whether patches bring something that is not a source run (sources zero and mean).
+            stream: whether the weights are streamed; as the model does by default.
         """
+        stream = model.stream if stream is None else stream
         spec, size, d = model.spec, precision.base.itemsize, model.spec.d_model
         width = {name: _numbers(shape) for name, shape in widths(spec).items()}
         patched = sum(width.get(place, 0) for place in places if place != "resid_post")
@@ -80,7 +81,7 @@ class Costs:
             base_token=2 * kept * size,
             row_token=2 * d * size,
             row=400,
-            after=_read_out(model, precision, block_tokens, threads),
+            after=_read_out(model, precision, block_tokens, threads, stream),
             base_token_after=(1 + n_sources) * d * size,
             distribution=readout.distribution_bytes(spec.d_vocab, d, size, on_cpu) + tail,
             held=readout.reads_held(spec.d_vocab, size, on_cpu, tail),
@@ -92,18 +93,6 @@ class Costs:
         held = min(reads, self.held) * self.distribution
         after = self.after + base_tokens * self.base_token_after + held
         return max(layers, after) + reads * self.read + row_tokens * self.row_token + rows * self.row
-
-
-def default_budget(device: torch.device | None = None, stream: bool = False) -> int:
-    """A quarter of the memory that can be had now, at most 4 GiB: more makes passes no faster.
-
-    On a GPU it is half of what is free there: the more rows in a pass, the fuller its products. Of a streamed
-    model every pass reads all weights: half of what can be had makes passes few.
-    """
-    free = available(device)
-    if stream or (device is not None and device.type == "cuda"):
-        return free // 2
-    return min(free // 4, 4 << 30)
 
 
 def _layers(
@@ -139,18 +128,18 @@ def _block(spec: ModelSpec, precision: Precision, block_tokens: int, length: int
     return tokens * through_attention + max(hidden + 10 * max(activation.CELLS, spec.d_mlp), logits)
 
 
-def _read_out(model: Model, precision: Precision, block_tokens: int, threads: int) -> int:
+def _read_out(model: Model, precision: Precision, block_tokens: int, threads: int, stream: bool) -> int:
     """What the read-out takes: the layers' weights are gone by then."""
     spec, size = model.spec, precision.base.itemsize
     on_cpu = model.device.type == "cpu"
     entries, rows = spec.d_vocab * spec.d_model, block_tokens * 3 // 2
     out = 0
-    if not model.stream and (model.dtype.itemsize != size or precision.name not in ("fp64", "fp32")):
+    if not stream and (model.dtype.itemsize != size or precision.name not in ("fp64", "fp32")):
         out += entries * size
     if model.holds_what_it_reads:
         out += entries * model.dtype.itemsize
     out += readout_tail.workspace(spec.d_vocab, spec.d_model, size, precision)
-    piece = -(-entries // 8) * size if model.stream else 0  # narrowed for each block
+    piece = -(-entries // 8) * size if stream else 0  # narrowed for each block
     held = readout_torch.CELLS if on_cpu else readout_triton.CELLS
     cells = min(max(held, 1024 * rows), rows * spec.d_vocab)  # logit changes, widened, and expm1 of them
     block = cells * (2 * size + 16) + 4 * rows * spec.d_model * size + piece

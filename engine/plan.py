@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from deltapatch.engine.costs import sweep_cost
-from deltapatch.engine.job import Job
+from deltapatch.engine.passes import memory_costs, work_limit
 from deltapatch.engine.planner import Used, cut_rows
-from deltapatch.engine.work import Work
-from deltapatch.interventions.grid import Grid
+from deltapatch.engine.question import Question
 from deltapatch.kernels.product import Precision
 
 
@@ -21,7 +19,7 @@ class Plan:
     Attributes:
         pairs, rows: prompt pairs and interventions.
         answer_tokens: of the longest answer.
-        flops: the necessary ones (`costs.py`).
+        flops: the necessary ones (costs.py).
         passes: what each holds.
         entering: [1 + layer], row tokens that enter at the embedding and in each layer, over all passes.
         budget: bytes that a pass may take.
@@ -57,40 +55,37 @@ class Plan:
         }
 
 
-def plan(job: Job, grid: Grid, work: Work, precision: Precision, threads: int) -> Plan:
-    """The plan of a sweep.
+def plan(question: Question, precision: Precision, threads: int) -> Plan:
+    """The plan of a question.
 
     Args:
-        job: its options.
-        grid, work: what it patches.
         precision: that it is expected to take.
         threads: how many blocks are worked on at once.
 
     Raises:
         DeltapatchError: the memory budget has no room for one intervention.
     """
-    spec = job.model.spec
-    costs = job.costs(work.places, precision, threads)
-    rows_of = ((i, *grid.row_sizes(job.pairs[i], job.runs[i])) for i in work.order)
-    share, limit = job.source == "mean", job.limit(threads)
-    cuts = cut_rows(rows_of, job.runs, costs, job.budget, share, limit, job.model.stream)
+    decided, model = question.decided(precision), question.model
+    costs = memory_costs(question, decided, threads)
+    sizes = question.interventions.row_sizes
+    rows_of = ((i, *sizes(i, question.pairs[i], question.runs[i])) for i in question.order)
+    share, limit = question.options.source == "mean", work_limit(question, threads)
+    cuts = cut_rows(rows_of, question.runs, costs, decided.memory_budget, share, limit, decided.stream)
     passes = [used for _, used in cuts]
-    rows, flops = sweep_cost(grid, job.pairs, spec)
     largest = max(used.bytes(costs) for used in passes)
-    model = job.model
     return Plan(
-        len(job.pairs),
-        max(pair.answer_tokens for pair in job.pairs),
-        rows,
-        flops,
+        len(question.pairs),
+        max(pair.answer_tokens for pair in question.pairs),
+        question.n_rows,
+        question.flops,
         passes,
-        np.sum([grid.entering(pair, n, spec.n_layers) for pair, n in job.shapes()], axis=0),
-        job.budget,
+        question.entering,
+        decided.memory_budget,
         {
             "model": model.n_bytes,
             "rows": max(used.row_tokens * costs.row_token + used.row_reads * costs.row for used in passes),
             "pass": largest,
-            "results": work.n_effects * len(job.measured) * precision.base.itemsize,
+            "results": question.interventions.n_effects * len(question.measured) * precision.base.itemsize,
             "peak": largest + model.resident_bytes,
         },
     )

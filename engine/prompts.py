@@ -1,6 +1,6 @@
 """Sources: what a patched activation is replaced by, as (source - base) at every place of a layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.layout import PairShapes
-from deltapatch.interventions.sources import Source
+from deltapatch.engine.question import Question
+from deltapatch.interventions.sources import Source, check_source
 from deltapatch.kernels.device import upload
 from deltapatch.models.forward import Activations
 
@@ -97,3 +98,46 @@ def source_differences(prompts: Prompts, base: Activations, captured: dict[str, 
         place -> [source token, ...]; `Prompts.source_token` says which token is whose.
     """
     return {place: prompts.delta(getattr(base, place), d) for place, d in captured.items()}
+
+
+def prompts_of(question: Question, numbers: Sequence[int]) -> Prompts:
+    """The prompts of some pairs, cut at the position where effects are read, and what their answers add."""
+    parts: list[list[list[int]]] = [[], [], []]  # base, counterpart, another pair's source
+    for i in numbers:
+        n, after = question.length[i], question.continued[i].tokens
+        base, other = _base_and_source(question, i)
+        parts[0].append([*base[:n], *after])
+        parts[1].append([*other[:n], *after])
+        if question.partner is not None:
+            parts[2].append([*_base_and_source(question, int(question.partner[i]))[1][:n], *after])
+    flat = [np.concatenate(p) for p in parts if p]
+    noise = _noise(question, numbers) if question.options.source == "noise" else None
+    in_base = question.options.direction == "denoise"
+    return Prompts(
+        tokens=flat[0],
+        sources=np.stack(flat[1:]),
+        noise=noise if in_base else None,
+        source_noise=None if in_base else noise,
+        shapes=PairShapes([question.runs[i] for i in numbers]),
+        targets=np.concatenate([question.continued[i].targets for i in numbers]),
+        kind=check_source(question.options.source),
+    )
+
+
+def _base_and_source(question: Question, number: int) -> tuple[list[int], list[int]]:
+    pair, options = question.pairs[number], question.options
+    corrupted = pair.clean if options.source == "noise" else pair.corrupted
+    return (corrupted, pair.clean) if options.direction == "denoise" else (pair.clean, corrupted)
+
+
+def _noise(question: Question, numbers: Sequence[int]) -> Tensor:
+    """[base token, d_model]; each pair has a seed of its own, so passes may be cut anywhere."""
+    options, width = question.options, question.model.spec.d_model
+    scale = options.noise_scale * question.embedding_std
+    parts = []
+    for i in numbers:
+        n, pair = question.length[i], question.pairs[i]
+        drawn = np.random.default_rng((options.seed, i)).standard_normal((n, width)) * scale
+        differs = np.array(pair.clean[:n]) != np.array(pair.corrupted[:n])
+        parts += [drawn * differs[:, None], np.zeros((len(question.continued[i].tokens), width))]
+    return torch.from_numpy(np.concatenate(parts))

@@ -1,16 +1,20 @@
 """Interventions given one by one: patches as objects, turned into arrays."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deltapatch.arguments import position, several, whole
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.pairs import EncodedPair
-from deltapatch.interventions.sites import check_site, find_site
-from deltapatch.interventions.table import PatchTable, place_of
+from deltapatch.interventions.runs import RunShape
+from deltapatch.interventions.sites import PLACES, check_site, find_site
+from deltapatch.interventions.table import PatchTable, by_pair, first_layers, place_of, row_tokens
 from deltapatch.models.spec import ModelSpec
 
 
@@ -63,10 +67,87 @@ def checked(interventions: Intervention | Sequence[Intervention]) -> list[Interv
     return found
 
 
-def tables_of(
+@dataclass(frozen=True)
+class Listed:
+    """Interventions given one by one, as arrays: their effects are [intervention].
+
+    Attributes:
+        table_of_all: with the numbers of the pairs that they act on.
+    """
+
+    table_of_all: PatchTable
+
+    @property
+    def n_effects(self) -> int:
+        """One an intervention."""
+        return self.table_of_all.n_rows
+
+    @cached_property
+    def places(self) -> frozenset[str]:
+        """Where patches go."""
+        return frozenset(PLACES[i] for i in np.unique(self.table_of_all.place))
+
+    @property
+    def acted(self) -> list[int]:
+        """The pairs that have any, ascending."""
+        return list(self._by_pair)
+
+    @cached_property
+    def _by_pair(self) -> dict[int, tuple[PatchTable, np.ndarray]]:
+        return by_pair(self.table_of_all)
+
+    def table(self, number: int, pair: EncodedPair) -> tuple[PatchTable, np.ndarray]:
+        """One pair's interventions, and where their effects go: [row]."""
+        return self._by_pair[number]
+
+    def n_rows(self, number: int, pair: EncodedPair) -> int:
+        """How many interventions of a pair there are."""
+        return self._by_pair[number][0].n_rows if number in self._by_pair else 0
+
+    def row_sizes(self, number: int, pair: EncodedPair, run: RunShape) -> tuple[np.ndarray, np.ndarray]:
+        """[row] twice, the tokens and the first patched layer of each intervention of a pair."""
+        table, _ = self._by_pair[number]
+        return row_tokens(table, run), first_layers(table)
+
+    def describe(self, effect: int) -> str:
+        """An intervention in words."""
+        return f"intervention {effect}"
+
+    def settings(self) -> dict[str, Any]:
+        """What tells them from others."""
+        digest = hashlib.sha256(json.dumps(list(PLACES)).encode())
+        for array in self.arrays().values():
+            digest.update(np.ascontiguousarray(array))
+        return {"interventions": {"number": self.n_effects, "sha256": digest.hexdigest()}}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As a file keeps them: `pair` [intervention], the others [patch]; places count in PLACES."""
+        names = ("pair", "row", "layer", "place", "position", "index")
+        return {name: getattr(self.table_of_all, name).astype(np.int64) for name in names}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, np.ndarray], pairs: Sequence[EncodedPair]) -> "Listed":
+        """What `arrays` gave. ValueError or KeyError where it makes no sense for these pairs."""
+        columns = {name: arrays[name] for name in ("pair", "row", "layer", "place", "position", "index")}
+        pair, row = columns["pair"], columns["row"]
+        fits = all(a.ndim == 1 and a.dtype == np.int64 for a in columns.values())
+        fits = fits and all(len(a) == len(row) for name, a in columns.items() if name != "pair")
+        if not fits or not len(pair) or pair.min() < 0 or pair.max() >= len(pairs):
+            raise ValueError("interventions")
+        if (np.unique(row) != np.arange(len(pair))).any() or (np.diff(row) < 0).any():
+            raise ValueError("interventions")
+        longest = np.array([len(one.clean) for one in pairs])[pair[row]]
+        inside = (columns["position"] >= 0) & (columns["position"] < longest) & (columns["layer"] >= -1)
+        inside &= (columns["place"] >= 0) & (columns["place"] < len(PLACES)) & (columns["index"] >= -1)
+        if not inside.all():
+            raise ValueError("interventions")
+        return cls(PatchTable(len(pair), **columns))
+
+
+def listed_interventions(
     interventions: Sequence[Intervention], pairs: Sequence[EncodedPair], spec: ModelSpec
-) -> dict[int, tuple[PatchTable, np.ndarray]]:
-    """The interventions of each pair that has any: (table, which interventions they are).
+) -> Listed:
+    """Given interventions as arrays.
 
     Args:
         interventions: as `checked` gives them.
@@ -75,31 +156,23 @@ def tables_of(
         DeltapatchError: one is without patches or patches an activation twice, or names something that the
             pair or the model does not have.
     """
-    by_pair: dict[int, list[int]] = {}
+    patches: list[tuple[int, int, int, int]] = []
+    known: list[dict[tuple[str, int, int | str], _Place]] = [{} for _ in pairs]
     for i, intervention in enumerate(interventions):
-        if not 0 <= intervention.pair < len(pairs):
-            raise DeltapatchError(
-                f"intervention {i} names pair {intervention.pair}, but there are 0 to {len(pairs) - 1}"
-            )
+        pair = intervention.pair
+        if not 0 <= pair < len(pairs):
+            raise DeltapatchError(f"intervention {i} names pair {pair}, but there are 0 to {len(pairs) - 1}")
         if not intervention.patches:
             raise DeltapatchError(f"intervention {i} has no patches: give at least one")
-        by_pair.setdefault(intervention.pair, []).append(i)
-    out = {}
-    for pair, numbers in by_pair.items():
-        patches: list[tuple[int, int, int, int]] = []
-        places: dict[tuple[str, int, int | str], _Place] = {}
-        for i in numbers:
-            own = [
-                _patch(p, f"intervention {i}", pairs[pair], spec, places) for p in interventions[i].patches
-            ]
-            if len(set(own)) < len(own):
-                raise DeltapatchError(f"intervention {i} patches the same activation twice")
-            patches += own
-        columns = np.array(patches, dtype=np.int64).T
-        n = len(numbers)
-        row = np.repeat(np.arange(n), [len(interventions[i].patches) for i in numbers])
-        out[pair] = (PatchTable(n, np.zeros(n, dtype=np.int64), row, *columns), np.array(numbers))
-    return out
+        where = f"intervention {i}"
+        own = [_patch(p, where, pairs[pair], spec, known[pair]) for p in intervention.patches]
+        if len(set(own)) < len(own):
+            raise DeltapatchError(f"intervention {i} patches the same activation twice")
+        patches += own
+    n = len(interventions)
+    row = np.repeat(np.arange(n), [len(one.patches) for one in interventions])
+    columns = np.array(patches, dtype=np.int64).T
+    return Listed(PatchTable(n, np.array([one.pair for one in interventions]), row, *columns))
 
 
 class _Place(NamedTuple):

@@ -1,7 +1,9 @@
 """Grids: what a sweep patches, as axes, and the patches of one pair as arrays, never as objects."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +11,7 @@ from deltapatch.arguments import position, several, whole
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.runs import RunShape
-from deltapatch.interventions.sites import Site, check_site, find_site
+from deltapatch.interventions.sites import SITES, Site, check_site, find_site
 from deltapatch.interventions.table import PatchTable, place_of
 from deltapatch.models.spec import ModelSpec
 
@@ -71,7 +73,43 @@ class Grid:
     """What a sweep patches."""
 
     sites: list[SiteGrid]
+    n_pairs: int
     n_effects: int
+
+    @property
+    def places(self) -> frozenset[str]:
+        """Where patches go."""
+        return frozenset(g.site.place for g in self.sites)
+
+    @property
+    def acted(self) -> list[int]:
+        """The pairs that are patched: all of them."""
+        return list(range(self.n_pairs))
+
+    def settings(self) -> dict[str, Any]:
+        """What tells it from others."""
+        sites = [
+            {"site": g.site.name, "layers": g.layers.tolist(), "indices": g.n_indices} for g in self.sites
+        ]
+        return {"sites": sites, "positions": self.sites[0].positions}
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any], n_pairs: int) -> "Grid":
+        """What `settings` told, for so many pairs."""
+        sites = [(SITES[s["site"]], s["layers"], s["indices"]) for s in settings["sites"]]
+        return cls.of(sites, settings["positions"], n_pairs)
+
+    @classmethod
+    def of(
+        cls, sites: Sequence[tuple[Site, list[int], int]], positions: list[int | str], n_pairs: int
+    ) -> "Grid":
+        """Of sites, their layers and how many indices they have, one site's effects after the other's."""
+        grids, offset = [], 0
+        for site, layers, n_indices in sites:
+            grid = SiteGrid(site, np.array(layers, dtype=np.int64), positions, n_indices, offset)
+            offset += math.prod(grid.shape(n_pairs))
+            grids.append(grid)
+        return cls(grids, n_pairs, offset)
 
     def table(self, number: int, pair: EncodedPair) -> tuple[PatchTable, np.ndarray]:
         """One pair's interventions, each of one patch, and where their effects go: [row]."""
@@ -82,6 +120,13 @@ class Grid:
         n = len(out)
         table = PatchTable(n, np.zeros(n, dtype=np.int64), np.arange(n), layer, place, position, index)
         return table, out
+
+    def n_rows(self, number: int, pair: EncodedPair) -> int:
+        """How many interventions of a pair there are, without an array of them."""
+        return sum(
+            len(g.layers) * sum(pair.resolve(at) is not None for at in g.positions) * max(1, g.n_indices)
+            for g in self.sites
+        )
 
     def entering(self, pair: EncodedPair, run: RunShape, n_layers: int) -> np.ndarray:
         """[1 + layer], the row tokens of a pair that enter at the embedding and in each layer."""
@@ -95,16 +140,16 @@ class Grid:
         """[layer], the row tokens of a pair that pass through each: those that entered before it."""
         return np.cumsum(self.entering(pair, run, n_layers))[:-1]
 
-    def row_sizes(self, pair: EncodedPair, run: RunShape) -> tuple[np.ndarray, np.ndarray]:
+    def row_sizes(self, number: int, pair: EncodedPair, run: RunShape) -> tuple[np.ndarray, np.ndarray]:
         """[row] twice, the tokens and the layer of each intervention of a pair, in the order of `table`."""
         tokens, layers = zip(*(g.row_sizes(pair, run) for g in self.sites), strict=True)
         return np.concatenate(tokens), np.concatenate(layers)
 
-    def describe(self, effect: int, n_pairs: int) -> str:
+    def describe(self, effect: int) -> str:
         """Which patch an effect belongs to, in words."""
         for g in reversed(self.sites):
             if effect >= g.offset:
-                at = np.unravel_index(effect - g.offset, g.shape(n_pairs))
+                at = np.unravel_index(effect - g.offset, g.shape(self.n_pairs))
                 index = f", index {at[3]}" if len(at) > 3 else ""
                 where = f"layer {g.layers[at[1]]}, position {g.positions[at[2]]}"
                 return f"pair {at[0]}, {g.site.name}, {where}{index}"
@@ -141,13 +186,8 @@ def make_grid(
     if not chosen:
         raise DeltapatchError("no sites were given: name at least one, for example mlp_out")
     at = _positions(positions, pairs)
-    grids, offset = [], 0
-    for site, wanted in chosen.values():
-        n_indices = site.n_indices(spec)
-        grid = SiteGrid(site, np.array(sorted(wanted), dtype=np.int64), at, n_indices, offset)
-        offset += int(np.prod(grid.shape(len(pairs))))
-        grids.append(grid)
-    return Grid(grids, offset)
+    found = [(site, sorted(wanted), site.n_indices(spec)) for site, wanted in chosen.values()]
+    return Grid.of(found, at, len(pairs))
 
 
 def listed(names: str | Sequence[str]) -> list[str]:

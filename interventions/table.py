@@ -74,3 +74,23 @@ def take(table: PatchTable, rows: np.ndarray) -> PatchTable:
     kept = new >= 0
     columns = (getattr(table, f)[kept] for f in ("layer", "place", "position", "index"))
     return PatchTable(len(rows), table.pair[rows], new[kept], *columns)
+
+
+def by_pair(table: PatchTable) -> dict[int, tuple[PatchTable, np.ndarray]]:
+    """The interventions of each pair that has any, with pairs counted from 0, and which they are: [row]."""
+    order = np.argsort(table.pair, kind="stable")
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))  # [row], its place among rows sorted by pair
+    moved = number[table.row]
+    patches = np.argsort(moved, kind="stable")
+    columns = [getattr(table, name)[patches] for name in ("layer", "place", "position", "index")]
+    row = moved[patches]
+    pairs, first = np.unique(table.pair[order], return_index=True)
+    ends = [*first.tolist()[1:], table.n_rows]
+    out = {}
+    for pair, a, b in zip(pairs.tolist(), first.tolist(), ends, strict=True):
+        mine = slice(*np.searchsorted(row, [a, b]).tolist())
+        zero = np.zeros(b - a, dtype=np.int64)
+        own = PatchTable(b - a, zero, row[mine] - a, *(c[mine] for c in columns))
+        out[pair] = own, order[a:b]
+    return out

@@ -2,6 +2,7 @@
 
     RUN/unfinished/manifest.json       the plan (see manifest.py)
     RUN/unfinished/pairs.jsonl         the pairs, as they will stand in RUN
+    RUN/unfinished/interventions.safetensors   those of a run of given interventions, likewise
     RUN/unfinished/0.safetensors ...   a shard for each pass that is done (see shards.py)
     RUN/unfinished/*.lock              who is at work
 
@@ -24,6 +25,7 @@ from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.models.header import check_regular
 from deltapatch.results.effects import Effects
 from deltapatch.results.folder import (
+    INTERVENTIONS,
     LOCK,
     MANIFEST,
     PAIRS,
@@ -35,10 +37,12 @@ from deltapatch.results.folder import (
     plain_errors,
     put_files,
 )
-from deltapatch.results.kept import DamagedShard, Shards
+from deltapatch.results.kept import DamagedPass, KeptPasses
 from deltapatch.results.lock import held
 from deltapatch.results.manifest import Manifest, read_manifest
 from deltapatch.results.measured import Gathered, PassEffects
+from deltapatch.results.outcome import Outcome
+from deltapatch.results.tensorfile import save_file
 from deltapatch.results.truth import Truth
 from deltapatch.results.wholefile import flush, write_new, write_whole
 
@@ -59,7 +63,7 @@ class Unfinished:
         self.seconds_kept = 0.0
         self._began = False
         self.manifest: Manifest | None = None
-        self.shards = Shards(self.folder, "")
+        self.passes = KeptPasses(self.folder, "")
         if (self.folder / MANIFEST).exists():
             self._adopt(read_plan(path))
 
@@ -86,14 +90,27 @@ class Unfinished:
                 self._adopt(read_plan(self.path))
             yield
 
-    def begin(self, manifest: Manifest, pairs: list[EncodedPair]) -> None:
+    def begin(
+        self,
+        manifest: Manifest,
+        pairs: list[EncodedPair],
+        interventions: dict[str, np.ndarray] | None = None,
+    ) -> None:
         """Write the plan, or take over the one of a process that was faster where there are no locks.
+
+        Args:
+            manifest: the plan.
+            pairs: what pairs.jsonl is to hold.
+            interventions: the arrays of given ones.
 
         Raises:
             DeltapatchError: the disk is full.
         """
         with plain_errors(self.path):
             write_whole(self.folder / PAIRS, lambda p: p.write_text(pairs_as_text(pairs), encoding="utf-8"))
+            if interventions is not None:
+                arrays = interventions
+                write_whole(self.folder / INTERVENTIONS, lambda p: save_file(arrays, p, {}))
             flush(self.path)  # a folder that is new is not yet seen to the disk either
             flush(self.path.absolute().parent)
             text = manifest.to_json()
@@ -107,14 +124,14 @@ class Unfinished:
     def kept(self, number: int, out: np.ndarray, pairs: list[int], gathered: Gathered) -> PassEffects | None:
         """What the pass found earlier; None where it is to be done, perhaps again."""
         try:
-            found = self.shards.read(number)
+            found = self.passes.read(number)
             if found is None:
                 return None
             same = np.array_equal(found.out, out) and np.array_equal(found.pairs, pairs)
             kinds = {name: values.dtype for name, values in found.measured.items()}
             if not same or kinds != {name: values.dtype for name, values in gathered.measured.items()}:
-                raise DamagedShard
-        except DamagedShard:
+                raise DamagedPass
+        except DamagedPass:
             self._tell_of_damage(number)
             return None
         self.seconds_kept += found.seconds
@@ -125,8 +142,8 @@ class Unfinished:
         out = []
         for number in range(n_passes):
             try:
-                found = self.shards.read(number)
-            except DamagedShard:
+                found = self.passes.read(number)
+            except DamagedPass:
                 self._tell_of_damage(number)
                 found = None
             if found is None:
@@ -136,17 +153,17 @@ class Unfinished:
     def keep(self, number: int, found: PassEffects) -> None:
         """Keep what a pass found. DeltapatchError where the disk is full."""
         with plain_errors(self.path, self._on_a_full_disk()):
-            self.shards.write(number, found)
+            self.passes.write(number, found)
 
-    def finish(self, effects: Effects) -> None:
+    def finish(self, found: Effects | Outcome) -> None:
         """Write the files of a finished run folder. DeltapatchError where the disk is full."""
         with plain_errors(self.path, self._on_a_full_disk()):
-            put_files(effects, self.folder / f".finished.{secrets.token_hex(8)}.partial", self.path)
+            put_files(found.record(), self.folder / f".finished.{secrets.token_hex(8)}.partial", self.path)
         clean(self.path)
 
     def state(self) -> str:
         """What is kept, and how to go on."""
-        n = len(self.shards.numbers())
+        n = len(self.passes.numbers())
         if not n:
             return "nothing was kept, so run it again"
         total = "" if self.manifest is None else f" of {self.manifest.n_passes}"
@@ -155,7 +172,7 @@ class Unfinished:
     def drop_if_empty(self) -> bool:
         """Remove what this process began, where no pass is done and nobody else is at work."""
         mine = self._began or self.manifest is None
-        if self.part is not None or not mine or self.shards.numbers():
+        if self.part is not None or not mine or self.passes.numbers():
             return False
         clean(self.path)
         return True
@@ -172,14 +189,14 @@ class Unfinished:
         return _listed("part", [f"{i + 1}/{count}" for i in sorted({n % count for n in numbers})])
 
     def _tell_of_damage(self, number: int) -> None:
-        warnings.warn(f"{self.shards.path(number)} is damaged: its pass is computed again", stacklevel=3)
+        warnings.warn(f"{self.passes.path(number)} is damaged: its pass is computed again", stacklevel=3)
 
     def _on_a_full_disk(self) -> str:
         return f"free some; {self.state()}"
 
     def _adopt(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.shards = Shards(self.folder, manifest.digest())
+        self.passes = KeptPasses(self.folder, manifest.digest())
 
 
 @contextmanager

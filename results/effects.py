@@ -11,6 +11,7 @@ from deltapatch.arguments import several
 from deltapatch.errors import DeltapatchError, path_of
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.sites import find_site
+from deltapatch.results.folder import Record, reference_tensors, write_run
 from deltapatch.results.metrics import METRICS, Direction, Reference, asked_of, compute, terms
 
 AXES = ("pair", "layer", "position", "index")  # of every measured array; whole-vector sites have no index
@@ -183,11 +184,24 @@ class Effects:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a run folder. DeltapatchError where the path is taken or cannot be written."""
-        from deltapatch.results.folder import write_run
-
         if self.meta.get("fingerprint") is None and self._fingerprint is not None:
             self.meta["fingerprint"] = self._fingerprint()
-        write_run(self, path_of(path, "a run folder"))
+        write_run(self.record(), path_of(path, "a run folder"))
+
+    def record(self) -> Record:
+        """What a run folder holds of them."""
+        tensors, axes = reference_tensors(self.reference)
+        sites = {}
+        for site, swept in self.sites.items():
+            for name, array in swept.measured.items():
+                tensors[f"{site}/{name}"] = np.ascontiguousarray(array)
+                axes[f"{site}/{name}"] = ",".join(swept.axes)
+            sites[site] = {
+                "layers": [int(layer) for layer in swept.layers],
+                "positions": swept.positions,
+                "measured": list(swept.measured),
+            }
+        return Record({**self.meta, "direction": self.direction, "sites": sites}, self.pairs, tensors, axes)
 
     def __repr__(self) -> str:
         what = ", ".join(str(self.meta[k]) for k in ("model", "precision", "backend") if k in self.meta)
@@ -242,13 +256,6 @@ class Effects:
             "index": where[3] if len(where) > 3 else np.full(n, -1),
         }
         return columns | {metric: array[exists] for metric, array in arrays.items()}
-
-
-def load_effects(path: str | PathLike[str]) -> Effects:
-    """The effects in a run folder. DeltapatchError where it is none, is damaged, or is of a newer format."""
-    from deltapatch.results.reading import read_run
-
-    return read_run(path)
 
 
 def is_labelled(positions: Sequence[int | str]) -> bool:

@@ -3,10 +3,12 @@
     run.json              what was run: model, options, seeds, versions, machine; the axes of every tensor;
                           a checksum of all that
     pairs.jsonl           one EncodedPair a line
-    effects.safetensors   "<site>/<measured number>" for each site, and the reference runs
+    effects.safetensors   "<site>/<measured number>" for each site, and the reference runs;
+                          "measured/<number>" of a run of given interventions, which are in
+    interventions.safetensors   as arrays
 
 Numbers are kept as measured, so that every metric can be asked for later. While a sweep is not finished,
-there is no run.json, and what is done lies in a folder `unfinished` (see unfinished.py). readrun.py reads
+there is no run.json, and what is done lies in a folder `unfinished` (see checkpoint.py). reading.py reads
 what is written here.
 """
 
@@ -18,7 +20,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -32,14 +34,15 @@ import deltapatch
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.models.header import check_regular
-from deltapatch.results.effects import Effects
+from deltapatch.results.metrics import Reference
 from deltapatch.results.tensorfile import save_file
 from deltapatch.results.wholefile import flush as _flush
 
 FORMAT = "deltapatch run"
-FORMAT_VERSION = 2  # 1: answers are single tokens, and `reference/says` is not written down
+FORMAT_VERSION = 2
 CHECKSUM = "sha256"  # in run.json
 RUN, PAIRS, EFFECTS = "run.json", "pairs.jsonl", "effects.safetensors"
+INTERVENTIONS = "interventions.safetensors"
 UNFINISHED, MANIFEST, LOCK = "unfinished", "manifest.json", "run.lock"
 _REFERENCE_AXES = {
     "logit": "pair,run,answer",
@@ -78,7 +81,37 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write_run(effects: Effects, path: str | os.PathLike[str]) -> None:
+@dataclass(frozen=True)
+class Record:
+    """What a run folder holds.
+
+    Attributes:
+        about: what run.json says: what was run, and the coordinates of its effects.
+        pairs: what pairs.jsonl holds.
+        tensors: name -> array, of effects.safetensors.
+        axes: name -> the names of its axes, with commas between.
+        interventions: the arrays of interventions.safetensors, of a run of given ones.
+    """
+
+    about: dict[str, Any]
+    pairs: Sequence[EncodedPair]
+    tensors: dict[str, np.ndarray]
+    axes: dict[str, str]
+    interventions: dict[str, np.ndarray] | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Their names; the one that makes it a run folder comes last."""
+        return (EFFECTS, *([INTERVENTIONS] if self.interventions is not None else []), PAIRS, RUN)
+
+
+def reference_tensors(reference: Reference) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The unpatched runs as effects.safetensors has them, and their axes."""
+    arrays = {f"reference/{name}": np.ascontiguousarray(a) for name, a in reference.arrays().items()}
+    return arrays, {f"reference/{name}": axes for name, axes in _REFERENCE_AXES.items()}
+
+
+def write_run(record: Record, path: str | os.PathLike[str]) -> None:
     """Write a run folder beside its final place, then rename it, so that a run folder is always whole.
 
     Raises:
@@ -90,7 +123,7 @@ def write_run(effects: Effects, path: str | os.PathLike[str]) -> None:
         draft = path.parent / f".{path.name}.{os.getpid()}.partial"
         try:
             draft.mkdir()
-            _write_files(effects, draft)
+            _write_files(record, draft)
             os.replace(draft, path)
             _flush(path.parent)
         except BaseException:
@@ -98,15 +131,15 @@ def write_run(effects: Effects, path: str | os.PathLike[str]) -> None:
             raise
 
 
-def put_files(effects: Effects, drafts: Path, path: Path) -> None:
+def put_files(record: Record, drafts: Path, path: Path) -> None:
     """Write the files of a run folder that already exists: first into a folder of drafts, then in place.
 
     The one that makes it a finished run comes last. OSError where the disk is full.
     """
     try:
         drafts.mkdir(exist_ok=True)
-        _write_files(effects, drafts)
-        for name in (EFFECTS, PAIRS, RUN):
+        _write_files(record, drafts)
+        for name in record.files:
             os.replace(drafts / name, path / name)
             _flush(path)
     except BaseException:
@@ -126,7 +159,8 @@ def checksum(about: dict[str, Any], folder: Path) -> str:
     """
     said = {key: value for key, value in about.items() if key not in (CHECKSUM, "date", "seconds")}
     out = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for name in (EFFECTS, PAIRS):
+    given = (INTERVENTIONS,) if "interventions" in about else ()
+    for name in (EFFECTS, PAIRS, *given):
         check_regular(folder / name)
         with open(folder / name, "rb") as file:
             out.update(hashlib.file_digest(file, "sha256").digest())
@@ -169,39 +203,23 @@ def _processor() -> str:
     return f"{names[0]} ({platform.machine()})" if names else platform.processor() or platform.machine()
 
 
-def _write_files(effects: Effects, folder: Path) -> None:
-    tensors: dict[str, np.ndarray] = {}
-    axes: dict[str, str] = {}
-    for site, swept in effects.sites.items():
-        for name, array in swept.measured.items():
-            tensors[f"{site}/{name}"] = np.ascontiguousarray(array)
-            axes[f"{site}/{name}"] = ",".join(swept.axes)
-    for name, names in _REFERENCE_AXES.items():
-        tensors[f"reference/{name}"] = np.ascontiguousarray(getattr(effects.reference, name))
-        axes[f"reference/{name}"] = names
+def _write_files(record: Record, folder: Path) -> None:
     about = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **environment(),  # of this moment, unless the effects already say where they were made
-        **effects.meta,
-        "direction": effects.direction,
-        "sites": {
-            site: {
-                "layers": [int(layer) for layer in swept.layers],
-                "positions": swept.positions,
-                "measured": list(swept.measured),
-            }
-            for site, swept in effects.sites.items()
-        },
-        "axes": axes,
+        **record.about,
+        "axes": record.axes,
     }
-    save_file(tensors, folder / EFFECTS, metadata=axes)
-    (folder / PAIRS).write_text(pairs_as_text(effects.pairs), encoding="utf-8")
+    save_file(record.tensors, folder / EFFECTS, metadata=record.axes)
+    (folder / PAIRS).write_text(pairs_as_text(record.pairs), encoding="utf-8")
+    if record.interventions is not None:
+        save_file(record.interventions, folder / INTERVENTIONS, metadata={})
     about = json.loads(json.dumps(about, default=_plain))
     about[CHECKSUM] = checksum(about, folder)
     with open(folder / RUN, "w", encoding="utf-8") as file:
         file.write(json.dumps(about, indent=2) + "\n")
-    for name in (EFFECTS, PAIRS, RUN):
+    for name in record.files:
         _flush(folder / name)
     _flush(folder)
 

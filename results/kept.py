@@ -1,6 +1,6 @@
-"""Shards: what each pass of an unfinished run found, one file a pass, whole or not there.
+"""Kept passes: what each pass of an unfinished run found, one file a pass, whole or not there.
 
-A shard carries its checksum, its number and the checksum of the manifest that it belongs to. So one rename
+A file carries its checksum, its number and the checksum of the manifest that it belongs to. So one rename
 makes it count, and no list kept beside it can disagree with it after a kill.
 """
 
@@ -20,12 +20,12 @@ from deltapatch.results.wholefile import write_whole
 _REFERENCE = tuple(Reference.empty(0).arrays())
 
 
-class DamagedShard(Exception):
-    """A shard is truncated, changed, or of another run."""
+class DamagedPass(Exception):
+    """What is kept of a pass is truncated, changed, or of another run."""
 
 
-class Shards:
-    """The shards in a folder.
+class KeptPasses:
+    """The kept passes in a folder.
 
     Args:
         folder: where they lie, as 0.safetensors and so on.
@@ -36,11 +36,11 @@ class Shards:
         self.folder, self.plan = folder, plan
 
     def path(self, number: int) -> Path:
-        """Where a pass has its shard. Made from the number alone: no file says where another one lies."""
+        """Where a pass is kept. Made from the number alone: no file says where another one lies."""
         return self.folder / f"{number}.safetensors"
 
     def write(self, number: int, found: PassEffects) -> None:
-        """Write a shard. OSError where it cannot be written; then there is none."""
+        """Keep a pass. OSError where it cannot be written; then there is none."""
         tensors = {"out": found.out.astype(np.int64), "pairs": found.pairs.astype(np.int64)}
         tensors |= {f"measured/{name}": values for name, values in found.measured.items()}
         tensors |= {f"reference/{name}": array for name, array in found.reference.arrays().items()}
@@ -49,10 +49,10 @@ class Shards:
         write_whole(self.path(number), lambda path: save_file(tensors, path, metadata))
 
     def read(self, number: int) -> PassEffects | None:
-        """What a pass found; None where it has no shard.
+        """What a pass found; None where nothing is kept.
 
         Raises:
-            DamagedShard: what is there is not what was written.
+            DamagedPass: what is there is not what was written.
         """
         path = self.path(number)
         if not os.path.lexists(path):
@@ -64,7 +64,7 @@ class Shards:
             checksum = metadata.pop("sha256", "")
             whole = checksum == digest(tensors, metadata)
             if not whole or metadata["plan"] != self.plan or metadata["pass"] != str(number):
-                raise DamagedShard
+                raise DamagedPass
             found = PassEffects(
                 tensors.pop("out"),
                 tensors.pop("pairs"),
@@ -73,12 +73,12 @@ class Shards:
                 float(metadata["seconds"]),
             )
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedShard from error
+            raise DamagedPass from error
         _check_shapes(found)
         return found
 
     def numbers(self) -> list[int]:
-        """The passes that have a shard, whole or not."""
+        """The passes that are kept, whole or not."""
         names = (path.stem for path in self.folder.glob("*.safetensors"))
         return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9]\d{0,14}", name))
 
@@ -93,4 +93,4 @@ def _check_shapes(found: PassEffects) -> None:
         fits &= (array.shape, array.dtype) == (like[name].shape, like[name].dtype)
     fits &= found.out.dtype == found.pairs.dtype == np.int64
     if not fits:
-        raise DamagedShard
+        raise DamagedPass

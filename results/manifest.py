@@ -4,60 +4,27 @@ Everything that decides a bit of the result is in `settings`: what the user chos
 the machine when the run began (the memory budget, the threads and whether the model is streamed, which
 decide how passes are cut, and the precision). A run that is resumed takes the latter from here.
 
-`check_same` holds every process that resumes, shares or asks again for a run to them, finished or not.
+engine/settings.py holds every process that resumes, shares or asks again for a run to them, finished or not.
 """
 
 import hashlib
 import json
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 
-from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.grid import Grid, SiteGrid
+from deltapatch.interventions.grid import Grid
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.sites import SITES
 from deltapatch.interventions.sources import SOURCES
 from deltapatch.kernels.product import PRECISIONS
-from deltapatch.results.effects import Effects
 from deltapatch.results.folder import pairs_as_text
 from deltapatch.results.metrics import MEASURED, Direction, Reference
 from deltapatch.results.truth import Sampled, Truth
 
 FORMAT, FORMAT_VERSION = "deltapatch unfinished run", 2
 
-# What must be the same for two processes to work on one run, and what a sentence calls it.
-_WORDS = {
-    "plan": "version of the plan",
-    "deltapatch": "version of deltapatch",
-    "torch": "version of PyTorch",
-    "model": "model (fingerprint)",
-    "dtype": "dtype",
-    "device": "kind of device",
-    "backend": "backend",
-    "pairs": "pairs",
-    "sites": "sites or layers",
-    "positions": "positions",
-    "direction": "direction",
-    "source": "source",
-    "readout": "readout",
-    "metrics": "metrics",
-    "seed": "seed",
-    "noise_scale": "noise scale",
-    "noise_sample": "noise sample",
-    "precision": "precision",
-    "memory_budget": "memory budget",
-    "threads": "number of threads",
-    "stream": "way of keeping weights",
-}
-_LEFT_OPEN = {"precision", "memory_budget", "threads", "stream", "backend"}  # None takes what the run has
-# Nobody asks for these, and they change the last bits at most: one run is of one kind, but one that is
-# finished answers for all.
-_SURROUNDINGS = {"plan", "deltapatch", "torch", "device", "threads"}
-_SHORT = 120  # characters of a value that fit into a sentence
 _MOST = 2**50  # of anything that is counted
 
 
@@ -85,18 +52,15 @@ class Manifest:
         return json.dumps(body | {"sha256": _digest(body)}, indent=1) + "\n"
 
     def digest(self) -> str:
-        """The checksum that its shards carry."""
+        """The checksum that its kept passes carry."""
         return _digest(self._body())
 
-    def grid(self) -> Grid:
-        """What the run patches."""
-        grids, offset = [], 0
-        for s in self.settings["sites"]:
-            layers = np.array(s["layers"], dtype=np.int64)
-            grids.append(SiteGrid(SITES[s["site"]], layers, self.settings["positions"], s["indices"], offset))
-            size = self.n_pairs * len(layers) * len(self.settings["positions"]) * max(1, s["indices"])
-            offset += size
-        return Grid(grids, offset)
+    @property
+    def n_effects(self) -> int:
+        """Of the whole run."""
+        if "interventions" in self.settings:
+            return int(self.settings["interventions"]["number"])
+        return Grid.of_settings(self.settings, self.n_pairs).n_effects
 
     def _body(self) -> dict[str, Any]:
         body = {
@@ -111,96 +75,6 @@ class Manifest:
         # Numpy numbers and tuples become what they will be when they are read.
         plain: dict[str, Any] = json.loads(json.dumps(body, default=_plain))
         return plain
-
-
-def settings_of_run(effects: Effects) -> dict[str, Any]:
-    """The settings of a finished run, as `settings_of` has them: those of what it holds, not what it says."""
-    meta, sites = effects.meta, effects.sites.values()
-    versions = meta["versions"] if isinstance(meta.get("versions"), dict) else {}
-    positions = {site.site: list(site.positions) for site in sites}
-    alike = len({str(at) for at in positions.values()}) == 1
-    measured = {site.site: list(site.measured) for site in sites}
-    said = {name: meta.get(name) for name in _WORDS}
-    return said | {
-        "deltapatch": versions.get("deltapatch"),
-        "torch": versions.get("torch"),
-        "model": meta.get("fingerprint"),
-        "device": meta.get("device_kind"),
-        "pairs": digest_of(effects.pairs),
-        "sites": [
-            {"site": s.site, "layers": s.layers.tolist(), "indices": s.shape[3] if len(s.shape) > 3 else 0}
-            for s in sites
-        ],
-        "positions": next(iter(positions.values())) if alike else positions,
-        "direction": effects.direction,
-        "metrics": next(iter(measured.values()))
-        if len({str(m) for m in measured.values()}) == 1
-        else measured,
-    }
-
-
-def check_same(own: Mapping[str, Any], asked: Mapping[str, Any], where: object, finished: bool) -> None:
-    """Check that what a process was asked for is what a run was begun with, or holds.
-
-    Args:
-        own: the settings of the run.
-        asked: those of the process; None leaves a choice to the run where there is one.
-        where: what a sentence calls the run.
-        finished: whether it is; then a difference of version or machine is a warning.
-
-    Raises:
-        DeltapatchError: something differs; what, and both values.
-    """
-    differ = {
-        name: f"{word}: {_both(name, own.get(name), asked[name])}"
-        for name, word in _WORDS.items()
-        if own.get(name) != asked[name] and not (asked[name] is None and name in _LEFT_OPEN)
-    }
-    if not differ:
-        return
-    what = f"a different {'; a different '.join(differ.values())}"
-    if not finished:
-        raise DeltapatchError(
-            f"cannot resume {where}: it was begun with {what}; give the same, or choose another output path"
-        )
-    if differ.keys() <= _SURROUNDINGS:
-        warnings.warn(f"run {where} was finished with {what}", stacklevel=4)
-        return
-    raise DeltapatchError(
-        f"run {where} is finished, with {what}; give the same, choose another output path, or remove it"
-    )
-
-
-def _both(name: str, own: Any, mine: Any) -> str:
-    """Two values that differ, on one line, whatever was read: from where they do where they are long."""
-    texts = [_said(name, own), _said(name, mine)]
-    if max(map(len, texts)) > _SHORT:
-        same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0)
-        begin = max(0, same - _SHORT // 3)
-        texts = [("..." if begin else "") + text[begin:] for text in texts]
-        texts = [text if len(text) <= _SHORT else f"{text[:_SHORT]}..." for text in texts]
-    return "{} there, {} here".format(*texts)
-
-
-def _said(name: str, value: Any) -> str:
-    if value is None:
-        return "none"
-    if name == "pairs":
-        return f"sha256 {str(value)[:12]}"
-    if name == "sites" and isinstance(value, list) and all(isinstance(s, dict) for s in value):
-        value = "; ".join(f"{s.get('site')} of layers {_ranges(s.get('layers'))}" for s in value)
-    return " ".join(str(value).split())
-
-
-def _ranges(numbers: Any) -> str:
-    """0-5,9."""
-    found: list[list[Any]] = []
-    for n in numbers if isinstance(numbers, list) else []:
-        if found and isinstance(n, int) and found[-1][1] == n - 1:
-            found[-1][1] = n
-        else:
-            found.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
 def digest_of(pairs: list[EncodedPair]) -> str:
@@ -222,17 +96,42 @@ def read_manifest(text: str | bytes) -> Manifest:
     settings, n_passes, n_pairs = body.get("settings"), body.get("n_passes"), body.get("n_pairs")
     _need(isinstance(body.get("meta"), dict), "meta")
     _need(_counts(n_passes) and _counts(n_pairs), "counts")
-    _need(isinstance(settings, dict) and list(settings) == list(_WORDS), "settings")
-    _check_settings(settings)
+    _need(isinstance(settings, dict), "settings")
+    try:
+        _check_settings(settings)
+    except KeyError as error:
+        raise ValueError(f"it does not tell its {error}") from error
     truth = None if body.get("truth") is None else _read_truth(body["truth"], tuple(settings["metrics"]))
     manifest = Manifest(settings, n_passes, n_pairs, body["meta"], truth)
     if truth is not None:
-        _need(bool(((truth.at >= 0) & (truth.at < manifest.grid().n_effects)).all()), "truth")
+        _need(bool(((truth.at >= 0) & (truth.at < manifest.n_effects)).all()), "truth")
     return manifest
 
 
 def _check_settings(s: dict[str, Any]) -> None:
-    sites, positions, metrics = s["sites"], s["positions"], s["metrics"]
+    if "interventions" in s:
+        _check_interventions(s["interventions"])
+    else:
+        _check_grid(s["sites"], s["positions"])
+    metrics = s["metrics"]
+    _need(isinstance(metrics, list) and bool(metrics) and set(map(str, metrics)) <= set(MEASURED), "metrics")
+    _need(len(set(metrics)) == len(metrics), "metrics")
+    _need(s["direction"] in get_args(Direction) and s["source"] in list(SOURCES), "direction or source")
+    _need(isinstance(s["precision"], str) and s["precision"] in PRECISIONS, "precision")
+    _need(_counts(s["memory_budget"]) and s["memory_budget"] > 0, "memory budget")
+    _need(_counts(s["threads"]) and 0 < s["threads"] <= 4096, "threads")
+    _need(isinstance(s["stream"], bool), "stream")
+    for name in ("model", "pairs", "deltapatch", "torch", "dtype", "device", "backend"):
+        _need(isinstance(s[name], str), name)
+
+
+def _check_interventions(found: Any) -> None:
+    _need(isinstance(found, dict) and set(found) == {"number", "sha256"}, "interventions")
+    _need(_counts(found["number"]) and found["number"] > 0, "interventions")
+    _need(isinstance(found["sha256"], str), "interventions")
+
+
+def _check_grid(sites: Any, positions: Any) -> None:
     _need(isinstance(sites, list) and bool(sites), "sites")
     for site in sites:
         _need(isinstance(site, dict) and set(site) == {"site", "layers", "indices"}, "sites")
@@ -244,15 +143,6 @@ def _check_settings(s: dict[str, Any]) -> None:
     _need(isinstance(positions, list) and bool(positions), "positions")
     _need(all(isinstance(p, str) or (_whole(p) and abs(p) < _MOST) for p in positions), "positions")
     _need(len(set(positions)) == len(positions), "positions")
-    _need(isinstance(metrics, list) and bool(metrics) and set(map(str, metrics)) <= set(MEASURED), "metrics")
-    _need(len(set(metrics)) == len(metrics), "metrics")
-    _need(s["direction"] in get_args(Direction) and s["source"] in list(SOURCES), "direction or source")
-    _need(isinstance(s["precision"], str) and s["precision"] in PRECISIONS, "precision")
-    _need(_counts(s["memory_budget"]) and s["memory_budget"] > 0, "memory budget")
-    _need(_counts(s["threads"]) and 0 < s["threads"] <= 4096, "threads")
-    _need(isinstance(s["stream"], bool), "stream")
-    for name in ("model", "pairs", "deltapatch", "torch", "dtype", "device", "backend"):
-        _need(isinstance(s[name], str), name)
 
 
 def _truth_as_lists(truth: Truth) -> dict[str, Any]:

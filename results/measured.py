@@ -1,13 +1,18 @@
 """What passes found, put together: the measured numbers of every effect, and the unpatched runs."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid
-from deltapatch.results.effects import SiteEffects
-from deltapatch.results.metrics import Reference
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.results.effects import Effects, SiteEffects
+from deltapatch.results.metrics import Direction, Reference
+from deltapatch.results.outcome import Outcome
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,20 @@ class Gathered:
         self.seconds += found.seconds
 
 
-def split(grid: Grid, measured: Mapping[str, np.ndarray], n_pairs: int) -> dict[str, SiteEffects]:
-    """The measured numbers of a sweep, [effect], by site."""
-    out = {}
-    for g in grid.sites:
-        shape = g.shape(n_pairs)
-        own = slice(g.offset, g.offset + int(np.prod(shape)))
-        arrays = {name: values[own].reshape(shape) for name, values in measured.items()}
-        out[g.site.name] = SiteEffects(g.site.name, g.layers, g.positions, arrays)
-    return out
+def with_axes(
+    interventions: Grid | Listed,
+    gathered: Gathered,
+    pairs: list[EncodedPair],
+    direction: Direction,
+    meta: dict[str, Any],
+) -> Effects | Outcome:
+    """What the passes found, as users take it: the effects of a grid by site, or those of a list."""
+    if isinstance(interventions, Listed):
+        return Outcome(gathered.measured, interventions, pairs, gathered.reference, direction, meta)
+    sites = {}
+    for g in interventions.sites:
+        shape = g.shape(len(pairs))
+        own = slice(g.offset, g.offset + math.prod(shape))
+        arrays = {name: values[own].reshape(shape) for name, values in gathered.measured.items()}
+        sites[g.site.name] = SiteEffects(g.site.name, g.layers, g.positions, arrays)
+    return Effects(sites, pairs, gathered.reference, direction, meta)

@@ -1,22 +1,25 @@
-"""Merging: the shards of a run whose parts are all done become the run folder of one process."""
+"""Merging: the kept passes of a run whose parts are all done become the run folder of one process."""
 
 from itertools import islice
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.models.header import check_regular
 from deltapatch.results.checkpoint import Unfinished, read_plan, tidy, unfinished
 from deltapatch.results.effects import Effects
-from deltapatch.results.folder import PAIRS, RUN, UNFINISHED, is_begun
-from deltapatch.results.kept import DamagedShard, Shards
+from deltapatch.results.folder import INTERVENTIONS, PAIRS, RUN, UNFINISHED, is_begun
+from deltapatch.results.kept import DamagedPass, KeptPasses
 from deltapatch.results.manifest import Manifest, digest_of
-from deltapatch.results.measured import Gathered, PassEffects, split
-from deltapatch.results.reading import read_pairs_text, read_run
+from deltapatch.results.measured import Gathered, PassEffects, with_axes
+from deltapatch.results.outcome import Outcome
+from deltapatch.results.reading import read_interventions, read_pairs_text, read_run
 
 _NAMED = 10_000  # missing passes that are looked up for a message
 
@@ -48,7 +51,7 @@ def merge(path: str | PathLike[str]) -> bool:
     return True
 
 
-def join(run: Unfinished) -> Effects:
+def join(run: Unfinished) -> Effects | Outcome:
     """Finish a run whose passes are all done, without its model.
 
     Raises:
@@ -57,9 +60,9 @@ def join(run: Unfinished) -> Effects:
     path = run.path
     manifest = run.manifest or read_plan(path)
     pairs = _pairs(path, manifest)
-    grid = manifest.grid()
-    _check_complete(run, manifest, grid, pairs)
-    gathered = _gather(path, run.shards, manifest, grid, pairs)
+    interventions = _interventions(path, manifest, pairs)
+    _check_complete(run, manifest, interventions, pairs)
+    gathered = _gather(path, run.passes, manifest, interventions, pairs)
     settings = manifest.settings
     meta = manifest.meta | {
         "passes": gathered.passes,
@@ -70,10 +73,26 @@ def join(run: Unfinished) -> Effects:
         meta["noise_floor"] = manifest.truth.noise_floor(
             settings["precision"], gathered.measured, settings["direction"]
         )
-    sites = split(grid, gathered.measured, len(pairs))
-    effects = Effects(sites, pairs, gathered.reference, settings["direction"], meta)
-    run.finish(effects)
-    return effects
+    found = with_axes(interventions, gathered, pairs, settings["direction"], meta)
+    run.finish(found)
+    return found
+
+
+def _interventions(path: Path, manifest: Manifest, pairs: list[EncodedPair]) -> Grid | Listed:
+    if "interventions" not in manifest.settings:
+        return Grid.of_settings(manifest.settings, len(pairs))
+    file = path / UNFINISHED / INTERVENTIONS
+    try:
+        found = read_interventions(file, pairs)
+        if found.settings()["interventions"] != manifest.settings["interventions"]:
+            raise ValueError("they are not those of the manifest")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise DeltapatchError(
+            f"run {path} cannot be merged: {file} is damaged ({reason}); the same run with resume=True needs "
+            "none of it"
+        ) from error
+    return found
 
 
 def _pairs(path: Path, manifest: Manifest) -> list[EncodedPair]:
@@ -92,13 +111,15 @@ def _pairs(path: Path, manifest: Manifest) -> list[EncodedPair]:
     return pairs
 
 
-def _check_complete(run: Unfinished, manifest: Manifest, grid: Grid, pairs: list[EncodedPair]) -> None:
-    """Read every shard before arrays for all are made: a number in a manifest is not worth much memory."""
+def _check_complete(
+    run: Unfinished, manifest: Manifest, interventions: Grid | Listed, pairs: list[EncodedPair]
+) -> None:
+    """Read every kept pass before arrays for all are made: a manifest's number is not worth much memory."""
     path, n_passes = run.path, manifest.n_passes
-    have = [number for number in run.shards.numbers() if number < n_passes]
+    have = [number for number in run.passes.numbers() if number < n_passes]
     rows, damaged = 0, []
     for number in have:
-        found = _read(run.shards, number)
+        found = _read(run.passes, number)
         if found is None:
             damaged.append(number)
         else:
@@ -114,34 +135,37 @@ def _check_complete(run: Unfinished, manifest: Manifest, grid: Grid, pairs: list
             f"run {path} is not complete: of {n_passes} passes, {gone} and {broken}; "
             "run the same parts again, or the whole sweep with --resume"
         )
-    if rows != _n_rows(grid, pairs):
+    if rows != sum(interventions.n_rows(i, pair) for i, pair in enumerate(pairs)):
         raise DeltapatchError(f"run {path} is damaged: its shards do not hold what its manifest promises")
 
 
-def _gather(path: Path, shards: Shards, manifest: Manifest, grid: Grid, pairs: list[EncodedPair]) -> Gathered:
+def _gather(
+    path: Path, passes: KeptPasses, manifest: Manifest, interventions: Grid | Listed, pairs: list[EncodedPair]
+) -> Gathered:
     dtype = np.float64 if manifest.settings["precision"] == "fp64" else np.float32
     names = manifest.settings["metrics"]
-    gathered = Gathered(names, dtype, grid.n_effects, len(pairs))
-    seen = np.zeros(grid.n_effects, dtype=bool)
+    gathered = Gathered(names, dtype, interventions.n_effects, len(pairs))
+    seen = np.zeros(interventions.n_effects, dtype=bool)
     ran = np.zeros(len(pairs), dtype=bool)
     for number in range(manifest.n_passes):
-        found = _read(shards, number)
+        found = _read(passes, number)
         if found is None or not _fits(found, gathered, names):
             raise DeltapatchError(f"run {path} is damaged: pass {number} does not fit its manifest")
         gathered.add(found)
         seen[found.out] = True
         ran[found.pairs] = True
     # As many as there should be, and each once: these are all.
-    complete = int(seen.sum()) == gathered.rows and bool(ran.all())
-    if not complete or not all(seen[grid.table(i, pair)[1]].all() for i, pair in enumerate(pairs)):
+    acted = interventions.acted
+    complete = int(seen.sum()) == gathered.rows and bool(ran[acted].all())
+    if not complete or not all(seen[interventions.table(i, pairs[i])[1]].all() for i in acted):
         raise DeltapatchError(f"run {path} is damaged: its shards do not hold what its manifest promises")
     return gathered
 
 
-def _read(shards: Shards, number: int) -> PassEffects | None:
+def _read(passes: KeptPasses, number: int) -> PassEffects | None:
     try:
-        return shards.read(number)
-    except DamagedShard:
+        return passes.read(number)
+    except DamagedPass:
         return None
 
 
@@ -153,13 +177,3 @@ def _fits(found: PassEffects, gathered: Gathered, names: list[str]) -> bool:
         for at, n in ((found.out, n_effects), (found.pairs, n_pairs))
     )
     return inside and {name: values.dtype for name, values in found.measured.items()} == kinds
-
-
-def _n_rows(grid: Grid, pairs: list[EncodedPair]) -> int:
-    """How many interventions there are, without an array of them."""
-    rows = 0
-    for pair in pairs:
-        for g in grid.sites:
-            spots = sum(pair.resolve(at) is not None for at in g.positions)
-            rows += len(g.layers) * spots * max(1, g.n_indices)
-    return rows

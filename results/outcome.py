@@ -1,25 +1,18 @@
-"""Outcomes: what given interventions did, as arrays, in memory and in a file."""
+"""Outcomes: what given interventions did, as arrays."""
 
-import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
-from deltapatch.errors import DeltapatchError, shown
-from deltapatch.models.header import open_safetensors
+from deltapatch.errors import path_of
+from deltapatch.interventions.given import Listed
+from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import import_pandas
-from deltapatch.results.folder import plain_errors
-from deltapatch.results.metrics import MEASURED, METRICS, Direction, Reference, asked_of, compute, terms
-from deltapatch.results.tensorfile import save_file
-from deltapatch.results.wholefile import write_new
-
-FORMAT = "deltapatch outcome"
-_KINDS = {"prediction": "i", "says": "b"}  # of the reference's arrays; others are float64
+from deltapatch.results.folder import Record, reference_tensors, write_run
+from deltapatch.results.metrics import METRICS, Direction, Reference, asked_of, compute, terms
 
 
 @dataclass(repr=False)
@@ -28,19 +21,35 @@ class Outcome:
 
     Attributes:
         measured: name (see `metrics.MEASURED`) -> [intervention].
-        pair: [intervention], the number of the pair that it acts on.
-        patches: [intervention], how many patches it joins.
+        interventions: what was patched, as arrays.
+        pairs: that they act on.
         reference: the unpatched runs of all pairs.
         direction: of the run.
         meta: what was run.
     """
 
     measured: dict[str, np.ndarray]
-    pair: np.ndarray
-    patches: np.ndarray
+    interventions: Listed
+    pairs: list[EncodedPair]
     reference: Reference
     direction: Direction
-    meta: dict[str, Any]
+    meta: dict[str, Any] = field(default_factory=dict)
+    # Of a run that kept nothing: hashes the model, should it be saved.
+    _fingerprint: Callable[[], str | None] | None = field(default=None, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what only this process can ask."""
+        return self.__dict__ | {"_fingerprint": None}
+
+    @property
+    def pair(self) -> np.ndarray:
+        """[intervention], the number of the pair that it acts on."""
+        return self.interventions.table_of_all.pair
+
+    @property
+    def patches(self) -> np.ndarray:
+        """[intervention], how many patches it joins."""
+        return np.bincount(self.interventions.table_of_all.row, minlength=self.interventions.n_effects)
 
     def __len__(self) -> int:
         return len(self.pair)
@@ -79,22 +88,23 @@ class Outcome:
         return import_pandas().DataFrame(self.columns(metrics))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, which `load_outcome` reads.
+        """Write a run folder, which `load_outcome` reads.
 
         Raises:
             DeltapatchError: the path is taken or cannot be written.
         """
-        path = Path(path)
-        tensors = {f"measured/{name}": values for name, values in self.measured.items()}
-        tensors |= {f"reference/{name}": array for name, array in self.reference.arrays().items()}
-        tensors |= {"pair": self.pair.astype(np.int64), "patches": self.patches.astype(np.int64)}
-        about = {"direction": self.direction, "meta": self.meta}
-        metadata = {"format": FORMAT, "about": json.dumps(about, sort_keys=True, default=str)}
-        with plain_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = write_new(path, lambda draft: save_file(tensors, draft, metadata))
-        if not new:
-            raise DeltapatchError(f"output path {path} is taken: choose another or remove it")
+        if self.meta.get("fingerprint") is None and self._fingerprint is not None:
+            self.meta["fingerprint"] = self._fingerprint()
+        write_run(self.record(), path_of(path, "a run folder"))
+
+    def record(self) -> Record:
+        """What a run folder holds of it."""
+        tensors, axes = reference_tensors(self.reference)
+        for name, array in self.measured.items():
+            tensors[f"measured/{name}"], axes[f"measured/{name}"] = array, "intervention"
+        about = {"number": len(self), "measured": list(self.measured)}
+        about = {**self.meta, "direction": self.direction, "interventions": about}
+        return Record(about, self.pairs, tensors, axes, self.interventions.arrays())
 
     def __repr__(self) -> str:
         known = ("model", "precision", "backend")
@@ -105,49 +115,3 @@ class Outcome:
             f"Outcome of {len(self)} intervention(s) of {patches} patch(es) on {pairs} pair(s), "
             f"{self.direction}{what}\n  metrics: {', '.join(self.metrics)}"
         )
-
-
-def load_outcome(path: str | os.PathLike[str]) -> Outcome:
-    """What `Outcome.save` wrote.
-
-    Raises:
-        DeltapatchError: there is no such file, or it is damaged or another file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DeltapatchError(f"{path} does not exist, or is no file: give one that Outcome.save wrote")
-    try:
-        with open_safetensors(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise DeltapatchError(f"{path} is not an outcome that Outcome.save wrote")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _outcome(tensors, json.loads(metadata["about"]))
-    except (SafetensorError, OSError, KeyError, TypeError, RecursionError, ValueError) as error:
-        if isinstance(error, DeltapatchError):
-            raise
-        reason = shown(" ".join(str(error).split()), 200)[1:-1]
-        raise DeltapatchError(f"{path} is damaged ({reason}): copy it again, or run again") from error
-
-
-def _outcome(tensors: dict[str, np.ndarray], about: dict[str, Any]) -> Outcome:
-    """The checked outcome. ValueError, KeyError or TypeError where what was read makes no sense."""
-    reference = Reference(**{name: tensors.pop(f"reference/{name}") for name in Reference.empty(0).arrays()})
-    n_pairs = len(reference.logit)
-    for name, array in reference.arrays().items():
-        _need(array.shape == ((n_pairs, 2) if name == "prediction" else (n_pairs, 2, 2)), name)
-        _need(array.dtype.kind == _KINDS.get(name, "f"), name)
-    pair, patches = tensors.pop("pair"), tensors.pop("patches")
-    measured = {name.removeprefix("measured/"): array for name, array in tensors.items()}
-    _need(bool(measured) and set(measured) <= set(MEASURED), "measured numbers")
-    for name, array in {"pair": pair, "patches": patches, **measured}.items():
-        _need(array.ndim == 1 and len(array) == len(pair), name)
-        _need(array.dtype.kind == ("f" if name in measured else "i"), name)
-    _need(not len(pair) or (pair.min() >= 0 and pair.max() < n_pairs), "pair")
-    _need(about["direction"] in get_args(Direction) and isinstance(about["meta"], dict), "direction or meta")
-    return Outcome(measured, pair, patches, reference, about["direction"], about["meta"])
-
-
-def _need(true: bool, what: str) -> None:
-    if not true:
-        raise ValueError(what)

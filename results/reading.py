@@ -7,7 +7,6 @@ is refused as well: nothing that a file says is allocated for, looked up or join
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 
 from deltapatch.arguments import check_label
 from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.interventions.given import Listed
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.sites import SITES
 from deltapatch.models.header import check_file, check_regular, open_safetensors
@@ -26,22 +26,47 @@ from deltapatch.results.folder import (
     EFFECTS,
     FORMAT,
     FORMAT_VERSION,
+    INTERVENTIONS,
     PAIRS,
     RUN,
     checksum,
     is_begun,
 )
 from deltapatch.results.metrics import MEASURED, Direction, Reference
+from deltapatch.results.outcome import Outcome
 
 _MEND = "copy it again, or remove it and run the sweep again"
 _HINTS = get_type_hints(EncodedPair)
 _MOST = 2**50  # of anything that is counted
-_REFERENCE_DTYPES = {"prediction": np.int64, "says": np.bool_}  # others are float64
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 
-def read_run(path: str | os.PathLike[str]) -> Effects:
-    """The effects in a run folder.
+def load_effects(path: str | os.PathLike[str]) -> Effects:
+    """The effects of the sweep in a run folder.
+
+    Raises:
+        DeltapatchError: it is none, is of given interventions, is damaged, or is of a newer format.
+    """
+    found = read_run(path)
+    if isinstance(found, Outcome):
+        raise DeltapatchError(f"{path} is a run of given interventions, not a sweep: load_outcome reads it")
+    return found
+
+
+def load_outcome(path: str | os.PathLike[str]) -> Outcome:
+    """The outcome of the given interventions in a run folder.
+
+    Raises:
+        DeltapatchError: it is none, is of a sweep, is damaged, or is of a newer format.
+    """
+    found = read_run(path)
+    if isinstance(found, Effects):
+        raise DeltapatchError(f"{path} is a sweep, not a run of given interventions: load_effects reads it")
+    return found
+
+
+def read_run(path: str | os.PathLike[str]) -> Effects | Outcome:
+    """What a run folder holds: the effects of a sweep, or the outcome of given interventions.
 
     Raises:
         DeltapatchError: it is not a run folder, is damaged, or is of a newer format.
@@ -71,6 +96,11 @@ def read_run(path: str | os.PathLike[str]) -> Effects:
             f"run folder {path} has format {shown(found[1])}, newer than this deltapatch reads "
             f"({FORMAT_VERSION}): upgrade deltapatch"
         )
+    if found[1] < FORMAT_VERSION:
+        raise DeltapatchError(
+            f"run folder {path} has format {found[1]}, older than this deltapatch reads ({FORMAT_VERSION}): "
+            "run the sweep again"
+        )
     try:
         return _effects(path, about)
     except (
@@ -90,47 +120,65 @@ def read_pairs_text(text: str) -> list[EncodedPair]:
     return [_pair(json.loads(line)) for line in text.split("\n") if line]
 
 
-def _effects(path: Path, about: dict[str, Any]) -> Effects:
-    if CHECKSUM in about or about["format_version"] > 1:  # the first runs had none
-        same = about.get(CHECKSUM) == checksum(about, path)
-        _need(same, "its files are not those that were written")
-    _check_coordinates(about)
-    for name in (PAIRS, EFFECTS):
+def _effects(path: Path, about: dict[str, Any]) -> Effects | Outcome:
+    _need(about.get(CHECKSUM) == checksum(about, path), "its files are not those that were written")
+    given = "interventions" in about
+    _need(isinstance(about["direction"], str) and about["direction"] in get_args(Direction), "direction")
+    if given:
+        _check_number(about["interventions"])
+    else:
+        _check_coordinates(about)
+    for name in (PAIRS, EFFECTS, *([INTERVENTIONS] if given else [])):
         check_regular(path / name)
     pairs = read_pairs_text((path / PAIRS).read_text(encoding="utf-8"))
-    sites: dict[str, SiteEffects] = {}
     with open_safetensors(path / EFFECTS, "numpy") as file:
-        for site, c in about["sites"].items():
-            measured = {name: file.get_tensor(f"{site}/{name}") for name in c["measured"]}
-            index = () if SITES[site].index == "none" else next(iter(measured.values())).shape[3:]
-            shape = (len(pairs), len(c["layers"]), len(c["positions"]), *index)
-            for name, array in measured.items():
-                fits = array.shape == shape and array.dtype in (np.float32, np.float64)
-                _need(fits and len(index) <= 1, f"{site}/{name} does not fit {RUN}")
-            sites[site] = SiteEffects(site, np.array(c["layers"], dtype=np.int64), c["positions"], measured)
-        names = [f.name for f in fields(Reference) if f.name != "says" or about["format_version"] > 1]
-        told = {f"{site}/{name}" for site, c in about["sites"].items() for name in c["measured"]}
-        told |= {f"reference/{name}" for name in names}
-        _need(set(file.keys()) == told, f"{EFFECTS} holds other numbers than {RUN} tells")
-        known = {name: file.get_tensor(f"reference/{name}") for name in names}
-    n = len(pairs)
-    for name, array in known.items():
-        right = array.shape == ((n, 2) if name == "prediction" else (n, 2, 2))
-        _need(right and array.dtype == _REFERENCE_DTYPES.get(name, np.float64), f"reference/{name}")
-    if "says" not in known:  # the first runs had single tokens for answers
-        answers = np.array([[p.clean_answer[0], p.corrupted_answer[0]] for p in pairs])
-        known["says"] = known["prediction"][:, :, None] == answers[:, None, :]
-    reference = Reference(**known)
-    own = {"format", "format_version", "direction", "sites", "axes", CHECKSUM}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    reference = Reference(**{name: tensors.pop(f"reference/{name}") for name in Reference.empty(0).arrays()})
+    for name, array in reference.arrays().items():
+        like = Reference.empty(len(pairs)).arrays()[name]
+        _need((array.shape, array.dtype) == (like.shape, like.dtype), f"reference/{name}")
+    own = {"format", "format_version", "direction", "sites", "interventions", "axes", CHECKSUM}
     meta = {key: value for key, value in about.items() if key not in own}
+    if given:
+        listed = read_interventions(path / INTERVENTIONS, pairs)
+        names = about["interventions"]["measured"]
+        measured = {name: tensors.pop(f"measured/{name}") for name in names}
+        right = not tensors and about["interventions"]["number"] == listed.n_effects
+        _need(right, f"{EFFECTS} holds other numbers than {RUN} tells")
+        for name, array in measured.items():
+            fits = array.shape == (listed.n_effects,) and array.dtype in (np.float32, np.float64)
+            _need(fits, f"measured/{name} does not fit {RUN}")
+        return Outcome(measured, listed, pairs, reference, about["direction"], meta)
+    sites: dict[str, SiteEffects] = {}
+    for site, c in about["sites"].items():
+        measured = {name: tensors.pop(f"{site}/{name}") for name in c["measured"]}
+        index = () if SITES[site].index == "none" else next(iter(measured.values())).shape[3:]
+        shape = (len(pairs), len(c["layers"]), len(c["positions"]), *index)
+        for name, array in measured.items():
+            fits = array.shape == shape and array.dtype in (np.float32, np.float64)
+            _need(fits and len(index) <= 1, f"{site}/{name} does not fit {RUN}")
+        sites[site] = SiteEffects(site, np.array(c["layers"], dtype=np.int64), c["positions"], measured)
+    _need(not tensors, f"{EFFECTS} holds other numbers than {RUN} tells")
     return Effects(sites, pairs, reference, about["direction"], meta)
+
+
+def read_interventions(path: Path, pairs: list[EncodedPair]) -> Listed:
+    """Given interventions from their file. ValueError, KeyError or SafetensorError where it is damaged."""
+    check_regular(path)
+    with open_safetensors(path, "numpy") as file:
+        return Listed.of_arrays({name: file.get_tensor(name) for name in file.keys()}, pairs)  # noqa: SIM118
+
+
+def _check_number(found: Any) -> None:
+    _need(isinstance(found, dict) and set(found) == {"number", "measured"}, "interventions")
+    measured = found["measured"]
+    _need(_distinct(measured, str) and set(measured) <= set(MEASURED), "measured numbers")
 
 
 def _check_coordinates(about: dict[str, Any]) -> None:
     """Check what run.json says of the axes. ValueError or KeyError where it makes no sense."""
     sites = about["sites"]
     _need(isinstance(sites, dict) and bool(sites), "sites")
-    _need(isinstance(about["direction"], str) and about["direction"] in get_args(Direction), "direction")
     for site, c in sites.items():
         _need(site in SITES and isinstance(c, dict), "sites")
         layers, positions, measured = c["layers"], c["positions"], c["measured"]
@@ -149,8 +197,6 @@ def _distinct(found: Any, *kinds: type) -> bool:
 def _pair(found: Any) -> EncodedPair:
     _need(isinstance(found, dict) and found.keys() == _HINTS.keys(), f"a pair in {PAIRS}")
     for name in ("clean_answer", "corrupted_answer"):
-        if type(found[name]) is int:  # the first runs had single tokens
-            found[name] = [found[name]]
         _need(bool(found[name]), f"{name} of a pair in {PAIRS}")
     for name, value in found.items():
         _need(_is(value, _HINTS[name]), f"{name} of a pair in {PAIRS}")

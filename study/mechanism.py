@@ -4,10 +4,8 @@ The ranking comes from some of the pairs, and the joint patches act on others, s
 top k is not the luck by which they came to the top.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +19,8 @@ from deltapatch.engine.sweep import run
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Intervention, Patch
 from deltapatch.results.effects import Effects
-from deltapatch.results.folder import plain_errors
 from deltapatch.results.metrics import METRICS, Direction
-from deltapatch.results.outcome import Outcome, load_outcome
+from deltapatch.results.outcome import Outcome
 from deltapatch.study.exhibit import Exhibit
 from deltapatch.study.found import Found
 from deltapatch.study.oracle import CHECKED, errors, plain_effects
@@ -145,29 +142,25 @@ def _carry_out(
     found: Found, name: str, acted: np.ndarray, interventions: list[Intervention], direction: Direction
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The metric's terms for every intervention, as of `Outcome.terms`; what was done before is read."""
-    path = found.folder / JOINT / f"{name}.safetensors"
+    path = found.folder / JOINT / name
     settings, model = found.subject.settings, found.subject.model
     pairs = [found.made.pairs[i] for i in acted.tolist()]
-    asked = hashlib.sha256(repr((pairs, interventions, direction)).encode()).hexdigest()
-    outcome = _read(path, asked)
-    if outcome is None:
-        found.subject.say(f"  joint patches, {name}: {len(interventions):,}")
-        with found.subject.stopping(f"{found.experiment.name}, joint patches"):
-            outcome = run(
-                model,
-                pairs,
-                interventions,
-                direction=direction,
-                precision=settings.precision,
-                memory_budget=settings.budget_for(model),
-                metrics=[METRIC, "ie"],
-                seed=settings.seed,
-                progress=found.subject.progress,
-            )
-            with plain_errors(path, "what was done before is kept; free some, and resume"):
-                path.unlink(missing_ok=True)
-            # Neither date nor seconds: the same study gives the same files.
-            replace(outcome, meta={"precision": outcome.meta["precision"], "asked": asked}).save(path)
+    found.subject.say(f"  joint patches, {name}: {len(interventions):,}")
+    with found.subject.stopping(f"{found.experiment.name}, joint patches"):
+        outcome = run(
+            model,
+            pairs,
+            interventions,
+            direction=direction,
+            precision=settings.precision,
+            memory_budget=settings.budget_for(model),
+            metrics=[METRIC, "ie"],
+            seed=settings.seed,
+            progress=found.subject.progress,
+            out=path,
+            resume=True,
+        )
+        found.subject.take_times(path)
     found.checks[f"joint {name}"] = _check(found, name, outcome, acted, interventions, direction)
     return outcome.terms(METRIC)
 
@@ -204,15 +197,3 @@ def _with_all(
     c = last.columns
     c["random"], c["random_low"], c["random_high"] = c[METRIC], c["low"], c["high"]
     return Table({name: np.concatenate([curve.columns[name], c[name]]) for name in curve.columns}, METRIC)
-
-
-def _read(path: Path, asked: str) -> Outcome | None:
-    """What was written; None where nothing was, or other interventions."""
-    if not path.is_file():
-        return None
-    try:
-        outcome = load_outcome(path)
-    except DeltapatchError as error:
-        raise DeltapatchError(f"{error}; to go on, remove it and resume") from error
-    same = outcome.meta.get("asked") == asked and set(CHECKED) <= set(outcome.measured)
-    return outcome if same and "precision" in outcome.meta else None

@@ -46,7 +46,7 @@ class Ours(Peer):
         if cells.grid is not None:
             layers, positions = (list(axis) for axis in cells.grid)
             found = sweep(
-                self.model, self.work.pairs, cells.site, positions=positions, layers=layers, **options
+                self.model, self.work.pairs, sites=cells.site, positions=positions, layers=layers, **options
             )
             columns = [found.values(name).ravel() for name in self.work.columns]
         else:

@@ -4,43 +4,55 @@ Only this process, the driver, touches the run folder. So the cluster needs no s
 a run survives what the runs of one process survive. The driver loads no model: the first worker plans.
 """
 
-import inspect
 import logging
 import os
 import re
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from deltapatch.engine.cluster.team import Team
 from deltapatch.engine.cluster.worker import Report, Request
-from deltapatch.engine.prepare import Options
+from deltapatch.engine.options import Options, SweepOptions
 from deltapatch.engine.progress import progress_bar
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.given import Intervention, checked
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
 from deltapatch.results.checkpoint import unfinished
 from deltapatch.results.effects import Effects
 from deltapatch.results.folder import RUN, check_output
 from deltapatch.results.merge import join
+from deltapatch.results.outcome import Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Which workers carry passes out.
+
+    Attributes:
+        address: of the cluster, as `ray.init` takes it: "auto", "host:port" or "local". By default the one
+            that this process is connected to, that RAY_ADDRESS names or that runs on this machine; else one
+            is started here until the end.
+        cpus: make workers of so many CPUs each. By default each is one GPU.
+        loading: other arguments of `load_model`.
+        names: what errors call each pair; its line in a file, else "pair 0" and so on by default.
+        told: is called with what the first worker says of the model and the sweep.
+    """
+
+    address: str | None = None
+    cpus: int | None = None
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    names: Sequence[str] | None = None
+    told: Callable[[Report], object] = lambda report: None
 
 
 def ray_sweep(
-    model: str | PathLike[str],
-    pairs: Pairs,
-    out: str | PathLike[str],
-    address: str | None = None,
-    cpus: int | None = None,
-    loading: dict[str, Any] | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    names: Sequence[str] | None = None,
-    told: Callable[[Report], object] = lambda report: None,
-    **options: Any,
+    model: str | PathLike[str], pairs: Pairs, cluster: Cluster | None = None, **options: Any
 ) -> Effects:
     """`sweep`, with its passes spread over the workers of a Ray cluster; the bytes are those of one process.
 
@@ -51,59 +63,77 @@ def ray_sweep(
     Args:
         model: a folder or hub id, as `load_model` takes it.
         pairs: prompt pairs, as `sweep` takes them.
-        out: the run folder. Only this process needs to see it.
-        address: of the cluster, as `ray.init` takes it: "auto", "host:port" or "local". By default the one
-            that this process is connected to, that RAY_ADDRESS names or that runs on this machine; else one
-            is started here until the end.
-        cpus: make workers of so many CPUs each. By default each is one GPU.
-        loading: other arguments of `load_model`.
-        resume: `out` may hold a run of the same sweep that was cut off, on Ray or not; not a finished one.
-        progress: show a bar on stderr where that is a terminal.
-        names: what errors call each pair; its line in a file, else "pair 0" and so on by default.
-        told: is called with what the first worker says of the model and the sweep.
-        options: other arguments of `sweep`: sites, positions, layers, direction, source, precision, backend,
-            memory_budget, metrics, readout, seed, noise_scale, noise_sample.
+        cluster: the workers.
+        options: of `sweep`; `out`, which only this process needs to see, is needed. With `resume`, `out` may
+            hold a run of the same sweep that was cut off, on Ray or not; not a finished one.
 
     Raises:
         DeltapatchError: bad input, Ray is not installed, the cluster cannot be reached or has no such
             workers, or a pass fails again and again.
     """
-    inspect.signature(Options).bind(**options)
+    found = _spread(model, pairs, cluster or Cluster(), SweepOptions(**options), None)
+    assert isinstance(found, Effects)
+    return found
+
+
+def ray_run(
+    model: str | PathLike[str],
+    pairs: Pairs,
+    interventions: Intervention | Sequence[Intervention],
+    cluster: Cluster | None = None,
+    **options: Any,
+) -> Outcome:
+    """`run`, spread likewise. Raises what `ray_sweep` raises."""
+    found = _spread(model, pairs, cluster or Cluster(), Options(**options), checked(interventions))
+    assert isinstance(found, Outcome)
+    return found
+
+
+def _spread(
+    model: str | PathLike[str],
+    pairs: Pairs,
+    cluster: Cluster,
+    options: Options,
+    interventions: list[Intervention] | None,
+) -> Effects | Outcome:
+    if options.out is None or options.shard is not None:
+        raise DeltapatchError("a run on Ray needs an output folder (out), and takes no shard")
     pairs, own = as_pairs(pairs)
-    path = Path(out)
-    finished = f"run {path} is finished already: load_effects reads it"
+    path, cpus = Path(options.out), cluster.cpus
+    finished = f"run {path} is finished already: load_effects or load_outcome reads it"
     if (path / RUN).is_file():
         raise DeltapatchError(finished)
-    if not resume:
+    if not options.resume:
         check_output(path)
-    loading = dict(loading or {})
+    loading = dict(cluster.loading)
     loading["device"] = _device(loading.get("device", "auto"), cpus)
     if loading.get("adapter") is not None:
         loading["adapter"] = _everywhere(loading["adapter"])
-    request = Request(_everywhere(model), loading, pairs, names or own, Options(**options), cpus)
-    with _connected(address) as ray:
+    names = cluster.names or own
+    request = Request(_everywhere(model), loading, pairs, names, options, interventions, cpus)
+    with _connected(cluster.address) as ray:
         size, share = _room(ray, cpus)
         resources: dict[str, float] = {"num_gpus": 1, "num_cpus": 1} if cpus is None else {"num_cpus": cpus}
         with (
-            unfinished(path, resume) as run,
+            unfinished(path, options.resume) as run,
             closing(Team(ray, request, resources, size, run.state)) as team,
         ):
             if run.finished:
                 raise DeltapatchError(finished)
             first, report = team.first()
-            told(report)
+            cluster.told(report)
             for text in report.warnings:
-                warnings.warn(text, stacklevel=2)
+                warnings.warn(text, stacklevel=3)
             if run.manifest is None:
-                manifest, encoded = team.ask(first.plan.remote(share))
-                run.begin(replace(manifest, meta=manifest.meta | {"model": str(model)}), encoded)
+                manifest, encoded, given = team.ask(first.plan.remote(share))
+                run.begin(replace(manifest, meta=manifest.meta | {"model": str(model)}), encoded, given)
             assert run.manifest is not None
             team.ask(first.adopt.remote(run.manifest, str(path)))
             row_layers = team.ask(first.row_layers.remote())
             if len(row_layers) != run.manifest.n_passes:
                 raise DeltapatchError(f"cannot resume {path}: its plan is damaged; remove it and run again")
             missing = run.missing(len(row_layers))
-            with progress_bar("patching", sum(row_layers), progress) as tick:
+            with progress_bar("patching", sum(row_layers), options.progress) as tick:
                 tick(sum(row_layers) - sum(row_layers[number] for number in missing))
                 for number, found in team.carry_out(missing, row_layers, run.manifest, str(path), tick):
                     run.keep(number, found)

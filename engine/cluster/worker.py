@@ -9,17 +9,21 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
-from deltapatch.engine.costs import sweep_cost
+from deltapatch.engine.options import Options
+from deltapatch.engine.passes import at_work, passes, progress_of, run_pass
 from deltapatch.engine.planner import Pass
-from deltapatch.engine.pool import threads
-from deltapatch.engine.prepare import Options, Prepared, prepare
+from deltapatch.engine.pool import Map, threads
+from deltapatch.engine.question import Decided, Question, ask
+from deltapatch.engine.sweep import adopt, given_arrays, plan
+from deltapatch.interventions.given import Intervention
 from deltapatch.interventions.pairs import EncodedPair, PromptPair, encode_pairs
 from deltapatch.models.model import load_model
 from deltapatch.results.manifest import Manifest
@@ -35,7 +39,8 @@ class Request:
         loading: the other arguments of `load_model`.
         pairs: prompt pairs.
         names: what errors call each pair.
-        options: of the sweep.
+        options: of the run.
+        interventions: given ones; None for a sweep, whose options have its grid.
         n_threads: for a worker on CPUs, else None.
     """
 
@@ -44,6 +49,7 @@ class Request:
     pairs: Sequence[PromptPair]
     names: Sequence[str] | None
     options: Options
+    interventions: Sequence[Intervention] | None
     n_threads: int | None
 
 
@@ -70,8 +76,8 @@ class Worker:
     """One worker. Its methods are called one after the other, except `progress`."""
 
     def __init__(self) -> None:
-        self._ready: Prepared | None = None
-        self._manifest: Manifest | None = None
+        self._question: Question | None = None
+        self._decided: Decided | None = None
         self._parts: Iterator[Pass] = iter(())
         self._next = sys.maxsize  # the pass that `_parts` gives next
         self._done = 0
@@ -92,37 +98,36 @@ class Worker:
             warnings.simplefilter("always", UserWarning)
             model = load_model(request.model, **request.loading)
             encode_pairs(request.pairs, model.tokenizer, model.spec.d_vocab, request.names)
-            ready = self._ready = prepare(model, request.pairs, request.options)
-        rows, flops = sweep_cost(ready.grid, ready.job.pairs, model.spec)
+            question = ask(model, request.pairs, request.options, request.interventions)
+        self._question = question
         told = [str(w.message) for w in said if issubclass(w.category, UserWarning)]
-        return Report(repr(model), rows, flops, ready.work.row_layers, told)
+        return Report(repr(model), question.n_rows, question.flops, question.row_layers, told)
 
     def join(self, request: Request, manifest: Manifest, where: str) -> None:
         """`start`, and `adopt`."""
         self.start(request)
         self.adopt(manifest, where)
 
-    def plan(self, share: int) -> tuple[Manifest, list[EncodedPair]]:
-        """Decide the plan, on a machine that so many workers share.
+    def plan(self, share: int) -> tuple[Manifest, list[EncodedPair], dict[str, np.ndarray] | None]:
+        """Decide the plan, on a machine that so many workers share: it, the pairs, and what is given.
 
         Raises:
             DeltapatchError: the memory budget has no room for one intervention.
         """
-        job = self._sweep.job
-        if self._sweep.asked["memory_budget"] is None and job.model.device.type == "cpu":
-            job.budget = max(1, job.budget // share)
-        return self._sweep.plan(), job.pairs
+        question, budget = self._asked, None
+        if question.options.memory_budget is None and question.model.device.type == "cpu":
+            budget = max(1, question.memory_budget // share)
+        return plan(question, budget), question.pairs, given_arrays(question)
 
     def adopt(self, manifest: Manifest, where: str) -> None:
         """Take over the plan of the run in a folder. DeltapatchError where this worker does not fit it."""
-        self._sweep.adopt(manifest, where)
-        self._manifest = manifest
+        self._decided = adopt(self._asked, manifest, where)
 
     def row_layers(self) -> list[int]:
         """Of every pass, what it adds to the progress bar."""
-        job, work = self._sweep.job, self._sweep.work
-        with self._threads(), job.at_work() as each:
-            return [job.row_layers(part) for part in job.parts(work, each)]
+        question = self._asked
+        with self._at_work() as (decided, pool):
+            return [progress_of(question, part) for part in passes(question, decided, pool)]
 
     def carry_out(self, number: int) -> PassEffects:
         """What a pass finds.
@@ -130,27 +135,28 @@ class Worker:
         Raises:
             DeltapatchError: it is not finite.
         """
-        job, work = self._sweep.job, self._sweep.work
         self._done = 0
-        with self._threads(), job.at_work() as each:
+        with self._at_work() as (decided, pool):
             if number < self._next:  # passes are cut one after the other
-                self._parts, self._next = job.parts(work, each), 0
+                self._parts, self._next = passes(self._asked, decided, pool), 0
             part = next(islice(self._parts, number - self._next, None))
             self._next = number + 1
-            return job.found(part, each, self._tick, work.describe)
+            return run_pass(self._asked, part, decided.precision, pool, self._tick)
 
     def progress(self) -> int:
         """How much of the pass at hand is done, as the progress bar counts."""
         return self._done
 
     @property
-    def _sweep(self) -> Prepared:
-        assert self._ready is not None
-        return self._ready
+    def _asked(self) -> Question:
+        assert self._question is not None
+        return self._question
 
-    def _threads(self) -> AbstractContextManager[None]:
-        assert self._manifest is not None
-        return threads(self._manifest.settings["threads"])
+    @contextmanager
+    def _at_work(self) -> Iterator[tuple[Decided, Map]]:
+        assert self._decided is not None
+        with threads(self._decided.threads), at_work(self._asked) as pool:
+            yield self._decided, pool
 
     def _tick(self, n: int) -> None:
         self._done += n

@@ -62,7 +62,7 @@ def test_cells_are_in_the_order_of_a_sweep(work_of):
     work = work_of()
     model = dp.load_model(work.folder)
     cells = make_cells("z", model.spec, len(work.clean), work.length)
-    effects = dp.sweep(model, work.pairs, "z", precision="fp64", progress=False)
+    effects = dp.sweep(model, work.pairs, sites="z", precision="fp64", progress=False)
     one_by_one = dp.run(model, work.pairs, cells.interventions(), precision="fp64", progress=False)
     np.testing.assert_array_equal(effects.values("ie").ravel(), one_by_one.values("ie"))
 

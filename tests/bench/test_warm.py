@@ -11,7 +11,7 @@ import deltapatch
 from deltapatch.bench.compile_kernels import recording_for
 from deltapatch.bench.gpu_parts import COMPONENTS, NEURONS, warm_layers
 from deltapatch.bench.true_shapes import CONFIGS, random_model
-from deltapatch.engine.job import Job
+from deltapatch.engine import passes
 from deltapatch.kernels import backend
 from deltapatch.kernels.lang import HAS_TRITON
 
@@ -28,7 +28,7 @@ def _on_a_gpu(monkeypatch):
     monkeypatch.setitem(backend.BACKENDS, "triton", backend.TRITON._replace(block_tokens=24))
     monkeypatch.setattr(backend, "interpreted", lambda: True)
     monkeypatch.setattr("deltapatch.engine.products.FEW", 0)  # of CPUs alone
-    monkeypatch.setattr(Job, "_check_finite", lambda self, *what: None)
+    monkeypatch.setattr(passes, "check_finite", lambda *what: None)
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
 
@@ -44,9 +44,9 @@ def test_the_warm_up_meets_all_that_the_sweep_launches(name, what, mode):
     options = {"positions": positions, "precision": mode, "backend": "triton", "progress": False}
     options |= {"noise_sample": 0, "metrics": "logit_diff,dlogp_clean"}
     with recording_for(90) as warm:
-        deltapatch.sweep(model, pairs, sites, layers=warm_layers(model.spec), **options)
+        deltapatch.sweep(model, pairs, sites=sites, layers=warm_layers(model.spec), **options)
     with recording_for(90) as timed:
-        deltapatch.sweep(model, pairs, sites, **options)
+        deltapatch.sweep(model, pairs, sites=sites, **options)
     assert timed
     new = sorted(set(timed) - set(warm))
     assert not new, f"{len(new)} of {len(timed)}: {new[:2]}"

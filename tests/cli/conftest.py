@@ -21,7 +21,7 @@ TEXT_PAIR = {
 }
 SLOWLY = """
 import time
-from deltapatch.results.kept import Shards
+from deltapatch.results.kept import KeptPasses
 keep = Shards.write
 def write(*args):
     keep(*args)

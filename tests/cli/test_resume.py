@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from deltapatch.results.kept import Shards
+from deltapatch.results.kept import KeptPasses
 
 ONE_PAIR_A_PASS = """
 from deltapatch.engine.memory import Costs
@@ -225,7 +225,7 @@ def test_a_damaged_shard_is_a_warning(command, args, tmp_path, one_pair_a_pass, 
     run = tmp_path / "run"
     for part in ("1/2", "2/2"):
         assert command(*args, "--out", run, "--shard", part, "-q").code == 0
-    shard = Shards(run / "unfinished", "").path(2)
+    shard = KeptPasses(run / "unfinished", "").path(2)
     shard.write_bytes(shard.read_bytes()[:-1])
     refused = command("merge", run)
     assert (refused.code, refused.out) == (2, "")

@@ -150,7 +150,7 @@ def main():
         # One small sweep loads what python and torch load late
         options = {"positions": [-1], "layers": [1], "progress": False, "noise_sample": 0}
         pair = deltapatch.PromptPair(*prompts["short"][0], 5, 6)
-        deltapatch.sweep(model, [pair], "attn_out", **options)
+        deltapatch.sweep(model, [pair], sites="attn_out", **options)
     for case in CASES:
         sys.stdout.flush()
         child = os.fork()

@@ -15,7 +15,7 @@ import deltapatch
 from deltapatch.engine import products
 from deltapatch.engine.memory import Costs
 from deltapatch.kernels.product import PRECISIONS
-from deltapatch.results.kept import Shards
+from deltapatch.results.kept import KeptPasses
 
 OPTIONS = {"sites": "mlp_out,z", "positions": [1, -1], "noise_sample": 4, "precision": "bf16"}
 
@@ -65,7 +65,7 @@ class Stop(Exception):
 
 def cut_off(run, passes, error=Stop, **options):
     """Sweep until so many passes are kept."""
-    keep, done = Shards.write, []
+    keep, done = KeptPasses.write, []
 
     def write(self, number, found):
         if len(done) == passes:
@@ -74,7 +74,7 @@ def cut_off(run, passes, error=Stop, **options):
         done.append(number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shards, "write", write)
+        patch.setattr(KeptPasses, "write", write)
         with pytest.raises(error) as stopped:
             sweep(run, **options)
     return str(stopped.value)
@@ -94,13 +94,13 @@ def same(run, whole):
 
 def passes_of(monkeypatch):
     """A list of the passes that are computed from now on."""
-    keep, done = Shards.write, []
+    keep, done = KeptPasses.write, []
 
     def write(self, number, found):
         keep(self, number, found)
         done.append(number)
 
-    monkeypatch.setattr(Shards, "write", write)
+    monkeypatch.setattr(KeptPasses, "write", write)
     return done
 
 
@@ -114,13 +114,13 @@ def process(run, pause=0.0):
 
 
 if __name__ == "__main__":
-    keep, pause = Shards.write, float(sys.argv[2]) if len(sys.argv) > 2 else 0
+    keep, pause = KeptPasses.write, float(sys.argv[2]) if len(sys.argv) > 2 else 0
 
     def slowly(*args: object) -> None:
         keep(*args)  # type: ignore[arg-type]
         print("kept", flush=True)
         time.sleep(pause)
 
-    Shards.write = slowly  # type: ignore[method-assign,assignment]
+    KeptPasses.write = slowly  # type: ignore[method-assign,assignment]
     print("ready", flush=True)
     sweep(sys.argv[1], resume=True)

@@ -237,7 +237,7 @@ def test_a_patch_that_changes_nothing_gives_exactly_zero():
 @pytest.fixture
 def tight(monkeypatch):
     """A tiny model's workspace is a thousand times its rows: count the rows alone, and dearly."""
-    monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *args: Costs(0, 0, 0, 10, 10)))
+    monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *args, **named: Costs(0, 0, 0, 10, 10)))
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from deltapatch.arguments import WORDS, at_least_bytes, at_most_bytes, in_bytes,
 from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.interventions.pairs_file import read_pairs, write_pairs
 from deltapatch.interventions.sites import HOOK_NAMES, SITES, find_site
-from deltapatch.results.effects import load_effects
 from deltapatch.results.metrics import METRICS
+from deltapatch.results.reading import load_effects
 from deltapatch.tasks.fact_files import read_facts
 from deltapatch.tasks.problem_file import read_problems
 from deltapatch.tasks.registry import make_pairs
@@ -34,7 +34,7 @@ def model():
 
 
 def sweep(model, pairs=PAIR, sites="mlp_out", **options):
-    return deltapatch.sweep(model, pairs, sites, progress=False, precision="fp32", **options)
+    return deltapatch.sweep(model, pairs, sites=sites, progress=False, precision="fp32", **options)
 
 
 def run(model, interventions, pairs=PAIR, **options):

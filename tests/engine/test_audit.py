@@ -12,9 +12,11 @@ import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine import audit
 from deltapatch.engine.memory import Costs
+from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.pool import Map
-from deltapatch.engine.prepare import Options, prepare
+from deltapatch.engine.question import ask
 from deltapatch.results.metrics import METRICS
+from deltapatch.results.truth import in_words
 
 VARIANT = "neox-parallel"
 
@@ -92,7 +94,7 @@ def test_a_sample_is_drawn_again_alike(model):
 def test_no_sample(model):
     effects = deltapatch.sweep(model, pairs(VARIANT, [5]), progress=False, noise_sample=0)
     assert effects.meta["noise_floor"] is None
-    assert audit.in_words(effects.meta) == (
+    assert in_words(effects.meta) == (
         "precision fp32: no effects were computed again in float64 (no sample was asked for)"
     )
     with pytest.raises(DeltapatchError, match="noise sample must be 0 or more"):
@@ -151,8 +153,8 @@ def test_auto_passes_over_a_precision_that_cannot_hold_the_weights(model, monkey
 def test_a_budget_without_room_for_float64_leaves_float32(model, monkeypatch):
     real = Costs.of.__func__
 
-    def costs(cls, model, precision, *rest):
-        found = real(cls, model, precision, *rest)
+    def costs(cls, model, precision, *rest, **named):
+        found = real(cls, model, precision, *rest, **named)
         return found if precision.base == torch.float32 else Costs(10**15, 1, 1, 1, 1)
 
     monkeypatch.setattr(Costs, "of", classmethod(costs))
@@ -185,7 +187,7 @@ def test_a_run_beside_which_the_sample_is_not_little_says_so(model, precision, o
     effects = deltapatch.sweep(model, pairs(VARIANT, [6]), precision=precision, progress=False, out=where)
     if out:
         effects = deltapatch.load_effects(where)
-    said = audit.in_words(effects.meta)
+    said = in_words(effects.meta)
     if precision == "bf16":
         assert effects.meta["noise_floor"]["precision"] == "fp32"
         assert "effects computed again in float32 differ by" in said
@@ -198,8 +200,7 @@ def test_a_run_beside_which_the_sample_is_not_little_says_so(model, precision, o
 
 
 def audited(model, given, **options):
-    ready = prepare(model, given, Options(precision="fp32", **options))
-    return audit.Audit(ready.job, ready.work, Map())
+    return audit.Audit(ask(model, given, SweepOptions(precision="fp32", **options)), Map())
 
 
 @pytest.mark.parametrize("source", ["counterpart", "mean", "resample"])
@@ -213,14 +214,13 @@ def test_the_sample_takes_a_small_share_of_the_run(model, source, monkeypatch):
         sizes[n] = len({pair for pair, *_ in found.sample})
         little[n] = found._is_little
         if found._is_little:
-            runs = found._of_runs(found.work.order)
-            assert took <= (found._flops + runs) / 8
+            runs = found._of_runs(found.question.order)
+            assert took <= (found.question.flops + runs) / 8
             # In float64 a row and an unpatched run take twice as long; a mean needs the runs of all.
             sample = sum(part.n_rows for _, part, _ in found.sample)
+            n_effects = found.question.interventions.n_effects
             per_pair = runs if source == "mean" else runs * sizes[n] / n
-            assert took == pytest.approx(
-                2 * (per_pair + found._flops * sample / found.work.n_effects), rel=0.1
-            )
+            assert took == pytest.approx(2 * (per_pair + found.question.flops * sample / n_effects), rel=0.1)
     # The unpatched runs of a single pair are a good part of a run of few, and those that a mean needs of any.
     assert not little[3]
     assert little[200] == (source != "mean")
@@ -267,14 +267,14 @@ def _no_room(precision):
 @pytest.mark.parametrize("metrics", ["says_clean", "flip"])
 def test_what_is_yes_or_no_is_checked_too(model, metrics):
     meta = deltapatch.sweep(model, pairs(VARIANT, [5]), metrics=metrics, progress=False).meta
-    assert audit.in_words(meta) == "precision fp32: 4 effects computed again in float64 say the same"
+    assert in_words(meta) == "precision fp32: 4 effects computed again in float64 say the same"
     meta["noise_floor"]["relative_error"][metrics] = 0.25
-    assert audit.in_words(meta).endswith(f"4 effects computed again in float64 differ in {metrics} of 25%")
+    assert in_words(meta).endswith(f"4 effects computed again in float64 differ in {metrics} of 25%")
 
 
 def test_what_is_said():
     floor = {"recomputed": 32, "precision": "fp64", "relative_error": {"ie": 4.2e-2}, "worst": "ie"}
-    said = audit.in_words({"precision": "fp8", "noise_floor": floor})
+    said = in_words({"precision": "fp8", "noise_floor": floor})
     assert said.startswith("precision fp8 (approximate, for screening): 32 effects computed again in float64")
     assert said.endswith(" differ by 4e-02 (ie)")
 

@@ -55,7 +55,7 @@ def test_what_answers_add_is_counted():
     expected = 2 * LAYER * (3 + 2) * (2 + 1 + 0) + 2 * 8 * 100 * 3 * (1 + 2)
     assert necessary_flops(SPEC, "mlp_out", range(3), [2], length=5, continued=2) == expected
     columns = (np.arange(3), [2], 0, 0)
-    grid = Grid([SiteGrid(SITES["mlp_out"], *columns)], 3)
+    grid = Grid([SiteGrid(SITES["mlp_out"], *columns)], 1, 3)
     ids = [1, 2, 3, 4, 5]
     pair = EncodedPair(ids, ids, [7, 8], [9, 8], {}, {}, [], [], "", "")
     assert sweep_cost(grid, [pair], SPEC) == (3, expected)

@@ -1,9 +1,6 @@
 """Effects by name, their long form, and the run folder: round trips, and what is said of broken ones."""
 
-import errno
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -11,8 +8,7 @@ import pytest
 
 import deltapatch
 from deltapatch.errors import DeltapatchError
-from deltapatch.results import folder as runfolder
-from deltapatch.results.effects import load_effects
+from deltapatch.results.reading import load_effects
 
 
 def test_values_follow_from_what_was_measured(make_effects):
@@ -142,168 +138,11 @@ def test_the_run_folder_says_its_axes(make_effects, tmp_path):
         assert file.metadata()["mlp_out/dlogp_clean"] == "pair,layer,position"
 
 
-def test_a_run_folder_of_the_first_format(make_effects, tmp_path):
-    """Answers were single tokens, and what the runs say was not written down."""
-    from safetensors.numpy import load_file, save_file
-
-    effects = make_effects()
-    effects.reference.prediction[0, 1] = 0
-    effects.save(tmp_path / "run")
-    tensors = load_file(tmp_path / "run" / "effects.safetensors")
-    save_file({n: a for n, a in tensors.items() if "says" not in n}, tmp_path / "run" / "effects.safetensors")
-    about = json.loads((tmp_path / "run" / "run.json").read_text()) | {"format_version": 1}
-    del about["sha256"]
-    for site in about["sites"].values():
-        site["measured"] = [name for name in site["measured"] if not name.startswith("says")]
-    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "pairs.jsonl").read_text().splitlines()]
-    for line in lines:
-        line["clean_answer"], line["corrupted_answer"] = line["clean_answer"][0], line["corrupted_answer"][0]
-    (tmp_path / "run" / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = load_effects(tmp_path / "run")
-    assert found.pairs == effects.pairs
-    assert found.accuracy() == pytest.approx(0.9)
-    np.testing.assert_array_equal(found.values("ie", "z"), effects.values("ie", "z"))
-    with pytest.raises(DeltapatchError, match="did not measure"):
-        found.values("says_clean", "z")
-    found.save(tmp_path / "new")
-    assert load_effects(tmp_path / "new").accuracy() == pytest.approx(0.9)
-
-
-def test_labels_as_positions_survive(make_effects, tmp_path):
-    effects = make_effects()
-    z = effects.sites["z"]
-    effects.sites["z"] = type(z)("z", z.layers, ["op2"], z.measured)
-    effects.save(tmp_path / "run")
-    found = load_effects(tmp_path / "run")
-    assert found.positions("z") == ["op2"]
-    assert set(found.columns("ie", "z")["position"]) == {"op2"}
-    assert set(found.columns("ie", ["z", "mlp_out"])["position"]) == {"op2", *map(str, range(8))}
-
-
-def test_a_taken_path_is_refused_and_an_empty_folder_is_not(make_effects, tmp_path):
-    effects = make_effects()
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("mine")
-    (tmp_path / "empty").mkdir()
-    for name in ("file", "full"):
-        with pytest.raises(DeltapatchError, match=r"is taken: it is a .*; choose another or remove it"):
-            effects.save(tmp_path / name)
-    effects.save(tmp_path / "empty")
-    assert load_effects(tmp_path / "empty").pairs == effects.pairs
-    assert {p.name for p in tmp_path.iterdir()} == {"file", "full", "empty"}
-
-
-@pytest.mark.parametrize("step", ["save_file", "_flush"])
-def test_a_full_disk_leaves_nothing_behind(make_effects, tmp_path, monkeypatch, step):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(runfolder, step, full)
-    with pytest.raises(DeltapatchError, match="no space left on the disk to write"):
-        make_effects().save(tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs to mount a small disk")
-def test_a_truly_full_disk(make_effects, tmp_path):
-    small = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(tmp_path)]
-    if subprocess.run(small, capture_output=True).returncode:
-        pytest.skip("cannot mount a small disk here")
-    try:
-        with pytest.raises(DeltapatchError, match="no space left on the disk"):
-            make_effects().save(tmp_path / "run")
-        assert list(tmp_path.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-def _break(name, change):
-    def spoil(run):
-        path = run / name
-        path.write_bytes(change(path.read_bytes()))
-
-    return spoil
-
-
-def _edit(**changes):
-    def spoil(run):
-        about = json.loads((run / "run.json").read_text()) | changes
-        (run / "run.json").write_text(json.dumps(about))
-
-    return spoil
-
-
-def _lose(*, version):
-    """A number and the checksum are gone from run.json."""
-
-    def spoil(run):
-        about = json.loads((run / "run.json").read_text()) | {"format_version": version}
-        del about["sha256"]
-        del about["sites"]["z"]["measured"][0]
-        (run / "run.json").write_text(json.dumps(about))
-
-    return spoil
-
-
-@pytest.mark.parametrize(
-    ("spoil", "sentence"),
-    [
-        (_lose(version=2), "is damaged .its files are not those that were written"),
-        (_lose(version=1), "is damaged .effects.safetensors holds other numbers than run.json tells"),
-        (lambda run: (run / "run.json").unlink(), "is not a run folder: it has no run.json"),
-        (_break("run.json", lambda b: b[: len(b) // 2]), "is damaged: run.json cannot be read"),
-        (_break("run.json", lambda b: b"[]"), "is damaged: run.json cannot be read"),
-        (_break("run.json", lambda b: b"{}"), "its run.json is not one of deltapatch"),
-        (_edit(format_version=99), "newer than this deltapatch reads"),
-        (_edit(sites={"mlp_out": {}}), "is damaged"),
-        (_break("effects.safetensors", lambda b: b[:-100]), "is damaged"),
-        (_break("pairs.jsonl", lambda b: b[: len(b) // 2]), "is damaged"),
-        (
-            _break("pairs.jsonl", lambda b: b[: b.index(b"\n") + 1]),
-            "is damaged .its files are not those that were written",
-        ),
-        (lambda run: (run / "effects.safetensors").unlink(), "is damaged"),
-    ],
-)
-def test_broken_run_folders_are_one_sentence(make_effects, tmp_path, spoil, sentence):
+def test_a_run_folder_of_an_older_format_says_what_to_do(make_effects, tmp_path):
     make_effects().save(tmp_path / "run")
-    spoil(tmp_path / "run")
-    with pytest.raises(DeltapatchError, match=sentence) as error:
+    about = json.loads((tmp_path / "run" / "run.json").read_text()) | {"format_version": 1}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    with pytest.raises(
+        DeltapatchError, match=r"format 1, older than this deltapatch reads \(2\): run the sweep again"
+    ):
         load_effects(tmp_path / "run")
-    assert "\n" not in str(error.value)
-    assert str(tmp_path / "run") in str(error.value)
-
-
-def test_a_missing_run_folder(tmp_path):
-    with pytest.raises(DeltapatchError, match="does not exist"):
-        load_effects(tmp_path / "nothing")
-
-
-def test_columns_have_one_type_and_are_those_of_the_shell(make_effects, tmp_path):
-    """Labels and numbers in one column could be neither sorted nor written as parquet."""
-    import pandas
-
-    from deltapatch.analysis.render import render
-    from deltapatch.analysis.tables import cells
-
-    effects = make_effects()
-    z = effects.sites["z"]
-    effects.sites["z"] = type(z)("z", z.layers, ["op2"], z.measured)
-    for sites in (["mlp_out"], ["mlp_out", "z"], None):
-        frame = effects.to_pandas(["recovered", "ie"], sites)
-        frame.to_parquet(tmp_path / "effects.parquet")
-        pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "effects.parquet"), frame)
-        assert len(frame.sort_values(["position", "index"])) == len(frame)
-        shell = render(cells(effects, ["recovered", "ie"], sites), "csv").decode()
-        assert frame.to_csv(index=False, lineterminator="\n") == shell
-        assert frame["position"].dtype == ("int64" if sites == ["mlp_out"] else "str")
-
-
-def test_a_model_that_answers_nothing_right_is_said(make_effects):
-    effects = make_effects()
-    assert effects.caveat() is None
-    effects.reference.says[:] = False
-    assert "answers none of these 10 prompts right" in effects.caveat()
-    assert "answers none of these 10 prompts right" in repr(effects)

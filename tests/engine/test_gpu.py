@@ -8,7 +8,7 @@ import torch
 from engine_tiny import VARIANTS, hf_model, pairs, true_model
 
 import deltapatch
-from deltapatch.engine.memory import default_budget
+from deltapatch.engine.question import default_budget
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.wavefront import Wavefront
 from deltapatch.models.memory import available
@@ -44,7 +44,7 @@ def test_a_gpu_finds_what_float64_finds(variant, precision):
 def test_a_second_sweep_and_a_second_model_have_the_memory_of_the_first():
     model = on_gpu("llama-grouped")
     before = default_budget(model.device)
-    deltapatch.sweep(model, given("llama-grouped"), SITES, progress=False)
+    deltapatch.sweep(model, given("llama-grouped"), sites=SITES, progress=False)
     assert default_budget(model.device) >= 0.99 * before
     held = torch.empty(int(0.6 * available(model.device)), dtype=torch.uint8, device="cuda")
     del held  # PyTorch keeps it, and still it can be had
@@ -53,7 +53,7 @@ def test_a_second_sweep_and_a_second_model_have_the_memory_of_the_first():
 
 def test_two_runs_give_the_same_bits():
     effects = [
-        deltapatch.sweep(on_gpu("gptj"), given("gptj"), SITES, precision="fp16", progress=False)
+        deltapatch.sweep(on_gpu("gptj"), given("gptj"), sites=SITES, precision="fp16", progress=False)
         for _ in range(2)
     ]
     for site in SITES:

@@ -114,7 +114,7 @@ def test_patches_and_effects_lie_where_their_coordinates_say():
         words = f"pair {i}, {site}, layer {layer}, position {p}" + (
             "" if index is None else f", index {index}"
         )
-        assert g.describe(effect, len(PAIRS)) == words
+        assert g.describe(effect) == words
 
 
 def test_the_cost_of_a_sweep_counts_the_cells_that_pairs_have():

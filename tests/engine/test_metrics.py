@@ -51,7 +51,14 @@ def test_signs_are_those_of_the_table(everything, direction):
 @pytest.mark.parametrize("source", ["counterpart", "zero", "mean", "resample"])
 def test_recovered_is_measured_by_the_pairs_other_run(model, direction, source):
     effects = dp.sweep(
-        model, PAIRS, "mlp_out", "last", source=source, direction=direction, layers=[3], progress=False
+        model,
+        PAIRS,
+        sites="mlp_out",
+        positions="last",
+        source=source,
+        direction=direction,
+        layers=[3],
+        progress=False,
     )
     for i, pair in enumerate(PAIRS):
         clean, corrupted = (logit_difference(model, text, pair) for text in (pair.clean, pair.corrupted))

@@ -1,12 +1,25 @@
-"""Outcomes: their columns, their file, and what is said of broken ones."""
+"""Outcomes: their columns, their run folder, and what is said of broken ones."""
+
+import json
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import deltapatch as dp
+from deltapatch.interventions.given import Listed
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.table import PatchTable
+from deltapatch.results.folder import EFFECTS, INTERVENTIONS, RUN, checksum
 from deltapatch.results.metrics import MEASURED, Reference
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.tensorfile import save_file
+
+PATCHES = np.array([1, 4, 1, 2, 9])  # of each intervention
+
+
+def a_pair() -> EncodedPair:
+    return EncodedPair([1, 2, 3], [1, 5, 3], [4], [6], {}, {}, ["a", "b", "c"], ["a", "d", "c"], "e", "f")
 
 
 @pytest.fixture
@@ -16,8 +29,11 @@ def outcome() -> Outcome:
     logit = rng.normal(size=(3, 2, 2)) + 5 * np.eye(2)
     says = np.broadcast_to(np.eye(2, dtype=bool), (3, 2, 2)).copy()
     reference = Reference(logit, logit - 9, np.zeros((3, 2), dtype=np.int64), says)
-    pair, patches = np.array([0, 0, 2, 1, 2]), np.array([1, 4, 1, 2, 9])
-    return Outcome(measured, pair, patches, reference, "noise", {"model": "made-up", "precision": "fp32"})
+    n = int(PATCHES.sum())
+    row, zero = np.repeat(np.arange(5), PATCHES), np.zeros(n, dtype=np.int64)
+    table = PatchTable(5, np.array([0, 0, 2, 1, 2]), row, np.arange(n), zero, zero + 2, zero - 1)
+    meta = {"model": "made-up", "precision": "fp32"}
+    return Outcome(measured, Listed(table), [a_pair() for _ in range(3)], reference, "noise", meta)
 
 
 def test_a_row_an_intervention(outcome):
@@ -39,47 +55,66 @@ def test_a_few_lines_say_what_it_is(outcome):
     assert len(said.splitlines()) == 2
 
 
-def test_a_file_gives_it_back(outcome, tmp_path):
-    outcome.save(tmp_path / "deep" / "outcome.safetensors")
-    found = dp.load_outcome(tmp_path / "deep" / "outcome.safetensors")
+def test_a_run_folder_gives_it_back(outcome, tmp_path):
+    outcome.save(tmp_path / "deep" / "run")
+    found = dp.load_outcome(tmp_path / "deep" / "run")
     assert repr(found) == repr(outcome)
-    assert found.meta == outcome.meta
+    assert found.pairs == outcome.pairs
+    assert {key: found.meta[key] for key in outcome.meta} == outcome.meta
     for metric in outcome.metrics:
         np.testing.assert_array_equal(found.values(metric), outcome.values(metric))
-    with pytest.raises(dp.DeltapatchError, match="is taken: choose another or remove it"):
-        outcome.save(tmp_path / "deep" / "outcome.safetensors")
+    for name, array in outcome.interventions.arrays().items():
+        np.testing.assert_array_equal(found.interventions.arrays()[name], array)
+    with pytest.raises(dp.DeltapatchError, match="is taken: it is a folder that is not empty"):
+        outcome.save(tmp_path / "deep" / "run")
+    with pytest.raises(dp.DeltapatchError, match="run of given interventions, not a sweep: load_outcome"):
+        dp.load_effects(tmp_path / "deep" / "run")
+
+
+def arrays(path):
+    with safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("file", "change", "sentence"),
     [
-        (lambda t, m: t.pop("pair"), "is damaged"),
-        (lambda t, m: t.update(pair=t["pair"] + 9), "is damaged .pair"),
-        (lambda t, m: t.update(patches=t["patches"][1:]), "is damaged .patches"),
-        (lambda t, m: t.update({"measured/best": t["measured/kl"]}), "is damaged .measured numbers"),
-        (lambda t, m: t.update({"reference/logit": t["reference/logit"][:, 0]}), "is damaged .logit"),
-        (lambda t, m: m.update(about="{}"), "is damaged"),
-        (lambda t, m: m.update(about="[" * 9999), "is damaged"),
-        (lambda t, m: m.update(format="another"), "is not an outcome that Outcome.save wrote"),
+        (INTERVENTIONS, lambda t: t.pop("pair"), "is damaged"),
+        (INTERVENTIONS, lambda t: t.update(pair=t["pair"] + 9), "is damaged .interventions"),
+        (INTERVENTIONS, lambda t: t.update(row=t["row"][1:]), "is damaged .interventions"),
+        (INTERVENTIONS, lambda t: t.update(row=t["row"][::-1].copy()), "is damaged .interventions"),
+        (INTERVENTIONS, lambda t: t.update(place=t["place"] + 99), "is damaged .interventions"),
+        (INTERVENTIONS, lambda t: t.update(position=t["position"] + 1), "is damaged .interventions"),
+        (EFFECTS, lambda t: t.update({"measured/best": t["measured/kl"]}), "is damaged .effects.safetensors"),
+        (EFFECTS, lambda t: t.update({"measured/kl": t["measured/kl"][1:]}), "is damaged .measured/kl"),
+        (EFFECTS, lambda t: t.update({"reference/logit": t["reference/logit"][:, 0]}), "is damaged"),
+        (RUN, lambda about: about["interventions"].update(number=4), "is damaged"),
+        (RUN, lambda about: about["interventions"].update(measured=["best"]), "is damaged .measured numbers"),
+        (RUN, lambda about: about.update(interventions=7), "is damaged .interventions"),
     ],
 )
-def test_broken_files_are_one_sentence(outcome, tmp_path, change, sentence):
-    from safetensors import safe_open
-
-    outcome.save(tmp_path / "whole")
-    with safe_open(tmp_path / "whole", framework="numpy") as file:
-        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    change(tensors, metadata)
-    save_file(tensors, tmp_path / "broken", metadata)
+def test_broken_folders_are_one_sentence(outcome, tmp_path, file, change, sentence):
+    outcome.save(run := tmp_path / "run")
+    about = json.loads((run / RUN).read_text())
+    if file == RUN:
+        change(about)
+    else:
+        found = arrays(run / file)
+        change(found)
+        save_file(found, run / file, {})
+    (run / RUN).write_text(json.dumps(about))
+    with pytest.raises(dp.DeltapatchError, match="its files are not those that were written"):
+        dp.load_outcome(run)
+    (run / RUN).write_text(json.dumps(about | {"sha256": checksum(about, run)}))  # what meant to do harm
     with pytest.raises(dp.DeltapatchError, match=sentence) as error:
-        dp.load_outcome(tmp_path / "broken")
-    assert str(tmp_path / "broken") in str(error.value)
+        dp.load_outcome(run)
+    assert str(run) in str(error.value)
 
 
 def test_a_file_that_is_cut_off_or_not_there(outcome, tmp_path):
-    outcome.save(tmp_path / "whole")
-    (tmp_path / "half").write_bytes((tmp_path / "whole").read_bytes()[:-9])
+    outcome.save(run := tmp_path / "run")
+    (run / EFFECTS).write_bytes((run / EFFECTS).read_bytes()[:-9])
     with pytest.raises(dp.DeltapatchError, match="is damaged"):
-        dp.load_outcome(tmp_path / "half")
+        dp.load_outcome(run)
     with pytest.raises(dp.DeltapatchError, match="does not exist"):
         dp.load_outcome(tmp_path / "nothing")

@@ -10,7 +10,7 @@ from engine_survivor import budget, make_hf_model, make_pairs, process, same, sw
 
 import deltapatch
 from deltapatch import DeltapatchError
-from deltapatch.engine.prepare import Prepared
+from deltapatch.engine import sweep as sweeps
 from deltapatch.results import checkpoint as unfinished
 from deltapatch.results.merge import merge
 
@@ -168,15 +168,15 @@ def test_a_file_system_without_locks(tmp_path, whole, monkeypatch, links):
 @pytest.mark.usefixtures("no_locks")
 @pytest.mark.filterwarnings("ignore:the file system")
 def test_of_two_plans_at_once_one_counts(tmp_path, whole, monkeypatch):
-    run, plan = tmp_path / "run", Prepared.plan
+    run, plan = tmp_path / "run", sweeps.plan
 
-    def slowly(self):
+    def slowly(question):
         with monkeypatch.context() as patch:
-            patch.setattr(Prepared, "plan", plan)
+            patch.setattr(sweeps, "plan", plan)
             sweep(run, shard=(2, 2))  # a process that is faster
-        return plan(self)
+        return plan(question)
 
-    monkeypatch.setattr(Prepared, "plan", slowly)
+    monkeypatch.setattr(sweeps, "plan", slowly)
     sweep(run, shard=(1, 2), memory_budget=None)  # would be cut into other passes
     assert merge(run)
     assert same(run, whole)

@@ -15,8 +15,9 @@ from deltapatch import DeltapatchError
 from deltapatch.arguments import n_bytes
 from deltapatch.engine import limit as limits
 from deltapatch.engine.limit import Limit
-from deltapatch.engine.memory import Costs, default_budget
+from deltapatch.engine.memory import Costs
 from deltapatch.engine.planner import cut
+from deltapatch.engine.question import default_budget
 from deltapatch.engine.wavefront import Wavefront
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.table import PatchTable, first_layers, row_tokens, take
@@ -195,7 +196,7 @@ def test_rows_have_the_same_two_places_in_every_layer(monkeypatch):
     monkeypatch.setattr(Wavefront, "_advance", watched)
     pair = deltapatch.PromptPair(*random_pair(6, seed=1))
     model = deltapatch.from_transformers(hf_model("llama-grouped"))
-    deltapatch.sweep(model, [pair], "mlp_post", precision="fp32", noise_sample=0, progress=False)
+    deltapatch.sweep(model, [pair], sites="mlp_post", precision="fp32", noise_sample=0, progress=False)
     n = 24 * (6 + 5 + 4 + 3 + 2 + 1)
     assert sizes == [(0, n), (n, 2 * n), (2 * n, 2 * 24 * 6 + 24)]  # in the last layer one neuron's position
     assert len(places) == 2
@@ -213,7 +214,7 @@ def least_budget(model, prompt_pairs, **options):
 @pytest.fixture
 def tight(monkeypatch):
     """A tiny model's workspace is a thousand times its rows: count the rows alone, and dearly."""
-    monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *args: Costs(0, 0, 0, 10, 10)))
+    monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *args, **named: Costs(0, 0, 0, 10, 10)))
 
 
 @pytest.fixture

@@ -46,8 +46,8 @@ def effects(model, precision):
     pairs, _ = make_pairs("arithmetic", loaded.tokenizer, per_template=1, shots=0, seed=0, max_number=100)
     pairs = pairs[::3]  # two templates of each operator
     options = {"precision": precision, "progress": False}
-    everywhere = deltapatch.sweep(loaded, pairs, "mlp_out,attn_out", **options)
-    neurons = deltapatch.sweep(loaded, pairs, "mlp_post", positions="last", **options)
+    everywhere = deltapatch.sweep(loaded, pairs, sites="mlp_out,attn_out", **options)
+    neurons = deltapatch.sweep(loaded, pairs, sites="mlp_post", positions="last", **options)
     return {"mlp_out": everywhere, "attn_out": everywhere, "mlp_post": neurons}
 
 
@@ -186,7 +186,9 @@ def test_large_scores_of_attention_stay_within_their_bound(hf, scores, saturated
     assert largest > scores
     bound = 1e-5 if saturated else max(1e-5, 5e-7 * largest)
     options = {"metrics": "logit_diff", "progress": False, "noise_sample": 0}
-    got, want = (deltapatch.sweep(model, given, SCORED, precision=p, **options) for p in ("fp32", "fp64"))
+    got, want = (
+        deltapatch.sweep(model, given, sites=SCORED, precision=p, **options) for p in ("fp32", "fp64")
+    )
     for site in SCORED:
         found, true = (e.values("logit_diff", site) for e in (got, want))
         there = ~np.isnan(true)

@@ -12,10 +12,10 @@ from engine_survivor import budget, cut_off, make_hf_model, make_pairs, passes_o
 import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine.cluster import team as ray_team
-from deltapatch.engine.cluster.sweep import ray_sweep
+from deltapatch.engine.cluster.sweep import Cluster, ray_sweep
 from deltapatch.engine.cluster.worker import Worker
 from deltapatch.engine.pool import threads
-from deltapatch.results.kept import Shards
+from deltapatch.results.kept import KeptPasses
 
 ray = pytest.importorskip("ray")
 
@@ -65,13 +65,14 @@ def sweep(run, folder, options, **more):
         return deltapatch.sweep(model, PAIRS, out=run, progress=False, **options, **more)
 
 
-def on_ray(run, folder, options, **more):
-    return ray_sweep(folder, PAIRS, run, cpus=1, progress=False, **options, **more)
+def on_ray(run, folder, options, *, address=None, loading=(), **more):
+    cluster = Cluster(cpus=1, address=address, loading=dict(loading))
+    return ray_sweep(folder, PAIRS, cluster, out=run, progress=False, **options, **more)
 
 
 def kill_one(monkeypatch, after):
     """Kill a worker that is at work once so many passes are kept."""
-    give, keep, teams, kept = ray_team.Team._give, Shards.write, [], []
+    give, keep, teams, kept = ray_team.Team._give, KeptPasses.write, [], []
 
     def watched(team, member, todo):
         teams[:] = [team]
@@ -85,7 +86,7 @@ def kill_one(monkeypatch, after):
             os.kill(int(at_work.where.split("process ")[1].rstrip(")")), signal.SIGKILL)
 
     monkeypatch.setattr(ray_team.Team, "_give", watched)
-    monkeypatch.setattr(Shards, "write", write)
+    monkeypatch.setattr(KeptPasses, "write", write)
 
 
 @pytest.mark.usefixtures("_cluster")
@@ -102,7 +103,7 @@ def test_one_of_two_workers_is_killed_halfway(folder, options, alone, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_cluster")
 def test_a_run_goes_from_ray_to_one_process_and_back(folder, options, alone, tmp_path, monkeypatch):
-    keep = Shards.write
+    keep = KeptPasses.write
 
     def stop(self, number, found):
         if len(self.numbers()) == 3:
@@ -111,7 +112,7 @@ def test_a_run_goes_from_ray_to_one_process_and_back(folder, options, alone, tmp
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Shards, "write", stop)
+        patch.setattr(KeptPasses, "write", stop)
         with pytest.raises(KeyboardInterrupt, match=r"Interrupted; 3 of 10 passes are kept in .* --resume"):
             on_ray(run, folder, options)
     with pytest.raises(DeltapatchError, match="different direction: denoise there, noise here"):
@@ -191,14 +192,15 @@ def test_a_worker_that_differs_is_left_out(folder, options, alone, tmp_path, mon
 
 def test_a_worker_refuses_another_plan(folder, options):
     from deltapatch.engine.cluster.worker import Request
-    from deltapatch.engine.prepare import Options
+    from deltapatch.engine.options import SweepOptions
 
-    request = Request(str(folder), {"device": "cpu"}, PAIRS, None, Options(**options), 1)
+    request = Request(str(folder), {"device": "cpu"}, PAIRS, None, SweepOptions(**options), None, 1)
     worker = Worker()
     report = worker.start(request)
     assert (report.rows, report.warnings) == (120, [])
-    manifest, encoded = worker.plan(1)
+    manifest, encoded, given = worker.plan(1)
     assert len(encoded) == 10
+    assert given is None
     for name, value in (("torch", "1.0"), ("device", "cuda 9.0"), ("model", "00ff"), ("backend", "triton")):
         manifest.settings[name], before = value, manifest.settings[name]
         with pytest.raises(DeltapatchError, match=f"{value} there, .* here"):
@@ -216,9 +218,9 @@ def test_a_worker_refuses_another_plan(folder, options):
 def test_what_a_cluster_does_not_have(folder, options, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(DeltapatchError, match=r"the Ray cluster has no GPUs: .*--ray-cpus N"):
-        ray_sweep(folder, PAIRS, run, **options)
+        ray_sweep(folder, PAIRS, out=run, **options)
     with pytest.raises(DeltapatchError, match="no machine of the Ray cluster has 64 CPUs: the largest has 2"):
-        ray_sweep(folder, PAIRS, run, cpus=64, **options)
+        ray_sweep(folder, PAIRS, Cluster(cpus=64), out=run, **options)
     with pytest.raises(DeltapatchError, match=r"^model folder .*/nothing does not exist$"):
         on_ray(run, tmp_path / "nothing", options)
     with pytest.raises(DeltapatchError, match="no pair has a position labelled 'op1'"):
@@ -241,7 +243,7 @@ def test_clusters_that_are_not_there(folder, options, tmp_path, monkeypatch):
     with pytest.raises(
         DeltapatchError, match="device 'cpu' does not go with workers on cuda: give --ray-cpus"
     ):
-        ray_sweep(folder, PAIRS, run, loading={"device": "cpu"}, **options)
+        ray_sweep(folder, PAIRS, Cluster(loading={"device": "cpu"}), out=run, **options)
     with pytest.raises(TypeError, match="colour"):
         on_ray(run, folder, options, colour="red")
     monkeypatch.setitem(sys.modules, "ray", None)

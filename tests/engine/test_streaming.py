@@ -41,7 +41,7 @@ def test_streamed_effects_are_those_of_a_model_in_memory(dtype, precision, threa
     for stream in (False, True):
         model = deltapatch.load_model(folder, device="cpu", stream=stream)
         options = {"precision": precision, "memory_budget": 1 << 28, "positions": [0, -1]}
-        found.append(deltapatch.sweep(model, pairs, SITES, progress=False, **options))
+        found.append(deltapatch.sweep(model, pairs, sites=SITES, progress=False, **options))
         prints.add(model.fingerprint())
     kept, streamed = found
     assert streamed.meta["stream"]
@@ -64,9 +64,9 @@ def test_weights_that_are_made_are_made_once(monkeypatch, tmp_path):
     model, drawn, read = random_model(GPTJ | SMALL, "cpu", torch.float32), [], RandomTensors.read
     monkeypatch.setattr(RandomTensors, "read", lambda self, name: drawn.append(name) or read(self, name))
     pairs = [deltapatch.PromptPair([1, 2, 3], [1, 5, 3], 5, 6)]
-    deltapatch.sweep(model, pairs, "z", progress=False, noise_sample=0)
+    deltapatch.sweep(model, pairs, sites="z", progress=False, noise_sample=0)
     assert drawn == []
-    deltapatch.sweep(model, pairs, "z", progress=False, noise_sample=0, out=tmp_path / "run")
+    deltapatch.sweep(model, pairs, sites="z", progress=False, noise_sample=0, out=tmp_path / "run")
     assert len(drawn) == len(set(drawn)) > 10
 
 

@@ -99,7 +99,7 @@ def test_a_finished_run_answers_its_own_question_alone(done, monkeypatch):
         "precision": ("fp32", "precision: bf16 there, fp32 here"),
         "memory_budget": (10**9, r"memory budget: \d+ there, 1000000000 here"),
     }
-    monkeypatch.setattr(deltapatch.engine.job.Job, "_carry", None)
+    monkeypatch.setattr(deltapatch.engine.passes, "carry", None)
     for name, (value, what) in changes.items():
         for joins in ({"resume": True}, {"shard": (1, 2)}):
             with pytest.raises(DeltapatchError, match=f"run .* is finished, with a different {what}"):
@@ -156,7 +156,7 @@ def test_an_edited_model_is_another_one(cut, done):
 
 def test_long_values_are_told_from_where_they_differ():
     own, mine = list(range(500)), [*range(400), 7]
-    said = manifests._both("positions", own, mine)
+    said = of_runs._both("positions", own, mine)
     assert re.fullmatch(r"\.\.\..*, 398, 399, 400, 401, .*\.\.\. there, \.\.\..*, 398, 399, 7\] here", said)
     assert len(said) < 300
 
@@ -416,9 +416,9 @@ def test_the_number_of_threads_is_taken_from_the_run(cut, whole, monkeypatch):
     import torch
 
     seen = []
-    carry = deltapatch.engine.job.Job._carry
+    carry = deltapatch.engine.passes.carry
     monkeypatch.setattr(
-        deltapatch.engine.job.Job, "_carry", lambda *a: seen.append(torch.get_num_threads()) or carry(*a)
+        deltapatch.engine.passes, "carry", lambda *a: seen.append(torch.get_num_threads()) or carry(*a)
     )
     model = make_model()
     torch.set_num_threads(2)

@@ -24,7 +24,7 @@ def prompts():
 
 
 def sweep(model, prompts, sites="mlp_out", **options):
-    return deltapatch.sweep(model, prompts, sites, progress=False, **options)
+    return deltapatch.sweep(model, prompts, sites=sites, progress=False, **options)
 
 
 def run(model, prompts, interventions, **options):
@@ -187,7 +187,7 @@ def test_a_path_that_is_taken_is_refused_before_anything_is_computed(
     else:
         taken.mkdir()
         (taken / "mine").write_text("mine")
-    monkeypatch.setattr("deltapatch.engine.job.Wavefront", None)  # computing would fail
+    monkeypatch.setattr("deltapatch.engine.passes.Wavefront", None)  # computing would fail
     with pytest.raises(DeltapatchError, match="is taken"):
         sweep(model, prompts, out=taken)
     assert (taken if kind == "file" else taken / "mine").read_text() == "mine"
@@ -302,14 +302,14 @@ def test_weights_that_are_not_finite(prompts, weight):
 
 
 def test_an_effect_that_is_not_finite_is_named_with_its_coordinates(model, prompts, monkeypatch):
-    carry = deltapatch.engine.job.Wavefront.run
+    carry = deltapatch.engine.passes.Wavefront.run
 
     def spoilt(self):
         result = carry(self)
         result.measured["kl"][-1] = np.inf
         return result
 
-    monkeypatch.setattr("deltapatch.engine.job.Wavefront.run", spoilt)
+    monkeypatch.setattr("deltapatch.engine.passes.Wavefront.run", spoilt)
     where = r"the first: pair 0, z, layer 2, position -1, index 3; try precision='fp64'"
     with pytest.raises(DeltapatchError, match=rf"kl is not finite for 1 intervention\(s\), {where}"):
         sweep(model, prompts[:1], ["mlp_out", "z"], positions=[0, -1])

@@ -204,7 +204,7 @@ def test_effects_of_ids_are_those_of_their_text(kind, around):
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = deltapatch.sweep(model, given, "mlp_out", progress=False).values("logit_diff")
+        found = deltapatch.sweep(model, given, sites="mlp_out", progress=False).values("logit_diff")
     assert np.abs(found[0]).max() > 0
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])

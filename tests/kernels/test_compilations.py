@@ -70,7 +70,7 @@ def launched(monkeypatch):
         pairs = [deltapatch.PromptPair(*two, 3, 4) for two in prompts]
         options = {"precision": "fp16", "backend": "triton", "noise_sample": 0, "progress": False}
         with recording_for(90) as found:
-            deltapatch.sweep(model, pairs, sites, positions=positions, **options)
+            deltapatch.sweep(model, pairs, sites=sites, positions=positions, **options)
         return set(found)
 
     return launch

@@ -6,7 +6,7 @@ from engine_oracle import Pair, TrueModel
 from engine_oracle import Patch as TruePatch
 
 import deltapatch as dp
-from deltapatch.results.effects import load_effects
+from deltapatch.results.reading import load_effects
 from deltapatch.study.oracle import CHECKED, check_run, plain_effects
 
 

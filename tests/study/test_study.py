@@ -22,7 +22,7 @@ from deltapatch.cli.main import cli
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs_file import read_pairs
 from deltapatch.models.model import load_model
-from deltapatch.results.effects import load_effects
+from deltapatch.results.reading import load_effects
 from deltapatch.study import checkpoints
 from deltapatch.study import pairs as pair_files
 from deltapatch.study import published as papers

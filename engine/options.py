@@ -1,0 +1,307 @@
+"""Options: what a sweep and a run may be asked for, each written down once.
+
+An option is one field here: its name, default and check, what its documentation says, and how the shell takes
+it. The signatures of `sweep` and `run`, the command line, a run's record, and what a run that is resumed or
+shared is held to are made from these fields; tests go over them. Torch and numpy are not needed to read them.
+"""
+
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import Field, dataclass, field, fields
+from os import PathLike
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from deltapatch import arguments
+from deltapatch.errors import DeltapatchError, path_of, shown
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+Positions = str | int | Sequence[int | str]
+Layers = str | int | Sequence[int]
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    check: Callable[[Any], Any] = lambda value: value,
+    word: str = "",
+    other: Any = None,
+    shell: dict[str, Any] | None = None,
+) -> Any:
+    """A field of `Options`.
+
+    Args:
+        default: its default.
+        help: what the documentation of `sweep` says of it.
+        check: gives the value that is plainly meant; DeltapatchError where none is.
+        word: what a sentence calls it where a run has another; none for what decides nothing of a result.
+        other: another value than the default, and one that makes another run.
+        shell: how the shell takes it: its own `help`, and other arguments of `click.option`; `read` makes the
+            value of its text.
+    """
+    about = {"help": help, "check": check, "word": word, "other": other, "shell": shell or {}}
+    return field(default=default, metadata=about)
+
+
+def _name(what: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> str:
+        if not isinstance(value, str):
+            raise DeltapatchError(f"{what} must be a name, not {shown(value)}")
+        return value
+
+    return check
+
+
+def _direction(value: Any) -> str:
+    if _name("direction")(value) not in ("denoise", "noise"):
+        raise DeltapatchError(f"unknown direction {value!r}: choose denoise or noise")
+    return str(value)
+
+
+def _metrics(value: Any) -> tuple[str, ...]:
+    from deltapatch.results.metrics import metric_names
+
+    return metric_names(value)
+
+
+def _source(value: Any) -> str:
+    from deltapatch.interventions.sources import check_source
+
+    return check_source(_name("source")(value))
+
+
+def _out(value: Any) -> Any:
+    return value if value is None else path_of(value, "out")
+
+
+def _shard(value: Any) -> tuple[int, int] | None:
+    """(i, n) of a part, from 1."""
+    if value is None:
+        return None
+    must = "shard must be two whole numbers such as (2, 8), the part and how many there are"
+    given = list(arguments.several(value, "shard", "a part such as (2, 8)"))
+    if len(given) != 2:
+        raise DeltapatchError(f"{must}, not {shown(value)}")
+    i, n = (arguments.whole(number, must) for number in given)
+    if not 1 <= i <= n:
+        raise DeltapatchError(f"shard {i}/{n} does not exist: the first of {n} is 1/{n}, the last {n}/{n}")
+    return i, n
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every run is asked for. What is given another way is made the same.
+
+    Raises:
+        DeltapatchError: an option is of another type, or out of range.
+    """
+
+    direction: Literal["denoise", "noise"] = option(
+        "denoise",
+        '"denoise" patches clean activations into the corrupted run, "noise" the other way round.',
+        check=_direction,
+        word="direction",
+        other="noise",
+        shell={
+            "choice": ("denoise", "noise"),
+            "help": "denoise patches clean activations into the corrupted run; noise the other way round.",
+        },
+    )
+    source: str = option(
+        "counterpart",
+        '"counterpart" (the pair\'s other prompt), "zero", "mean" (over both prompts of all pairs of the '
+        'same length), "resample" (another pair\'s source run) or "noise" (the corrupted run is the clean '
+        "prompt with Gaussian noise on the embeddings where the prompts differ, as in ROME).",
+        check=_source,
+        word="source",
+        other="zero",
+        shell={"help": "Where activations come from: counterpart, zero, mean, resample or noise."},
+    )
+    precision: str = option(
+        "auto",
+        'of the products of differences: "fp64", "fp32", "tf32", "bf16", "fp16" (each row scaled by a power '
+        'of two), "fp8" (for screening: effects are approximate), or "auto": the cheapest whose effects, in '
+        "a sample of this run, are within 1e-2 of float64 (fp64 for a model loaded in float64). Unpatched "
+        "runs are float32 in all of them, or float64.",
+        check=_name("precision"),
+        word="precision",
+        other="bf16",
+        shell={
+            "help": "Of the products of differences: fp64, fp32, tf32, bf16, fp16, fp8 (approximate, for "
+            "screening), or auto: the cheapest that keeps a sample of the effects within 1e-2 of float64."
+        },
+    )
+    backend: str = option(
+        "auto",
+        '"triton" (on a CUDA device), "reference", or "auto": the best one for the model\'s device.',
+        check=_name("backend"),
+        word="backend",
+        other="reference",
+        shell={"help": "auto, triton or reference."},
+    )
+    memory_budget: int | str | None = option(
+        None,
+        'bytes, or text such as "2GB", that the run may use beside the model and its results; a quarter of '
+        "what is free, at most 4 GiB, by default; on a GPU half of what is free there.",
+        check=lambda value: arguments.n_bytes(value, "the memory budget"),
+        word="memory budget",
+        other="256MiB",
+        shell={
+            "help": "Memory that the sweep may use beside the model: 2GB, 512MiB.",
+            "read": lambda text: arguments.n_bytes(text, "--memory-budget"),
+        },
+    )
+    metrics: str | Sequence[str] = option(
+        "all",
+        'which metrics will be asked for, or "all"; leaving out kl, flip and says_* saves some time.',
+        check=_metrics,
+        word="metrics",
+        other="kl",
+        shell={
+            "help": "Metrics to be asked for later, with commas; `deltapatch effects --help` says what each "
+            "is."
+        },
+    )
+    readout: int | str = option(
+        "last",
+        "where the effect is read, a position or label; patches after it have no effect. Answers of several "
+        "tokens are read from the end of the prompt on.",
+        check=lambda value: arguments.position(value, "readout must be a whole number or a label"),
+        word="readout",
+        other=-2,
+        shell={
+            "help": "Where the effect is read: last, a number or a label.",
+            "read": arguments.number_or_label,
+        },
+    )
+    seed: int = option(
+        0,
+        'of "resample" and "noise", and of the sample that is computed again.',
+        check=arguments.seed,
+        word="seed",
+        other=5,
+        shell={"type": int, "help": "Of the sources resample and noise."},
+    )
+    noise_scale: float = option(
+        3.0,
+        'of source "noise", in standard deviations of the embeddings.',
+        check=lambda value: arguments.scale(value, "noise_scale"),
+        word="noise scale",
+        other=1.5,
+        shell={"type": float, "help": "Of the source noise, in standard deviations of the embeddings."},
+    )
+    noise_sample: int | None = option(
+        None,
+        "how many of the effects are computed again in float64, drawn by `seed`; their relative errors are "
+        '`meta["noise_floor"]`. 0 for none. By default 4 to 32, so few that they take an eighth of the '
+        "run's time or half a second. Where even that is not enough, they are computed in float32 (of a run "
+        'that is itself less precise) or not at all, as `meta["noise_floor_left_out"]` says.',
+        check=lambda value: arguments.count(value, "the noise sample"),
+        word="noise sample",
+        other=3,
+        shell={
+            "type": int,
+            "help": "How many effects are computed again in float64, for the noise floor; 0 for none. By "
+            "default as many as cost little.",
+        },
+    )
+    progress: bool = option(True, "show a bar on stderr where that is a terminal.")
+    out: str | PathLike[str] | None = option(
+        None,
+        "write a run folder there, which must not exist yet. What each pass finds is kept there at once.",
+        check=_out,
+    )
+    resume: bool = option(
+        False,
+        "`out` may hold the same run, cut off: only what is missing is computed, and the result has the same "
+        "bytes as if nothing had happened. A finished one is read.",
+    )
+    shard: tuple[int, int] | None = option(
+        None,
+        "(i, n), i from 1: do only this part of the passes, and leave `out` unfinished until all n parts are "
+        "done, by processes that share `out`, and `results.merge.merge` joins them. What the others found is "
+        "NaN here. Implies `resume`.",
+        check=_shard,
+    )
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, each.metadata["check"](getattr(self, each.name)))
+        if self.shard is not None and self.out is None:
+            raise DeltapatchError("a shard needs an output folder, which all shards share")
+
+    def decisive(self) -> Iterator[tuple[Field[Any], Any]]:
+        """The options that decide something of a result, and their values."""
+        return ((each, getattr(self, each.name)) for each in fields(self) if each.metadata["word"])
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """Of the shard, counted from 0."""
+        return None if self.shard is None else (self.shard[0] - 1, self.shard[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(Options):
+    """What a sweep is asked for: beside the options of every run, the grid that it patches."""
+
+    sites: str | Sequence[str] = option(
+        ("mlp_out", "attn_out"),
+        'names of sites, for example ["mlp_out", "z", "mlp_post"].',
+        word="sites or layers",
+        other="z",
+        shell={
+            "default": "mlp_out,attn_out",
+            "help": "Sites, with commas between.",
+            "read": arguments.names,
+        },
+    )
+    positions: Positions = option(
+        "all",
+        '"all", "last", or ints (negative from the end) and label names, one or several.',
+        word="positions",
+        other="last",
+        shell={
+            "help": "all, last, or numbers (negative from the end) and labels: 3,-1,op1.",
+            "read": arguments.positions,
+        },
+    )
+    layers: Layers = option(
+        "all",
+        '"all", or ints and ranges, one or several.',
+        word="sites or layers",
+        other=0,
+        shell={"help": "all, or numbers and ranges: 0-5,9.", "read": arguments.layers},
+    )
+
+
+def takes(kind: type[Options]) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
+    """Give a function that passes its keywords on to options the signature and documentation of these."""
+
+    def documented(function: Callable[P, Result]) -> Callable[P, Result]:
+        own = inspect.signature(function)
+        first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        named = inspect.signature(kind).parameters.values()
+        signature = own.replace(parameters=[*first, *named])
+
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> Result:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}(): {error}") from None
+            return function(*args, **kwargs)
+
+        called.__signature__ = signature  # type: ignore[attr-defined]
+        text = inspect.getdoc(function) or ""
+        said = (f"{each.name}: {each.metadata['help']}" for each in fields(kind))
+        lines = "\n".join(
+            textwrap.fill(s, 102, initial_indent=" " * 4, subsequent_indent=" " * 8) for s in said
+        )
+        called.__doc__ = text.replace("{options}", lines.strip())
+        return called
+
+    return documented

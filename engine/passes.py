@@ -1,0 +1,119 @@
+"""Passes: a question's interventions, cut to fit the memory, and what carrying one out finds."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from deltapatch.engine.limit import Limit
+from deltapatch.engine.memory import Costs
+from deltapatch.engine.planner import Pass, cut
+from deltapatch.engine.pool import Map, workers
+from deltapatch.engine.prompts import prompts_of
+from deltapatch.engine.question import Decided, Question, Tables
+from deltapatch.engine.wavefront import PassResult, Wavefront
+from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.table import row_layers
+from deltapatch.kernels.product import Precision
+from deltapatch.models.surroundings import undisturbed
+from deltapatch.results.measured import PassEffects
+
+
+@contextmanager
+def at_work(question: Question) -> Iterator[Map]:
+    """PyTorch as it is with nothing switched on, and threads; all that computes does so within."""
+    with undisturbed(question.model.device), workers(question.model.device) as pool:
+        yield pool
+
+
+def passes(question: Question, decided: Decided, pool: Map, tables: Tables | None = None) -> Iterator[Pass]:
+    """The passes of a question, or of some of its interventions, in the order of the pairs' shapes.
+
+    Raises:
+        DeltapatchError: the memory budget has no room for one intervention.
+    """
+    return cut(
+        question.tables() if tables is None else tables,
+        question.runs,
+        memory_costs(question, decided, pool.count),
+        decided.memory_budget,
+        question.options.source == "mean",
+        work_limit(question, pool.count),
+        decided.stream,
+    )
+
+
+def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
+    """What things cost in memory, with so many blocks at once."""
+    return Costs.of(
+        question.model,
+        decided.precision,
+        question.backend.block_tokens,
+        question.n_sources,
+        max(run.length for run in question.runs),
+        threads,
+        question.interventions.places,
+        question.options.source in ("zero", "mean"),
+        stream=decided.stream,
+    )
+
+
+def work_limit(question: Question, threads: int) -> Limit:
+    """How much work a pass may be."""
+    return Limit.of(question.model, threads, 1 + question.n_sources)
+
+
+def carry(
+    question: Question,
+    part: Pass,
+    precision: Precision,
+    pool: Map,
+    tick: Callable[[int], None] = lambda n: None,
+) -> PassResult:
+    """Carry a pass out."""
+    prompts = prompts_of(question, part.pairs)
+    return Wavefront(
+        question.model, prompts, part.table, question.measured, precision, question.backend, pool, tick
+    ).run()
+
+
+def run_pass(
+    question: Question, part: Pass, precision: Precision, pool: Map, tick: Callable[[int], None]
+) -> PassEffects:
+    """What a pass finds.
+
+    Raises:
+        DeltapatchError: it is not finite.
+    """
+    began = time.perf_counter()
+    result = carry(question, part, precision, pool, tick)
+    check_finite(question, part, result, precision)
+    reference = result.reference(question.options.direction)
+    seconds = round(time.perf_counter() - began, 3)
+    return PassEffects(part.out, np.array(part.pairs), result.measured, reference, seconds)
+
+
+def progress_of(question: Question, part: Pass) -> int:
+    """What a pass adds to the progress bar."""
+    runs = [question.runs[pair] for pair in part.pairs]
+    return row_layers(part.table, runs, question.model.spec.n_layers)
+
+
+def check_finite(question: Question, part: Pass, result: PassResult, precision: Precision) -> None:
+    """Raise DeltapatchError, which says where, if anything that a pass found is not finite."""
+    bad_pairs = ~np.isfinite(result.unpatched.logp).all(axis=(1, 2))
+    if bad_pairs.any():
+        raise DeltapatchError(
+            f"the model's own logits are not finite for pair {part.pairs[int(np.argmax(bad_pairs))]}: "
+            "its weights overflow in float32; load it with dtype='float64' or check the checkpoint"
+        )
+    for name, values in result.measured.items():
+        bad = ~np.isfinite(values)
+        if bad.any():
+            first = question.interventions.describe(int(part.out[np.argmax(bad)]))
+            wider = "fp64" if precision.name == "fp32" else "fp32"
+            raise DeltapatchError(
+                f"{name} is not finite for {int(bad.sum())} intervention(s), the first: {first}; "
+                f"try precision={wider!r}"
+            )

@@ -1,0 +1,229 @@
+"""A question: a model, prompt pairs, interventions and options, all checked, and what follows from them.
+
+Nothing changes it. What is left open (`precision="auto"`, no memory budget) is decided when work begins, and
+is a record of its own: a run that is resumed takes the decisions of the run.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from deltapatch.engine.costs import flops
+from deltapatch.engine.options import Options, SweepOptions
+from deltapatch.engine.products import has_float8
+from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.given import Intervention, Listed, listed_interventions
+from deltapatch.interventions.grid import Grid, make_grid
+from deltapatch.interventions.pairs import EncodedPair, encode_pairs, read_at
+from deltapatch.interventions.pairs_file import Pairs, as_pairs
+from deltapatch.interventions.runs import Continuation, RunShape, check_rotary, continuation
+from deltapatch.interventions.sources import partners
+from deltapatch.interventions.table import PatchTable
+from deltapatch.kernels.backend import Backend, choose_backend
+from deltapatch.kernels.product import PRECISIONS, Precision
+from deltapatch.models.memory import available
+from deltapatch.models.model import Model
+from deltapatch.results.metrics import measured_for
+
+Interventions: TypeAlias = Grid | Listed
+Tables: TypeAlias = Iterable[tuple[int, PatchTable, np.ndarray]]
+
+_TOKENS = 4096  # whose embeddings are looked at together
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a question leaves open, decided once, on the machine where a run begins.
+
+    Attributes:
+        precision: of the products of differences.
+        memory_budget: bytes that a pass may take.
+        threads: of torch; passes are cut for as many.
+        stream: whether passes are cut as for a streamed model.
+    """
+
+    precision: Precision
+    memory_budget: int
+    threads: int
+    stream: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a sweep or run is to find out. `ask` makes it.
+
+    Attributes:
+        options: as they were given.
+        pairs: encoded.
+        interventions: a grid, or a list.
+        continued: [pair], what the answers add to the prompt.
+        length: [pair], tokens up to the position where effects are read.
+        measured: the numbers that are written down of each intervention.
+        threads: of torch when it was asked.
+    """
+
+    model: Model
+    options: Options
+    pairs: list[EncodedPair]
+    interventions: Interventions
+    backend: Backend
+    continued: list[Continuation]
+    length: np.ndarray
+    measured: tuple[str, ...]
+    threads: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the model, taken once: where something is kept, not else, since it reads all weights.
+
+        Raises:
+            DeltapatchError: its file has changed since it was loaded.
+        """
+        return self.model.fingerprint()
+
+    @property
+    def precision(self) -> Precision | None:
+        """Of the products of differences; None where it is to be chosen."""
+        return PRECISIONS.get(self.options.precision)
+
+    @cached_property
+    def memory_budget(self) -> int:
+        """Bytes: as asked, or what this machine has when that is first asked."""
+        asked = self.options.memory_budget
+        assert not isinstance(asked, str)  # it became a number when the options were made
+        return asked or default_budget(self.model.device, self.model.stream)
+
+    def decided(self, precision: Precision) -> Decided:
+        """What is decided here and now, with this precision."""
+        return Decided(precision, self.memory_budget, self.threads, self.model.stream)
+
+    @cached_property
+    def partner(self) -> np.ndarray | None:
+        """[pair], whose source run "resample" takes."""
+        return partners(self.length, self.options.seed) if self.options.source == "resample" else None
+
+    @property
+    def n_sources(self) -> int:
+        """How many runs of each pair are carried beside the base run."""
+        return 2 if self.options.source == "resample" else 1
+
+    @cached_property
+    def runs(self) -> list[RunShape]:
+        """[pair], the shapes of their runs."""
+        return [c.shape(n) for c, n in zip(self.continued, self.length.tolist(), strict=True)]
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The pairs that are patched, as passes take them."""
+        return sorted(self.interventions.acted, key=lambda pair: self.runs[pair].order)
+
+    def tables(self) -> Tables:
+        """Of every pair that is patched: its number, interventions, and where their effects go."""
+        return ((pair, *self.interventions.table(pair, self.pairs[pair])) for pair in self.order)
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        """[pair], how many interventions each has: those cells of a grid that it has, or what is listed."""
+        return np.array([self.interventions.n_rows(i, pair) for i, pair in enumerate(self.pairs)])
+
+    @property
+    def n_rows(self) -> int:
+        """How many interventions there are."""
+        return int(self._rows.sum())
+
+    @property
+    def n_reads(self) -> int:
+        """Positions at which the interventions are read, one each where answers are single tokens."""
+        return int((self._rows * [run.reads for run in self.runs]).sum())
+
+    @cached_property
+    def entering(self) -> np.ndarray:
+        """[1 + layer], the row tokens that enter at the embedding and in each layer."""
+        n_layers, grid = self.model.spec.n_layers, self.interventions
+        out = np.zeros(1 + n_layers, dtype=np.int64)
+        for pair in self.order:
+            if isinstance(grid, Grid):
+                out += grid.entering(self.pairs[pair], self.runs[pair], n_layers)
+            else:
+                tokens, layers = grid.row_sizes(pair, self.pairs[pair], self.runs[pair])
+                np.add.at(out, 1 + layers, tokens)
+        return out
+
+    @cached_property
+    def row_layers(self) -> int:
+        """Row tokens times the layers that they pass, which the progress bar counts."""
+        return int(np.cumsum(self.entering)[:-1].sum())
+
+    @cached_property
+    def flops(self) -> int:
+        """The necessary FLOPs, without the unpatched runs."""
+        return flops(self.model.spec, self.row_layers, self.n_reads)
+
+    @cached_property
+    def embedding_std(self) -> float:
+        """Standard deviation of the embedding's entries, without a wide copy of the whole."""
+        n, total, squares = 0, 0.0, 0.0
+        for ids in torch.arange(self.model.spec.d_vocab).split(_TOKENS):
+            some = self.model.embed(ids, torch.float64)
+            n, total, squares = n + some.numel(), total + float(some.sum()), squares + float((some**2).sum())
+        return ((squares - total**2 / n) / (n - 1)) ** 0.5
+
+
+def ask(
+    model: Model,
+    pairs: Pairs,
+    options: Options,
+    interventions: Sequence[Intervention] | None = None,
+) -> Question:
+    """Check a question.
+
+    Args:
+        options: with the grid of a sweep, `SweepOptions`, where no interventions are given.
+        interventions: as `checked` gives them.
+
+    Raises:
+        DeltapatchError: an option, a pair or an intervention is wrong.
+    """
+    if not isinstance(model, Model):
+        raise DeltapatchError(
+            f"model must be what load_model or from_transformers returns, not {shown(model)}"
+        )
+    if options.precision != "auto" and options.precision not in PRECISIONS:
+        raise DeltapatchError(
+            f"unknown precision {options.precision!r}: choose from auto, {', '.join(PRECISIONS)}"
+        )
+    if options.precision == "fp8" and not has_float8(model.device):
+        raise DeltapatchError(f"precision fp8 needs a newer GPU than {model.device}: use fp16 or bf16")
+    spec, (found, names) = model.spec, as_pairs(pairs)
+    encoded = encode_pairs(found, model.tokenizer, spec.d_vocab, names)
+    length = np.array([read_at(options.readout, i, p) + 1 for i, p in enumerate(encoded)])
+    continued = [continuation(pair.clean_answer, pair.corrupted_answer) for pair in encoded]
+    for number, pair in enumerate(encoded):
+        check_rotary(pair, number, spec.rope)
+    if interventions is not None:
+        patched: Interventions = listed_interventions(interventions, encoded, spec)
+    else:
+        assert isinstance(options, SweepOptions)
+        patched = make_grid(options.sites, options.positions, options.layers, encoded, spec)
+    backend = choose_backend(options.backend, model.device)
+    measured = measured_for(tuple(options.metrics))
+    threads = torch.get_num_threads()
+    question = Question(model, options, encoded, patched, backend, continued, length, measured, threads)
+    _ = question.partner  # a pair may be alone with its length
+    return question
+
+
+def default_budget(device: torch.device | None = None, stream: bool = False) -> int:
+    """A quarter of the memory that can be had now, at most 4 GiB: more makes passes no faster.
+
+    On a GPU it is half of what is free there: the more rows in a pass, the fuller its products. Of a streamed
+    model every pass reads all weights: half of what can be had makes passes few.
+    """
+    free = available(device)
+    if stream or (device is not None and device.type == "cuda"):
+        return free // 2
+    return min(free // 4, 4 << 30)
