@@ -57,11 +57,13 @@ def asked(kind: type[Options]) -> Callable[[Command], Command]:
     """An option of the command for each of some options that the shell takes, in their order."""
 
     def decorate(command: Command) -> Command:
-        for each in reversed([each for each in fields(kind) if each.metadata["shell"]]):
-            own = dict(each.metadata["shell"])
+        for each in reversed([each for each in fields(kind) if each.metadata["typed"]]):
+            own = dict(each.metadata["typed"])
             own.pop("read", None)
             if choice := own.pop("choice", None):
                 own["type"] = click.Choice(choice)
+            if "at_least" in own:
+                own["type"] = click.IntRange(own.pop("at_least"))
             own.setdefault("default", each.default)
             own["show_default"] = own["default"] is not None
             command = click.option(f"--{each.name.replace('_', '-')}", each.name, **own)(command)
@@ -74,9 +76,9 @@ def read_asked(kind: type[Options], given: Mapping[str, Any]) -> dict[str, Any]:
     """What the shell was given for the options of `asked`, as Python takes it."""
     out = {}
     for each in fields(kind):
-        shell = each.metadata["shell"]
-        if shell:
-            value, read = given[each.name], shell.get("read")
+        typed = each.metadata["typed"]
+        if typed:
+            value, read = given[each.name], typed.get("read")
             out[each.name] = value if read is None or not isinstance(value, str) else read(value)
     return out
 

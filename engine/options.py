@@ -30,7 +30,7 @@ def option(
     check: Callable[[Any], Any] = lambda value: value,
     word: str = "",
     other: Any = None,
-    shell: dict[str, Any] | None = None,
+    typed: dict[str, Any] | None = None,
 ) -> Any:
     """A field of `Options`.
 
@@ -40,10 +40,10 @@ def option(
         check: gives the value that is plainly meant; DeltapatchError where none is.
         word: what a sentence calls it where a run has another; none for what decides nothing of a result.
         other: another value than the default, and one that makes another run.
-        shell: how the shell takes it: its own `help`, and other arguments of `click.option`; `read` makes the
-            value of its text.
+        typed: how the shell takes it: its own `help`, other arguments of `click.option`, a `choice` or the
+            whole numbers from `at_least` on; `read` makes the value of its text.
     """
-    about = {"help": help, "check": check, "word": word, "other": other, "shell": shell or {}}
+    about = {"help": help, "check": check, "word": word, "other": other, "typed": typed or {}}
     return field(default=default, metadata=about)
 
 
@@ -106,7 +106,7 @@ class Options:
         check=_direction,
         word="direction",
         other="noise",
-        shell={
+        typed={
             "choice": ("denoise", "noise"),
             "help": "denoise patches clean activations into the corrupted run; noise the other way round.",
         },
@@ -119,7 +119,7 @@ class Options:
         check=_source,
         word="source",
         other="zero",
-        shell={"help": "Where activations come from: counterpart, zero, mean, resample or noise."},
+        typed={"help": "Where activations come from: counterpart, zero, mean, resample or noise."},
     )
     precision: str = option(
         "auto",
@@ -130,7 +130,7 @@ class Options:
         check=_name("precision"),
         word="precision",
         other="bf16",
-        shell={
+        typed={
             "help": "Of the products of differences: fp64, fp32, tf32, bf16, fp16, fp8 (approximate, for "
             "screening), or auto: the cheapest that keeps a sample of the effects within 1e-2 of float64."
         },
@@ -141,7 +141,7 @@ class Options:
         check=_name("backend"),
         word="backend",
         other="reference",
-        shell={"help": "auto, triton or reference."},
+        typed={"help": "auto, triton or reference."},
     )
     memory_budget: int | str | None = option(
         None,
@@ -150,7 +150,7 @@ class Options:
         check=lambda value: arguments.n_bytes(value, "the memory budget"),
         word="memory budget",
         other="256MiB",
-        shell={
+        typed={
             "help": "Memory that the sweep may use beside the model: 2GB, 512MiB.",
             "read": lambda text: arguments.n_bytes(text, "--memory-budget"),
         },
@@ -161,7 +161,7 @@ class Options:
         check=_metrics,
         word="metrics",
         other="kl",
-        shell={
+        typed={
             "help": "Metrics to be asked for later, with commas; `deltapatch effects --help` says what each "
             "is."
         },
@@ -173,7 +173,7 @@ class Options:
         check=lambda value: arguments.position(value, "readout must be a whole number or a label"),
         word="readout",
         other=-2,
-        shell={
+        typed={
             "help": "Where the effect is read: last, a number or a label.",
             "read": arguments.number_or_label,
         },
@@ -184,7 +184,7 @@ class Options:
         check=arguments.seed,
         word="seed",
         other=5,
-        shell={"type": int, "help": "Of the sources resample and noise."},
+        typed={"at_least": 0, "help": "Of the sources resample and noise."},
     )
     noise_scale: float = option(
         3.0,
@@ -192,7 +192,7 @@ class Options:
         check=lambda value: arguments.scale(value, "noise_scale"),
         word="noise scale",
         other=1.5,
-        shell={"type": float, "help": "Of the source noise, in standard deviations of the embeddings."},
+        typed={"type": float, "help": "Of the source noise, in standard deviations of the embeddings."},
     )
     noise_sample: int | None = option(
         None,
@@ -203,8 +203,8 @@ class Options:
         check=lambda value: arguments.count(value, "the noise sample"),
         word="noise sample",
         other=3,
-        shell={
-            "type": int,
+        typed={
+            "at_least": 0,
             "help": "How many effects are computed again in float64, for the noise floor; 0 for none. By "
             "default as many as cost little.",
         },
@@ -253,7 +253,7 @@ class SweepOptions(Options):
         'names of sites, for example ["mlp_out", "z", "mlp_post"].',
         word="sites or layers",
         other="z",
-        shell={
+        typed={
             "default": "mlp_out,attn_out",
             "help": "Sites, with commas between.",
             "read": arguments.names,
@@ -264,7 +264,7 @@ class SweepOptions(Options):
         '"all", "last", or ints (negative from the end) and label names, one or several.',
         word="positions",
         other="last",
-        shell={
+        typed={
             "help": "all, last, or numbers (negative from the end) and labels: 3,-1,op1.",
             "read": arguments.positions,
         },
@@ -274,7 +274,7 @@ class SweepOptions(Options):
         '"all", or ints and ranges, one or several.',
         word="sites or layers",
         other=0,
-        shell={"help": "all, or numbers and ranges: 0-5,9.", "read": arguments.layers},
+        typed={"help": "all, or numbers and ranges: 0-5,9.", "read": arguments.layers},
     )
 
 

@@ -19,6 +19,7 @@ from deltapatch.engine.sweep import run
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Intervention, Patch
 from deltapatch.results.effects import Effects
+from deltapatch.results.folder import RUN
 from deltapatch.results.metrics import METRICS, Direction
 from deltapatch.results.outcome import Outcome
 from deltapatch.study.exhibit import Exhibit
@@ -145,7 +146,8 @@ def _carry_out(
     path = found.folder / JOINT / name
     settings, model = found.subject.settings, found.subject.model
     pairs = [found.made.pairs[i] for i in acted.tolist()]
-    found.subject.say(f"  joint patches, {name}: {len(interventions):,}")
+    if not (path / RUN).is_file():
+        found.subject.say(f"  joint patches, {name}: {len(interventions):,}")
     with found.subject.stopping(f"{found.experiment.name}, joint patches"):
         outcome = run(
             model,

@@ -14,7 +14,7 @@ from deltapatch.results.kept import KeptPasses
 
 ONE_PAIR_A_PASS = """
 from deltapatch.engine.memory import Costs
-Costs.of = classmethod(lambda cls, *rest: Costs(0, 10**6, 0, 0, 0))
+Costs.of = classmethod(lambda cls, *rest, **named: Costs(0, 10**6, 0, 0, 0))
 """
 
 
@@ -30,7 +30,7 @@ def args(tiny, write_pairs, ids_pair):
 def one_pair_a_pass(monkeypatch):
     from deltapatch.engine.memory import Costs
 
-    monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *rest: Costs(0, 10**6, 0, 0, 0)))
+    monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *rest, **named: Costs(0, 10**6, 0, 0, 0)))
 
 
 def effects(run):

@@ -125,7 +125,7 @@ def _outcome(folder: Path, seed: Callable[[str], Path]) -> None:
     model = deltapatch.load_model(seed("gpt_neox"), device="cpu")
     pairs = [deltapatch.PromptPair([1, 2, 3], [1, 5, 3 + i], 7, 8) for i in range(2)]
     patches = [deltapatch.Intervention(i, [deltapatch.Patch("mlp_out", 0, 1)]) for i in (0, 1, 1)]
-    deltapatch.run(model, pairs, patches, progress=False).save(folder / "outcome.safetensors")
+    deltapatch.run(model, pairs, patches, progress=False, precision="fp32", out=folder)
 
 
 def _begun(folder: Path, seed: Callable[[str], Path]) -> None:

@@ -64,7 +64,7 @@ def run(path: Path) -> bytes:
 
 
 def outcome(path: Path) -> bytes:
-    found = deltapatch.load_outcome(path / "outcome.safetensors")
+    found = deltapatch.load_outcome(path)
     found.columns(found.metrics)
     return repr(
         (found, found.pair.tolist(), [found.values(metric).tolist() for metric in found.metrics])

@@ -100,7 +100,7 @@ def task_files(data, hunter, seeds):
 
 def broken_run(data, seed):
     """A file of a run folder, broken: its name and bytes."""
-    name = data.draw(st.sampled_from(["run.json", "pairs.jsonl", "effects.safetensors"]))
+    name = data.draw(st.sampled_from(sorted(path.name for path in seed.iterdir())))
     if name == "run.json":
         return name, data.draw(broken_text(json.loads((seed / name).read_text())))
     if name == "pairs.jsonl":
@@ -110,14 +110,9 @@ def broken_run(data, seed):
 
 @fuzz
 def run_folder(data, hunter, seeds):
-    name, broken = broken_run(data, seeds("run"))
-    hunter.check("run", seeds("run"), {name: broken}, right=hunter.ask("run", seeds("run"))["text"])
-
-
-@fuzz
-def outcome_file(data, hunter, seeds):
-    seed, name = seeds("outcome"), "outcome.safetensors"
-    hunter.check("outcome", seed, {name: data.draw(broken_safetensors((seed / name).read_bytes()))})
+    what = data.draw(st.sampled_from(["run", "outcome"]))
+    name, broken = broken_run(data, seeds(what))
+    hunter.check(what, seeds(what), {name: broken}, right=hunter.ask(what, seeds(what))["text"])
 
 
 @fuzz
@@ -125,14 +120,15 @@ def signed_run_folder(data, hunter, seeds):
     """Broken by somebody who knows how to make a checksum."""
     seed = hunter.folder / "signed"
     shutil.rmtree(seed, ignore_errors=True)
-    shutil.copytree(seeds("run"), seed)
+    what = data.draw(st.sampled_from(["run", "outcome"]))
+    shutil.copytree(seeds(what), seed)
     name, broken = broken_run(data, seed)
     (seed / name).write_bytes(broken)
     with suppress(ValueError, TypeError, AttributeError, RecursionError):
         about = json.loads((seed / "run.json").read_bytes())
         about["sha256"] = checksum(about, seed)
         (seed / "run.json").write_text(json.dumps(about))
-    hunter.check("run", seed, {})
+    hunter.check(what, seed, {})
 
 
 @fuzz
@@ -175,7 +171,6 @@ CASES = {
     "pairs": (pairs,),
     "files of tasks": (task_files,),
     "run": (run_folder,),
-    "outcome": (outcome_file,),
     "signed run": (signed_run_folder,),
     "unfinished run": (unfinished_run,),
     "bin": (bin_file,),
