@@ -104,7 +104,7 @@ class Cases:
         """Attention of rows of one token, with and without swaps, and of rows that are whole prompts."""
         spec, c = self.spec, self.spec.d_head
         heads, kv = spec.n_heads, spec.n_kv_heads
-        base = [self._draw(_LENGTH, h, c) for h in (heads, kv, kv)]
+        q, k, v = (self._draw(_LENGTH, h, c) for h in (heads, kv, kv))
         angle = self._draw(_LENGTH, spec.rope.dim // 2)
         rotary = Rotary(angle.cos(), angle.sin(), spec.rope.interleaved)
         swaps = {
@@ -123,7 +123,7 @@ class Cases:
             scale = None if self.scale is None else self.scale[:n]
             dq, dk, dv = (t[:n] for t in changes)
             return self.ops.attention_difference(
-                dq, dk, dv, scale, *base, rotary, c**-0.5, segments, last, swaps, self.precision
+                dq, dk, dv, scale, q, k, v, rotary, c**-0.5, segments, last, swaps, self.precision
             )
 
         # Bytes a token; a result that is to be scaled is written and read once more, in float32.

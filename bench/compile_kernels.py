@@ -255,7 +255,8 @@ def _launch_norms(w: Widths, precision: Precision, segments: list[Segment], swap
     x, out, to = _base(segments, w.d_model), torch.empty_like(dx.values), torch.arange(len(dx.values))
     shared = (x, [weight], 1e-5, w.centred, segments, precision)
     two = (x, [weight, weight], 1e-5, w.centred, segments, precision)
-    none: tuple[Any, ...] = (None, [], 1e-5, w.centred, segments, precision)
+    none: tuple[None, list[Tensor], float, bool, list[Segment], Precision]
+    none = (None, [], 1e-5, w.centred, segments, precision)
     TRITON.add_norm([Part(dx, [])], whole, *shared)
     TRITON.add_norm([Part(dx, []), Part(d, whole)], whole, *shared, out)
     TRITON.add_norm([Part(dx, []), Part(d, whole), Part(d, whole)], whole, *two, out, to)

@@ -187,6 +187,7 @@ class BlockStep:
         """The same for rows whose MLP input is unchanged and whose neurons are patched: no matrix product."""
         if "mlp_post" not in self.swaps:
             return None
+        assert self.layer.down is not None
         columns = self.layer.ops.gather_columns(self.swaps["mlp_post"], self.layer.down, self._n_tokens)
         return Scaled(columns, None)
 

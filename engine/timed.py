@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltapatch.engine.layout import Layout, PairShapes, how_many_blocks
 from deltapatch.engine.pool import Map
-from deltapatch.engine.readout import ReadOut
+from deltapatch.engine.readout import ReadOut, Said
 from deltapatch.engine.reads import RowReads
 from deltapatch.engine.rows import WHOLE
 from deltapatch.engine.wavefront import Wavefront
@@ -167,7 +167,7 @@ class _TimedReadOut(ReadOut):
 
     def _unpatched(
         self, ends: EndWeights, at: Tensor, change: Tensor, shapes: PairShapes, tokens: np.ndarray
-    ) -> tuple[BaseReadout, Tensor]:
+    ) -> tuple[BaseReadout, Said]:
         result = self._watched(ends, at, change, shapes, tokens)
         times = -(-self.wavefront.at_least // len(at))
         if times > 1:  # the unembedding costs as much as many reads do: more of them tell the two apart
@@ -179,7 +179,7 @@ class _TimedReadOut(ReadOut):
 
     def _watched(
         self, ends: EndWeights, at: Tensor, change: Tensor, shapes: PairShapes, tokens: np.ndarray
-    ) -> tuple[BaseReadout, Tensor]:
+    ) -> tuple[BaseReadout, Said]:
         # With few reads some of this is too little to share, and of many it is not.
         began, shared, self.each = now(self), self.each, _Watched(self.each)
         try:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.kernels.activation import activation_difference
 from deltapatch.kernels.lang import expm1_below_zero, jit, next_power_of_two, on_device, power_scale, tl
 from deltapatch.kernels.product import Precision, Scaled
 from deltapatch.kernels.segments import Segment
@@ -31,8 +30,6 @@ def activation_difference_triton(
     precision: Precision,
 ) -> Scaled:
     """The same as `activation_difference`, in float32: every form in it is free of cancellation."""
-    if precision.base == torch.float64:
-        return activation_difference(act, up, u, segments, gate, g, swaps, precision)
     du, (n_tokens, width) = up.values, up.values.shape
     in_place = precision.operand == du.dtype
     out = du if in_place else du.new_empty(n_tokens, width, dtype=precision.operand)

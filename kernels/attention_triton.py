@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.attention import HUGE, Rotary, attention_difference
+from deltapatch.kernels.attention import HUGE, Rotary
 from deltapatch.kernels.lang import expm1, jit, next_power_of_two, on_device, tl
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment, read_segments
@@ -44,10 +44,6 @@ def attention_difference_triton(
 
     Where the result needs a scale, it is written in float32 and narrowed afterwards.
     """
-    if dq.dtype == torch.float64:
-        return attention_difference(
-            dq, dk, dv, scale_of_rows, q, k, v, rotary, logit_scale, segments, reads_only, swaps, precision
-        )
     n_heads, d_head = dq.shape[1:]
     n_kv = dk.shape[1]
     n_out = sum(s.n_tokens for s in (read_segments(segments) if reads_only else segments))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.lang import jit, next_power_of_two, on_device, power_scale, tl
-from deltapatch.kernels.norm import COLLAPSE, Part, add_norm
+from deltapatch.kernels.norm import COLLAPSE, Part
 from deltapatch.kernels.product import Precision, Scaled
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.swap import Swap
@@ -30,8 +30,6 @@ def add_norm_triton(
     to: Tensor | None = None,
 ) -> list[Scaled]:
     """The same as `add_norm`: one read of each part, one write of the sum and of each norm."""
-    if precision.base == torch.float64:
-        return add_norm(parts, swaps, x, norms, eps, centred, segments, precision, out, to)
     if out is None and not norms:
         return []
     like = x if out is None else out

@@ -14,7 +14,7 @@ from torch import Tensor
 from deltapatch.kernels.each import Each, in_turn
 from deltapatch.kernels.lang import expm1_minus, jit, on_device, tl
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_triton, product
-from deltapatch.kernels.readout import BaseReadout, readout
+from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.tiles import pair_of_rows, pair_tiles
 
@@ -35,8 +35,6 @@ def readout_triton(
     each: Each = in_turn,
 ) -> dict[str, Tensor]:
     """The same as `readout`; the host never waits for the device."""
-    if dn.dtype == torch.float64:
-        return readout(dn, exact, weight, precision, base, first_reads, segments, measured, each)
     tiles = pair_tiles(segments, first_reads, _ROWS, dn.device)
     columns = exact[base.answers].to(dn.dtype)  # [read, 2, d_model]
     # One product with the difference of the columns: their common part never enters.

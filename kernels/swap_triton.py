@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.lang import jit, next_power_of_two, on_device, tl
-from deltapatch.kernels.swap import Swap, gather_columns
+from deltapatch.kernels.swap import Swap
 
 
 class Patches(NamedTuple):
@@ -58,8 +58,6 @@ def _join(swaps: list[Swap]) -> tuple[Tensor | None, list[int]]:
 
 def gather_columns_triton(swaps: list[Swap], weight: Tensor, n_tokens: int) -> Tensor:
     """The same as `gather_columns`; each token's patches add up in a fixed order."""
-    if weight.dtype == torch.float64:
-        return gather_columns(swaps, weight, n_tokens)
     d_model, d_mlp = weight.shape
     patches = order_patches([swaps], n_tokens)
     if patches is None:

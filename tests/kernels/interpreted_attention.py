@@ -10,6 +10,7 @@ from kernels_packing import drawer, is_rounded, pack
 
 from deltapatch.kernels.attention import Rotary, attention_difference
 from deltapatch.kernels.attention_triton import attention_difference_triton
+from deltapatch.kernels.backend import TRITON
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.kernels.swap import Swap
 
@@ -225,6 +226,6 @@ def test_nothing_to_do():
 
 def test_double_is_the_references():
     inputs = double(draw_attention(FEW, 11, swapped="q"))
-    out = attention_difference_triton(**inputs, precision=PRECISIONS["fp64"])
+    out = TRITON.attention_difference(**inputs, precision=PRECISIONS["fp64"])
     want = attention_difference(**inputs, precision=PRECISIONS["fp64"])
     assert torch.equal(out.values, want.values)
