@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.attention import Rotary
+from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import Precision, Scaled, narrow_weight
@@ -122,9 +122,8 @@ class Cases:
             n = sum(s.n_tokens for s in segments)
             scale = None if self.scale is None else self.scale[:n]
             dq, dk, dv = (t[:n] for t in changes)
-            return self.ops.attention_difference(
-                dq, dk, dv, scale, q, k, v, rotary, c**-0.5, segments, last, swaps, self.precision
-            )
+            d, base = QKV(dq, dk, dv, scale), AttentionBase(q, k, v, rotary, c**-0.5)
+            return self.ops.attention_difference(d, base, segments, swaps, self.precision, reads_only=last)
 
         # Bytes a token; a result that is to be scaled is written and read once more, in float32.
         key, query = 2 * kv * c * 4, heads * c * (4 + self.narrow + 8 * self.precision.scaled)

@@ -32,7 +32,7 @@ from deltapatch.bench.isolate import default_cache, python_with
 from deltapatch.bench.results import check_free
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels import readout_triton
-from deltapatch.kernels.attention import Rotary
+from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.backend import TRITON
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled, narrow_triton
@@ -285,9 +285,8 @@ def _launch_attention(
     rotary = Rotary(_base(segments, w.rope_dim // 2), _base(segments, w.rope_dim // 2), w.interleaved)
     heads = {"q": w.n_heads, "k": w.n_kv_heads, "v": w.n_kv_heads, "z": w.n_heads}
     swaps = {place: _swaps(swapped, True, n, w.d_head) for place, n in heads.items()}
-    TRITON.attention_difference(
-        dq, dk, dv, scale, q, k, k, rotary, 0.1, segments, reads_only, swaps, precision
-    )
+    d, base = QKV(dq, dk, dv, scale), AttentionBase(q, k, k, rotary, 0.1)
+    TRITON.attention_difference(d, base, segments, swaps, precision, reads_only=reads_only)
 
 
 def _launch_columns(w: Widths, segments: list[Segment]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deltapatch.engine.products import ProductWeights
 from deltapatch.engine.rows import ATTENTION, MIDDLE, WHOLE
-from deltapatch.kernels.attention import Rotary
+from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import Precision, Scaled, product
@@ -123,19 +123,12 @@ class BlockStep:
         for place, d in (("q", q), ("k", k), ("v", v)):
             self._note(place, d)
         z = layer.ops.attention_difference(
-            q,
-            k,
-            v,
-            scale,
-            base.q_rotated,
-            base.k_rotated,
-            base.v,
-            layer.rotary,
-            spec.d_head**-0.5,
+            QKV(q, k, v, scale),
+            AttentionBase(base.q_rotated, base.k_rotated, base.v, layer.rotary, spec.d_head**-0.5),
             self.segments,
-            layer.last,
             {place: self.swaps[place] for place in ("q", "k", "v", "z") if place in self.swaps},
             layer.precision,
+            reads_only=layer.last,
         )
         self._note("z", z.values.unflatten(-1, (spec.n_heads, spec.d_head)))
         return z

@@ -14,7 +14,7 @@ from deltapatch.engine.reads import RowReads
 from deltapatch.interventions.runs import RunShape
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
-from deltapatch.kernels.each import Each, in_turn, vocabulary_pieces
+from deltapatch.kernels.each import ForEach, in_turn, vocabulary_pieces
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight
 from deltapatch.kernels.readout import BaseReadout
@@ -168,7 +168,7 @@ class ReadOut:
             d = rows[part.lines][mine]
             blocks += [(d[b.tokens], values[:, mine][:, b.rows], part.asked.names, b) for b in layout.blocks]
 
-        def take(work: tuple[Tensor, Tensor, tuple[str, ...], Block], each: Each = in_turn) -> None:
+        def take(work: tuple[Tensor, Tensor, tuple[str, ...], Block], pool: ForEach = in_turn) -> None:
             d, out, asked, block = work
             values = self.ops.readout(
                 self._normed(ends, at, d, block.segments),
@@ -179,7 +179,7 @@ class ReadOut:
                 block.first_pairs,
                 block.segments,
                 asked,
-                each,
+                pool,
             )
             for i, name in enumerate(asked):
                 out[i] = values[name]

@@ -39,7 +39,7 @@ def activation_difference_triton(
     assert du.stride(1) == 1
     assert dg is None or dg.stride(1) == 1
     patches = order_patches([swaps], n_tokens)
-    table = [None] * 4 if patches is None else [*patches[:3], *patches.deltas]
+    first, source, at, (delta,) = patches or (None, None, None, (None,))
     block = min(_BLOCK, next_power_of_two(width))
     held = precision.scaled and patches is None  # until the row's scale is known
     if held and width > block:
@@ -47,22 +47,25 @@ def activation_difference_triton(
     warps = min(32, max(4, block // (128 if held else 256)))
     with on_device(du):
         _activation_kernel[(n_tokens,)](
-            out,
-            scale,
-            du,
-            up.scale,
-            u,
-            dg,
-            dg_scale,
-            g,
-            base,
-            *table,
-            out.stride(0),
-            du.stride(0),
-            u.stride(0),
-            0 if dg is None else dg.stride(0),
-            0 if g is None else g.stride(0),
-            width,
+            p_out=out,
+            p_scale=scale,
+            p_du=du,
+            p_by_u=up.scale,
+            p_u=u,
+            p_dg=dg,
+            p_by_g=dg_scale,
+            p_g=g,
+            p_base=base,
+            p_first=first,
+            p_source=source,
+            p_at=at,
+            p_delta=delta,
+            s_out=out.stride(0),
+            s_du=du.stride(0),
+            s_u=u.stride(0),
+            s_dg=0 if dg is None else dg.stride(0),
+            s_g=0 if g is None else g.stride(0),
+            width=width,
             ACT=_name(act),
             HAS_GATE=gate is not None,
             HAS_SWAPS=patches is not None,

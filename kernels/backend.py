@@ -10,9 +10,9 @@ from torch import Tensor
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.activation import activation_difference
 from deltapatch.kernels.activation_triton import activation_difference_triton
-from deltapatch.kernels.attention import Rotary, attention_difference
+from deltapatch.kernels.attention import QKV, AttentionBase, attention_difference
 from deltapatch.kernels.attention_triton import attention_difference_triton
-from deltapatch.kernels.each import Each, in_turn
+from deltapatch.kernels.each import ForEach, in_turn
 from deltapatch.kernels.lang import HAS_TRITON, interpreted
 from deltapatch.kernels.norm import Part, add_norm
 from deltapatch.kernels.norm_triton import add_norm_triton
@@ -72,19 +72,13 @@ class Backend(Protocol):
 
     def attention_difference(
         self,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        scale_of_rows: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rotary: Rotary,
-        logit_scale: float,
+        changes: QKV,
+        base: AttentionBase,
         segments: list[Segment],
-        reads_only: bool,
         swaps: dict[str, list[Swap]],
         precision: Precision,
+        *,
+        reads_only: bool,
     ) -> Scaled:
         """Difference of the attention's output before the output projection."""
         ...
@@ -99,7 +93,7 @@ class Backend(Protocol):
         first_reads: list[int],
         segments: list[Segment],
         measured: tuple[str, ...],
-        each: Each = in_turn,
+        pool: ForEach = in_turn,
     ) -> dict[str, Tensor]:
         """The measured numbers of each row."""
         ...

@@ -1,6 +1,7 @@
 """Residual add, swaps, norm difference and narrowing in one Triton kernel; see norm.py."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from deltapatch.kernels.norm import COLLAPSE, Part
 from deltapatch.kernels.product import Precision, Scaled
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.swap import Swap
-from deltapatch.kernels.swap_triton import order_patches
+from deltapatch.kernels.swap_triton import Patches, order_patches
 from deltapatch.kernels.tiles import base_tiles
 
 _PARTS = 3  # at most
@@ -38,7 +39,6 @@ def add_norm_triton(
     parts = [p for p in parts if p.d is not None or p.swaps]
     parts += [Part(None, [])] * (_PARTS - len(parts))
     patches = order_patches([*(p.swaps for p in parts), swaps], n_tokens)
-    table = [None] * (3 + _PARTS + 1) if patches is None else [*patches[:3], *patches.deltas]
     values = [None if p.d is None else p.d.values for p in parts]
     assert all(d is None or d.stride(1) == 1 for d in values)
     results = [torch.empty(n_tokens, width, dtype=precision.operand, device=device) for _ in norms]
@@ -51,21 +51,21 @@ def add_norm_triton(
         to = torch.arange(n_tokens, device=device)
     with on_device(like):
         _add_norm_kernel[(len(tiles),)](
-            out,
-            to,
-            *_fill(results),
-            *_fill(scales),
-            *values,
-            *(None if p.d is None else p.d.scale for p in parts),
-            *table,
-            x if norms else None,
-            *_fill(norms),
-            tiles,
-            like.stride(0),
-            *(0 if d is None else d.stride(0) for d in values),
-            0 if x is None else x.stride(0),
-            width,
-            eps,
+            p_out=out,
+            p_to=to,
+            **_numbered("p_result", _fill(results)),
+            **_numbered("p_scale", _fill(scales)),
+            **_numbered("p_d", values),
+            **_numbered("p_by", [None if p.d is None else p.d.scale for p in parts]),
+            **_tables(patches),
+            p_x=x if norms else None,
+            **_numbered("p_weight", _fill(norms)),
+            p_tiles=tiles,
+            s_out=like.stride(0),
+            **_numbered("s_d", [0 if d is None else d.stride(0) for d in values]),
+            s_x=0 if x is None else x.stride(0),
+            width=width,
+            eps=eps,
             HAS_SWAPS=patches is not None,
             HAS_OUT=out is not None,
             HAS_TO=to is not None,
@@ -83,6 +83,18 @@ def add_norm_triton(
 def _fill(arrays: Sequence[Tensor | None]) -> list[Tensor | None]:
     """One argument for each of two norms."""
     return [*arrays, *[None] * (2 - len(arrays))]
+
+
+def _numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Arguments whose names end with their numbers."""
+    return {f"{name}{i}": value for i, value in enumerate(values)}
+
+
+def _tables(patches: Patches | None) -> dict[str, Any]:
+    """The patches of the parts and of their sum, as the kernel takes them."""
+    first, source, at, deltas = patches or (None, None, None, (None,) * (_PARTS + 1))
+    of_parts = _numbered("p_delta", deltas[:_PARTS])
+    return {"p_first": first, "p_source": source, "p_at": at, **of_parts, "p_delta": deltas[_PARTS]}
 
 
 @jit

@@ -11,7 +11,7 @@ and no term of excess is negative, so the KL divergence, log1p(rest + excess) - 
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.each import Each, in_turn
+from deltapatch.kernels.each import ForEach, in_turn
 from deltapatch.kernels.lang import expm1_minus, jit, on_device, tl
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_triton, product
 from deltapatch.kernels.readout import BaseReadout
@@ -32,7 +32,7 @@ def readout_triton(
     first_reads: list[int],
     segments: list[Segment],
     measured: tuple[str, ...],
-    each: Each = in_turn,
+    pool: ForEach = in_turn,
 ) -> dict[str, Tensor]:
     """The same as `readout`; the host never waits for the device."""
     tiles = pair_tiles(segments, first_reads, _ROWS, dn.device)
