@@ -7,9 +7,10 @@ from torch import Tensor
 
 from deltapatch.engine.products import ProductWeights
 from deltapatch.engine.rows import ATTENTION, MIDDLE, WHOLE
+from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.backend import Backend
-from deltapatch.kernels.norm import Part
+from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Precision, Scaled, product
 from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
 from deltapatch.kernels.swap import Swap, within
@@ -164,11 +165,9 @@ class BlockStep:
         gate = layer.weights.gate
         post = layer.ops.activation_difference(
             forward.activation(layer.spec.activation),
-            product(normed, layer.weights.up),
-            base.up,
+            Neurons(product(normed, layer.weights.up), base.up),
+            None if gate is None or base.gate is None else Neurons(product(normed, gate), base.gate),
             segments,
-            None if gate is None else product(normed, gate),
-            base.gate,
             swaps,
             layer.precision,
         )
@@ -201,19 +200,19 @@ class BlockStep:
     ) -> list[Scaled]:
         """Add up the residual stream, swap at its place, and normalise it."""
         layer = self.layer
-        weights = [norm.weight for norm in norms if norm is not None]
+        spec, norms_of_it = layer.spec, None
+        if x is not None:
+            weights = [norm.weight for norm in norms if norm is not None]
+            norms_of_it = Norms(x, weights, spec.norm_eps, spec.norm == "layer")
         swaps = self.swaps.get(place, [])
         return layer.ops.add_norm(
             stream,
             swaps,
-            x,
-            weights,
-            layer.spec.norm_eps,
-            layer.spec.norm == "layer",
+            norms_of_it,
             self.segments,
             layer.precision,
-            out,
-            to,
+            out=out,
+            to=to,
         )
 
     def _note(self, place: str, d: Tensor) -> None:

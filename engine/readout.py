@@ -15,7 +15,7 @@ from deltapatch.interventions.runs import RunShape
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.each import ForEach, in_turn, vocabulary_pieces
-from deltapatch.kernels.norm import Part
+from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.readout_tail import make_tail, tail_bytes, worth_a_tail
@@ -261,7 +261,6 @@ class ReadOut:
         """Difference of the final norm's output, for differences d of its input."""
         spec = self.model.spec
         parts = [Part(Scaled(d, None), [])]
-        (normed,) = self.ops.add_norm(
-            parts, [], x, [ends.norm.weight], spec.norm_eps, spec.norm == "layer", segments, self.exact
-        )
+        norms = Norms(x, [ends.norm.weight], spec.norm_eps, spec.norm == "layer")
+        (normed,) = self.ops.add_norm(parts, [], norms, segments, self.exact)
         return normed.values

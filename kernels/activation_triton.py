@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
+from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.lang import expm1_below_zero, jit, next_power_of_two, on_device, power_scale, tl
 from deltapatch.kernels.product import Precision, Scaled
 from deltapatch.kernels.segments import Segment
@@ -21,21 +22,20 @@ _NAMES = {F.gelu: "gelu", F.silu: "silu", F.relu: "relu", torch.relu: "relu"}
 
 def activation_difference_triton(
     act: Callable[[Tensor], Tensor],
-    up: Scaled,
-    u: Tensor,
+    up: Neurons,
+    gate: Neurons | None,
     segments: list[Segment],
-    gate: Scaled | None,
-    g: Tensor | None,
     swaps: list[Swap],
     precision: Precision,
 ) -> Scaled:
     """The same as `activation_difference`, in float32: every form in it is free of cancellation."""
-    du, (n_tokens, width) = up.values, up.values.shape
+    (du, du_scale), u = up
+    n_tokens, width = du.shape
     in_place = precision.operand == du.dtype
     out = du if in_place else du.new_empty(n_tokens, width, dtype=precision.operand)
     scale = du.new_empty(n_tokens) if precision.scaled else None
     base = base_of_tokens(segments, du.device)
-    dg, dg_scale = (None, None) if gate is None else gate
+    (dg, dg_scale), g = gate or ((None, None), None)
     assert du.stride(1) == 1
     assert dg is None or dg.stride(1) == 1
     patches = order_patches([swaps], n_tokens)
@@ -50,7 +50,7 @@ def activation_difference_triton(
             p_out=out,
             p_scale=scale,
             p_du=du,
-            p_by_u=up.scale,
+            p_by_u=du_scale,
             p_u=u,
             p_dg=dg,
             p_by_g=dg_scale,

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.kernels.activation import activation_difference
+from deltapatch.kernels.activation import Neurons, activation_difference
 from deltapatch.kernels.activation_triton import activation_difference_triton
 from deltapatch.kernels.attention import QKV, AttentionBase, attention_difference
 from deltapatch.kernels.attention_triton import attention_difference_triton
 from deltapatch.kernels.each import ForEach, in_turn
 from deltapatch.kernels.lang import HAS_TRITON, interpreted
-from deltapatch.kernels.norm import Part, add_norm
+from deltapatch.kernels.norm import Norms, Part, add_norm
 from deltapatch.kernels.norm_triton import add_norm_triton
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored
 from deltapatch.kernels.readout import BaseReadout, readout
@@ -44,12 +44,10 @@ class Backend(Protocol):
         self,
         parts: list[Part],
         swaps: list[Swap],
-        x: Tensor | None,
-        norms: list[Tensor],
-        eps: float,
-        centred: bool,
+        norms: Norms | None,
         segments: list[Segment],
         precision: Precision,
+        *,
         out: Tensor | None = None,
         to: Tensor | None = None,
     ) -> list[Scaled]:
@@ -59,11 +57,9 @@ class Backend(Protocol):
     def activation_difference(
         self,
         act: Callable[[Tensor], Tensor],
-        up: Scaled,
-        u: Tensor,
+        up: Neurons,
+        gate: Neurons | None,
         segments: list[Segment],
-        gate: Scaled | None,
-        g: Tensor | None,
         swaps: list[Swap],
         precision: Precision,
     ) -> Scaled:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.lang import jit, next_power_of_two, on_device, power_scale, tl
-from deltapatch.kernels.norm import COLLAPSE, Part
+from deltapatch.kernels.norm import COLLAPSE, Norms, Part
 from deltapatch.kernels.product import Precision, Scaled
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.swap import Swap
@@ -21,17 +21,16 @@ _ROWS = 8  # that a program takes one after the other, with one load of base and
 def add_norm_triton(
     parts: list[Part],
     swaps: list[Swap],
-    x: Tensor | None,
-    norms: list[Tensor],
-    eps: float,
-    centred: bool,
+    norms: Norms | None,
     segments: list[Segment],
     precision: Precision,
+    *,
     out: Tensor | None = None,
     to: Tensor | None = None,
 ) -> list[Scaled]:
     """The same as `add_norm`: one read of each part, one write of the sum and of each norm."""
-    if out is None and not norms:
+    x, weights, eps, centred = norms or (None, [], 0.0, False)
+    if out is None and not weights:
         return []
     like = x if out is None else out
     assert like is not None
@@ -41,11 +40,11 @@ def add_norm_triton(
     patches = order_patches([*(p.swaps for p in parts), swaps], n_tokens)
     values = [None if p.d is None else p.d.values for p in parts]
     assert all(d is None or d.stride(1) == 1 for d in values)
-    results = [torch.empty(n_tokens, width, dtype=precision.operand, device=device) for _ in norms]
-    scales = [torch.empty(n_tokens, device=device) if precision.scaled else None for _ in norms]
+    results = [torch.empty(n_tokens, width, dtype=precision.operand, device=device) for _ in weights]
+    scales = [torch.empty(n_tokens, device=device) if precision.scaled else None for _ in weights]
     tiles = base_tiles(segments, _ROWS, device)
     block = next_power_of_two(width)
-    if to is None and not norms:
+    if to is None and not weights:
         # Rows that leave a layer lie together in some blocks and not in others. One kernel serves both, lest
         # a sweep find one more to be compiled on its way.
         to = torch.arange(n_tokens, device=device)
@@ -58,8 +57,8 @@ def add_norm_triton(
             **_numbered("p_d", values),
             **_numbered("p_by", [None if p.d is None else p.d.scale for p in parts]),
             **_tables(patches),
-            p_x=x if norms else None,
-            **_numbered("p_weight", _fill(norms)),
+            p_x=x if weights else None,
+            **_numbered("p_weight", _fill(weights)),
             p_tiles=tiles,
             s_out=like.stride(0),
             **_numbered("s_d", [0 if d is None else d.stride(0) for d in values]),
@@ -69,10 +68,10 @@ def add_norm_triton(
             HAS_SWAPS=patches is not None,
             HAS_OUT=out is not None,
             HAS_TO=to is not None,
-            NORMS=len(norms),
-            CENTRED=centred and bool(norms),  # one variant for all where nothing is normalised
+            NORMS=len(weights),
+            CENTRED=centred and bool(weights),  # one variant for all where nothing is normalised
             COLLAPSE=COLLAPSE,
-            TOP=precision.top if norms else 0,
+            TOP=precision.top if weights else 0,
             BLOCK_N=block,
             # Few numbers a thread, so that many rows are in flight; with swaps that would spill on sm_80.
             num_warps=min(16, max(4, block // (256 if patches is None else 512))),
