@@ -85,17 +85,17 @@ def _distribution(
         change, scale = product(dn, weight.rows(slice(first, first + width)))  # [row, piece]
         with on_device(change):
             _take_in_kernel[(len(tiles),)](
-                state,
-                change,
-                scale,
-                mean,
-                base.p,
-                lead,
-                tiles,
-                first,
-                change.shape[1],
-                d_vocab,
-                change.stride(0),
+                p_state=state,
+                p_change=change,
+                p_scale=scale,
+                p_mean=mean,
+                p_p=base.p,
+                p_lead=lead,
+                p_tiles=tiles,
+                first=first,
+                width=change.shape[1],
+                d_vocab=d_vocab,
+                s_change=change.stride(0),
                 BLOCK_R=_ROWS,
                 BLOCK_N=128,
             )
