@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.attention import Rotary
+from deltapatch.kernels.activation import Neurons
+from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.backend import Backend
-from deltapatch.kernels.norm import Part
+from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Precision, Scaled, narrow_weight
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.segments import Segment
@@ -72,9 +73,8 @@ class Cases:
 
         def call(parts: list[Part], swaps: list[Swap], norms: list[Tensor], out: Tensor | None) -> Any:
             centred = spec.norm == "layer"
-            return self.ops.add_norm(
-                parts, swaps, x, norms, spec.norm_eps, centred, self.one, self.precision, out, None
-            )
+            of = Norms(x, norms, spec.norm_eps, centred)
+            return self.ops.add_norm(parts, swaps, of, self.one, self.precision, out=out)
 
         cells = self.rows * d
         start = cells * (4 + len(norms) * self.narrow)
@@ -88,13 +88,15 @@ class Cases:
         """The activation, with and without swaps of neurons."""
         spec, f = self.spec, self.spec.d_mlp
         act = forward.activation(spec.activation)
-        up, u = Scaled(self._draw(self.rows, f), self.scale), self._draw(_LENGTH, f)
-        gate = Scaled(self._draw(self.rows, f), self.scale) if spec.gated else None
-        g = self._draw(_LENGTH, f) if spec.gated else None
+        up, *gates = (
+            Neurons(Scaled(self._draw(self.rows, f), self.scale), self._draw(_LENGTH, f))
+            for _ in range(1 + spec.gated)
+        )
+        gate = gates[0] if gates else None
         swap = self._swap(self.at % f, self._draw(_LENGTH, f))
 
         def call(swaps: list[Swap]) -> Any:
-            return self.ops.activation_difference(act, up, u, self.one, gate, g, swaps, self.precision)
+            return self.ops.activation_difference(act, up, gate, self.one, swaps, self.precision)
 
         n_bytes = self.rows * f * ((1 + spec.gated) * 4 + self.narrow)
         yield Case("activation", lambda: call([]), n_bytes)
@@ -104,7 +106,7 @@ class Cases:
         """Attention of rows of one token, with and without swaps, and of rows that are whole prompts."""
         spec, c = self.spec, self.spec.d_head
         heads, kv = spec.n_heads, spec.n_kv_heads
-        base = [self._draw(_LENGTH, h, c) for h in (heads, kv, kv)]
+        q, k, v = (self._draw(_LENGTH, h, c) for h in (heads, kv, kv))
         angle = self._draw(_LENGTH, spec.rope.dim // 2)
         rotary = Rotary(angle.cos(), angle.sin(), spec.rope.interleaved)
         swaps = {
@@ -122,9 +124,8 @@ class Cases:
             n = sum(s.n_tokens for s in segments)
             scale = None if self.scale is None else self.scale[:n]
             dq, dk, dv = (t[:n] for t in changes)
-            return self.ops.attention_difference(
-                dq, dk, dv, scale, *base, rotary, c**-0.5, segments, last, swaps, self.precision
-            )
+            d, base = QKV(dq, dk, dv, scale), AttentionBase(q, k, v, rotary, c**-0.5)
+            return self.ops.attention_difference(d, base, segments, swaps, self.precision, reads_only=last)
 
         # Bytes a token; a result that is to be scaled is written and read once more, in float32.
         key, query = 2 * kv * c * 4, heads * c * (4 + self.narrow + 8 * self.precision.scaled)

@@ -32,9 +32,10 @@ from deltapatch.bench.isolate import default_cache, python_with
 from deltapatch.bench.results import check_free
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels import readout_triton
-from deltapatch.kernels.attention import Rotary
+from deltapatch.kernels.activation import Neurons
+from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.backend import TRITON
-from deltapatch.kernels.norm import Part
+from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled, narrow_triton
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.segments import Segment, read_segments
@@ -253,23 +254,23 @@ def _launch_norms(w: Widths, precision: Precision, segments: list[Segment], swap
     )
     whole, weight = _swaps(swapped, False, w.d_model), torch.empty(w.d_model)
     x, out, to = _base(segments, w.d_model), torch.empty_like(dx.values), torch.arange(len(dx.values))
-    shared = (x, [weight], 1e-5, w.centred, segments, precision)
-    two = (x, [weight, weight], 1e-5, w.centred, segments, precision)
-    none: tuple[Any, ...] = (None, [], 1e-5, w.centred, segments, precision)
+    shared = (Norms(x, [weight], 1e-5, w.centred), segments, precision)
+    two = (Norms(x, [weight, weight], 1e-5, w.centred), segments, precision)
+    none = (None, segments, precision)
     TRITON.add_norm([Part(dx, [])], whole, *shared)
-    TRITON.add_norm([Part(dx, []), Part(d, whole)], whole, *shared, out)
-    TRITON.add_norm([Part(dx, []), Part(d, whole), Part(d, whole)], whole, *two, out, to)
-    TRITON.add_norm([Part(dx, []), Part(d, whole), Part(d, whole)], whole, *none, out, to)
+    TRITON.add_norm([Part(dx, []), Part(d, whole)], whole, *shared, out=out)
+    TRITON.add_norm([Part(dx, []), Part(d, whole), Part(d, whole)], whole, *two, out=out, to=to)
+    TRITON.add_norm([Part(dx, []), Part(d, whole), Part(d, whole)], whole, *none, out=out, to=to)
     if swapped:
-        TRITON.add_norm([Part(None, whole)], [], *none, out, to)
+        TRITON.add_norm([Part(None, whole)], [], *none, out=out, to=to)
 
 
 def _launch_activations(w: Widths, precision: Precision, segments: list[Segment], swapped: bool) -> None:
-    up = _difference(precision, segments, w.d_mlp)
-    gate = _difference(precision, segments, w.d_mlp) if w.gated else None
-    u, act = _base(segments, w.d_mlp), forward.activation(w.activation)
-    g = torch.empty_like(u) if w.gated else None
-    TRITON.activation_difference(act, up, u, segments, gate, g, _swaps(swapped, True, w.d_mlp), precision)
+    up, other = (
+        Neurons(_difference(precision, segments, w.d_mlp), _base(segments, w.d_mlp)) for _ in range(2)
+    )
+    gate, act = other if w.gated else None, forward.activation(w.activation)
+    TRITON.activation_difference(act, up, gate, segments, _swaps(swapped, True, w.d_mlp), precision)
 
 
 def _launch_attention(
@@ -284,9 +285,8 @@ def _launch_attention(
     rotary = Rotary(_base(segments, w.rope_dim // 2), _base(segments, w.rope_dim // 2), w.interleaved)
     heads = {"q": w.n_heads, "k": w.n_kv_heads, "v": w.n_kv_heads, "z": w.n_heads}
     swaps = {place: _swaps(swapped, True, n, w.d_head) for place, n in heads.items()}
-    TRITON.attention_difference(
-        dq, dk, dv, scale, q, k, k, rotary, 0.1, segments, reads_only, swaps, precision
-    )
+    d, base = QKV(dq, dk, dv, scale), AttentionBase(q, k, k, rotary, 0.1)
+    TRITON.attention_difference(d, base, segments, swaps, precision, reads_only=reads_only)
 
 
 def _launch_columns(w: Widths, segments: list[Segment]) -> None:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from deltapatch.engine.products import ProductWeights
 from deltapatch.engine.rows import ATTENTION, MIDDLE, WHOLE
-from deltapatch.kernels.attention import Rotary
+from deltapatch.kernels.activation import Neurons
+from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.backend import Backend
-from deltapatch.kernels.norm import Part
+from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Precision, Scaled, product
 from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
 from deltapatch.kernels.swap import Swap, within
@@ -123,19 +124,12 @@ class BlockStep:
         for place, d in (("q", q), ("k", k), ("v", v)):
             self._note(place, d)
         z = layer.ops.attention_difference(
-            q,
-            k,
-            v,
-            scale,
-            base.q_rotated,
-            base.k_rotated,
-            base.v,
-            layer.rotary,
-            spec.d_head**-0.5,
+            QKV(q, k, v, scale),
+            AttentionBase(base.q_rotated, base.k_rotated, base.v, layer.rotary, spec.d_head**-0.5),
             self.segments,
-            layer.last,
             {place: self.swaps[place] for place in ("q", "k", "v", "z") if place in self.swaps},
             layer.precision,
+            reads_only=layer.last,
         )
         self._note("z", z.values.unflatten(-1, (spec.n_heads, spec.d_head)))
         return z
@@ -171,11 +165,9 @@ class BlockStep:
         gate = layer.weights.gate
         post = layer.ops.activation_difference(
             forward.activation(layer.spec.activation),
-            product(normed, layer.weights.up),
-            base.up,
+            Neurons(product(normed, layer.weights.up), base.up),
+            None if gate is None or base.gate is None else Neurons(product(normed, gate), base.gate),
             segments,
-            None if gate is None else product(normed, gate),
-            base.gate,
             swaps,
             layer.precision,
         )
@@ -187,6 +179,7 @@ class BlockStep:
         """The same for rows whose MLP input is unchanged and whose neurons are patched: no matrix product."""
         if "mlp_post" not in self.swaps:
             return None
+        assert self.layer.down is not None
         columns = self.layer.ops.gather_columns(self.swaps["mlp_post"], self.layer.down, self._n_tokens)
         return Scaled(columns, None)
 
@@ -207,19 +200,19 @@ class BlockStep:
     ) -> list[Scaled]:
         """Add up the residual stream, swap at its place, and normalise it."""
         layer = self.layer
-        weights = [norm.weight for norm in norms if norm is not None]
+        spec, norms_of_it = layer.spec, None
+        if x is not None:
+            weights = [norm.weight for norm in norms if norm is not None]
+            norms_of_it = Norms(x, weights, spec.norm_eps, spec.norm == "layer")
         swaps = self.swaps.get(place, [])
         return layer.ops.add_norm(
             stream,
             swaps,
-            x,
-            weights,
-            layer.spec.norm_eps,
-            layer.spec.norm == "layer",
+            norms_of_it,
             self.segments,
             layer.precision,
-            out,
-            to,
+            out=out,
+            to=to,
         )
 
     def _note(self, place: str, d: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltapatch.engine.pool import Map
 from deltapatch.engine.question import Question
+from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.product import Operand, Precision, narrow, narrow_weight, product
 from deltapatch.kernels.segments import Segment
 from deltapatch.models import forward
@@ -65,12 +66,11 @@ def measure(question: Question, precision: Precision, pool: Map) -> Rates:
 
     act, run = forward.activation(spec.activation), [Segment(0, 1, 1, tokens, 0, 1)]
     base, d = drawn(1, hidden), drawn(tokens, hidden)
-    gate = (drawn(tokens, hidden), base) if spec.gated else (None, None)
+    gated = [drawn(tokens, hidden)] if spec.gated else []
 
     def activate() -> None:
-        up, other = narrow(d.clone(), exact), gate[0]
-        dg = None if other is None else narrow(other.clone(), exact)
-        question.backend.activation_difference(act, up, base, run, dg, gate[1], [], exact)
+        up, *gate = (Neurons(narrow(part.clone(), exact), base) for part in (d, *gated))
+        question.backend.activation_difference(act, up, gate[0] if gate else None, run, [], exact)
 
     matrix = drawn(hidden, spec.d_model).to(model.dtype)
     narrowed = _seconds(lambda: narrow_weight(matrix.to(precision.base), precision), model.device, Map())

@@ -1,5 +1,7 @@
 """The end of a pass: the final norm and the read-out of its rows and of the pairs' unpatched runs."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ from deltapatch.engine.reads import RowReads
 from deltapatch.interventions.runs import RunShape
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
-from deltapatch.kernels.each import Each, in_turn, vocabulary_pieces
-from deltapatch.kernels.norm import Part
+from deltapatch.kernels.each import ForEach, in_turn, vocabulary_pieces
+from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.readout_tail import make_tail, tail_bytes, worth_a_tail
@@ -57,6 +59,20 @@ def _piece(d_vocab: int, d_model: int, on_cpu: bool) -> int:
     return vocabulary_pieces(d_vocab, most)[0].stop
 
 
+class Said(NamedTuple):
+    """What the unpatched runs, base and source, say at reads."""
+
+    logit: Tensor  # [read, run, answer] float64
+    logp: Tensor  # [read, run, answer] float64, log-probabilities
+    prediction: Tensor  # [read, run] int64, the likeliest token
+
+    @classmethod
+    def empty(cls, n_reads: int, device: torch.device) -> "Said":
+        """Room for so many reads."""
+        logit, logp = (torch.empty(n_reads, 2, 2, dtype=torch.float64, device=device) for _ in range(2))
+        return cls(logit, logp, torch.empty(n_reads, 2, dtype=torch.int64, device=device))
+
+
 class ReadOut:
     """Reads what the rows of a pass did to the output distributions. Arguments are those of `Wavefront`."""
 
@@ -95,7 +111,7 @@ class ReadOut:
         weight = self._as_products_take_it(stored, precision)
         found = [rows.new_empty(len(part.asked.names), len(part.rows)) for part in row_reads.parts]
         n_reads, (d_vocab, d_model) = len(reads.token), stored.shape
-        told = torch.empty(n_reads, 2, 5, dtype=torch.float64, device=rows.device)
+        said = Said.empty(n_reads, rows.device)
         expanded = self._expanded(row_reads, d_vocab, d_model, precision)
         tail = tail_bytes(d_vocab, d_model, x.element_size(), precision) if expanded.any() else 0
         step = reads_held(d_vocab, x.element_size(), self.on_cpu, tail)
@@ -104,7 +120,9 @@ class ReadOut:
             at = x[upload(token, x.device)]  # [read, d_model]
             change = dx[upload(token * self.prompts.n_sources, dx.device)]
             shapes = PairShapes([RunShape(1, 1)] * len(at))  # a read is a run of its own here, of one token
-            base, told[some] = self._unpatched(ends, at, change, shapes, reads.tokens[some])
+            base, said_here = self._unpatched(ends, at, change, shapes, reads.tokens[some])
+            for whole, part in zip(said, said_here, strict=True):
+                whole[some] = part
             tails = {
                 i: make_tail(base.p[i], base.mean[i], stored, weight, self.each)
                 for i in np.flatnonzero(expanded[some]).tolist()
@@ -114,7 +132,7 @@ class ReadOut:
         flat = torch.cat([values.flatten() for values in found]).cpu().numpy()
         edges = np.cumsum([0, *(values.numel() for values in found)])
         by_part = [flat[a:b].reshape(f.shape) for a, b, f in zip(edges[:-1], edges[1:], found, strict=True)]
-        return row_reads.together(by_part), reads.reference(told.cpu().numpy())
+        return row_reads.together(by_part), reads.reference(*(array.cpu().numpy() for array in said))
 
     def _as_products_take_it(self, stored: Tensor, precision: Precision) -> Operand | Stored:
         """The unembedding of a model in memory is narrowed once, that of a larger one piece by piece."""
@@ -150,7 +168,7 @@ class ReadOut:
             d = rows[part.lines][mine]
             blocks += [(d[b.tokens], values[:, mine][:, b.rows], part.asked.names, b) for b in layout.blocks]
 
-        def take(work: tuple[Tensor, Tensor, tuple[str, ...], Block], each: Each = in_turn) -> None:
+        def take(work: tuple[Tensor, Tensor, tuple[str, ...], Block], pool: ForEach = in_turn) -> None:
             d, out, asked, block = work
             values = self.ops.readout(
                 self._normed(ends, at, d, block.segments),
@@ -161,7 +179,7 @@ class ReadOut:
                 block.first_pairs,
                 block.segments,
                 asked,
-                each,
+                pool,
             )
             for i, name in enumerate(asked):
                 out[i] = values[name]
@@ -175,8 +193,8 @@ class ReadOut:
 
     def _unpatched(
         self, ends: EndWeights, at: Tensor, change: Tensor, shapes: PairShapes, tokens: np.ndarray
-    ) -> tuple[BaseReadout, Tensor]:
-        """The base runs' distributions at some reads, and what both runs say there: see `Reads.reference`.
+    ) -> tuple[BaseReadout, Said]:
+        """The base runs' distributions at some reads, and what both runs say there.
 
         Args:
             at, change: [read, d_model], the base run there, and the source run's difference.
@@ -212,23 +230,23 @@ class ReadOut:
 
         self.each(multiply, range(len(pieces)))
         answers = upload(tokens, device)
-        told = torch.empty(n, 2, 5, dtype=torch.float64, device=device)
+        said = Said.empty(n, device)
         p = torch.empty(n, d_vocab, dtype=torch.float64, device=device)
 
         def tell(some: slice) -> None:
             runs = torch.stack([logits[some], logits[some] + changed[some]], 1).double()
             which = answers[some].unsqueeze(1).expand(-1, 2, -1)  # [read, run, answer]
-            told[some, :, 0:2] = runs.gather(-1, which)
-            told[some, :, 4] = runs.argmax(-1).double()
+            said.logit[some] = runs.gather(-1, which)
+            said.prediction[some] = runs.argmax(-1)
             logp = runs.log_softmax(-1)
-            told[some, :, 2:4] = logp.gather(-1, which)
+            said.logp[some] = logp.gather(-1, which)
             torch.exp(logp[:, 0], out=p[some])
 
         self.each(tell, [slice(i, i + _READS) for i in range(0, n, _READS)])
         share = (top - top.amax(0)).exp_()
         share /= (share * mass).sum(0)
         mean = parts.mul_(share.to(at.dtype)).sum(0)
-        return BaseReadout(logits, p, mean, answers), told
+        return BaseReadout(logits, p, mean, answers), said
 
     def _expanded(self, row_reads: RowReads, d_vocab: int, d_model: int, precision: Precision) -> np.ndarray:
         """[read], whether its rows take an expansion; see readout_tail.py."""
@@ -243,7 +261,6 @@ class ReadOut:
         """Difference of the final norm's output, for differences d of its input."""
         spec = self.model.spec
         parts = [Part(Scaled(d, None), [])]
-        (normed,) = self.ops.add_norm(
-            parts, [], x, [ends.norm.weight], spec.norm_eps, spec.norm == "layer", segments, self.exact
-        )
+        norms = Norms(x, [ends.norm.weight], spec.norm_eps, spec.norm == "layer")
+        (normed,) = self.ops.add_norm(parts, [], norms, segments, self.exact)
         return normed.values

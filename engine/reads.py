@@ -83,24 +83,25 @@ class Reads:
             found.append((np.flatnonzero(self.targets[:, 1 - i] == NONE), gives))
         return [Asked(reads, gives) for reads, gives in found if len(reads)]
 
-    def reference(self, told: np.ndarray) -> Reference:
+    def reference(self, logit: np.ndarray, logp: np.ndarray, prediction: np.ndarray) -> Reference:
         """What the unpatched runs say of whole answers.
 
         Args:
-            told: [read, run, (logits of the two targets, their log-probabilities, the likeliest token)].
+            logit, logp: [read, run, target], the logits of the two targets and their log-probabilities.
+            prediction: [read, run], the likeliest token.
         """
-        n_pairs, n_runs = len(self.first), told.shape[1]
+        n_pairs, n_runs = len(self.first), prediction.shape[1]
         out = Reference.empty(n_pairs, n_runs)
-        out.prediction[:] = told[self.first, :, 4]
+        out.prediction[:] = prediction[self.first]
         parting = self.first + np.bincount(self.pair, self.shared, n_pairs).astype(np.int64) - 1
-        out.logit[:] = told[parting, :, 0:2]
+        out.logit[:] = logit[parting]
         out.logp[:], out.says[:] = 0, True
         for i in range(len(_ANSWERS)):
             mine = np.flatnonzero(self.targets[:, i] != NONE)
             alone = mine[~self.shared[mine]]
-            np.add.at(out.logp[..., i], self.pair[mine], told[mine, :, 2 + i])
-            np.add.at(out.logit[..., i], self.pair[alone], told[alone, :, 2 + i])
-            right = told[mine, :, 4] == self.targets[mine, i, None]
+            np.add.at(out.logp[..., i], self.pair[mine], logp[mine, :, i])
+            np.add.at(out.logit[..., i], self.pair[alone], logp[alone, :, i])
+            right = prediction[mine] == self.targets[mine, i, None]
             np.logical_and.at(out.says[..., i], self.pair[mine], right)
         return out
 

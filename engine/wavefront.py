@@ -251,7 +251,7 @@ class Wavefront:
             swaps = self._swaps(-1, layout, block, layout.rows[block.rows], deltas, last=False)
             entry = [Part(None, swaps.get("resid_post", []))]
             here = out[block.tokens]
-            self.ops.add_norm(entry, [], None, [], 0.0, False, block.segments, self.exact, here, None)
+            self.ops.add_norm(entry, [], None, block.segments, self.exact, out=here)
         return out, layout
 
     def _swaps(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import product
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,13 +13,18 @@ from deltapatch.kernels.swap import Swap, apply_swaps
 CELLS = 1 << 17  # neurons worked on at a time: 1 MiB in float64, which stays in the cache
 
 
+class Neurons(NamedTuple):
+    """What the up-projection or the gate gives to the hidden neurons."""
+
+    d: Scaled  # [token, d_mlp], the rows' difference
+    base: Tensor  # [base token, d_mlp]
+
+
 def activation_difference(
     act: Callable[[Tensor], Tensor],
-    up: Scaled,
-    u: Tensor,
+    up: Neurons,
+    gate: Neurons | None,
     segments: list[Segment],
-    gate: Scaled | None,
-    g: Tensor | None,
     swaps: list[Swap],
     precision: Precision,
 ) -> Scaled:
@@ -29,17 +35,17 @@ def activation_difference(
 
     Args:
         act: the activation function, elementwise.
-        up: [token, d_mlp], difference of the up-projection; may be overwritten.
-        u: [base token, d_mlp], its base.
+        up: of the up-projection; its difference may be overwritten.
+        gate: of the gate, where there is one.
         segments: where the rows lie and what their base is.
-        gate, g: the same of the gate, where there is one.
         swaps: of single neurons.
         precision: of the product that takes the result.
 
     Returns:
         [token, d_mlp].
     """
-    du, dg = up.plain(), None if gate is None else gate.plain()
+    du, u = up.d.plain(), up.base
+    dg, g = (None, None) if gate is None else (gate.d.plain(), gate.base)
     cells = CELLS if du.device.type == "cpu" else 1 << 25
     for segment in segments:
         d_up, base_up = segment.tokens(du), segment.own(u)  # [pair, position, row or 1, d_mlp]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.kernels.activation import activation_difference
+from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.lang import expm1_below_zero, jit, next_power_of_two, on_device, power_scale, tl
 from deltapatch.kernels.product import Precision, Scaled
 from deltapatch.kernels.segments import Segment
@@ -22,27 +22,24 @@ _NAMES = {F.gelu: "gelu", F.silu: "silu", F.relu: "relu", torch.relu: "relu"}
 
 def activation_difference_triton(
     act: Callable[[Tensor], Tensor],
-    up: Scaled,
-    u: Tensor,
+    up: Neurons,
+    gate: Neurons | None,
     segments: list[Segment],
-    gate: Scaled | None,
-    g: Tensor | None,
     swaps: list[Swap],
     precision: Precision,
 ) -> Scaled:
     """The same as `activation_difference`, in float32: every form in it is free of cancellation."""
-    if precision.base == torch.float64:
-        return activation_difference(act, up, u, segments, gate, g, swaps, precision)
-    du, (n_tokens, width) = up.values, up.values.shape
+    (du, du_scale), u = up
+    n_tokens, width = du.shape
     in_place = precision.operand == du.dtype
     out = du if in_place else du.new_empty(n_tokens, width, dtype=precision.operand)
     scale = du.new_empty(n_tokens) if precision.scaled else None
     base = base_of_tokens(segments, du.device)
-    dg, dg_scale = (None, None) if gate is None else gate
+    (dg, dg_scale), g = gate or ((None, None), None)
     assert du.stride(1) == 1
     assert dg is None or dg.stride(1) == 1
     patches = order_patches([swaps], n_tokens)
-    table = [None] * 4 if patches is None else [*patches[:3], *patches.deltas]
+    first, source, at, (delta,) = patches or (None, None, None, (None,))
     block = min(_BLOCK, next_power_of_two(width))
     held = precision.scaled and patches is None  # until the row's scale is known
     if held and width > block:
@@ -50,22 +47,25 @@ def activation_difference_triton(
     warps = min(32, max(4, block // (128 if held else 256)))
     with on_device(du):
         _activation_kernel[(n_tokens,)](
-            out,
-            scale,
-            du,
-            up.scale,
-            u,
-            dg,
-            dg_scale,
-            g,
-            base,
-            *table,
-            out.stride(0),
-            du.stride(0),
-            u.stride(0),
-            0 if dg is None else dg.stride(0),
-            0 if g is None else g.stride(0),
-            width,
+            p_out=out,
+            p_scale=scale,
+            p_du=du,
+            p_by_u=du_scale,
+            p_u=u,
+            p_dg=dg,
+            p_by_g=dg_scale,
+            p_g=g,
+            p_base=base,
+            p_first=first,
+            p_source=source,
+            p_at=at,
+            p_delta=delta,
+            s_out=out.stride(0),
+            s_du=du.stride(0),
+            s_u=u.stride(0),
+            s_dg=0 if dg is None else dg.stride(0),
+            s_g=0 if g is None else g.stride(0),
+            width=width,
             ACT=_name(act),
             HAS_GATE=gate is not None,
             HAS_SWAPS=patches is not None,

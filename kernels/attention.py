@@ -11,6 +11,7 @@ Changes of q and k come as the products give them, before rotary; it is linear, 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,41 +56,65 @@ class Rotary:
         return out
 
 
+class QKV(NamedTuple):
+    """The rows' differences of queries, keys and values, up to their scale and before rotary.
+
+    Attributes:
+        q: [token, head, d_head].
+        k, v: [token, kv head, d_head].
+        scale: [token], times which the three are the differences; None: all ones.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: Tensor | None
+
+
+class AttentionBase(NamedTuple):
+    """The attention's inputs in the base runs.
+
+    Attributes:
+        q: [base token, head, d_head], rotated.
+        k: [base token, kv head, d_head], rotated.
+        v: [base token, kv head, d_head].
+        rotary: for every base token.
+        logit_scale: 1/sqrt(d_head).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rotary: Rotary
+    logit_scale: float
+
+
 def attention_difference(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    scale_of_rows: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary: Rotary,
-    logit_scale: float,
+    changes: QKV,
+    base: AttentionBase,
     segments: list[Segment],
-    reads_only: bool,
     swaps: dict[str, list[Swap]],
     precision: Precision,
+    *,
+    reads_only: bool,
 ) -> Scaled:
     """Difference of the attention's output before the output projection.
 
     Args:
-        dq, dk, dv: [token, head, d_head], [token, kv head, d_head] twice: the rows' differences up to their
-            scale, before rotary. They are only read, and may be one line that stands for all tokens.
-        scale_of_rows: [token], times which dq, dk and dv are the differences; None: all ones.
-        q, k, v: the same of the base run, [base token, head or kv head, d_head]; q and k are rotated.
-        rotary: for every base token.
-        logit_scale: 1/sqrt(d_head).
+        changes: of the rows. They are only read, and may be one line that stands for all tokens.
+        base: of the runs that the rows change.
         segments: where the rows lie and what their base is.
-        reads_only: only the positions that are read out are wanted (the last layer).
         swaps: of heads, at "q", "k" and "v" (before rotary) and "z", whose tokens count lines of the result.
         precision: of the products; what reads the result.
+        reads_only: only the positions that are read out are wanted (the last layer).
 
     Returns:
         [token, head * d_head]; with reads_only packed as `read_segments` says.
     """
-    n_heads, d_head = dq.shape[1:]
+    q, k, v, rotary, logit_scale = base
+    n_heads, d_head = changes.q.shape[1:]
     dq, dk, dv = (
-        _swapped(d, scale_of_rows, swaps.get(place, [])) for d, place in ((dq, "q"), (dk, "k"), (dv, "v"))
+        _swapped(d, changes.scale, swaps.get(place, [])) for d, place in zip(changes[:3], "qkv", strict=True)
     )
     group = n_heads // k.shape[1]  # query heads that share keys and values
     wanted = read_segments(segments) if reads_only else segments

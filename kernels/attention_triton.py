@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.attention import HUGE, Rotary, attention_difference
+from deltapatch.kernels.attention import HUGE, QKV, AttentionBase
 from deltapatch.kernels.lang import expm1, jit, next_power_of_two, on_device, tl
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment, read_segments
@@ -26,28 +26,20 @@ _LONGEST_BLOCK = 64  # keys; prompts up to it go through one block
 
 
 def attention_difference_triton(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    scale_of_rows: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary: Rotary,
-    logit_scale: float,
+    changes: QKV,
+    base: AttentionBase,
     segments: list[Segment],
-    reads_only: bool,
     swaps: dict[str, list[Swap]],
     precision: Precision,
+    *,
+    reads_only: bool,
 ) -> Scaled:
     """The same as `attention_difference`: one launch for each of the two kinds of tiles.
 
     Where the result needs a scale, it is written in float32 and narrowed afterwards.
     """
-    if dq.dtype == torch.float64:
-        return attention_difference(
-            dq, dk, dv, scale_of_rows, q, k, v, rotary, logit_scale, segments, reads_only, swaps, precision
-        )
+    dq, dk, dv, scale_of_rows = changes
+    q, k, v, rotary, logit_scale = base
     n_heads, d_head = dq.shape[1:]
     n_kv = dk.shape[1]
     n_out = sum(s.n_tokens for s in (read_segments(segments) if reads_only else segments))
@@ -55,15 +47,20 @@ def attention_difference_triton(
     out = torch.empty(n_out, n_heads * d_head, dtype=dtype, device=dq.device)
     # One variant of the kernel for patches of any of q, k and v, since one takes seconds to compile.
     has_qkv, has_z = (any(swaps.get(place) for place in places) for places in ("qkv", "z"))
-    patches = [
-        _patched(swaps.get(place, []), lines, heads, q) if wanted else (None, None)
-        for place, lines, heads, wanted in (
-            ("q", len(dq), n_heads, has_qkv),
-            ("k", len(dk), n_kv, has_qkv),
-            ("v", len(dv), n_kv, has_qkv),
-            ("z", n_out, n_heads, has_z),
-        )
-    ]
+    places: dict[str, Tensor | None] = {}
+    for place, lines, heads, wanted in (
+        ("q", len(dq), n_heads, has_qkv),
+        ("k", len(dk), n_kv, has_qkv),
+        ("v", len(dv), n_kv, has_qkv),
+        ("z", n_out, n_heads, has_z),
+    ):
+        found = _patched(swaps.get(place, []), lines, heads, q) if wanted else (None, None)
+        places[f"p_from_{place}"], places[f"p_new_{place}"] = found
+    strides = {
+        f"s_{name}_{axis}": array.stride(i)
+        for name, array in (("dq", dq), ("dk", dk), ("dv", dv), ("q", q), ("k", k), ("v", v))
+        for i, axis in enumerate(("token", "head"))
+    }
     longest = max((s.length for s in segments), default=0)
     earlier = any(s.positions > 1 for s in segments)
     forks = any(s.fork is not None for s in segments)
@@ -74,25 +71,20 @@ def attention_difference_triton(
             continue
         with on_device(dq):
             _attention_kernel[(len(tiles) * n_heads,)](
-                out,
-                dq,
-                dk,
-                dv,
-                scale_of_rows,
-                *(part for found in patches for part in found),
-                q,
-                k,
-                v,
-                rotary.cos.contiguous(),
-                rotary.sin.contiguous(),
-                tiles,
-                *dq.stride()[:2],
-                *dk.stride()[:2],
-                *dv.stride()[:2],
-                *q.stride()[:2],
-                *k.stride()[:2],
-                *v.stride()[:2],
-                logit_scale,
+                p_out=out,
+                p_dq=dq,
+                p_dk=dk,
+                p_dv=dv,
+                p_scale=scale_of_rows,
+                **places,
+                p_q=q,
+                p_k=k,
+                p_v=v,
+                p_cos=rotary.cos.contiguous(),
+                p_sin=rotary.sin.contiguous(),
+                p_tiles=tiles,
+                **strides,
+                logit_scale=logit_scale,
                 BY_ROWS=by_rows,
                 HAS_EARLIER=earlier,
                 HAS_FORK=forks,

@@ -1,61 +1,154 @@
 """Backends: one set of fused operations under fixed signatures. Adding a backend is one entry here."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.kernels.activation import activation_difference
+from deltapatch.kernels.activation import Neurons, activation_difference
 from deltapatch.kernels.activation_triton import activation_difference_triton
-from deltapatch.kernels.attention import attention_difference
+from deltapatch.kernels.attention import QKV, AttentionBase, attention_difference
 from deltapatch.kernels.attention_triton import attention_difference_triton
+from deltapatch.kernels.each import ForEach, in_turn
 from deltapatch.kernels.lang import HAS_TRITON, interpreted
-from deltapatch.kernels.norm import add_norm
+from deltapatch.kernels.norm import Norms, Part, add_norm
 from deltapatch.kernels.norm_triton import add_norm_triton
-from deltapatch.kernels.product import Scaled
-from deltapatch.kernels.readout import readout
+from deltapatch.kernels.product import Operand, Precision, Scaled, Stored
+from deltapatch.kernels.readout import BaseReadout, readout
 from deltapatch.kernels.readout_triton import readout_triton
-from deltapatch.kernels.swap import gather_columns
+from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.swap import Swap, gather_columns
 from deltapatch.kernels.swap_triton import gather_columns_triton
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
-class Backend(NamedTuple):
-    """The operations that the wavefront is made of; each is described beside its reference."""
+
+class Backend(Protocol):
+    """The operations that the wavefront is made of; each is described beside its reference.
+
+    Attributes:
+        name: as users ask for it.
+        block_tokens: row tokens that go through a layer together, within half as many more or a third less.
+        expands: whether the read-out takes expansions (readout_tail.py).
+    """
 
     name: str
-    block_tokens: int  # row tokens that go through a layer together, within half as many more or a third less
-    expands: bool  # whether the read-out takes expansions (readout_tail.py)
-    add_norm: Callable[..., list[Scaled]]
-    activation_difference: Callable[..., Scaled]
-    attention_difference: Callable[..., Scaled]
-    readout: Callable[..., dict[str, torch.Tensor]]
-    gather_columns: Callable[..., torch.Tensor]
+    block_tokens: int
+    expands: bool
+
+    def add_norm(
+        self,
+        parts: list[Part],
+        swaps: list[Swap],
+        norms: Norms | None,
+        segments: list[Segment],
+        precision: Precision,
+        *,
+        out: Tensor | None = None,
+        to: Tensor | None = None,
+    ) -> list[Scaled]:
+        """Add up differences of the residual stream, and take that of its norms."""
+        ...
+
+    def activation_difference(
+        self,
+        act: Callable[[Tensor], Tensor],
+        up: Neurons,
+        gate: Neurons | None,
+        segments: list[Segment],
+        swaps: list[Swap],
+        precision: Precision,
+    ) -> Scaled:
+        """Difference of the hidden neurons, narrowed."""
+        ...
+
+    def attention_difference(
+        self,
+        changes: QKV,
+        base: AttentionBase,
+        segments: list[Segment],
+        swaps: dict[str, list[Swap]],
+        precision: Precision,
+        *,
+        reads_only: bool,
+    ) -> Scaled:
+        """Difference of the attention's output before the output projection."""
+        ...
+
+    def readout(
+        self,
+        dn: Tensor,
+        exact: Tensor,
+        weight: Operand | Stored,
+        precision: Precision,
+        base: BaseReadout,
+        first_reads: list[int],
+        segments: list[Segment],
+        measured: tuple[str, ...],
+        pool: ForEach = in_turn,
+    ) -> dict[str, Tensor]:
+        """The measured numbers of each row."""
+        ...
+
+    def gather_columns(self, swaps: list[Swap], weight: Tensor, n_tokens: int) -> Tensor:
+        """Entry of hidden neurons without a matrix product."""
+        ...
 
 
-# Blocks of a few hundred tokens keep the elementwise work inside the cache and the products at full rate.
-REFERENCE = Backend(
-    "reference",
-    512,
-    True,
-    add_norm,
-    activation_difference,
-    attention_difference,
-    readout,
-    gather_columns,
-)
-# No product has less than 8,192 rows where there are that many: it does far more than read its weights then.
-# float64 goes through the references.
-TRITON = Backend(
-    "triton",
-    12288,
-    False,
-    add_norm_triton,
-    activation_difference_triton,
-    attention_difference_triton,
-    readout_triton,
-    gather_columns_triton,
-)
+class _Reference:
+    """PyTorch on any device, in any precision."""
+
+    name = "reference"
+    # Blocks of a few hundred tokens keep the elementwise work in the cache and the products at full rate.
+    block_tokens = 512
+    expands = True
+    add_norm = staticmethod(add_norm)
+    activation_difference = staticmethod(activation_difference)
+    attention_difference = staticmethod(attention_difference)
+    readout = staticmethod(readout)
+    gather_columns = staticmethod(gather_columns)
+
+
+def _float64_by(
+    reference: Callable[Arguments, Result], kernel: Callable[Arguments, Result]
+) -> Callable[Arguments, Result]:
+    """The kernel, of the reference's signature; float64, which no kernel has, goes through the reference."""
+
+    @wraps(reference)
+    def operation(*args: Arguments.args, **named: Arguments.kwargs) -> Result:
+        in_double = _base_dtype([*args, *named.values()]) == torch.float64
+        return (reference if in_double else kernel)(*args, **named)
+
+    return operation
+
+
+def _base_dtype(arguments: Iterable[object]) -> torch.dtype:
+    """The dtype of the base runs: the precision says it, or the tensor where there is no precision."""
+    arguments = list(arguments)
+    told = [value.base for value in arguments if isinstance(value, Precision)]
+    return (told or [value.dtype for value in arguments if isinstance(value, Tensor)])[0]
+
+
+class _Triton:
+    """Triton's kernels, on a GPU or in its interpreter."""
+
+    name = "triton"
+    # No product has less than 8,192 rows where there are that many: it does far more than read its weights.
+    block_tokens = 12288
+    expands = False
+    add_norm = staticmethod(_float64_by(add_norm, add_norm_triton))
+    activation_difference = staticmethod(_float64_by(activation_difference, activation_difference_triton))
+    attention_difference = staticmethod(_float64_by(attention_difference, attention_difference_triton))
+    readout = staticmethod(_float64_by(readout, readout_triton))
+    gather_columns = staticmethod(_float64_by(gather_columns, gather_columns_triton))
+
+
+REFERENCE: Backend = _Reference()
+TRITON: Backend = _Triton()
 BACKENDS = {"reference": REFERENCE, "triton": TRITON}
 
 

@@ -1,11 +1,17 @@
 """How an operation does the pieces of its work: one by one, unless its caller has threads for them."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 _PIECES = 8  # at least that many pieces of the vocabulary, so that cores share few rows
 
-Each = Callable[[Callable[[Any], None], Iterable[Any]], None]
+
+class ForEach(Protocol):
+    """Does some work for every item, perhaps on several threads, and returns when all is done."""
+
+    def __call__(self, work: Callable[[Any], None], items: Iterable[Any], /) -> None:
+        """Do `work` for every item."""
+        ...
 
 
 def in_turn(work: Callable[[Any], None], items: Iterable[Any]) -> None:

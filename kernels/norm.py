@@ -25,15 +25,29 @@ class Part(NamedTuple):
     swaps: list[Swap]
 
 
+class Norms(NamedTuple):
+    """Norms of one vector of the residual stream.
+
+    Attributes:
+        x: [base token, d_model], what is normalised in the base run.
+        weights: [d_model] of up to two norms; a shift cancels out.
+        eps: added to the mean square.
+        centred: LayerNorm, else RMSNorm.
+    """
+
+    x: Tensor
+    weights: list[Tensor]
+    eps: float
+    centred: bool
+
+
 def add_norm(
     parts: list[Part],
     swaps: list[Swap],
-    x: Tensor | None,
-    norms: list[Tensor],
-    eps: float,
-    centred: bool,
+    norms: Norms | None,
     segments: list[Segment],
     precision: Precision,
+    *,
     out: Tensor | None = None,
     to: Tensor | None = None,
 ) -> list[Scaled]:
@@ -42,10 +56,7 @@ def add_norm(
     Args:
         parts: what is added up, up to three, each after its own swaps; their arrays stay as they are.
         swaps: of the sum. A later swap overrides an earlier one, here and in the parts.
-        x: [base token, d_model], what is normalised in the base run; None where there are no norms.
-        norms: weights [d_model] of up to two norms; a shift cancels out.
-        eps: added to the mean square.
-        centred: LayerNorm, else RMSNorm.
+        norms: what the sum goes through; None: nothing.
         segments: where the rows lie and what their base is.
         precision: of the products that take the result.
         out: [place, d_model] in the base dtype, receives the sum; no part lies in it unless `to` is None.
@@ -61,7 +72,7 @@ def add_norm(
         if term is not None:
             terms.append(term)
     if not terms and not swaps:
-        like = x if out is None else out
+        like = norms.x if out is None and norms is not None else out
         assert like is not None
         terms = [like.new_zeros(n_tokens, like.shape[1])]
     total = terms[0] if terms else None
@@ -76,10 +87,9 @@ def add_norm(
         out.index_copy_(0, to, total)
     elif out is not None and total.data_ptr() != out.data_ptr():
         out[:n_tokens] = total
-    if not norms:
+    if norms is None or not norms.weights:
         return []
-    assert x is not None
-    return [narrow(d, precision) for d in norm_difference(total, x, norms, eps, centred, segments)]
+    return [narrow(d, precision) for d in norm_difference(total, norms, segments)]
 
 
 def _swapped(d: Tensor | None, swaps: list[Swap], n_tokens: int, own: bool) -> Tensor | None:
@@ -95,19 +105,15 @@ def _swapped(d: Tensor | None, swaps: list[Swap], n_tokens: int, own: bool) -> T
     return d
 
 
-def norm_difference(
-    dx: Tensor, x: Tensor, weights: list[Tensor], eps: float, centred: bool, segments: list[Segment]
-) -> list[Tensor]:
+def norm_difference(dx: Tensor, norms: Norms, segments: list[Segment]) -> list[Tensor]:
     """LayerNorm (centred) or RMSNorm differences of packed rows: [token, d_model] for each weight [d_model].
 
     Args:
         dx: [token, d_model], the rows' differences.
-        x: [base token, d_model], the base activations.
-        weights: of norms of the same vector, at least one.
-        eps: added to the mean square.
-        centred: LayerNorm, else RMSNorm.
+        norms: of the same vector, at least one.
         segments: where the rows lie and what their base is.
     """
+    x, weights, eps, centred = norms
     outs = [torch.empty_like(dx) for _ in weights]
     width = dx.shape[-1]
     for segment in segments:

@@ -1,16 +1,17 @@
 """Residual add, swaps, norm difference and narrowing in one Triton kernel; see norm.py."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltapatch.kernels.lang import jit, next_power_of_two, on_device, power_scale, tl
-from deltapatch.kernels.norm import COLLAPSE, Part, add_norm
+from deltapatch.kernels.norm import COLLAPSE, Norms, Part
 from deltapatch.kernels.product import Precision, Scaled
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.swap import Swap
-from deltapatch.kernels.swap_triton import order_patches
+from deltapatch.kernels.swap_triton import Patches, order_patches
 from deltapatch.kernels.tiles import base_tiles
 
 _PARTS = 3  # at most
@@ -20,19 +21,16 @@ _ROWS = 8  # that a program takes one after the other, with one load of base and
 def add_norm_triton(
     parts: list[Part],
     swaps: list[Swap],
-    x: Tensor | None,
-    norms: list[Tensor],
-    eps: float,
-    centred: bool,
+    norms: Norms | None,
     segments: list[Segment],
     precision: Precision,
+    *,
     out: Tensor | None = None,
     to: Tensor | None = None,
 ) -> list[Scaled]:
     """The same as `add_norm`: one read of each part, one write of the sum and of each norm."""
-    if precision.base == torch.float64:
-        return add_norm(parts, swaps, x, norms, eps, centred, segments, precision, out, to)
-    if out is None and not norms:
+    x, weights, eps, centred = norms or (None, [], 0.0, False)
+    if out is None and not weights:
         return []
     like = x if out is None else out
     assert like is not None
@@ -40,41 +38,40 @@ def add_norm_triton(
     parts = [p for p in parts if p.d is not None or p.swaps]
     parts += [Part(None, [])] * (_PARTS - len(parts))
     patches = order_patches([*(p.swaps for p in parts), swaps], n_tokens)
-    table = [None] * (3 + _PARTS + 1) if patches is None else [*patches[:3], *patches.deltas]
     values = [None if p.d is None else p.d.values for p in parts]
     assert all(d is None or d.stride(1) == 1 for d in values)
-    results = [torch.empty(n_tokens, width, dtype=precision.operand, device=device) for _ in norms]
-    scales = [torch.empty(n_tokens, device=device) if precision.scaled else None for _ in norms]
+    results = [torch.empty(n_tokens, width, dtype=precision.operand, device=device) for _ in weights]
+    scales = [torch.empty(n_tokens, device=device) if precision.scaled else None for _ in weights]
     tiles = base_tiles(segments, _ROWS, device)
     block = next_power_of_two(width)
-    if to is None and not norms:
+    if to is None and not weights:
         # Rows that leave a layer lie together in some blocks and not in others. One kernel serves both, lest
         # a sweep find one more to be compiled on its way.
         to = torch.arange(n_tokens, device=device)
     with on_device(like):
         _add_norm_kernel[(len(tiles),)](
-            out,
-            to,
-            *_fill(results),
-            *_fill(scales),
-            *values,
-            *(None if p.d is None else p.d.scale for p in parts),
-            *table,
-            x if norms else None,
-            *_fill(norms),
-            tiles,
-            like.stride(0),
-            *(0 if d is None else d.stride(0) for d in values),
-            0 if x is None else x.stride(0),
-            width,
-            eps,
+            p_out=out,
+            p_to=to,
+            **_numbered("p_result", _fill(results)),
+            **_numbered("p_scale", _fill(scales)),
+            **_numbered("p_d", values),
+            **_numbered("p_by", [None if p.d is None else p.d.scale for p in parts]),
+            **_tables(patches),
+            p_x=x if weights else None,
+            **_numbered("p_weight", _fill(weights)),
+            p_tiles=tiles,
+            s_out=like.stride(0),
+            **_numbered("s_d", [0 if d is None else d.stride(0) for d in values]),
+            s_x=0 if x is None else x.stride(0),
+            width=width,
+            eps=eps,
             HAS_SWAPS=patches is not None,
             HAS_OUT=out is not None,
             HAS_TO=to is not None,
-            NORMS=len(norms),
-            CENTRED=centred and bool(norms),  # one variant for all where nothing is normalised
+            NORMS=len(weights),
+            CENTRED=centred and bool(weights),  # one variant for all where nothing is normalised
             COLLAPSE=COLLAPSE,
-            TOP=precision.top if norms else 0,
+            TOP=precision.top if weights else 0,
             BLOCK_N=block,
             # Few numbers a thread, so that many rows are in flight; with swaps that would spill on sm_80.
             num_warps=min(16, max(4, block // (256 if patches is None else 512))),
@@ -85,6 +82,18 @@ def add_norm_triton(
 def _fill(arrays: Sequence[Tensor | None]) -> list[Tensor | None]:
     """One argument for each of two norms."""
     return [*arrays, *[None] * (2 - len(arrays))]
+
+
+def _numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Arguments whose names end with their numbers."""
+    return {f"{name}{i}": value for i, value in enumerate(values)}
+
+
+def _tables(patches: Patches | None) -> dict[str, Any]:
+    """The patches of the parts and of their sum, as the kernel takes them."""
+    first, source, at, deltas = patches or (None, None, None, (None,) * (_PARTS + 1))
+    of_parts = _numbered("p_delta", deltas[:_PARTS])
+    return {"p_first": first, "p_source": source, "p_at": at, **of_parts, "p_delta": deltas[_PARTS]}
 
 
 @jit

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.each import Each, in_turn, vocabulary_pieces
+from deltapatch.kernels.each import ForEach, in_turn, vocabulary_pieces
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow, product
 from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
@@ -46,7 +46,7 @@ def readout(
     first_reads: list[int],
     segments: list[Segment],
     measured: tuple[str, ...],
-    each: Each = in_turn,
+    pool: ForEach = in_turn,
 ) -> dict[str, Tensor]:
     """The measured numbers of each row.
 
@@ -59,7 +59,7 @@ def readout(
         first_reads: for each segment, its first read.
         segments: one position a row, covering all rows in order; their pairs are reads.
         measured: which of `engine.metrics.MEASURED` to return.
-        each: does pieces of the vocabulary, perhaps side by side.
+        pool: does pieces of the vocabulary, perhaps side by side.
 
     Returns:
         name -> [row], in dn's dtype.
@@ -82,11 +82,11 @@ def readout(
         narrowed = narrow(dn, precision)
         left = _expanded(dn, narrowed, mean, answer, precision, base, spans, out)
         if left is None:
-            _distribution(narrowed, mean, answer, weight, base, spans, out, each)
+            _distribution(narrowed, mean, answer, weight, base, spans, out, pool)
         elif len(left):
             few = {name: values.new_empty(len(left)) for name, values in out.items() if name != "logit_diff"}
             kept, there = _rows(narrowed, left), _some(spans, left)
-            _distribution(kept, mean[left], answer[left], weight, base, there, few, each)
+            _distribution(kept, mean[left], answer[left], weight, base, there, few, pool)
             for name, values in few.items():
                 out[name][left] = values
     return out
@@ -138,7 +138,7 @@ def _distribution(
     base: BaseReadout,
     spans: list[tuple[slice, int]],
     out: dict[str, Tensor],
-    each: Each,
+    pool: ForEach,
 ) -> None:
     """The numbers that need every token: mean [row, 1], answer [row, 2] less it, spans (rows, their read)."""
     n_rows, d_vocab = len(mean), len(weight.values)
@@ -162,7 +162,7 @@ def _distribution(
                 rest[i, rows] = change_wide[rows] @ p
             likeliest.take(i, change[rows], rows, read)
 
-    each(take, range(len(pieces)))
+    pool(take, range(len(pieces)))
     lse = torch.log1p(mass.sum(0))
     kl = lse - rest.sum(0)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.each import Each, vocabulary_pieces
+from deltapatch.kernels.each import ForEach, vocabulary_pieces
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight, product
 
 # What may be left out, relative to the effect or to the spread of the row's logit changes, whichever is more:
@@ -70,7 +70,7 @@ def make_tail(
     mean: Tensor,
     exact: Tensor,
     weight: Operand | Stored,
-    each: Each,
+    pool: ForEach,
 ) -> Tail:
     """Prepare the expansion of one read.
 
@@ -79,7 +79,7 @@ def make_tail(
         mean: [d_model], Σ_j p_j W_j.
         exact: [d_vocab, d_model], the unembedding; it is taken in the mean's dtype.
         weight: the same as the sweep's products take it.
-        each: does strips and pieces, perhaps side by side.
+        pool: does strips and pieces, perhaps side by side.
     """
     kept = p.topk(max(1, len(p) // KEPT)).indices
     rest = p.to(mean.dtype, copy=True)
@@ -88,15 +88,15 @@ def make_tail(
     moment, radius = mean.new_zeros(d_model, d_model), mean.new_zeros(())
     strips = [slice(a, a + _STRIP) for a in range(0, d_model, _STRIP)]
     for start in range(0, len(p), n):
-        half, longest = _weigh(rest[start : start + n], mean, exact[start : start + n], each)
+        half, longest = _weigh(rest[start : start + n], mean, exact[start : start + n], pool)
         radius = torch.maximum(radius, longest)
-        each(partial(_add_square, moment, narrow_weight(half, weight.precision)), strips)
+        pool(partial(_add_square, moment, narrow_weight(half, weight.precision)), strips)
     moment.tril_()
     moment += moment.tril(-1).T
     return Tail(weight.rows(kept), p[kept].to(mean.dtype), moment, radius)
 
 
-def _weigh(p: Tensor, mean: Tensor, exact: Tensor, each: Each) -> tuple[Tensor, Tensor]:
+def _weigh(p: Tensor, mean: Tensor, exact: Tensor, pool: ForEach) -> tuple[Tensor, Tensor]:
     """√p_j c_j of some tokens, [d_model, token], and the longest c_j of those that have a p_j, scalar."""
     half = mean.new_empty(len(p), len(mean)).T
     pieces = vocabulary_pieces(len(p), len(p))
@@ -108,7 +108,7 @@ def _weigh(p: Tensor, mean: Tensor, exact: Tensor, each: Each) -> tuple[Tensor, 
         longest[i] = torch.where(p[some] > 0, torch.linalg.vector_norm(centred, dim=1), 0).max()
         half[:, some] = centred.mul_(p[some].sqrt().unsqueeze(1)).T
 
-    each(take, range(len(pieces)))
+    pool(take, range(len(pieces)))
     return half, longest.max()
 
 

@@ -11,10 +11,10 @@ and no term of excess is negative, so the KL divergence, log1p(rest + excess) - 
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.each import Each, in_turn
+from deltapatch.kernels.each import ForEach, in_turn
 from deltapatch.kernels.lang import expm1_minus, jit, on_device, tl
 from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_triton, product
-from deltapatch.kernels.readout import BaseReadout, readout
+from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.tiles import pair_of_rows, pair_tiles
 
@@ -32,11 +32,9 @@ def readout_triton(
     first_reads: list[int],
     segments: list[Segment],
     measured: tuple[str, ...],
-    each: Each = in_turn,
+    pool: ForEach = in_turn,
 ) -> dict[str, Tensor]:
     """The same as `readout`; the host never waits for the device."""
-    if dn.dtype == torch.float64:
-        return readout(dn, exact, weight, precision, base, first_reads, segments, measured, each)
     tiles = pair_tiles(segments, first_reads, _ROWS, dn.device)
     columns = exact[base.answers].to(dn.dtype)  # [read, 2, d_model]
     # One product with the difference of the columns: their common part never enters.
@@ -87,17 +85,17 @@ def _distribution(
         change, scale = product(dn, weight.rows(slice(first, first + width)))  # [row, piece]
         with on_device(change):
             _take_in_kernel[(len(tiles),)](
-                state,
-                change,
-                scale,
-                mean,
-                base.p,
-                lead,
-                tiles,
-                first,
-                change.shape[1],
-                d_vocab,
-                change.stride(0),
+                p_state=state,
+                p_change=change,
+                p_scale=scale,
+                p_mean=mean,
+                p_p=base.p,
+                p_lead=lead,
+                p_tiles=tiles,
+                first=first,
+                width=change.shape[1],
+                d_vocab=d_vocab,
+                s_change=change.stride(0),
                 BLOCK_R=_ROWS,
                 BLOCK_N=128,
             )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.lang import jit, next_power_of_two, on_device, tl
-from deltapatch.kernels.swap import Swap, gather_columns
+from deltapatch.kernels.swap import Swap
 
 
 class Patches(NamedTuple):
@@ -58,8 +58,6 @@ def _join(swaps: list[Swap]) -> tuple[Tensor | None, list[int]]:
 
 def gather_columns_triton(swaps: list[Swap], weight: Tensor, n_tokens: int) -> Tensor:
     """The same as `gather_columns`; each token's patches add up in a fixed order."""
-    if weight.dtype == torch.float64:
-        return gather_columns(swaps, weight, n_tokens)
     d_model, d_mlp = weight.shape
     patches = order_patches([swaps], n_tokens)
     if patches is None:
@@ -73,15 +71,16 @@ def gather_columns_triton(swaps: list[Swap], weight: Tensor, n_tokens: int) -> T
     block_d = min(1024 // block_p, next_power_of_two(d_model))
     with on_device(out):
         _gather_kernel[(n_tokens, -(-d_model // block_d))](
-            out,
-            patches.deltas[0],
-            weight,
-            patches.first,
-            patches.source,
-            patches.at,
-            d_model,
-            d_mlp,
-            *weight.stride(),
+            p_out=out,
+            p_delta=patches.deltas[0],
+            p_weight=weight,
+            p_first=patches.first,
+            p_source=patches.source,
+            p_at=patches.at,
+            d_model=d_model,
+            d_mlp=d_mlp,
+            s_out=weight.stride(0),
+            s_in=weight.stride(1),
             BLOCK_P=block_p,
             BLOCK_D=block_d,
         )

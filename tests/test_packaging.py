@@ -192,3 +192,25 @@ def test_arrows_point_one_way(part):
 def test_files_say_what_they_are_for(part):
     for path in (ROOT / part).rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_there_is_no_circle_of_imports():
+    """Nor one that is hidden inside functions or behind TYPE_CHECKING."""
+    files = {
+        "deltapatch." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for part in PARTS
+        for path in (ROOT / part).rglob("*.py")
+    }
+    arrows = {}
+    for module, path in files.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        arrows[module] = found & set(files) - {module}
+    while leaves := [module for module, to in arrows.items() if not to & set(arrows)]:
+        for module in leaves:
+            del arrows[module]
+    assert not arrows, f"among these are circles: {sorted(arrows)}"

@@ -22,12 +22,12 @@ TEXT_PAIR = {
 SLOWLY = """
 import time
 from deltapatch.results.kept import KeptPasses
-keep = Shards.write
+keep = KeptPasses.write
 def write(*args):
     keep(*args)
     print("kept", flush=True)
     time.sleep(0.5)
-Shards.write = write
+KeptPasses.write = write
 """
 IDS_PAIR = {"clean": [5, 6, 7, 8], "corrupted": [5, 9, 7, 8], "clean_answer": 3, "corrupted_answer": 4}
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from kernels_packing import drawer, here
 
-from deltapatch.kernels.attention import Rotary
+from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.swap import Swap
 
 
@@ -44,3 +44,11 @@ def draw_attention(
         delta = draw(7, n[place], d_head, scale=max(scales))
         out["swaps"][place] = [Swap(chosen // n[place], source, chosen % n[place], delta)]
     return out | {"logit_scale": d_head**-0.5, "segments": packing.segments, "reads_only": reads_only}
+
+
+def as_arguments(inputs):
+    """The same as an operation takes them."""
+    given = dict(inputs)
+    changes = QKV(*(given.pop(name) for name in ("dq", "dk", "dv", "scale_of_rows")))
+    base = AttentionBase(*(given.pop(name) for name in ("q", "k", "v", "rotary", "logit_scale")))
+    return given | {"changes": changes, "base": base}

@@ -25,9 +25,10 @@ from transformers import (
 )
 
 import deltapatch
+from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.backend import REFERENCE, TRITON, choose_backend
 from deltapatch.kernels.lang import expm1, expm1_below_zero, expm1_minus, interpreted
-from deltapatch.kernels.norm import Part
+from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import (
     PRECISIONS,
     Operand,
@@ -69,6 +70,8 @@ def double(value):
         return narrow_weight(value.values.double(), PRECISIONS["fp64"])
     if isinstance(value, Part):
         return Part(double(value.d), double(value.swaps))
+    if isinstance(value, Neurons):
+        return Neurons(double(value.d), double(value.base))
     if isinstance(value, Scaled):
         return Scaled(value.plain().double())
     if isinstance(value, list):
@@ -143,7 +146,7 @@ def test_expm1_of_any_size():
 
 def norm(dx, x, weight, centred, packing, precision="fp32"):
     """The norm alone."""
-    arguments = ([], x, [weight], 1e-5, centred, packing.segments, PRECISIONS[precision])
+    arguments = ([], Norms(x, [weight], 1e-5, centred), packing.segments, PRECISIONS[precision])
     return [[Part(Scaled(dx), [])], *arguments]
 
 
@@ -205,10 +208,10 @@ def test_parts_swaps_and_norms_of_any_kind(packing, seed, parts, last, n_norms, 
     outs = [out.clone(), out.double(), out.clone()] if place else [None] * 3
     x, weights = draw(packing.n_base, width), [draw(width) for _ in range(n_norms)]
     swaps = random_swaps(seed + 3, torch.float32, n, width, last)
-    arguments = [given_parts, swaps, x, weights, 1e-5, True, packing.segments, PRECISIONS[precision]]
-    got = TRITON.add_norm(*arguments, outs[0], to)
-    want = REFERENCE.add_norm(*double(arguments), outs[1], to)
-    REFERENCE.add_norm(*arguments, outs[2], to)
+    arguments = [given_parts, swaps, Norms(x, weights, 1e-5, True), packing.segments, PRECISIONS[precision]]
+    got = TRITON.add_norm(*arguments, out=outs[0], to=to)
+    want = REFERENCE.add_norm(*double(arguments), out=outs[1], to=to)
+    REFERENCE.add_norm(*arguments, out=outs[2], to=to)
     assert len(got) == n_norms
     for a, b in zip(got, want, strict=True):
         assert worst_row(a.plain(), b.plain()) < NARROW[precision]
@@ -240,8 +243,8 @@ def test_activation(act, precision, gated, monkeypatch):
             dg, g = (draw(*n, scale=scale), draw(*base, scale=2)) if gated else (None, None)
             for d in (du, dg) if gated else (du,):
                 d[1] = 0
-            gate = Scaled(dg) if gated else None
-            arguments = [act, Scaled(du), u, packing.segments, gate, g, [], chosen]
+            gate = Neurons(Scaled(dg), g) if gated else None
+            arguments = [act, Neurons(Scaled(du), u), gate, packing.segments, [], chosen]
             got = assert_same("activation_difference", arguments, 2**-11 if chosen.scaled else 1e-6)
             assert got.values.dtype == chosen.operand
             assert (got.plain()[1] == 0).all()
@@ -269,11 +272,9 @@ def test_activation_of_scaled_rows_with_patches(block, gated, precision, monkeyp
         copy = each_tensor(torch.clone, both)
         arguments = [
             act,
-            up._replace(values=copy[:, 0]),
-            u,
+            Neurons(up._replace(values=copy[:, 0]), u),
+            None if gate is None else Neurons(gate, g),
             SMALL.segments,
-            gate,
-            g,
             some,
             PRECISIONS[precision],
         ]
@@ -288,7 +289,7 @@ def test_a_huge_change_that_a_gate_keeps_out(act):
     dg, g = torch.tensor([[-1e3, 1e3, -1e3]]), torch.tensor([[1.3, -5.0, 700.0]])
     du, u = torch.tensor([[1e3, -0.999, 1e4]]), torch.tensor([[1.0, 1.0, -2.0]])
     segments = pack([(1, 1)], [(0, 0, 1, 1, 1)]).segments
-    arguments = [act, Scaled(du), u, segments, Scaled(dg), g, [], PRECISIONS["fp32"]]
+    arguments = [act, Neurons(Scaled(du), u), Neurons(Scaled(dg), g), segments, [], PRECISIONS["fp32"]]
     want = REFERENCE.activation_difference(*double(arguments)).values
     got = TRITON.activation_difference(*arguments).values
     assert all(error(a, b) < 1e-6 for a, b in zip(got[0], want[0], strict=True))
@@ -297,7 +298,9 @@ def test_a_huge_change_that_a_gate_keeps_out(act):
 def test_an_activation_without_a_kernel():
     d, segments = torch.zeros(1, 1), pack([(1, 1)], [(0, 0, 1, 1, 1)]).segments
     with pytest.raises(deltapatch.DeltapatchError, match=r"no activation .*tanh.*: use backend='reference'"):
-        TRITON.activation_difference(torch.tanh, Scaled(d), d, segments, None, None, [], PRECISIONS["fp32"])
+        TRITON.activation_difference(
+            torch.tanh, Neurons(Scaled(d), d), None, segments, [], PRECISIONS["fp32"]
+        )
 
 
 @pytest.mark.parametrize("width", [1, 37, 5000])

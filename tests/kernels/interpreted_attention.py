@@ -5,11 +5,12 @@ The truth is the reference in float64, which test_attention.py holds against the
 
 import pytest
 import torch
-from kernels_attention_inputs import draw_attention
+from kernels_attention_inputs import as_arguments, draw_attention
 from kernels_packing import drawer, is_rounded, pack
 
 from deltapatch.kernels.attention import Rotary, attention_difference
 from deltapatch.kernels.attention_triton import attention_difference_triton
+from deltapatch.kernels.backend import TRITON
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.kernels.swap import Swap
 
@@ -50,9 +51,9 @@ def error(got, want):
 
 def compare(inputs, precision="fp32"):
     """The kernel's result, the float64 reference's, and how far they are apart."""
-    out = attention_difference_triton(**inputs, precision=PRECISIONS[precision])
+    out = attention_difference_triton(**as_arguments(inputs), precision=PRECISIONS[precision])
     assert is_rounded(out, precision)
-    want = attention_difference(**double(inputs), precision=PRECISIONS["fp64"]).values
+    want = attention_difference(**as_arguments(double(inputs)), precision=PRECISIONS["fp64"]).values
     got = out.plain()
     assert got.shape == want.shape
     return got, want, error(got, want)
@@ -220,11 +221,14 @@ def test_a_long_prompt(positions, rows, reads_only):
 def test_nothing_to_do():
     inputs = draw_attention(ONE, 10)
     inputs |= {name: inputs[name][:0] for name in ("dq", "dk", "dv")} | {"segments": []}
-    assert attention_difference_triton(**inputs, precision=PRECISIONS["bf16"]).values.shape == (0, 20)
+    assert attention_difference_triton(**as_arguments(inputs), precision=PRECISIONS["bf16"]).values.shape == (
+        0,
+        20,
+    )
 
 
 def test_double_is_the_references():
     inputs = double(draw_attention(FEW, 11, swapped="q"))
-    out = attention_difference_triton(**inputs, precision=PRECISIONS["fp64"])
-    want = attention_difference(**inputs, precision=PRECISIONS["fp64"])
+    out = TRITON.attention_difference(**as_arguments(inputs), precision=PRECISIONS["fp64"])
+    want = attention_difference(**as_arguments(inputs), precision=PRECISIONS["fp64"])
     assert torch.equal(out.values, want.values)

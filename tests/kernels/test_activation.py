@@ -18,7 +18,7 @@ from kernels_packing import (
 )
 
 from deltapatch.kernels import activation
-from deltapatch.kernels.activation import activation_difference
+from deltapatch.kernels.activation import Neurons, activation_difference
 from deltapatch.kernels.product import PRECISIONS, Scaled
 from deltapatch.models import forward
 
@@ -47,8 +47,10 @@ def difference(act, du, u, segments, dg=None, g=None, swaps=(), precision=None):
     """In the precision of du, without scales."""
     if precision is None:
         precision = "fp64" if du.dtype == torch.float64 else "fp32"
-    gate = None if dg is None else Scaled(dg)
-    return activation_difference(act, Scaled(du), u, segments, gate, g, list(swaps), PRECISIONS[precision])
+    gate = None if dg is None else Neurons(Scaled(dg), g)
+    return activation_difference(
+        act, Neurons(Scaled(du), u), gate, segments, list(swaps), PRECISIONS[precision]
+    )
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -114,11 +116,9 @@ def test_scaled_differences_come_and_go(precision, gated):
     swap_one_by_one(want, swaps)
     got = activation_difference(
         act,
-        Scaled(du, scale),
-        u,
+        Neurons(Scaled(du, scale), u),
+        Neurons(Scaled(dg, scale), g) if gated else None,
         packing.segments,
-        Scaled(dg, scale) if gated else None,
-        g if gated else None,
         swaps,
         PRECISIONS[precision],
     )

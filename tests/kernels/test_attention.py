@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_attention_inputs import draw_attention
+from kernels_attention_inputs import as_arguments, draw_attention
 from kernels_packing import DTYPES, distance, exact, is_rounded, pack, packings, seeds, wide
 
 from deltapatch.kernels import attention
@@ -24,7 +24,7 @@ PACKING = pack([(5, 2, 2, (2, 4)), (3, 1)], [(0, 0, 2, 4, 3), (1, 0, 1, 2, 2)])
 
 def difference(inputs, precision):
     """[token or row, head, d_head], in the precision's base dtype."""
-    out = attention_difference(**inputs, precision=PRECISIONS[precision]).plain()
+    out = attention_difference(**as_arguments(inputs), precision=PRECISIONS[precision]).plain()
     return out.unflatten(1, inputs["q"].shape[1:])
 
 
@@ -219,7 +219,7 @@ def test_no_change_gives_exactly_zero(reads_only):
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 4e-3), ("fp16", 5e-4), ("fp8", 4e-2)])
 def test_the_result_is_narrowed(precision, tolerance):
     inputs = draw_attention(PACKING, 8)
-    out = attention_difference(**inputs, precision=PRECISIONS[precision])
+    out = attention_difference(**as_arguments(inputs), precision=PRECISIONS[precision])
     assert is_rounded(out, precision)
     assert (out.scale is None) == (precision == "bf16")
     assert distance(difference(inputs, precision), by_definition(PACKING, inputs)) < tolerance

@@ -18,7 +18,7 @@ from kernels_packing import (
     swap_one_by_one,
 )
 
-from deltapatch.kernels.norm import Part, add_norm
+from deltapatch.kernels.norm import Norms, Part, add_norm
 from deltapatch.kernels.product import PRECISIONS, Scaled
 from deltapatch.kernels.swap import Swap
 
@@ -43,7 +43,9 @@ def by_definition(packing, dx, x, weight, centred):
 def difference(dx, x, weight, centred, packing):
     """The norm alone, in dx's own precision."""
     precision = PRECISIONS["fp64" if dx.dtype == torch.float64 else "fp32"]
-    (got,) = add_norm([Part(Scaled(dx), [])], [], x, [weight], EPS, centred, packing.segments, precision)
+    (got,) = add_norm(
+        [Part(Scaled(dx), [])], [], Norms(x, [weight], EPS, centred), packing.segments, precision
+    )
     assert got.scale is None
     return got.values
 
@@ -142,14 +144,11 @@ def test_parts_are_swapped_and_added_and_the_sum_swapped(precision, packing, see
     got = add_norm(
         given_parts,
         swaps,
-        x,
-        [weight, 2 * weight],
-        EPS,
-        True,
+        Norms(x, [weight, 2 * weight], EPS, True),
         packing.segments,
         PRECISIONS[precision],
-        out,
-        to,
+        out=out,
+        to=to,
     )
     assert distance(out[place], want) < {"fp32": 1e-6, "fp64": 1e-15}[precision]
     assert torch.equal(out[[i for i in range(n + 2) if i not in place.tolist()]], untouched)
@@ -166,7 +165,7 @@ def test_a_sum_may_replace_a_part_of_it():
     want[2, 1] = 7
     swap = Swap(torch.tensor([2]), torch.tensor([0]), torch.tensor([1]), torch.full((1, 5), 7.0))
     parts = [Part(Scaled(a), []), Part(Scaled(b), [])]
-    assert add_norm(parts, [swap], None, [], EPS, True, packing.segments, PRECISIONS["fp32"], out=a) == []
+    assert add_norm(parts, [swap], None, packing.segments, PRECISIONS["fp32"], out=a) == []
     assert torch.equal(a, want)
 
 
@@ -178,7 +177,7 @@ def test_a_narrowed_norm_is_the_norm_rounded(precision):
     dx = draw(12, 33) * 10.0 ** torch.linspace(-30, 3, 12)[:, None]
     dx[4] = 0
     (got,) = add_norm(
-        [Part(Scaled(dx), [])], [], x, [weight], EPS, True, packing.segments, PRECISIONS[precision]
+        [Part(Scaled(dx), [])], [], Norms(x, [weight], EPS, True), packing.segments, PRECISIONS[precision]
     )
     want = difference(dx, x, weight, True, packing)
     assert is_rounded(got, precision)
