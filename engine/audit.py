@@ -9,7 +9,7 @@ import torch
 
 from deltapatch.engine.costs import flops, parameters
 from deltapatch.engine.passes import carry, passes
-from deltapatch.engine.pool import Map
+from deltapatch.engine.pool import Pool
 from deltapatch.engine.question import Question
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.table import PatchTable, take
@@ -43,7 +43,7 @@ class Audit:
         pool: does blocks.
     """
 
-    def __init__(self, question: Question, pool: Map) -> None:
+    def __init__(self, question: Question, pool: Pool) -> None:
         self.question, self.pool = question, pool
         self._found: dict[str, Truth | None] = {}
 

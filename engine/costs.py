@@ -55,8 +55,8 @@ def necessary_flops(
     enters_before = find_site(site)[0].name.startswith("resid_pre")
     depth = sum(spec.n_layers - layer - (0 if enters_before else 1) for layer in layers)
     width = sum(length + continued - (p + length if p < 0 else p) for p in positions)
-    each = flops(spec, depth * width, len(layers) * len(positions) * (1 + continued))
-    return (find_site(site)[0].n_indices(spec) or 1) * each
+    one = flops(spec, depth * width, len(layers) * len(positions) * (1 + continued))
+    return (find_site(site)[0].n_indices(spec) or 1) * one
 
 
 def sweep_cost(grid: Grid, pairs: Sequence[EncodedPair], spec: ModelSpec) -> tuple[int, int]:

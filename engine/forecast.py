@@ -116,8 +116,8 @@ def seconds(
     rows = flying * (2 * layer / rates.products + beside / rates.numbers)
     entries = spec.d_vocab * spec.d_model
     share = _EXPANDED if _expands(question, precision, row_reads, reads) else 1.0
-    each = 2 * entries / rates.read_out + _ENTRIES * spec.d_vocab / rates.numbers
-    read_out = row_reads * share * each + reads * 4 * each
+    of_a_read = 2 * entries / rates.read_out + _ENTRIES * spec.d_vocab / rates.numbers
+    read_out = row_reads * share * of_a_read + reads * 4 * of_a_read
     converted = model.dtype != precision.base or precision is not precision.exact
     weights = n_passes * n_layers * layer / rates.weights if converted else 0.0
     found = {

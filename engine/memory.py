@@ -61,7 +61,7 @@ class Costs:
         """The costs of a sweep of this model, with runs of at most `length` tokens.
 
         Args:
-            threads: how many blocks are worked on at once (`Map.count`).
+            threads: how many blocks are worked on at once (`Pool.count`).
             places: where patches go.
             against_base: whether patches bring something that is not a source run (sources zero and mean).
             stream: whether the weights are streamed; as the model does by default.
@@ -110,12 +110,12 @@ def _layers(
         out += 2 * layer * (precision.operand.itemsize if on_gpu else size)
     if model.holds_what_it_reads:
         out += 3 * layer * model.dtype.itemsize
-    each = _block(spec, precision, block_tokens, length) * size
+    workspace = _block(spec, precision, block_tokens, length) * size
     if not on_gpu and precision.operand.itemsize < size:
-        each += spec.d_model * spec.d_mlp * size  # operands are widened for the product
+        workspace += spec.d_model * spec.d_mlp * size  # operands are widened for the product
     if neurons:  # columns of those that enter; of a narrow layer the matrix is turned
-        each += spec.d_model * (3 * block_tokens + min(spec.d_mlp, 6 * block_tokens)) * size
-    return _OTHER + out + round(threads * each * _SLACK)
+        workspace += spec.d_model * (3 * block_tokens + min(spec.d_mlp, 6 * block_tokens)) * size
+    return _OTHER + out + round(threads * workspace * _SLACK)
 
 
 def _block(spec: ModelSpec, precision: Precision, block_tokens: int, length: int) -> int:

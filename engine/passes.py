@@ -9,7 +9,7 @@ import numpy as np
 from deltapatch.engine.limit import Limit
 from deltapatch.engine.memory import Costs
 from deltapatch.engine.planner import Pass, cut
-from deltapatch.engine.pool import Map, workers
+from deltapatch.engine.pool import Pool, workers
 from deltapatch.engine.prompts import prompts_of
 from deltapatch.engine.question import Decided, Question, Tables
 from deltapatch.engine.wavefront import PassResult, Wavefront
@@ -21,13 +21,13 @@ from deltapatch.results.measured import PassEffects
 
 
 @contextmanager
-def at_work(question: Question) -> Iterator[Map]:
+def at_work(question: Question) -> Iterator[Pool]:
     """PyTorch as it is with nothing switched on, and threads; all that computes does so within."""
     with undisturbed(question.model.device), workers(question.model.device) as pool:
         yield pool
 
 
-def passes(question: Question, decided: Decided, pool: Map, tables: Tables | None = None) -> Iterator[Pass]:
+def passes(question: Question, decided: Decided, pool: Pool, tables: Tables | None = None) -> Iterator[Pass]:
     """The passes of a question, or of some of its interventions, in the order of the pairs' shapes.
 
     Raises:
@@ -68,7 +68,7 @@ def carry(
     question: Question,
     part: Pass,
     precision: Precision,
-    pool: Map,
+    pool: Pool,
     tick: Callable[[int], None] = lambda n: None,
 ) -> PassResult:
     """Carry a pass out."""
@@ -79,7 +79,7 @@ def carry(
 
 
 def run_pass(
-    question: Question, part: Pass, precision: Precision, pool: Map, tick: Callable[[int], None]
+    question: Question, part: Pass, precision: Precision, pool: Pool, tick: Callable[[int], None]
 ) -> PassEffects:
     """What a pass finds.
 

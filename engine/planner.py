@@ -114,10 +114,11 @@ def cut_rows(
         most = limit.most_beside(unpatched) if share_lengths else limit.most - unpatched
         return left, most - used.work
 
-    for pair, each, first_layer in rows:
+    for pair, tokens, first_layer in rows:
+        # (1) What each row of the pair takes. One that fits no pass by itself is a sentence for the user.
         reads = runs[pair].reads
-        bytes_of = each * costs.row_token + reads * costs.row  # [row]
-        work = np.zeros(len(each)) if limit is None else limit.of_rows(each, first_layer, reads)  # [row]
+        bytes_of = tokens * costs.row_token + reads * costs.row  # [row]
+        work = np.zeros(len(tokens)) if limit is None else limit.of_rows(tokens, first_layer, reads)  # [row]
         longest = int(bytes_of.max(initial=0))
         alone = with_pair(Used(), pair)
         if budget - alone.bytes(costs) < longest:
@@ -128,27 +129,29 @@ def cut_rows(
             )
         ends = [np.concatenate([[0], np.cumsum(a)]) for a in (bytes_of, work)]
         done = 0
-        while few and held and done < len(each):
-            # What fits of this pair fills the pass that is under way.
+        while few and held and done < len(tokens):
+            # (2) Of few passes, what fits of this pair fills the one that is under way, and ends it.
             room = room_in(with_pair(used, pair))
             fits = min(
                 int(np.searchsorted(end, end[done] + left, side="right")) - 1
                 for end, left in zip(ends, room, strict=True)
             )
-            if fits >= len(each):
+            if fits >= len(tokens):
                 break
             if fits > done:
                 held.append((pair, slice(done, fits)))
-                used = with_pair(used, pair).plus(each[done:fits], reads, work[done:fits])
+                used = with_pair(used, pair).plus(tokens[done:fits], reads, work[done:fits])
                 done = fits
             yield held, used
             held, used = [], Used()
-        left = slice(done, len(each))
-        after = with_pair(used, pair).plus(each[left], reads, work[left])
+        # (3) What is left of the pair joins the pass under way where all of it fits; else that pass ends.
+        left = slice(done, len(tokens))
+        after = with_pair(used, pair).plus(tokens[left], reads, work[left])
         if held and min(room_in(after)) < 0:
             yield held, used
             held, used = [], Used()
-            after = with_pair(used, pair).plus(each[left], reads, work[left])
+            after = with_pair(used, pair).plus(tokens[left], reads, work[left])
+        # (4) Where the pair is too much for a pass of its own, it is cut into pieces, by bytes and by work.
         room_for_bytes = budget - with_pair(used, pair).bytes(costs)
         pieces = _pieces(bytes_of[left], room_for_bytes, few)
         if limit is not None:
@@ -156,12 +159,13 @@ def cut_rows(
             if work[left].sum() > most:
                 pieces = _pieces(np.maximum(bytes_of[left] / room_for_bytes, work[left] / most), 1, few)
         if len(pieces) < 2:  # a pair without interventions is run as well: its answers are part of the result
-            held.append((pair, slice(done, len(each))))
+            held.append((pair, slice(done, len(tokens))))
             used = after
             continue
+        # (5) Every piece is a pass; of few passes, the last one stays open for the next pair.
         for piece in pieces:
             held = [(pair, slice(done + piece.start, done + piece.stop))]
-            used = alone.plus(each[left][piece], reads, work[left][piece])
+            used = alone.plus(tokens[left][piece], reads, work[left][piece])
             if piece is not pieces[-1] or not few:
                 yield held, used
                 held, used = [], Used()
@@ -213,18 +217,18 @@ class Used:
         return costs.total(self.reads, self.base_tokens, self.row_tokens, self.row_reads)
 
 
-def _pieces(each: np.ndarray, room: int, few: bool) -> list[slice]:
+def _pieces(sizes: np.ndarray, room: int, few: bool) -> list[slice]:
     """Runs of rows that each fit into `room`: even ones, or `few` full ones."""
     if few:
-        ends, edges = np.concatenate([[0], np.cumsum(each)]), [0]
-        while edges[-1] < len(each):
+        ends, edges = np.concatenate([[0], np.cumsum(sizes)]), [0]
+        while edges[-1] < len(sizes):
             edges.append(int(np.searchsorted(ends, ends[edges[-1]] + room, side="right")) - 1)
         return [slice(a, b) for a, b in pairwise(edges)]
-    n = max(1, math.ceil(each.sum() / max(1, room)))
+    n = max(1, math.ceil(sizes.sum() / max(1, room)))
     while True:
-        cuts = np.searchsorted(np.cumsum(each), np.arange(1, n) * (each.sum() / n)).tolist()
-        pieces = [slice(a, b) for a, b in pairwise([0, *cuts, len(each)]) if b > a]
-        if all(each[p].sum() <= room for p in pieces) or not pieces:
+        cuts = np.searchsorted(np.cumsum(sizes), np.arange(1, n) * (sizes.sum() / n)).tolist()
+        pieces = [slice(a, b) for a, b in pairwise([0, *cuts, len(sizes)]) if b > a]
+        if all(sizes[p].sum() <= room for p in pieces) or not pieces:
             return pieces
         n += 1
 

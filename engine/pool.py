@@ -14,7 +14,7 @@ import torch
 Result = TypeVar("Result")
 
 
-class Map:
+class Pool:
     """Does `work` for every item: on a GPU one by one, on a CPU side by side.
 
     Args:
@@ -54,16 +54,16 @@ class Map:
 
 
 @contextmanager
-def workers(device: torch.device) -> Iterator[Map]:
-    """Yield a Map with as many threads as torch has, on a CPU; there torch itself has one until the end."""
+def workers(device: torch.device) -> Iterator[Pool]:
+    """Yield a Pool with as many threads as torch has, on a CPU; there torch itself has one until the end."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
-        yield Map()
+        yield Pool()
         return
     with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as helper:
         torch.set_num_threads(1)
         try:
-            yield Map(pool, threads, helper)
+            yield Pool(pool, threads, helper)
         finally:
             torch.set_num_threads(threads)
 

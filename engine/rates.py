@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltapatch.engine.pool import Map
+from deltapatch.engine.pool import Pool
 from deltapatch.engine.question import Question
 from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.product import Operand, Precision, narrow, narrow_weight, product
@@ -43,7 +43,7 @@ class Rates:
     file: float = float("inf")
 
 
-def measure(question: Question, precision: Precision, pool: Map) -> Rates:
+def measure(question: Question, precision: Precision, pool: Pool) -> Rates:
     """The rates of this machine at a model's shapes.
 
     Args:
@@ -73,7 +73,7 @@ def measure(question: Question, precision: Precision, pool: Map) -> Rates:
         question.backend.activation_difference(act, up, gate[0] if gate else None, run, [], exact)
 
     matrix = drawn(hidden, spec.d_model).to(model.dtype)
-    narrowed = _seconds(lambda: narrow_weight(matrix.to(precision.base), precision), model.device, Map())
+    narrowed = _seconds(lambda: narrow_weight(matrix.to(precision.base), precision), model.device, Pool())
     little = drawn(8)
     small = _seconds(lambda: [little.add(1) for _ in range(_SMALL)], model.device, pool)
     return Rates(
@@ -91,7 +91,7 @@ def _multiply(d: Tensor, weight: Operand, precision: Precision) -> None:
     product(narrow(d, precision), weight)
 
 
-def _seconds(work: Callable[[], object], device: torch.device, pool: Map) -> float:
+def _seconds(work: Callable[[], object], device: torch.device, pool: Pool) -> float:
     """Of some work, done by every thread at once: the fastest of a few times."""
     found = []
     for _ in range(_TIMES):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.layout import Block, PairShapes, how_many_blocks, lay_out
-from deltapatch.engine.pool import Map
+from deltapatch.engine.pool import Pool
 from deltapatch.engine.products import taken_in
 from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.reads import RowReads
@@ -82,10 +82,10 @@ class ReadOut:
         prompts: Prompts,
         precision: Precision,
         backend: Backend,
-        each: Map,
+        pool: Pool,
     ) -> None:
         self.model, self.prompts = model, prompts
-        self.precision, self.ops, self.each = precision, backend, each
+        self.precision, self.ops, self.pool = precision, backend, pool
         self.exact = precision.exact
         self.on_cpu = model.device.type == "cpu"
 
@@ -124,7 +124,7 @@ class ReadOut:
             for whole, part in zip(said, said_here, strict=True):
                 whole[some] = part
             tails = {
-                i: make_tail(base.p[i], base.mean[i], stored, weight, self.each)
+                i: make_tail(base.p[i], base.mean[i], stored, weight, self.pool)
                 for i in np.flatnonzero(expanded[some]).tolist()
             }
             base = base._replace(tails=tails)
@@ -187,9 +187,9 @@ class ReadOut:
         # Cores share the vocabulary where there are few rows: a product of few rows does little but read it.
         if len(blocks) < _BLOCKS:
             for work in blocks:
-                take(work, self.each)
+                take(work, self.pool)
         else:
-            self.each(take, blocks)
+            self.pool(take, blocks)
 
     def _unpatched(
         self, ends: EndWeights, at: Tensor, change: Tensor, shapes: PairShapes, tokens: np.ndarray
@@ -228,7 +228,7 @@ class ReadOut:
             mass[i] = grown.sum(1, keepdim=True, dtype=torch.float64)
             torch.mm(grown, weight, out=parts[i])
 
-        self.each(multiply, range(len(pieces)))
+        self.pool(multiply, range(len(pieces)))
         answers = upload(tokens, device)
         said = Said.empty(n, device)
         p = torch.empty(n, d_vocab, dtype=torch.float64, device=device)
@@ -242,7 +242,7 @@ class ReadOut:
             said.logp[some] = logp.gather(-1, which)
             torch.exp(logp[:, 0], out=p[some])
 
-        self.each(tell, [slice(i, i + _READS) for i in range(0, n, _READS)])
+        self.pool(tell, [slice(i, i + _READS) for i in range(0, n, _READS)])
         share = (top - top.amax(0)).exp_()
         share /= (share * mass).sum(0)
         mean = parts.mul_(share.to(at.dtype)).sum(0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Layer
-from deltapatch.engine.pool import Map
+from deltapatch.engine.pool import Pool
 from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.rows import WHOLE
 from deltapatch.kernels.attention import Rotary
@@ -27,12 +27,12 @@ class Unpatched:
         spec: the model.
         prompts: the pairs.
         block_tokens: how many go through a layer together; a run that is longer goes alone.
-        each: does blocks, perhaps side by side.
+        pool: does blocks, perhaps side by side.
     """
 
-    def __init__(self, spec: ModelSpec, prompts: Prompts, block_tokens: int, each: Map) -> None:
+    def __init__(self, spec: ModelSpec, prompts: Prompts, block_tokens: int, pool: Pool) -> None:
         self.spec, self.prompts, self.shapes = spec, prompts, prompts.shapes
-        self.block_tokens, self.each = block_tokens, each
+        self.block_tokens, self.pool = block_tokens, pool
         self.widths = forward.widths(spec)
 
     def base(
@@ -78,7 +78,7 @@ class Unpatched:
                     kept["resid_mid"][here] = mid
                 torch.add(mid, hidden.mlp_out, out=kept["resid_post"][here])
 
-        self.each(advance, self.shapes.segments(1, self.block_tokens))
+        self.pool(advance, self.shapes.segments(1, self.block_tokens))
         return forward.Activations(**{name: kept.get(name) for name in forward.Activations._fields})  # type: ignore[arg-type]
 
     def sources(self, dx: Tensor, here: Layer, places: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,5 +101,5 @@ class Unpatched:
             step = BlockStep(here, [replace(segment, token=0)], {}, capture)
             step.run(dx[mine], WHOLE, after[mine], None)
 
-        self.each(advance, self.shapes.segments(self.prompts.n_sources, self.block_tokens))
+        self.pool(advance, self.shapes.segments(self.prompts.n_sources, self.block_tokens))
         return after, found | {"resid_post": after}

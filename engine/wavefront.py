@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Layer, Swaps
 from deltapatch.engine.layout import Block, Layout, first_tokens, how_many_blocks, lay_out
-from deltapatch.engine.pool import Map
+from deltapatch.engine.pool import Pool
 from deltapatch.engine.products import narrow_layer, taken_in
 from deltapatch.engine.prompts import Prompts, source_differences
 from deltapatch.engine.readout import ReadOut
@@ -77,7 +77,7 @@ class Wavefront:
         measured: which of `metrics.MEASURED` to return.
         precision: of the products of differences; base and source runs are carried in its base dtype.
         backend: the operations to use.
-        each: does blocks, perhaps side by side (see `workers`).
+        pool: does blocks, perhaps side by side (see `workers`).
         tick: called with the row-layers done, block by block.
     """
 
@@ -89,11 +89,11 @@ class Wavefront:
         measured: tuple[str, ...],
         precision: Precision,
         backend: Backend,
-        each: Map,
+        pool: Pool,
         tick: Callable[[int], None] = lambda n: None,
     ) -> None:
         self.model, self.spec, self.prompts, self.measured = model, model.spec, prompts, measured
-        self.ops, self.each, self.tick = backend, each, tick
+        self.ops, self.pool, self.tick = backend, pool, tick
         self.table, self.n_interventions = table, table.n_rows
         self.shapes = prompts.shapes
         self.rows: Rows = make_rows(table, self.shapes.prompt, model.spec)
@@ -101,7 +101,7 @@ class Wavefront:
         self.row_reads = RowReads(Reads(self.shapes, prompts.targets), self.rows.pair, measured)
         self.precision, self.dtype = precision, precision.base
         self.exact = precision.exact
-        self.unpatched = Unpatched(self.spec, prompts, backend.block_tokens, each)
+        self.unpatched = Unpatched(self.spec, prompts, backend.block_tokens, pool)
 
     @torch.no_grad()
     def run(self) -> PassResult:
@@ -121,7 +121,7 @@ class Wavefront:
         return PassResult(dict(zip(self.measured, measured, strict=True)), unpatched)
 
     def _reader(self) -> ReadOut:
-        return ReadOut(self.model, self.prompts, self.precision, self.ops, self.each)
+        return ReadOut(self.model, self.prompts, self.precision, self.ops, self.pool)
 
     # The layers ------------------------------------------------------------------------------------------
 
@@ -138,18 +138,21 @@ class Wavefront:
         rows, layout = self._enter_embedding(x, dx, flight[1])  # [row token, d_model], those in flight
         convert = Converter(self.model.device, self.dtype)
         prepare = partial(self._prepare, read=read, rotary=self._rotary(), convert=convert)
-        ahead = self.each.ahead(partial(prepare, 0, x, dx))
+        ahead = self.pool.ahead(partial(prepare, 0, x, dx))
         for l in range(spec.n_layers):
+            # (1) The unpatched runs after this layer; those of the next one are begun meanwhile.
             ready = ahead()
             x, dx = ready.x, ready.dx
             if l + 1 < spec.n_layers:
-                ahead = self.each.ahead(partial(prepare, l + 1, x, dx))
+                ahead = self.pool.ahead(partial(prepare, l + 1, x, dx))
+            # (2) Rows in flight, and those that enter here at each stage, go side by side, block by block.
             # After the last layer only what is read goes on, packed as it is read.
             after = None if ready.here.last else self._layout(self.rows.before(l + 1))
             out = flight[l % 2][: (after or self.row_reads).n_tokens]
             parts = [(WHOLE, layout)]
             parts += [(stage, self._layout(self.rows.entering(l, stage))) for stage in _ENTRY_STAGES]
             self._advance(ready, l, parts, rows, after, out)
+            # (3) What this layer leaves is what the next one meets.
             rows, layout = out, after or layout
             del ready  # before the next layer is asked for: a streamed one takes its place
         return x, dx, rows
@@ -215,7 +218,7 @@ class Wavefront:
             if stage == WHOLE:
                 self.tick(block.tokens.stop - block.tokens.start)
 
-        self.each(advance, [(stage, layout, block) for stage, layout in parts for block in layout.blocks])
+        self.pool(advance, [(stage, layout, block) for stage, layout in parts for block in layout.blocks])
 
     # Rows and swaps --------------------------------------------------------------------------------------
 

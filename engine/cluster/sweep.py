@@ -200,8 +200,8 @@ def _room(ray: Any, cpus: int | None) -> tuple[int, int]:
         DeltapatchError: none.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    kind, each = ("GPU", 1) if cpus is None else ("CPU", cpus)
-    rooms = [int(machine.get(kind, 0)) // each for machine in machines]
+    kind, size = ("GPU", 1) if cpus is None else ("CPU", cpus)
+    rooms = [int(machine.get(kind, 0)) // size for machine in machines]
     if sum(rooms):
         return sum(rooms), max(rooms)
     if cpus is None:

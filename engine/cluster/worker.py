@@ -20,7 +20,7 @@ import torch
 from deltapatch.engine.options import Options
 from deltapatch.engine.passes import at_work, passes, progress_of, run_pass
 from deltapatch.engine.planner import Pass
-from deltapatch.engine.pool import Map, threads
+from deltapatch.engine.pool import Pool, threads
 from deltapatch.engine.question import Decided, Question, ask
 from deltapatch.engine.sweep import adopt, given_arrays, plan
 from deltapatch.interventions.given import Intervention
@@ -153,7 +153,7 @@ class Worker:
         return self._question
 
     @contextmanager
-    def _at_work(self) -> Iterator[tuple[Decided, Map]]:
+    def _at_work(self) -> Iterator[tuple[Decided, Pool]]:
         assert self._decided is not None
         with threads(self._decided.threads), at_work(self._asked) as pool:
             yield self._decided, pool

@@ -13,7 +13,7 @@ from deltapatch import DeltapatchError
 from deltapatch.engine import audit
 from deltapatch.engine.memory import Costs
 from deltapatch.engine.options import SweepOptions
-from deltapatch.engine.pool import Map
+from deltapatch.engine.pool import Pool
 from deltapatch.engine.question import ask
 from deltapatch.results.metrics import METRICS
 from deltapatch.results.truth import in_words
@@ -200,7 +200,7 @@ def test_a_run_beside_which_the_sample_is_not_little_says_so(model, precision, o
 
 
 def audited(model, given, **options):
-    return audit.Audit(ask(model, given, SweepOptions(precision="fp32", **options)), Map())
+    return audit.Audit(ask(model, given, SweepOptions(precision="fp32", **options)), Pool())
 
 
 @pytest.mark.parametrize("source", ["counterpart", "mean", "resample"])

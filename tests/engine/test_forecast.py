@@ -19,7 +19,7 @@ from deltapatch.engine.memory import Costs
 from deltapatch.engine.options import Options, SweepOptions
 from deltapatch.engine.passes import memory_costs
 from deltapatch.engine.plan import plan
-from deltapatch.engine.pool import Map
+from deltapatch.engine.pool import Pool
 from deltapatch.engine.question import ask
 from deltapatch.engine.rates import Rates
 from deltapatch.engine.readout import ReadOut
@@ -163,7 +163,7 @@ class Case:
         options = {"sites": ["mlp_out", "z"], "noise_sample": 0, "memory_budget": 1 << 30} | options
         self.question = ask(model(), drawn(), SweepOptions(**options))
         self.plan = plan(self.question, PRECISIONS["fp32"], 1)
-        self.audit = Audit(self.question, Map())
+        self.audit = Audit(self.question, Pool())
 
     def takes(self, **rates):
         measured, precision = replace(ENDLESS, **rates), self.question.precision or PRECISIONS["fp32"]
