@@ -25,7 +25,7 @@ SMALL = {"n_layer": 6, "num_hidden_layers": 6, "n_embd": 32, "hidden_size": 32, 
 @pytest.fixture(autouse=True)
 def _on_a_gpu(monkeypatch):
     # Blocks so small that layers are cut into uneven ones, as a GPU's are at the true shapes.
-    monkeypatch.setitem(backend.BACKENDS, "triton", backend.TRITON._replace(block_tokens=24))
+    monkeypatch.setattr(backend.TRITON, "block_tokens", 24)
     monkeypatch.setattr(backend, "interpreted", lambda: True)
     monkeypatch.setattr("deltapatch.engine.products.FEW", 0)  # of CPUs alone
     monkeypatch.setattr(passes, "check_finite", lambda *what: None)
