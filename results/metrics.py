@@ -216,6 +216,18 @@ METRICS: dict[str, Metric] = {
         "-",
         "+",
     ),
+    "prob_diff": Metric(
+        ("dlogp_clean", "dlogp_corrupted"),
+        lambda m, ref, direction: (
+            _probability_change(0)(m, ref, direction) - _probability_change(1)(m, ref, direction)
+        ),
+        "change of probability difference",
+        "(P*(clean answer) - P*(corrupted answer)) - (P(clean answer) - P(corrupted answer))",
+        "-2 to 2",
+        "+",
+        "-",
+        hint="+ towards the clean answer",
+    ),
     "kl": Metric(
         *_as_measured("kl"),
         "KL(base || patched), nats",

@@ -78,7 +78,7 @@ def assert_agrees(values, want, tolerance, where, metrics=METRICS, nothing=1e-12
         got, right = values(metric), want[metric]
         assert np.array_equal(np.isnan(got), np.isnan(right)), f"{where}, {metric}"
         error, scale = (np.linalg.norm(np.nan_to_num(x)) for x in (got - right, right))
-        twice = 2 if metric in ("ie", "dp_clean", "dp_corrupted") else 1  # exponentials
+        twice = 2 if metric in ("ie", "dp_clean", "dp_corrupted", "prob_diff") else 1  # exponentials
         allowed = 0 if metric in FLAGS else twice * tolerance * (scale if scale > nothing else 1)
         assert error <= allowed, f"{where}, {metric}: {error / max(scale, 1e-300):.1e}"
 

@@ -110,6 +110,7 @@ def test_metrics_by_hand():
         "dlogp_corrupted": np.log(0.2 / 0.5),
         "dp_clean": 0.45,
         "dp_corrupted": -0.3,
+        "prob_diff": 0.75,
         "kl": 0.5 * np.log(0.5 / 0.2) + 0.25 * np.log(0.25 / 0.7) + 0.25 * np.log(0.25 / 0.1),
         "flip": 1.0,
         "says_clean": 1.0,

@@ -28,7 +28,7 @@ DIRECTIONS = ("denoise", "noise")
 SOURCES = ("counterpart", "zero")
 AXES = ("pair", "layer", "position", "index")
 # Exponentials of log-probabilities: a relative error of the exponent comes out multiplied by the exponent.
-EXPONENTIAL = ("ie", "dp_clean", "dp_corrupted")
+EXPONENTIAL = ("ie", "dp_clean", "dp_corrupted", "prob_diff")
 SAID = ("says_clean", "says_corrupted")
 FIRST_ORDER = tuple(m for m in METRICS if m not in ("recovered", *SAID))  # of which no effect leaves nothing
 

@@ -34,7 +34,7 @@ METRICS = (
 )
 # Exponentials of log-probabilities: a relative error of the exponent comes out multiplied by the exponent,
 # and a few huge effects carry the norm.
-EXPONENTIAL = ("ie", "dp_clean", "dp_corrupted")
+EXPONENTIAL = ("ie", "dp_clean", "dp_corrupted", "prob_diff")
 # An answer that is all but certain, or all but impossible, hardly moves almost everywhere, in an order that
 # bfloat16 cannot keep: ranks of these correlate by 0.983 and more, those of the other metrics by 0.9995.
 ONE_ANSWER = ("dlogp_clean", "dlogp_corrupted", "dp_clean", "dp_corrupted")
