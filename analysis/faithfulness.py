@@ -106,7 +106,7 @@ def ranking(
     order = np.argsort(-np.where(np.isnan(keys), -np.inf, keys).ravel(), kind="stable")
     order = order[~np.isnan(mean.ravel()[order])]
     where = np.unravel_index(order, mean.shape)
-    indices = where[1] if SITES[name].index != "none" else None
+    indices = where[1] if SITES[name].index.counts else None
     return Ranked(name, layers[where[0]], position, indices)
 
 

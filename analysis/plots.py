@@ -28,7 +28,7 @@ def plot_run(effects: Effects, folder: str | PathLike[str], metric: str | None =
     check_metric(metric)
     folder = Path(folder)
     kinds = {site: SITES[site].index for site in effects.sites}
-    vectors = [site for site, kind in kinds.items() if kind == "none"]
+    vectors = [site for site, kind in kinds.items() if not kind.counts]
     paths: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,10 +38,10 @@ def plot_run(effects: Effects, folder: str | PathLike[str], metric: str | None =
                 curves = layer_curves(effects, metric, vectors)
                 paths += save(curves, folder / f"layers_{metric}") if curves else []
             for site, kind in kinds.items():
-                if kind in ("head", "kv_head"):
+                if kind.few:
                     figure = head_heatmaps(effects, metric, site)
                     paths += save(figure, folder / f"heads_{site}_{metric}")
-                elif kind in ("neuron", "coordinate"):
+                elif kind.counts:
                     figure = neuron_ranking(effects, metric, site)
                     paths += save(figure, folder / f"neurons_{site}_{metric}")
     except OSError as error:

@@ -8,14 +8,11 @@ import numpy as np
 from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.analysis.statistics import mean_over, mean_over_pairs, median_over_pairs
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.sites import SITES
+from deltapatch.interventions.sites import COUNTED, SITES
 from deltapatch.results.effects import AXES, Effects, is_labelled, position_column
 from deltapatch.results.metrics import METRICS, check_metric, quotient
 
-# What an index counts, as people group by it: each head (neuron, coordinate) of each layer.
-_COUNTED = {"head": ("head", "kv_head"), "neuron": ("neuron",), "coordinate": ("coordinate",)}
-_INDICES = _COUNTED | {"index": tuple(kind for kinds in _COUNTED.values() for kind in kinds)}
-BY = ("pair", "layer", "position", "class", "index", *_COUNTED)
+BY = ("pair", "layer", "position", "class", "index", *COUNTED)
 Numbers = Callable[[str, np.ndarray, np.ndarray | None], dict[str, np.ndarray]]
 
 
@@ -134,7 +131,7 @@ def collect(
     return Table({name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, metrics[0])
 
 
-_AXIS = {"class": "position"} | dict.fromkeys(_COUNTED, "index")
+_AXIS = {"class": "position"} | dict.fromkeys(COUNTED, "index")
 
 
 def as_names(metrics: str | Sequence[str]) -> list[str]:
@@ -159,11 +156,11 @@ def check_groups(by: Iterable[str]) -> tuple[str, ...]:
     for name in by:
         if name not in BY:
             raise DeltapatchError(f"cannot group by {name!r}: choose from {', '.join(BY)}")
-    for same in (("position", "class"), ("index", *_COUNTED)):
+    for same in (("position", "class"), ("index", *COUNTED)):
         both = [name for name in by if name in same]
         if len(both) > 1:
             raise DeltapatchError(f"group by {both[0]} or by {both[1]}, not by both")
-    counted = next((i for i, name in enumerate(by) if name in _COUNTED), None)
+    counted = next((i for i, name in enumerate(by) if name in COUNTED), None)
     if counted is not None and "layer" not in by:
         by = (*by[:counted], "layer", *by[counted:])
     return by
@@ -171,7 +168,7 @@ def check_groups(by: Iterable[str]) -> tuple[str, ...]:
 
 def component(site: str, layer: int, index: int) -> str:
     """A short name: L3.N17 for a neuron, L3.H2 for a head, L3.D5 for a coordinate, L3 for a whole vector."""
-    letter = {"neuron": "N", "coordinate": "D", "head": "H", "kv_head": "H", "none": ""}[SITES[site].index]
+    letter = SITES[site].index.letter
     return f"L{layer}.{letter}{index}" if letter else f"L{layer}"
 
 
@@ -206,17 +203,16 @@ def _grouped(
 
 def having(by: Iterable[str], sites: Sequence[str]) -> list[str]:
     """Those of some sites that have the index which `by` names; all of them where none has or is named."""
-    kinds = {kind for name in by for kind in _INDICES.get(name, ())}
-    return [site for site in sites if SITES[site].index in kinds] or list(sites)
+    kinds = {kind for name in by for kind in (COUNTED if name == "index" else (name,))}
+    return [site for site in sites if SITES[site].index.counts in kinds] or list(sites)
 
 
 def _check_index(by: tuple[str, ...], site: str) -> None:
     """Raise DeltapatchError where a site does not have the index that is grouped by."""
-    kind = SITES[site].index
-    own = next((name for name, kinds in _COUNTED.items() if kind in kinds), None)
+    own = SITES[site].index.counts
     for name in by:
-        if name == "index" and own is None:
+        if name == "index" and not own:
             raise DeltapatchError(f"site {site} has no index: group by layer and position")
-        if name in _COUNTED and name != own:
+        if name in COUNTED and name != own:
             rest = f"its index counts {own}s: group by {own}" if own else "group by layer and position"
             raise DeltapatchError(f"site {site} has no {name}s: {rest}")

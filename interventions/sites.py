@@ -1,17 +1,39 @@
-"""Sites: where a patch can go. Adding one is one entry of SITES and its swap in the wavefront.
+"""Sites: where a patch can go, and what is said of each. Adding one is one entry of SITES and its swap.
 
 docs/sites.md lists all their names.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.spec import ModelSpec
 
-Index = Literal["none", "coordinate", "head", "kv_head", "neuron"]
+
+@dataclass(frozen=True)
+class Index:
+    """What a site's index counts, and what is said of it everywhere.
+
+    Attributes:
+        counts: in the singular; "" where a patch swaps the whole vector.
+        letter: before its number in short names such as L3.H2.
+        size: how many there are in a model.
+        few: so few that a figure shows every one.
+    """
+
+    counts: str
+    letter: str
+    size: Callable[[ModelSpec], int]
+    few: bool = False
+
+
+WHOLE = Index("", "", lambda spec: 0)
+HEAD = Index("head", "H", lambda spec: spec.n_heads, few=True)
+KV_HEAD = Index("head", "H", lambda spec: spec.n_kv_heads, few=True)
+NEURON = Index("neuron", "N", lambda spec: spec.d_mlp)
+COORDINATE = Index("coordinate", "D", lambda spec: spec.d_model)
 # The places inside a block, in the order in which a row passes them.
 PLACES = ("q", "k", "v", "z", "attn_out", "resid_mid", "mlp_post", "mlp_out", "resid_post")
 
@@ -26,35 +48,31 @@ class Site:
 
     def n_indices(self, spec: ModelSpec) -> int:
         """How many indices the site has in a model; 0 where a patch swaps the whole vector."""
-        sizes = {
-            "none": 0,
-            "coordinate": spec.d_model,
-            "head": spec.n_heads,
-            "kv_head": spec.n_kv_heads,
-            "neuron": spec.d_mlp,
-        }
-        return sizes[self.index]
+        return self.index.size(spec)
 
 
 SITES: dict[str, Site] = {
     s.name: s
     for s in (
-        Site("resid_pre", "resid_post", "none"),
-        Site("resid_mid", "resid_mid", "none"),
-        Site("resid_post", "resid_post", "none"),
-        Site("attn_out", "attn_out", "none"),
-        Site("mlp_out", "mlp_out", "none"),
-        Site("q", "q", "head"),
-        Site("k", "k", "kv_head"),
-        Site("v", "v", "kv_head"),
-        Site("z", "z", "head"),
-        Site("mlp_post", "mlp_post", "neuron"),
-        Site("mlp_out.dim", "mlp_out", "coordinate"),
-        Site("attn_out.dim", "attn_out", "coordinate"),
-        Site("resid_pre.dim", "resid_post", "coordinate"),
-        Site("resid_post.dim", "resid_post", "coordinate"),
+        Site("resid_pre", "resid_post", WHOLE),
+        Site("resid_mid", "resid_mid", WHOLE),
+        Site("resid_post", "resid_post", WHOLE),
+        Site("attn_out", "attn_out", WHOLE),
+        Site("mlp_out", "mlp_out", WHOLE),
+        Site("q", "q", HEAD),
+        Site("k", "k", KV_HEAD),
+        Site("v", "v", KV_HEAD),
+        Site("z", "z", HEAD),
+        Site("mlp_post", "mlp_post", NEURON),
+        Site("mlp_out.dim", "mlp_out", COORDINATE),
+        Site("attn_out.dim", "attn_out", COORDINATE),
+        Site("resid_pre.dim", "resid_post", COORDINATE),
+        Site("resid_post.dim", "resid_post", COORDINATE),
     )
 }
+
+# What indices count, as people group by it: each head (neuron, coordinate) of each layer.
+COUNTED = tuple(dict.fromkeys(site.index.counts for site in SITES.values() if site.index.counts))
 
 # The hook names of TransformerLens, which users know, mean the same sites: bare, as in a block, and in full.
 HOOK_NAMES = {

@@ -152,7 +152,7 @@ def _effects(path: Path, about: dict[str, Any]) -> Effects | Outcome:
     sites: dict[str, SiteEffects] = {}
     for site, c in about["sites"].items():
         measured = {name: tensors.pop(f"{site}/{name}") for name in c["measured"]}
-        index = () if SITES[site].index == "none" else next(iter(measured.values())).shape[3:]
+        index = () if not SITES[site].index.counts else next(iter(measured.values())).shape[3:]
         shape = (len(pairs), len(c["layers"]), len(c["positions"]), *index)
         for name, array in measured.items():
             fits = array.shape == shape and array.dtype in (np.float32, np.float64)

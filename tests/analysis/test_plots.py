@@ -9,9 +9,12 @@ from deltapatch.analysis.curves import last_position, layer_curves, neuron_ranki
 from deltapatch.analysis.heatmaps import colour_scale, head_heatmaps, position_heatmaps
 from deltapatch.analysis.plots import plot_run
 from deltapatch.analysis.style import figure_style
+from deltapatch.analysis.tables import averages, component
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions import sites
+from deltapatch.interventions.sites import HEAD, SITES, WHOLE, Index, Site
 from deltapatch.results.effects import SiteEffects
-from deltapatch.results.metrics import METRICS
+from deltapatch.results.metrics import METRICS, Metric
 
 STEMS = [f"{kind}_recovered" for kind in ("heatmap", "layers", "neurons_mlp_post", "heads_z")]
 
@@ -282,3 +285,20 @@ def test_bad_metric_and_bad_folder(make_effects, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DeltapatchError, match="cannot write figures to"):
         plot_run(make_effects(), tmp_path / "file" / "plots")
+
+
+def test_a_new_site_and_a_new_metric_have_their_figures_and_tables(make_effects, tmp_path, monkeypatch):
+    """Nothing is said of either but in its own record."""
+    metric = Metric(("kl",), lambda m, ref, direction: 2 * m["kl"], "twice", "2 KL", "0 and more", "+", "+")
+    monkeypatch.setitem(METRICS, "twice", metric)
+    for kind in (WHOLE, HEAD, Index("bird", "B", lambda spec: 4)):
+        monkeypatch.setitem(SITES, "new", Site("new", "z", kind))
+        effects = make_effects()
+        like = effects.sites["z" if kind.counts else "mlp_out"]
+        effects.sites = {"new": SiteEffects("new", like.layers, like.positions, like.measured)}
+        assert plot_run(effects, tmp_path / kind.letter, "twice")
+        by = ["layer", "index"] if kind.counts else ["layer"]
+        rows = averages(effects, "twice", by, ["new"])
+        assert np.isfinite(rows.columns["twice"]).any()
+        assert component("new", 3, 2) == (f"L3.{kind.letter}2" if kind.counts else "L3")
+    sites._find.cache_clear()
