@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from os import PathLike
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from deltapatch.arguments import several
 from deltapatch.errors import DeltapatchError, path_of
 from deltapatch.interventions.pairs import EncodedPair
-from deltapatch.interventions.sites import find_site
+from deltapatch.interventions.sites import SITES, find_site
 from deltapatch.results.folder import Record, reference_tensors, write_run
 from deltapatch.results.metrics import METRICS, Direction, Reference, asked_of, compute, terms
 
@@ -182,6 +183,34 @@ class Effects:
         frame["index"] = frame["index"].astype("Int64").replace(-1, pandas.NA)
         return frame
 
+    def to_xarray(self, metrics: str | Sequence[str] | None = None, site: str | None = None) -> Any:
+        """An xarray Dataset of one site: a variable a metric, with named axes and their coordinates.
+
+        Dimensions are pair, layer, position and, where the site has one, what its index counts: head, neuron
+        or coordinate. Cells that a pair does not have are NaN. Positions are text where any is a label.
+
+        Args:
+            metrics: `recovered` by default, or the first that the run can answer.
+            site: which; it may be left out when only one site was swept.
+
+        Raises:
+            DeltapatchError: xarray is not installed; an unknown metric or site.
+        """
+        xarray = import_optional("xarray", "to_xarray")
+        swept, _ = self._find(site)
+        counted = SITES[swept.site].index.counts
+        dims = (*AXES[:3], counted) if counted else AXES[:3]
+        positions = position_column(swept.positions, is_labelled(swept.positions))
+        return xarray.Dataset(
+            {name: (dims, self.values(name, site)) for name in asked_of(self.metrics, metrics)},
+            {
+                "pair": np.arange(len(self.pairs)),
+                "layer": np.asarray(self.layers_of(site)),
+                "position": positions.astype(str) if positions.dtype == object else positions,
+            },
+            {"site": swept.site, "direction": self.direction},
+        )
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write a run folder. DeltapatchError where the path is taken or cannot be written."""
         if self.meta.get("fingerprint") is None and self._fingerprint is not None:
@@ -270,13 +299,17 @@ def position_column(positions: Sequence[int | str], labelled: bool) -> np.ndarra
 
 def import_pandas() -> Any:
     """The package, which is optional. DeltapatchError where it is not installed."""
+    return import_optional("pandas", "to_pandas")
+
+
+def import_optional(name: str, what: str) -> Any:
+    """A package that only some users need, and whose extra has its name; DeltapatchError without it."""
     try:
-        import pandas
+        return import_module(name)
     except ImportError as error:
         raise DeltapatchError(
-            "to_pandas needs pandas, which is not installed: pip install 'deltapatch[pandas]'"
+            f"{what} needs {name}, which is not installed: pip install 'deltapatch[{name}]'"
         ) from error
-    return pandas
 
 
 def _listing(names: Sequence[Any]) -> str:

@@ -146,3 +146,28 @@ def test_a_run_folder_of_an_older_format_says_what_to_do(make_effects, tmp_path)
         DeltapatchError, match=r"format 1, older than this deltapatch reads \(2\): run the sweep again"
     ):
         load_effects(tmp_path / "run")
+
+
+def test_xarray_has_the_axes_by_name(make_effects):
+    effects = make_effects()
+    found = effects.to_xarray(["ie", "kl"], site="z")
+    assert found["ie"].dims == ("pair", "layer", "position", "head")
+    np.testing.assert_array_equal(found["kl"].values, effects.values("kl", site="z"))
+    assert found["layer"].values.tolist() == effects.layers_of("z").tolist()
+    assert list(effects.to_xarray(site="mlp_out").data_vars) == ["recovered"]
+    layer = int(effects.layers_of("z")[0])
+    one = effects.to_xarray("ie", site=f"blocks.{layer}.attn.hook_z")
+    assert one.sizes["layer"] == 1
+    assert float(found["ie"].sel(layer=layer).isel(pair=0, position=0, head=0)) == pytest.approx(
+        effects.values("ie", site="z")[0, 0, 0, 0], nan_ok=True
+    )
+    with pytest.raises(DeltapatchError, match="several sites were swept"):
+        effects.to_xarray()
+
+
+def test_without_xarray_there_is_a_sentence(make_effects, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    with pytest.raises(
+        DeltapatchError, match=r"to_xarray needs xarray, .*: pip install 'deltapatch\[xarray\]'"
+    ):
+        make_effects().to_xarray(site="z")
