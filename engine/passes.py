@@ -12,6 +12,7 @@ from deltapatch.engine.planner import Pass, cut
 from deltapatch.engine.pool import Pool, workers
 from deltapatch.engine.prompts import prompts_of
 from deltapatch.engine.question import Decided, Question, Tables
+from deltapatch.engine.setup import Setup
 from deltapatch.engine.wavefront import PassResult, Wavefront
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.table import row_layers
@@ -72,10 +73,9 @@ def carry(
     tick: Callable[[int], None] = lambda n: None,
 ) -> PassResult:
     """Carry a pass out."""
+    setup = Setup(question.model, precision, question.backend, pool)
     prompts = prompts_of(question, part.pairs)
-    return Wavefront(
-        question.model, prompts, part.table, question.measured, precision, question.backend, pool, tick
-    ).run()
+    return Wavefront(setup, prompts, part.table, question.measured, tick).run()
 
 
 def run_pass(

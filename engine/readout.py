@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.layout import Block, PairShapes, how_many_blocks, lay_out
-from deltapatch.engine.pool import Pool
 from deltapatch.engine.products import taken_in
 from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.reads import RowReads
+from deltapatch.engine.setup import Setup
 from deltapatch.interventions.runs import RunShape
-from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.each import ForEach, in_turn, vocabulary_pieces
 from deltapatch.kernels.norm import Norms, Part
@@ -21,7 +20,6 @@ from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.readout_tail import make_tail, tail_bytes, worth_a_tail
 from deltapatch.kernels.segments import Segment
 from deltapatch.models.forward import normalise
-from deltapatch.models.model import Model
 from deltapatch.models.weights import EndWeights, map_tensors
 from deltapatch.results.metrics import Reference
 
@@ -74,20 +72,12 @@ class Said(NamedTuple):
 
 
 class ReadOut:
-    """Reads what the rows of a pass did to the output distributions. Arguments are those of `Wavefront`."""
+    """Reads what the rows of a pass did to the output distributions. See `Wavefront`."""
 
-    def __init__(
-        self,
-        model: Model,
-        prompts: Prompts,
-        precision: Precision,
-        backend: Backend,
-        pool: Pool,
-    ) -> None:
-        self.model, self.prompts = model, prompts
-        self.precision, self.ops, self.pool = precision, backend, pool
-        self.exact = precision.exact
-        self.on_cpu = model.device.type == "cpu"
+    def __init__(self, setup: Setup, prompts: Prompts) -> None:
+        self.model, self.prompts, self.on_cpu = setup.model, prompts, setup.on_cpu
+        self.precision, self.ops, self.pool = setup.precision, setup.ops, setup.pool
+        self.exact = setup.precision.exact
 
     def read(
         self, ends: EndWeights, x: Tensor, dx: Tensor, rows: Tensor, row_reads: RowReads

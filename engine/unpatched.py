@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Layer
-from deltapatch.engine.pool import Pool
 from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.rows import WHOLE
+from deltapatch.engine.setup import Setup
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.segments import Segment
 from deltapatch.models import forward
-from deltapatch.models.spec import ModelSpec
 from deltapatch.models.weights import LayerWeights
 
 # What rows meet of the base runs, whatever they patch.
@@ -24,16 +23,15 @@ class Unpatched:
     """Advances the base and source runs of a pass.
 
     Args:
-        spec: the model.
+        setup: what it is carried out with. As many tokens as its operations take go through a layer together;
+            a run that is longer goes alone.
         prompts: the pairs.
-        block_tokens: how many go through a layer together; a run that is longer goes alone.
-        pool: does blocks, perhaps side by side.
     """
 
-    def __init__(self, spec: ModelSpec, prompts: Prompts, block_tokens: int, pool: Pool) -> None:
-        self.spec, self.prompts, self.shapes = spec, prompts, prompts.shapes
-        self.block_tokens, self.pool = block_tokens, pool
-        self.widths = forward.widths(spec)
+    def __init__(self, setup: Setup, prompts: Prompts) -> None:
+        self.spec, self.prompts, self.shapes = setup.model.spec, prompts, prompts.shapes
+        self.block_tokens, self.pool = setup.ops.block_tokens, setup.pool
+        self.widths = forward.widths(self.spec)
 
     def base(
         self, x: Tensor, layer: LayerWeights, rotary: Rotary, places: Collection[str]

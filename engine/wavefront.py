@@ -14,24 +14,21 @@ from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Layer, Swaps
 from deltapatch.engine.layout import Block, Layout, first_tokens, how_many_blocks, lay_out
-from deltapatch.engine.pool import Pool
 from deltapatch.engine.products import narrow_layer, taken_in
 from deltapatch.engine.prompts import Prompts, source_differences
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.reads import Reads, RowReads
 from deltapatch.engine.rows import ATTENTION, END, MIDDLE, WHOLE, PatchedPlaces, Rows, make_rows
+from deltapatch.engine.setup import Setup
 from deltapatch.engine.unpatched import Unpatched
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.table import PLACE, PatchTable
 from deltapatch.kernels.attention import Rotary
-from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.norm import Part
-from deltapatch.kernels.product import Precision
 from deltapatch.kernels.segments import read_segments
 from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
-from deltapatch.models.model import Model
 from deltapatch.models.stream import Reader
 from deltapatch.models.weights import Converter
 from deltapatch.results.metrics import Direction, Reference
@@ -71,37 +68,32 @@ class Wavefront:
     """One pass over the layers for a set of prompts and interventions.
 
     Args:
-        model: the model.
+        setup: what it is carried out with.
         prompts: base and source prompts of the pairs in the pass.
         table: the interventions, with pairs counted within the pass.
         measured: which of `metrics.MEASURED` to return.
-        precision: of the products of differences; base and source runs are carried in its base dtype.
-        backend: the operations to use.
-        pool: does blocks, perhaps side by side (see `workers`).
         tick: called with the row-layers done, block by block.
     """
 
     def __init__(
         self,
-        model: Model,
+        setup: Setup,
         prompts: Prompts,
         table: PatchTable,
         measured: tuple[str, ...],
-        precision: Precision,
-        backend: Backend,
-        pool: Pool,
         tick: Callable[[int], None] = lambda n: None,
     ) -> None:
-        self.model, self.spec, self.prompts, self.measured = model, model.spec, prompts, measured
-        self.ops, self.pool, self.tick = backend, pool, tick
+        self.setup, self.model, self.spec = setup, setup.model, setup.model.spec
+        self.prompts, self.measured = prompts, measured
+        self.ops, self.pool, self.tick = setup.ops, setup.pool, tick
         self.table, self.n_interventions = table, table.n_rows
         self.shapes = prompts.shapes
-        self.rows: Rows = make_rows(table, self.shapes.prompt, model.spec)
+        self.rows: Rows = make_rows(table, self.shapes.prompt, self.spec)
         self.patched = PatchedPlaces(self.rows.patches)
         self.row_reads = RowReads(Reads(self.shapes, prompts.targets), self.rows.pair, measured)
-        self.precision, self.dtype = precision, precision.base
-        self.exact = precision.exact
-        self.unpatched = Unpatched(self.spec, prompts, backend.block_tokens, pool)
+        self.precision, self.dtype = setup.precision, setup.precision.base
+        self.exact = setup.precision.exact
+        self.unpatched = Unpatched(setup, prompts)
 
     @torch.no_grad()
     def run(self) -> PassResult:
@@ -109,7 +101,7 @@ class Wavefront:
         with self.model.reading() as read:
             x, dx, rows = self._through_layers(read)
             ends = read.ends()
-        by_row, unpatched = self._reader().read(ends, x, dx, rows, self.row_reads)
+        by_row, unpatched = ReadOut(self.setup, self.prompts).read(ends, x, dx, rows, self.row_reads)
         # Interventions that cannot reach the read-out have no row: their effect is exactly zero, and what the
         # base run says they say.
         live = self.rows.id_of >= 0
@@ -119,9 +111,6 @@ class Wavefront:
                 measured[self.measured.index(name)] = unpatched.says[self.table.pair, 0, i]
         measured[:, live] = by_row[:, self.rows.id_of[live]]
         return PassResult(dict(zip(self.measured, measured, strict=True)), unpatched)
-
-    def _reader(self) -> ReadOut:
-        return ReadOut(self.model, self.prompts, self.precision, self.ops, self.pool)
 
     # The layers ------------------------------------------------------------------------------------------
 
@@ -227,8 +216,7 @@ class Wavefront:
 
     def _layout(self, rows: np.ndarray) -> Layout:
         """Pack rows."""
-        on_cpu = self.model.device.type == "cpu"
-        n_blocks = how_many_blocks(self._n_tokens(rows), self.ops.block_tokens, spread=on_cpu)
+        n_blocks = how_many_blocks(self._n_tokens(rows), self.ops.block_tokens, spread=self.setup.on_cpu)
         return lay_out(rows, self.rows.pair, self.rows.start, self.shapes, n_blocks)
 
     def _rope_tables(self, run: RunShape) -> tuple[Tensor, Tensor]:
