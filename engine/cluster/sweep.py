@@ -100,7 +100,8 @@ def _spread(
         raise DeltapatchError("a run on Ray needs an output folder (out), and takes no shard")
     pairs, own = as_pairs(pairs)
     path, cpus = Path(options.out), cluster.cpus
-    finished = f"run {path} is finished already: load_effects or load_outcome reads it"
+    reader = "load_effects" if interventions is None else "load_outcome"
+    finished = f"run {path} is finished already: {reader} reads it"
     if (path / RUN).is_file():
         raise DeltapatchError(finished)
     if not options.resume:
