@@ -1,4 +1,4 @@
-"""Counts what sweeps do, as JSON, in a process of its own: what ran before in a process changes the counts."""
+"""Counts what sweeps do, as JSON, in a process of its own: what ran before in one changes the counts."""
 
 import importlib.util
 import json
