@@ -58,7 +58,7 @@ def info(
     Only config.json is needed; weights are read where they are streamed and here. Where a folder cannot be
     loaded, its sweeps are forecast from config.json, and what is wrong is said. FLOPs are the necessary
     ones: products of the layers after each patch, from its position on, and the read-out. Times are those of
-    this machine: a small piece of each kind of sweep is timed.
+    this machine: its rates at the model's shapes are measured.
     """
     for option, value in (("--length", length), ("--n-pairs", n_pairs)):
         if value < 1:
