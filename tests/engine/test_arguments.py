@@ -16,7 +16,7 @@ from deltapatch.analysis.statistics import pair_counts
 from deltapatch.arguments import WORDS, at_least_bytes, at_most_bytes, in_bytes, n_bytes
 from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.interventions.pairs_file import read_pairs, write_pairs
-from deltapatch.interventions.sites import HOOK_NAMES, SITES, find_site
+from deltapatch.interventions.sites import HOOK_NAMES, KV_HEAD, SITES, WHOLE, find_site
 from deltapatch.results.metrics import METRICS
 from deltapatch.results.reading import load_effects
 from deltapatch.tasks.fact_files import read_facts
@@ -374,7 +374,8 @@ def test_the_documentation_lists_every_name_of_every_site():
         want[site] |= {hook, hook.rpartition(".")[2], f"blocks.3.{hook}"}
     assert found == want
     assert {site: kind.split(":")[0] for site, kind in kinds.items()} == {
-        site: {"none": "none", "kv_head": "key-value head"}.get(s.index, s.index) for site, s in SITES.items()
+        site: {WHOLE: "none", KV_HEAD: "key-value head"}.get(s.index, s.index.counts)
+        for site, s in SITES.items()
     }
 
 
