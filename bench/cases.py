@@ -9,11 +9,11 @@ from torch import Tensor
 from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.backend import Backend
+from deltapatch.kernels.edits import Swap
 from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Precision, Scaled, narrow_weight
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 from deltapatch.models.spec import ModelSpec
 

@@ -35,11 +35,11 @@ from deltapatch.kernels import readout_triton
 from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.backend import TRITON
+from deltapatch.kernels.edits import Swap
 from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled, narrow_triton
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.segments import Segment, read_segments
-from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 from deltapatch.results.folder import environment
 

@@ -1,5 +1,6 @@
 """One layer for one block of rows: where the swaps sit, and which products rows that enter here can skip."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +11,15 @@ from deltapatch.engine.rows import ATTENTION, MIDDLE, WHOLE
 from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.backend import Backend
+from deltapatch.kernels.edits import Edit, within
 from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Precision, Scaled, product
 from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
-from deltapatch.kernels.swap import Swap, within
 from deltapatch.models import forward
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.weights import Norm
 
-Swaps = dict[str, list[Swap]]  # place -> the patches there
+Edits = Mapping[str, Sequence[Edit]]  # place -> the patches there
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class BlockStep:
         self,
         layer: Layer,
         segments: list[Segment],
-        swaps: Swaps,
+        swaps: Edits,
         capture: dict[str, Tensor] | None = None,
     ) -> None:
         self.layer, self.segments, self.swaps, self.capture = layer, segments, swaps, capture
@@ -158,7 +159,7 @@ class BlockStep:
         return Scaled(out, scale)
 
     def _hidden(
-        self, normed: Scaled, segments: list[Segment], swaps: list[Swap], captured: Tensor | None
+        self, normed: Scaled, segments: list[Segment], swaps: Sequence[Edit], captured: Tensor | None
     ) -> Scaled:
         """The same for tokens whose hidden neurons are all held."""
         layer, base = self.layer, self.layer.base

@@ -249,6 +249,6 @@ def join(
         int(firsts[-1]),
         np.concatenate([np.full(t.n_rows, number[pair]) for pair, t, _ in parts]),
         np.concatenate([t.row + first for t, first in zip(tables, firsts[:-1], strict=True)]),
-        *(np.concatenate([getattr(t, f) for t in tables]) for f in ("layer", "place", "position", "index")),
+        *(np.concatenate(parts) for parts in zip(*(t.columns(slice(None)) for t in tables), strict=True)),
     )
     return Pass(pairs, table, np.concatenate([out for _, _, out in parts]))

@@ -86,8 +86,8 @@ def make_rows(table: PatchTable, length: np.ndarray, spec: ModelSpec) -> Rows:
     last = length[table.pair[table.row]] - 1
     read = (table.layer < spec.n_layers - 1) | np.isin(table.place, [PLACE["k"], PLACE["v"]])
     seen = (table.position == last) | (read & (table.position < last))
-    row, layer, place = table.row[seen], table.layer[seen], table.place[seen]
-    position, index = table.position[seen], table.index[seen]
+    row = table.row[seen]
+    layer, place, position, *_ = columns = table.columns(seen)
 
     start = np.full(table.n_rows, np.iinfo(np.int64).max)
     entry = np.full(table.n_rows, np.iinfo(np.int64).max)
@@ -101,14 +101,7 @@ def make_rows(table: PatchTable, length: np.ndarray, spec: ModelSpec) -> Rows:
 
     ids = id_of[row]
     by_place = np.lexsort((ids, place, layer))
-    patches = PatchTable(
-        len(order),
-        table.pair[order],
-        ids[by_place],
-        layer[by_place],
-        place[by_place],
-        position[by_place],
-        index[by_place],
-    )
+    sorted_columns = (column[by_place] for column in columns)
+    patches = PatchTable(len(order), table.pair[order], ids[by_place], *sorted_columns)
     # Integer division rounds down, so the embedding's layer -1 comes back as -1.
     return Rows(id_of, table.pair[order], start[order], entry[order] // 4, entry[order] % 4, patches)

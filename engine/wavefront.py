@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.block import BlockStep, Layer, Swaps
+from deltapatch.engine.block import BlockStep, Edits, Layer
 from deltapatch.engine.layout import Block, Layout, first_tokens, how_many_blocks, lay_out
 from deltapatch.engine.products import narrow_layer, taken_in
 from deltapatch.engine.prompts import Prompts, source_differences
@@ -22,12 +22,12 @@ from deltapatch.engine.rows import ATTENTION, END, MIDDLE, WHOLE, PatchedPlaces,
 from deltapatch.engine.setup import Setup
 from deltapatch.engine.unpatched import Unpatched
 from deltapatch.interventions.runs import RunShape
-from deltapatch.interventions.table import PLACE, PatchTable
+from deltapatch.interventions.table import EDIT, PLACE, PatchTable
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.device import upload
+from deltapatch.kernels.edits import Edit, Swap
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.segments import read_segments
-from deltapatch.kernels.swap import Swap
 from deltapatch.models import forward
 from deltapatch.models.stream import Reader
 from deltapatch.models.weights import Converter
@@ -247,32 +247,30 @@ class Wavefront:
 
     def _swaps(
         self, l: int, layout: Layout, block: Block, ids: np.ndarray, deltas: dict[str, Tensor], last: bool
-    ) -> Swaps:
+    ) -> Edits:
         """The patches of a layer that fall into a block."""
         p = self.rows.patches
-        out: Swaps = {}
-        for name, mine in self.patched.at(l):
-            a, b = mine.start + np.searchsorted(p.row[mine], [ids[0], ids[-1] + 1])
-            row, position, index = p.row[a:b], p.position[a:b], p.index[a:b]
-            packed = layout.token[row] >= 0  # rows of other layouts may lie between
-            row, position, index = row[packed], position[packed], index[packed]
+        out: dict[str, list[Edit]] = {}
+        for name, there in self.patched.at(l):
+            a, b = there.start + np.searchsorted(p.row[there], [ids[0], ids[-1] + 1])
+            packed = a + np.flatnonzero(layout.token[p.row[a:b]] >= 0)  # other layouts' rows may lie between
+            row, position, edit, index = (x[packed] for x in (p.row, p.position, p.edit, p.index))
             if last and PLACE[name] >= PLACE["z"]:
                 token = first_tokens(read_segments(block.segments))[np.searchsorted(ids, row)]
             else:
                 token = layout.token[row] + (position - self.rows.start[row]) * layout.stride[row]
                 token = token - block.tokens.start
             source = self.prompts.source_token(self.shapes.base[self.rows.pair[row]] + position)
-            for whole in (True, False):
-                part = (index < 0) == whole
-                if part.any():
-                    swap = Swap(
-                        self._tensor(token[part]),
-                        self._tensor(source[part]),
-                        None if whole else self._tensor(index[part]),
-                        deltas[name],
-                        token[part],
-                    )
-                    out.setdefault(name, []).append(swap)
+            for kind in np.unique(edit).tolist():
+                mine = np.flatnonzero(edit == kind)
+                swap = Swap(
+                    self._tensor(token[mine]),
+                    self._tensor(source[mine]),
+                    None if kind == EDIT["whole"] else self._tensor(index[mine]),
+                    deltas[name],
+                    on_host=token[mine],
+                )
+                out.setdefault(name, []).append(swap)
         return out
 
     def _tensor(self, array: np.ndarray) -> Tensor:

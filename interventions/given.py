@@ -14,7 +14,16 @@ from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.sites import PLACES, check_site, find_site
-from deltapatch.interventions.table import PatchTable, by_pair, first_layers, place_of, row_tokens
+from deltapatch.interventions.table import (
+    COLUMNS,
+    EDIT,
+    EDITS,
+    PatchTable,
+    by_pair,
+    first_layers,
+    place_of,
+    row_tokens,
+)
 from deltapatch.models.spec import ModelSpec
 
 
@@ -115,20 +124,20 @@ class Listed:
 
     def settings(self) -> dict[str, Any]:
         """What tells them from others."""
-        digest = hashlib.sha256(json.dumps(list(PLACES)).encode())
+        digest = hashlib.sha256(json.dumps([PLACES, EDITS]).encode())
         for array in self.arrays().values():
             digest.update(np.ascontiguousarray(array))
         return {"interventions": {"number": self.n_effects, "sha256": digest.hexdigest()}}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As a file keeps them: `pair` [intervention], the others [patch]; places count in PLACES."""
-        names = ("pair", "row", "layer", "place", "position", "index")
+        """As a file keeps them: `pair` [intervention], the others [patch]; places and edits are numbers."""
+        names = ("pair", "row", *COLUMNS)
         return {name: getattr(self.table_of_all, name).astype(np.int64) for name in names}
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray], pairs: Sequence[EncodedPair]) -> "Listed":
         """What `arrays` gave. ValueError or KeyError where it makes no sense for these pairs."""
-        columns = {name: arrays[name] for name in ("pair", "row", "layer", "place", "position", "index")}
+        columns = {name: arrays[name] for name in ("pair", "row", *COLUMNS)}
         pair, row = columns["pair"], columns["row"]
         fits = all(a.ndim == 1 and a.dtype == np.int64 for a in columns.values())
         fits = fits and all(len(a) == len(row) for name, a in columns.items() if name != "pair")
@@ -138,7 +147,9 @@ class Listed:
             raise ValueError("interventions")
         longest = np.array([len(one.clean) for one in pairs])[pair[row]]
         inside = (columns["position"] >= 0) & (columns["position"] < longest) & (columns["layer"] >= -1)
-        inside &= (columns["place"] >= 0) & (columns["place"] < len(PLACES)) & (columns["index"] >= -1)
+        inside &= columns["index"] >= 0
+        for name, known in (("place", PLACES), ("edit", EDITS)):
+            inside &= (columns[name] >= 0) & (columns[name] < len(known))
         if not inside.all():
             raise ValueError("interventions")
         return cls(PatchTable(len(pair), **columns))
@@ -156,7 +167,7 @@ def listed_interventions(
         DeltapatchError: one is without patches or patches an activation twice, or names something that the
             pair or the model does not have.
     """
-    patches: list[tuple[int, int, int, int]] = []
+    patches: list[tuple[int, ...]] = []
     known: list[dict[tuple[str, int, int | str], _Place]] = [{} for _ in pairs]
     for i, intervention in enumerate(interventions):
         pair = intervention.pair
@@ -191,8 +202,8 @@ def _patch(
     pair: EncodedPair,
     spec: ModelSpec,
     places: dict[tuple[str, int, int | str], _Place],
-) -> tuple[int, int, int, int]:
-    """Layer, place, position and index of a patch. There may be very many: where each is is looked up once.
+) -> tuple[int, int, int, int, int]:
+    """The table's COLUMNS of a patch. There may be very many: where each is is looked up once.
 
     Args:
         places: of the pair that are known, by the patch's site, layer and position.
@@ -212,12 +223,12 @@ def _patch(
     if not size and index is not None:
         raise DeltapatchError(f"{where}: site {place.site} takes no index, but {shown(index)} was given")
     if not size:
-        return place.layer, place.place, place.position, -1
+        return place.layer, place.place, place.position, EDIT["whole"], 0
     needs = f"{where}: site {place.site} needs an index from 0 to {size - 1}"
     index = whole(index, needs)
     if not 0 <= index < size:
         raise DeltapatchError(f"{needs}, not {index}")
-    return place.layer, place.place, place.position, index
+    return place.layer, place.place, place.position, EDIT["one"], index
 
 
 def _find(name: str, layer: int, at: int | str, where: str, pair: EncodedPair, spec: ModelSpec) -> _Place:

@@ -12,7 +12,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.sites import SITES, Site, check_site, find_site
-from deltapatch.interventions.table import PatchTable, place_of
+from deltapatch.interventions.table import EDIT, PatchTable, place_of
 from deltapatch.models.spec import ModelSpec
 
 Positions = str | int | Sequence[int | str]
@@ -35,14 +35,14 @@ class SiteGrid:
         return (n_pairs, len(self.layers), len(self.positions), *index)
 
     def patches(self, number: int, pair: EncodedPair) -> tuple[np.ndarray, ...]:
-        """Every patch of one pair: (layer, place, position, index, where its effect goes), each [patch]."""
+        """Every patch of one pair: the table's COLUMNS, and where its effect goes, each [patch]."""
         spots = [(i, p) for i, at in enumerate(self.positions) if (p := pair.resolve(at)) is not None]
         column = np.array([i for i, _ in spots], dtype=np.int64)
         position = np.array([p for _, p in spots], dtype=np.int64)
         n_layers, n_index = len(self.layers), max(1, self.n_indices)
         shape = (n_layers, len(spots), n_index)
         place, layer = place_of(self.site.name, self.layers)
-        index = np.arange(n_index) if self.n_indices else np.array([-1])
+        edit = EDIT["one" if self.n_indices else "whole"]
         out = (
             (number * n_layers + np.arange(n_layers)[:, None, None]) * len(self.positions)
             + column[:, None]
@@ -51,7 +51,8 @@ class SiteGrid:
             np.broadcast_to(np.asarray(layer)[:, None, None], shape).ravel(),
             np.full(int(np.prod(shape)), place),
             np.broadcast_to(position[:, None], shape).ravel(),
-            np.broadcast_to(index, shape).ravel(),
+            np.full(int(np.prod(shape)), edit),
+            np.broadcast_to(np.arange(n_index), shape).ravel(),
             self.offset + out.ravel(),
         )
 
@@ -113,13 +114,12 @@ class Grid:
 
     def table(self, number: int, pair: EncodedPair) -> tuple[PatchTable, np.ndarray]:
         """One pair's interventions, each of one patch, and where their effects go: [row]."""
-        layer, place, position, index, out = (
+        *columns, out = (
             np.concatenate(parts)
             for parts in zip(*(g.patches(number, pair) for g in self.sites), strict=True)
         )
         n = len(out)
-        table = PatchTable(n, np.zeros(n, dtype=np.int64), np.arange(n), layer, place, position, index)
-        return table, out
+        return PatchTable(n, np.zeros(n, dtype=np.int64), np.arange(n), *columns), out
 
     def n_rows(self, number: int, pair: EncodedPair) -> int:
         """How many interventions of a pair there are, without an array of them."""

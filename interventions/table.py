@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +10,13 @@ from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.sites import PLACES, SITES
 
 PLACE = {place: i for i, place in enumerate(PLACES)}
+
+# Kinds of edits, in the order in which those at one place are carried out: the whole vector is replaced, or
+# one head, neuron or coordinate of it.
+EDITS = ("whole", "one")
+EDIT = {edit: i for i, edit in enumerate(EDITS)}
+# What has an entry for each patch, beside its row.
+COLUMNS = ("layer", "place", "position", "edit", "index")
 
 
 @dataclass(frozen=True)
@@ -18,8 +26,9 @@ class PatchTable:
     Attributes:
         n_rows: interventions; `row` refers to them.
         pair: [row], the pair of each intervention.
-        row, layer, place, position, index: [patch]. `layer` -1 stands for the embedding; `place` counts in
-            PLACES; `position` counts from 0; `index` is -1 where the whole vector is swapped.
+        row, layer, place, position, edit, index: [patch]. `layer` -1 stands for the embedding; `place` and
+            `edit` count in PLACES and EDITS; `position` counts from 0; `index` is what the edit takes: the
+            head, neuron or coordinate, 0 for the whole vector.
     """
 
     n_rows: int
@@ -28,7 +37,12 @@ class PatchTable:
     layer: np.ndarray
     place: np.ndarray
     position: np.ndarray
+    edit: np.ndarray
     index: np.ndarray
+
+    def columns(self, which: Any) -> list[np.ndarray]:
+        """COLUMNS of some patches, as numpy picks them."""
+        return [getattr(self, name)[which] for name in COLUMNS]
 
 
 def place_of(site: str, layer: np.ndarray | int) -> tuple[int, np.ndarray | int]:
@@ -72,8 +86,7 @@ def take(table: PatchTable, rows: np.ndarray) -> PatchTable:
     number[rows] = np.arange(len(rows))
     new = number[table.row]
     kept = new >= 0
-    columns = (getattr(table, f)[kept] for f in ("layer", "place", "position", "index"))
-    return PatchTable(len(rows), table.pair[rows], new[kept], *columns)
+    return PatchTable(len(rows), table.pair[rows], new[kept], *table.columns(kept))
 
 
 def by_pair(table: PatchTable) -> dict[int, tuple[PatchTable, np.ndarray]]:
@@ -83,7 +96,7 @@ def by_pair(table: PatchTable) -> dict[int, tuple[PatchTable, np.ndarray]]:
     number[order] = np.arange(len(order))  # [row], its place among rows sorted by pair
     moved = number[table.row]
     patches = np.argsort(moved, kind="stable")
-    columns = [getattr(table, name)[patches] for name in ("layer", "place", "position", "index")]
+    columns = table.columns(patches)
     row = moved[patches]
     pairs, first = np.unique(table.pair[order], return_index=True)
     ends = [*first.tolist()[1:], table.n_rows]

@@ -1,14 +1,14 @@
 """Activation difference: act(h + dh) - act(h), and act(g + dg)(u + du) - act(g) u where the MLP is gated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import NamedTuple
 
 from torch import Tensor
 
+from deltapatch.kernels.edits import Edit, apply_edits
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.swap import Swap, apply_swaps
 
 CELLS = 1 << 17  # neurons worked on at a time: 1 MiB in float64, which stays in the cache
 
@@ -25,7 +25,7 @@ def activation_difference(
     up: Neurons,
     gate: Neurons | None,
     segments: list[Segment],
-    swaps: list[Swap],
+    swaps: Sequence[Edit],
     precision: Precision,
 ) -> Scaled:
     """Difference of the hidden neurons, narrowed.
@@ -66,7 +66,7 @@ def activation_difference(
                     # the gate is closed.
                     mine = d_up[(*own, some)]
                     mine.copy_((at_base + change).mul_(mine).add_(change.mul_(base_up[own])))
-    apply_swaps(du, swaps)
+    apply_edits(du, swaps)
     return narrow(du, precision)
 
 

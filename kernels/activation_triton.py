@@ -1,6 +1,6 @@
 """Activation difference, swaps and narrowing in one Triton kernel; see activation.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.activation import Neurons
+from deltapatch.kernels.edits import Edit
+from deltapatch.kernels.edits_triton import order_patches
 from deltapatch.kernels.lang import expm1_below_zero, jit, next_power_of_two, on_device, power_scale, tl
 from deltapatch.kernels.product import Precision, Scaled
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.swap import Swap
-from deltapatch.kernels.swap_triton import order_patches
 from deltapatch.kernels.tiles import base_of_tokens
 
 _BLOCK = 2048  # neurons of a row worked on at a time
@@ -25,7 +25,7 @@ def activation_difference_triton(
     up: Neurons,
     gate: Neurons | None,
     segments: list[Segment],
-    swaps: list[Swap],
+    swaps: Sequence[Edit],
     precision: Precision,
 ) -> Scaled:
     """The same as `activation_difference`, in float32: every form in it is free of cancellation."""

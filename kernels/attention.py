@@ -10,15 +10,16 @@ cancels. Where D is huge expm1 would overflow: there the patched softmax is take
 Changes of q and k come as the products give them, before rotary; it is linear, so it turns them like vectors.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.edits import Edit, apply_edits
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment, read_segments, unseen
-from deltapatch.kernels.swap import Swap, apply_swaps
 
 HUGE = 60.0  # exp(60) is safe in float32, and p_i that float32 rounds to 0 cannot matter below it
 CELLS = 1 << 19  # logit changes held at a time, where one query has no more: few enough for the cache
@@ -93,7 +94,7 @@ def attention_difference(
     changes: QKV,
     base: AttentionBase,
     segments: list[Segment],
-    swaps: dict[str, list[Swap]],
+    swaps: Mapping[str, Sequence[Edit]],
     precision: Precision,
     *,
     reads_only: bool,
@@ -144,17 +145,17 @@ def attention_difference(
                     hidden,
                     logit_scale,
                 )
-    apply_swaps(out, swaps.get("z", []))
+    apply_edits(out, swaps.get("z", []))
     return narrow(out.flatten(1), precision)
 
 
-def _swapped(d: Tensor, scale: Tensor | None, swaps: list[Swap]) -> Tensor:
+def _swapped(d: Tensor, scale: Tensor | None, swaps: Sequence[Edit]) -> Tensor:
     """A difference with its scale and its swaps; itself where there are none."""
     if scale is not None:
         d = d * scale.view(-1, 1, 1)
     elif swaps:
         d = d.clone(memory_format=torch.contiguous_format)
-    apply_swaps(d, swaps)
+    apply_edits(d, swaps)
     return d
 
 

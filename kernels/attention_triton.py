@@ -10,16 +10,17 @@ they meet is turned back by that position instead: the base's query and keys, on
 own keys at earlier positions. Those at the position itself need no turning.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltapatch.kernels.attention import HUGE, QKV, AttentionBase
+from deltapatch.kernels.edits import Edit, swaps_of
 from deltapatch.kernels.lang import expm1, jit, next_power_of_two, on_device, tl
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment, read_segments
-from deltapatch.kernels.swap import Swap
 from deltapatch.kernels.tiles import query_tiles
 
 _LONGEST_BLOCK = 64  # keys; prompts up to it go through one block
@@ -29,7 +30,7 @@ def attention_difference_triton(
     changes: QKV,
     base: AttentionBase,
     segments: list[Segment],
-    swaps: dict[str, list[Swap]],
+    swaps: Mapping[str, Sequence[Edit]],
     precision: Precision,
     *,
     reads_only: bool,
@@ -129,11 +130,11 @@ def _sizes(by_rows: bool, longest: int, d_head: int, earlier: bool) -> dict[str,
     }
 
 
-def _patched(swaps: list[Swap], lines: int, heads: int, some: Tensor) -> tuple[Tensor, Tensor]:
+def _patched(edits: Sequence[Edit], lines: int, heads: int, some: Tensor) -> tuple[Tensor, Tensor]:
     """Where a kernel finds what takes the place of heads: no host waits for it.
 
     Args:
-        swaps: of heads; there may be none.
+        edits: swaps of heads; there may be none.
         lines, heads: of what is patched.
         some: any array in the base dtype, where there is nothing to be found.
 
@@ -141,6 +142,7 @@ def _patched(swaps: list[Swap], lines: int, heads: int, some: Tensor) -> tuple[T
         [line, head] int64, where a head's replacement begins, -1 for a head that is not patched; and the
         array that it lies in.
     """
+    swaps = swaps_of(edits)
     if not swaps:
         delta, first = some, []
     elif len(swaps) == 1:

@@ -1,6 +1,6 @@
 """Backends: one set of fused operations under fixed signatures. Adding a backend is one entry here."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -13,6 +13,8 @@ from deltapatch.kernels.activation_triton import activation_difference_triton
 from deltapatch.kernels.attention import QKV, AttentionBase, attention_difference
 from deltapatch.kernels.attention_triton import attention_difference_triton
 from deltapatch.kernels.each import ForEach, in_turn
+from deltapatch.kernels.edits import Edit, gather_columns
+from deltapatch.kernels.edits_triton import gather_columns_triton
 from deltapatch.kernels.lang import HAS_TRITON, interpreted
 from deltapatch.kernels.norm import Norms, Part, add_norm
 from deltapatch.kernels.norm_triton import add_norm_triton
@@ -20,8 +22,6 @@ from deltapatch.kernels.product import Operand, Precision, Scaled, Stored
 from deltapatch.kernels.readout import BaseReadout, readout
 from deltapatch.kernels.readout_triton import readout_triton
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.swap import Swap, gather_columns
-from deltapatch.kernels.swap_triton import gather_columns_triton
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -43,7 +43,7 @@ class Backend(Protocol):
     def add_norm(
         self,
         parts: list[Part],
-        swaps: list[Swap],
+        swaps: Sequence[Edit],
         norms: Norms | None,
         segments: list[Segment],
         precision: Precision,
@@ -60,7 +60,7 @@ class Backend(Protocol):
         up: Neurons,
         gate: Neurons | None,
         segments: list[Segment],
-        swaps: list[Swap],
+        swaps: Sequence[Edit],
         precision: Precision,
     ) -> Scaled:
         """Difference of the hidden neurons, narrowed."""
@@ -71,7 +71,7 @@ class Backend(Protocol):
         changes: QKV,
         base: AttentionBase,
         segments: list[Segment],
-        swaps: dict[str, list[Swap]],
+        swaps: Mapping[str, Sequence[Edit]],
         precision: Precision,
         *,
         reads_only: bool,
@@ -94,7 +94,7 @@ class Backend(Protocol):
         """The measured numbers of each row."""
         ...
 
-    def gather_columns(self, swaps: list[Swap], weight: Tensor, n_tokens: int) -> Tensor:
+    def gather_columns(self, edits: Sequence[Edit], weight: Tensor, n_tokens: int) -> Tensor:
         """Entry of hidden neurons without a matrix product."""
         ...
 
@@ -113,15 +113,19 @@ class _Reference:
     gather_columns = staticmethod(gather_columns)
 
 
-def _float64_by(
+def _or_reference(
     reference: Callable[Arguments, Result], kernel: Callable[Arguments, Result]
 ) -> Callable[Arguments, Result]:
-    """The kernel, of the reference's signature; float64, which no kernel has, goes through the reference."""
+    """The kernel, of the reference's signature; what no kernel has goes through the reference.
+
+    That is float64, and edits that are not fused.
+    """
 
     @wraps(reference)
     def operation(*args: Arguments.args, **named: Arguments.kwargs) -> Result:
-        in_double = _base_dtype([*args, *named.values()]) == torch.float64
-        return (reference if in_double else kernel)(*args, **named)
+        given = [*args, *named.values()]
+        fused = _base_dtype(given) != torch.float64 and all(edit.fused for edit in _edits(given))
+        return (kernel if fused else reference)(*args, **named)
 
     return operation
 
@@ -133,6 +137,15 @@ def _base_dtype(arguments: Iterable[object]) -> torch.dtype:
     return (told or [value.dtype for value in arguments if isinstance(value, Tensor)])[0]
 
 
+def _edits(value: object) -> Iterator[Edit]:
+    """All edits among the arguments of an operation."""
+    if isinstance(value, Edit):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _edits(part)
+
+
 class _Triton:
     """Triton's kernels, on a GPU or in its interpreter."""
 
@@ -140,11 +153,11 @@ class _Triton:
     # No product has less than 8,192 rows where there are that many: it does far more than read its weights.
     block_tokens = 12288
     expands = False
-    add_norm = staticmethod(_float64_by(add_norm, add_norm_triton))
-    activation_difference = staticmethod(_float64_by(activation_difference, activation_difference_triton))
-    attention_difference = staticmethod(_float64_by(attention_difference, attention_difference_triton))
-    readout = staticmethod(_float64_by(readout, readout_triton))
-    gather_columns = staticmethod(_float64_by(gather_columns, gather_columns_triton))
+    add_norm = staticmethod(_or_reference(add_norm, add_norm_triton))
+    activation_difference = staticmethod(_or_reference(activation_difference, activation_difference_triton))
+    attention_difference = staticmethod(_or_reference(attention_difference, attention_difference_triton))
+    readout = staticmethod(_or_reference(readout, readout_triton))
+    gather_columns = staticmethod(_or_reference(gather_columns, gather_columns_triton))
 
 
 REFERENCE: Backend = _Reference()

@@ -5,14 +5,15 @@ dv = mean(dc (2 xc + dc)), s = sqrt(v + eps), s' = sqrt(v + dv + eps):
     difference = weight * (dc / s' - xc dv / ((s + s') s s'))
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.edits import Edit, apply_edits
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.swap import Swap, apply_swaps
 
 # Where the patched norm is this much smaller than the base's, the form above would itself cancel.
 COLLAPSE = 1 / 16
@@ -22,7 +23,7 @@ class Part(NamedTuple):
     """What is added to the residual stream at one place: a difference and the patches of the place."""
 
     d: Scaled | None  # [token, d_model]; None: zero
-    swaps: list[Swap]
+    swaps: Sequence[Edit]
 
 
 class Norms(NamedTuple):
@@ -43,7 +44,7 @@ class Norms(NamedTuple):
 
 def add_norm(
     parts: list[Part],
-    swaps: list[Swap],
+    swaps: Sequence[Edit],
     norms: Norms | None,
     segments: list[Segment],
     precision: Precision,
@@ -66,23 +67,20 @@ def add_norm(
         For each norm the difference of its output, [token, d_model], narrowed.
     """
     n_tokens = sum(s.n_tokens for s in segments)
-    terms = []
+    like = norms.x if out is None and norms is not None else out
+    assert like is not None
+    shape, terms = (n_tokens, like.shape[1]), []
     for d, patches in parts:
-        term = _swapped(None if d is None else d.plain(), patches, n_tokens, own=False)
-        if term is not None:
-            terms.append(term)
-    if not terms and not swaps:
-        like = norms.x if out is None and norms is not None else out
-        assert like is not None
-        terms = [like.new_zeros(n_tokens, like.shape[1])]
-    total = terms[0] if terms else None
+        if patches or d is not None:
+            term = None if d is None else d.plain()
+            terms.append(_edited(like.new_zeros(shape) if term is None else term, patches, own=term is None))
+    total = terms[0] if terms else like.new_zeros(shape)
     if len(terms) > 1:
         place = out[:n_tokens] if out is not None and to is None else None
         total = torch.add(terms[0], terms[1], out=place)
         for term in terms[2:]:
             total += term
-    total = _swapped(total, swaps, n_tokens, own=len(terms) > 1)
-    assert total is not None
+    total = _edited(total, swaps, own=len(terms) != 1)
     if out is not None and to is not None:
         out.index_copy_(0, to, total)
     elif out is not None and total.data_ptr() != out.data_ptr():
@@ -92,16 +90,11 @@ def add_norm(
     return [narrow(d, precision) for d in norm_difference(total, norms, segments)]
 
 
-def _swapped(d: Tensor | None, swaps: list[Swap], n_tokens: int, own: bool) -> Tensor | None:
-    """A difference after the swaps of its place; a copy where there are any, unless it is our own."""
-    if not swaps:
-        return d
-    if d is None:
-        delta = swaps[0].delta
-        d = delta.new_zeros(n_tokens, delta.shape[1])
-    elif not own:
-        d = d.clone()
-    apply_swaps(d, swaps)
+def _edited(d: Tensor, edits: Sequence[Edit], own: bool) -> Tensor:
+    """A difference after the edits of its place; a copy where there are any, unless it is our own."""
+    if edits:
+        d = d if own else d.clone()
+        apply_edits(d, edits)
     return d
 
 

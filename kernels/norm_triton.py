@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.edits import Edit
+from deltapatch.kernels.edits_triton import Patches, order_patches
 from deltapatch.kernels.lang import jit, next_power_of_two, on_device, power_scale, tl
 from deltapatch.kernels.norm import COLLAPSE, Norms, Part
 from deltapatch.kernels.product import Precision, Scaled
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.swap import Swap
-from deltapatch.kernels.swap_triton import Patches, order_patches
 from deltapatch.kernels.tiles import base_tiles
 
 _PARTS = 3  # at most
@@ -20,7 +20,7 @@ _ROWS = 8  # that a program takes one after the other, with one load of base and
 
 def add_norm_triton(
     parts: list[Part],
-    swaps: list[Swap],
+    swaps: Sequence[Edit],
     norms: Norms | None,
     segments: list[Segment],
     precision: Precision,

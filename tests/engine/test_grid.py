@@ -9,7 +9,7 @@ from deltapatch import DeltapatchError, PromptPair
 from deltapatch.engine.costs import sweep_cost
 from deltapatch.interventions.grid import make_grid
 from deltapatch.interventions.pairs import encode_pairs
-from deltapatch.interventions.table import place_of
+from deltapatch.interventions.table import EDIT, place_of
 
 SPEC = deltapatch.from_transformers(hf_model("neox-parallel")).spec  # 3 layers, 2 heads, 24 neurons
 PAIRS = encode_pairs(
@@ -101,7 +101,7 @@ def test_patches_and_effects_lie_where_their_coordinates_say():
     for number, pair in enumerate(PAIRS):
         table, out = g.table(number, pair)
         assert table.row.tolist() == list(range(table.n_rows))
-        for effect, *patch in zip(out, table.layer, table.place, table.position, table.index, strict=True):
+        for effect, *patch in zip(out, *table.columns(slice(None)), strict=True):
             assert effect not in found
             found[int(effect)] = tuple(int(x) for x in patch)
     for effect, (i, site, layer, p, index) in enumerate(cells):
@@ -110,7 +110,8 @@ def test_patches_and_effects_lie_where_their_coordinates_say():
             assert effect not in found
             continue
         place, shifted = place_of(site, layer)
-        assert found[effect] == (shifted, place, position, -1 if index is None else index)
+        edit = EDIT["whole" if index is None else "one"]
+        assert found[effect] == (shifted, place, position, edit, index or 0)
         words = f"pair {i}, {site}, layer {layer}, position {p}" + (
             "" if index is None else f", index {index}"
         )

@@ -31,7 +31,7 @@ def outcome() -> Outcome:
     reference = Reference(logit, logit - 9, np.zeros((3, 2), dtype=np.int64), says)
     n = int(PATCHES.sum())
     row, zero = np.repeat(np.arange(5), PATCHES), np.zeros(n, dtype=np.int64)
-    table = PatchTable(5, np.array([0, 0, 2, 1, 2]), row, np.arange(n), zero, zero + 2, zero - 1)
+    table = PatchTable(5, np.array([0, 0, 2, 1, 2]), row, np.arange(n), zero, zero + 2, zero, zero)
     meta = {"model": "made-up", "precision": "fp32"}
     return Outcome(measured, Listed(table), [a_pair() for _ in range(3)], reference, "noise", meta)
 

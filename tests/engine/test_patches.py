@@ -41,7 +41,7 @@ def tables(draw, n_layers):
             site = draw(st.sampled_from(sorted(SITES)))
             place, layer = place_of(site, draw(st.integers(0, n_layers - 1)))
             position = draw(st.integers(0, length[pair[-1]]))  # one behind the read-out, too
-            patches.append((row, layer, place, position, draw(st.integers(-1, 3))))
+            patches.append((row, layer, place, position, draw(st.integers(0, 1)), draw(st.integers(0, 3))))
     columns = np.array(patches, dtype=np.int64).T
     return PatchTable(len(pair), np.array(pair), *columns), length
 
@@ -55,7 +55,9 @@ def test_rows_of_any_interventions(variant):
     def check(case):
         table, length = case
         rows = make_rows(table, length, spec)
-        patches = list(zip(table.row, table.layer, table.place, table.position, table.index, strict=True))
+        patches = list(
+            zip(table.row, table.layer, table.place, table.position, table.edit, table.index, strict=True)
+        )
         kept = []
         for row in range(table.n_rows):
             pair = table.pair[row]
@@ -72,14 +74,14 @@ def test_rows_of_any_interventions(variant):
             assert rows.start[id_] == min(p[3] for p in mine)
             entry = min((p[1], stage(PLACES[p[2]], spec.parallel)) for p in mine)
             assert (rows.layer[id_], rows.stage[id_]) == entry
-            kept += [(layer, place, id_, position, index) for _, layer, place, position, index in mine]
+            kept += [(layer, place, id_, *rest) for _, layer, place, *rest in mine]
 
         ids = rows.id_of[rows.id_of >= 0]
         assert sorted(ids) == list(range(len(rows.pair)))
         order = list(zip(length[rows.pair], rows.start, rows.pair, strict=True))
         assert order == sorted(order)
         p = rows.patches
-        found = list(zip(p.layer, p.place, p.row, p.position, p.index, strict=True))
+        found = list(zip(p.layer, p.place, p.row, p.position, p.edit, p.index, strict=True))
         assert [f[:3] for f in found] == sorted(f[:3] for f in found)
         assert sorted(found) == sorted(kept)
 

@@ -43,7 +43,13 @@ def jobs(draw):
         )
         row = row.astype(np.int64)
         spots = [draw(st.integers(0, runs[pair].prompt - 1)) for _ in row]
-        columns = [np.arange(len(row)) % 3, np.arange(len(row)) % 5, np.array(spots, dtype=np.int64), row % 4]
+        columns = [
+            np.arange(len(row)) % 3,
+            np.arange(len(row)) % 5,
+            np.array(spots, dtype=np.int64),
+            row % 2,
+            row % 4,
+        ]
         table = PatchTable(n_rows, np.zeros(n_rows, dtype=np.int64), row, *columns)
         tables.append((pair, table, np.arange(n, n + n_rows)))
         n += n_rows
@@ -106,7 +112,7 @@ def test_passes_hold_every_intervention_once_and_keep_the_budget(job, budget, sh
 
 
 def test_a_rows_tokens_go_to_the_end_of_its_run():
-    columns = np.zeros((4, 3), dtype=np.int64)
+    columns = np.zeros((5, 3), dtype=np.int64)
     columns[2] = [0, 4, 5]  # positions: the first, the last of the prompt, behind the read-out
     table = PatchTable(3, np.zeros(3, dtype=np.int64), np.arange(3), *columns)
     assert row_tokens(table, RunShape(5, 7)).tolist() == [7, 3, 0]
@@ -134,7 +140,7 @@ def test_few_passes_are_no_more_and_all_but_full(job, budget):
 
 def test_a_larger_budget_takes_fewer_passes():
     table = PatchTable(
-        100, np.zeros(100, dtype=np.int64), np.arange(100), *np.zeros((4, 100), dtype=np.int64)
+        100, np.zeros(100, dtype=np.int64), np.arange(100), *np.zeros((5, 100), dtype=np.int64)
     )
     counts = [
         len(list(cut([(0, table, np.arange(100))], [RunShape(5, 5)], COSTS, budget, False)))
@@ -146,7 +152,7 @@ def test_a_larger_budget_takes_fewer_passes():
 
 def test_a_budget_that_holds_no_intervention_says_what_is_needed():
     table = PatchTable(
-        1, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), *np.zeros((4, 1), dtype=int)
+        1, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), *np.zeros((5, 1), dtype=int)
     )
     costs = Costs(*(int(1e6 * c) for c in (1000, 50, 10, 7, 3)))
     least = costs.total(1, 5, 5, 1)

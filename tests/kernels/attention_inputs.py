@@ -5,7 +5,7 @@ import torch
 from kernels_packing import drawer, here
 
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
-from deltapatch.kernels.swap import Swap
+from deltapatch.kernels.edits import Swap
 
 
 def draw_attention(

@@ -4,6 +4,7 @@ The truth is the reference in float64, which the other files of this folder hold
 are tested in fp32 and fp16: the interpreter truncates where a GPU rounds to bfloat16 or float8.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -27,6 +28,7 @@ from transformers import (
 import deltapatch
 from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.backend import REFERENCE, TRITON, choose_backend
+from deltapatch.kernels.edits import Swap
 from deltapatch.kernels.lang import expm1, expm1_below_zero, expm1_minus, interpreted
 from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import (
@@ -39,7 +41,6 @@ from deltapatch.kernels.product import (
     narrow_weight,
 )
 from deltapatch.kernels.readout import BaseReadout
-from deltapatch.kernels.swap import Swap
 
 SCALES = (1e-6, 1e-2, 1.0, 1e3)
 # Rows beyond a tile and one row; one, few and many own positions.
@@ -55,6 +56,8 @@ def each_tensor(change, value):
     """The same arguments with every tensor of floats changed."""
     if isinstance(value, torch.Tensor):
         return change(value) if value.is_floating_point() else value
+    if isinstance(value, Swap):
+        return replace(value, delta=change(value.delta))
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(each_tensor(change, v) for v in value))
     if isinstance(value, (list, tuple)):

@@ -3,6 +3,8 @@
 The truth is the reference in float64, which test_attention.py holds against the definition.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernels_attention_inputs import as_arguments, draw_attention
@@ -11,8 +13,8 @@ from kernels_packing import drawer, is_rounded, pack
 from deltapatch.kernels.attention import Rotary, attention_difference
 from deltapatch.kernels.attention_triton import attention_difference_triton
 from deltapatch.kernels.backend import TRITON
+from deltapatch.kernels.edits import Swap
 from deltapatch.kernels.product import PRECISIONS
-from deltapatch.kernels.swap import Swap
 
 # One, few and many own positions; rows beyond a tile, and one row; prompts within and beyond a block of keys.
 ONE = pack([(3, 2), (37, 1)], [(0, 0, 2, 1, 3), (1, 0, 1, 1, 66)])
@@ -36,7 +38,7 @@ def double(value):
     if isinstance(value, Rotary):
         return Rotary(value.cos.double(), value.sin.double(), value.interleaved)
     if isinstance(value, Swap):
-        return value._replace(delta=value.delta.double())
+        return replace(value, delta=value.delta.double())
     if isinstance(value, dict):
         return {key: double(v) for key, v in value.items()}
     if isinstance(value, list):

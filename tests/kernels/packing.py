@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from deltapatch.kernels.edits import Swap
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.swap import Swap
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 wide = np.longdouble  # two evaluations subtracted: float64 would lose the digits that are tested
@@ -146,7 +146,8 @@ def random_swaps(seed, dtype, n_tokens, width, kinds):
 
 def swap_one_by_one(d, swaps):
     """The swaps written into [token, width], patch after patch in their order."""
-    for token, source, at, delta, _ in swaps:
+    for swap in swaps:
+        token, source, at, delta = swap.token, swap.source, swap.at, swap.delta
         values = exact(delta)
         for i, (t, s) in enumerate(zip(token.tolist(), source.tolist(), strict=True)):
             where = slice(None) if at is None else int(at[i])

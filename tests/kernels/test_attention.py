@@ -10,8 +10,8 @@ from kernels_packing import DTYPES, distance, exact, is_rounded, pack, packings,
 
 from deltapatch.kernels import attention
 from deltapatch.kernels.attention import attention_difference
+from deltapatch.kernels.edits import Swap
 from deltapatch.kernels.product import PRECISIONS
-from deltapatch.kernels.swap import Swap
 
 # Logits in the thousands carry 1e-4 themselves in float32, whatever the method
 TOLERANCE = {
@@ -53,7 +53,8 @@ def turn(d, rotary, tokens):
 
 
 def swap(d, swaps):
-    for token, source, at, delta, _ in swaps:
+    for swap in swaps:
+        token, source, at, delta = swap.token, swap.source, swap.at, swap.delta
         d[token.numpy(), at.numpy()] = exact(delta)[source.numpy(), at.numpy()]
 
 

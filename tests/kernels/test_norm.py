@@ -18,9 +18,9 @@ from kernels_packing import (
     swap_one_by_one,
 )
 
+from deltapatch.kernels.edits import Swap
 from deltapatch.kernels.norm import Norms, Part, add_norm
 from deltapatch.kernels.product import PRECISIONS, Scaled
-from deltapatch.kernels.swap import Swap
 
 EPS = 1e-5
 TOLERANCE = {"fp32": 3e-6, "fp64": 1e-12}

@@ -1,5 +1,7 @@
 """Segments in groups of few tokens: the same tokens, each over its own base token."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_packing import drawer, packings, random_swaps, seeds
 
+from deltapatch.kernels.edits import Swap, apply_edits, within
 from deltapatch.kernels.segments import cut_segments
-from deltapatch.kernels.swap import Swap, apply_swaps, within
 from deltapatch.kernels.tiles import base_of_tokens
 
 
@@ -32,9 +34,9 @@ def test_swaps_within_groups_are_the_swaps(packing, most, seed):
     n = len(packing.tokens)
     swaps = random_swaps(seed, torch.float64, n, 5, [True, False, False])
     whole, pieces = (drawer(seed, torch.float64)(n, 5) for _ in range(2))
-    apply_swaps(whole, swaps)
+    apply_edits(whole, swaps)
     for tokens, _ in cut_segments(packing.segments, most):
-        apply_swaps(pieces[tokens], within(swaps, tokens))
+        apply_edits(pieces[tokens], within(swaps, tokens))
     assert torch.equal(pieces, whole)
 
 
@@ -42,11 +44,11 @@ def test_swaps_of_a_device_are_cut_without_waiting_for_it():
     """Tensors on "meta" have no values that anybody could wait for."""
     token = np.array([7, 2, 5, 2, 9])
     there = torch.from_numpy(token).to("meta")
-    swap = Swap(there, there, there, torch.empty(3, 4, device="meta"), token)
-    (some,) = within([swap, swap._replace(on_host=token + 100)], slice(2, 8))
+    swap = Swap(there, there, there, torch.empty(3, 4, device="meta"), on_host=token)
+    (some,) = within([swap, replace(swap, on_host=token + 100)], slice(2, 8))
     assert some.on_host.tolist() == [5, 0, 3, 0]
     assert some.token.shape == some.source.shape == some.at.shape == (4,)
     (fewer,) = within([some], slice(3, 4))
     assert fewer.on_host.tolist() == [0]
     with pytest.raises(NotImplementedError):  # as a device's would be waited for
-        within([swap._replace(on_host=None)], slice(2, 8))
+        within([replace(swap, on_host=None)], slice(2, 8))

@@ -10,9 +10,9 @@ from kernels_packing import drawer, is_rounded, pack, packings, seeds
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels import product as product_module
 from deltapatch.kernels.device import upload
+from deltapatch.kernels.edits import Swap, apply_edits, gather_columns
 from deltapatch.kernels.product import PRECISIONS, Operand, Scaled, narrow, narrow_weight, product
 from deltapatch.kernels.segments import keep_reads, read_segments
-from deltapatch.kernels.swap import Swap, apply_swaps, gather_columns
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4)], ids=["vectors", "heads"])
@@ -26,7 +26,7 @@ def test_swaps_replace_whatever_arrived(shape):
         want[token] = delta[source]
     for token, source, at in ((0, 4, 2), (0, 0, 0), (5, 3, 1)):
         want[token, at] = delta[source, at]
-    apply_swaps(d, [whole, single])
+    apply_edits(d, [whole, single])
     assert torch.equal(d, want)
 
 

@@ -1,12 +1,13 @@
 """Swaps as kernels walk through them, and the entry of hidden neurons by a Triton kernel; see swap.py."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.edits import Edit, Swap, swaps_of
 from deltapatch.kernels.lang import jit, next_power_of_two, on_device, tl
-from deltapatch.kernels.swap import Swap
 
 
 class Patches(NamedTuple):
@@ -21,11 +22,12 @@ class Patches(NamedTuple):
     deltas: list[Tensor]  # [place], [source token, width] contiguous; anything where a place has no patch
 
 
-def order_patches(places: list[list[Swap]], n_tokens: int) -> Patches | None:
+def order_patches(places: Sequence[Sequence[Edit]], n_tokens: int) -> Patches | None:
     """The swaps of some places in one table, made on the device; None where there are none."""
     keys, sources, ats = [], [], []
     deltas: list[Tensor | None] = []
-    for i, swaps in enumerate(places):
+    for i, edits in enumerate(places):
+        swaps = swaps_of(edits)
         delta, offsets = _join(swaps)
         deltas.append(delta)
         for swap, offset in zip(swaps, offsets, strict=True):
@@ -56,10 +58,10 @@ def _join(swaps: list[Swap]) -> tuple[Tensor | None, list[int]]:
     return (different[0] if len(different) == 1 else torch.cat(different)).contiguous(), offsets
 
 
-def gather_columns_triton(swaps: list[Swap], weight: Tensor, n_tokens: int) -> Tensor:
+def gather_columns_triton(edits: Sequence[Edit], weight: Tensor, n_tokens: int) -> Tensor:
     """The same as `gather_columns`; each token's patches add up in a fixed order."""
     d_model, d_mlp = weight.shape
-    patches = order_patches([swaps], n_tokens)
+    patches = order_patches([edits], n_tokens)
     if patches is None:
         return weight.new_zeros(n_tokens, d_model)
     n_patches = len(patches.source)

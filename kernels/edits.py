@@ -1,0 +1,114 @@
+"""Edits: what a patch does to the difference d that arrives at its site, d <- d + P (v - d).
+
+v is the source's difference (source - base), and P says what of it is replaced. A kind of edit is a class
+here and a number in interventions/table.py. The Triton kernels carry out those that are `fused`; a block with
+others among its edits goes through the reference (see backend.py).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from torch import Tensor
+
+from deltapatch.kernels.device import upload
+
+
+@dataclass(frozen=True)
+class Edit(ABC):
+    """Edits of one kind, at one place, that fall into one block of rows.
+
+    Attributes:
+        token: [patch] int64, row token in the block.
+        on_host: [patch], `token` once more, so that nobody waits for a device's.
+        fused: whether the Triton kernels know this kind.
+        by_patch: the names of what has a line for each patch.
+    """
+
+    token: Tensor
+    on_host: np.ndarray | None = field(default=None, kw_only=True)
+    fused: ClassVar[bool] = False
+    by_patch: ClassVar[tuple[str, ...]] = ("token",)
+
+    @abstractmethod
+    def apply(self, d: Tensor) -> None:
+        """Change the difference of a place: [token, d_model], [token, d_mlp] or [token, head, d_head]."""
+
+    def within(self, tokens: slice) -> Self | None:
+        """What falls into some of the tokens, which are counted from the first of these; None if nothing."""
+        told = self.token.cpu().numpy() if self.on_host is None else self.on_host
+        mine = np.flatnonzero((told >= tokens.start) & (told < tokens.stop))
+        if not len(mine):
+            return None
+        which = upload(mine, self.token.device)
+        lines = {name: getattr(self, name) for name in self.by_patch}
+        some: dict[str, Any] = {name: None if line is None else line[which] for name, line in lines.items()}
+        some["token"] = some["token"] - tokens.start
+        return replace(self, **some, on_host=told[mine] - tokens.start)
+
+
+@dataclass(frozen=True)
+class Swap(Edit):
+    """P is everything, or one head, neuron or coordinate: what arrived there is replaced.
+
+    Attributes:
+        source: [patch] int64, row of `delta`.
+        at: [patch] int64, head, neuron or coordinate; None: the whole vector.
+        delta: [source token, ...] with the site's own trailing shape, (source - base) at every source token.
+    """
+
+    source: Tensor
+    at: Tensor | None
+    delta: Tensor
+    fused = True
+    by_patch = ("token", "source", "at")
+
+    def apply(self, d: Tensor) -> None:
+        """Write what the source says."""
+        if self.at is None:
+            d[self.token] = self.delta[self.source]
+        else:
+            d[self.token, self.at] = self.delta[self.source, self.at]
+
+
+def within(edits: Iterable[Edit], tokens: slice) -> list[Edit]:
+    """The edits that fall into some of the tokens, which are counted from the first of these."""
+    return [some for edit in edits if (some := edit.within(tokens)) is not None]
+
+
+def apply_edits(d: Tensor, edits: Iterable[Edit]) -> None:
+    """Change a place's difference, in place, by one edit after the other."""
+    for edit in edits:
+        edit.apply(d)
+
+
+def swaps_of(edits: Sequence[Edit]) -> list[Swap]:
+    """The same, which are all swaps: what fused operations take. TypeError where one is not."""
+    for edit in edits:
+        if not isinstance(edit, Swap):
+            raise TypeError(f"{type(edit).__name__} is no swap")
+    return list(edits)  # type: ignore[arg-type]  # just checked
+
+
+def gather_columns(edits: Sequence[Edit], weight: Tensor, n_tokens: int) -> Tensor:
+    """Entry of hidden neurons without a matrix product: Σ delta[source, j] * weight[:, j] over patches.
+
+    Args:
+        edits: swaps of single neurons.
+        weight: [d_model, d_mlp], the down-projection in the base dtype.
+        n_tokens: in the block.
+
+    Returns:
+        [token, d_model], zero where there is no patch.
+    """
+    out = weight.new_zeros(n_tokens, len(weight))
+    for swap in swaps_of(edits):
+        assert swap.at is not None
+        scale = swap.delta[swap.source, swap.at].unsqueeze(1)  # [patch, 1]
+        # Reading columns of a row-major matrix is slow: where many are needed, transpose it once.
+        many = len(swap.at) * 4 > weight.shape[1]
+        columns = weight.t().contiguous()[swap.at] if many else weight[:, swap.at].t()
+        out.index_add_(0, swap.token, columns * scale)
+    return out
