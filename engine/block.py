@@ -124,13 +124,15 @@ class BlockStep:
             q, k, v = (self._zeros(b) for b in (base.q_rotated, base.k_rotated, base.v))
         for place, d in (("q", q), ("k", k), ("v", v)):
             self._note(place, d)
+        places = ("q", "k", "v", "pattern", "z")
         z = layer.ops.attention_difference(
             QKV(q, k, v, scale),
             AttentionBase(base.q_rotated, base.k_rotated, base.v, layer.rotary, spec.d_head**-0.5),
             self.segments,
-            {place: self.swaps[place] for place in ("q", "k", "v", "z") if place in self.swaps},
+            {place: self.swaps[place] for place in places if place in self.swaps},
             layer.precision,
             reads_only=layer.last,
+            pattern=None if self.capture is None else self.capture.get("pattern"),
         )
         self._note("z", z.values.unflatten(-1, (spec.n_heads, spec.d_head)))
         return z

@@ -68,7 +68,7 @@ class Costs:
         """
         stream = model.stream if stream is None else stream
         spec, size, d = model.spec, precision.base.itemsize, model.spec.d_model
-        width = {name: _numbers(shape) for name, shape in widths(spec).items()}
+        width = {name: _numbers(shape) for name, shape in widths(spec, length).items()}
         patched = sum(width.get(place, 0) for place in places if place != "resid_post")
         # Of one layer: what rows meet, the source runs after it and at patched places.
         kept = sum(width[name] for name in MET if name in width and name != "resid_pre") + spec.rope.dim

@@ -16,7 +16,7 @@ WHOLE, ATTENTION, MIDDLE, END = range(4)
 def entry_stage(place: np.ndarray, parallel: bool) -> np.ndarray:
     """The stage at which a patch at a place enters its block."""
     stages = np.full(len(PLACES), END)
-    for name in ("q", "k", "v", "z"):
+    for name in ("q", "k", "v", "pattern", "z"):
         stages[PLACE[name]] = ATTENTION
     if not parallel:
         stages[PLACE["attn_out"]] = stages[PLACE["resid_mid"]] = MIDDLE

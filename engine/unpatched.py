@@ -31,7 +31,7 @@ class Unpatched:
     def __init__(self, setup: Setup, prompts: Prompts) -> None:
         self.spec, self.prompts, self.shapes = setup.model.spec, prompts, prompts.shapes
         self.block_tokens, self.pool = setup.ops.block_tokens, setup.pool
-        self.widths = forward.widths(self.spec)
+        self.widths = forward.widths(self.spec, max(run.length for run in self.shapes.runs))
 
     def base(
         self, x: Tensor, layer: LayerWeights, rotary: Rotary, places: Collection[str]
@@ -48,7 +48,7 @@ class Unpatched:
             activations [base token, ...].
         """
         kept = {"resid_pre": x} | {
-            name: x.new_empty(len(x), *self.widths[name])
+            name: self._room(x, name)
             for name in {*MET, *(places if self.prompts.kind in ("zero", "mean") else ())}
             if name in self.widths and name != "resid_pre"
         }
@@ -58,11 +58,14 @@ class Unpatched:
 
             def keep(part: forward.Attended | forward.Hidden, at: int, count: int) -> None:
                 for name, value in part._asdict().items():
-                    if name in kept:
-                        kept[name][at : at + count] = value.reshape(count, *self.widths[name])
+                    if name in kept:  # a pattern has as many keys as its own run has tokens
+                        here = kept[name][at : at + count, ..., : value.shape[-1]]
+                        here.copy_(value.reshape(here.shape))
 
             tables = segment.run(rotary.cos)[0], segment.run(rotary.sin)[0]  # those of all its pairs
-            attended = forward.attention(segment.run(x), layer, self.spec, tables, segment.fork)
+            attended = forward.attention(
+                segment.run(x), layer, self.spec, tables, segment.fork, pattern="pattern" in kept
+            )
             keep(attended, first, n)
             attn_out = attended.attn_out.flatten(0, 1)
             del attended
@@ -91,7 +94,7 @@ class Unpatched:
             The same after the layer, and the differences at these places: [source token, ...].
         """
         after = torch.empty_like(dx)
-        found = {name: dx.new_empty(len(dx), *self.widths[name]) for name in places if name != "resid_post"}
+        found = {name: self._room(dx, name) for name in places if name != "resid_post"}
 
         def advance(segment: Segment) -> None:
             mine = slice(segment.token, segment.token + segment.n_tokens)
@@ -101,3 +104,8 @@ class Unpatched:
 
         self.pool(advance, self.shapes.segments(self.prompts.n_sources, self.block_tokens))
         return after, found | {"resid_post": after}
+
+    def _room(self, like: Tensor, name: str) -> Tensor:
+        """Memory for an activation of every token, [token, ...]; keys that a run does not have stay 0."""
+        shape = (len(like), *self.widths[name])
+        return like.new_zeros(shape) if name == "pattern" else like.new_empty(shape)

@@ -255,7 +255,7 @@ class Wavefront:
             a, b = there.start + np.searchsorted(p.row[there], [ids[0], ids[-1] + 1])
             packed = a + np.flatnonzero(layout.token[p.row[a:b]] >= 0)  # other layouts' rows may lie between
             row, position, edit, index = (x[packed] for x in (p.row, p.position, p.edit, p.index))
-            if last and PLACE[name] >= PLACE["z"]:
+            if last and PLACE[name] >= PLACE["pattern"]:
                 token = first_tokens(read_segments(block.segments))[np.searchsorted(ids, row)]
             else:
                 token = layout.token[row] + (position - self.rows.start[row]) * layout.stride[row]

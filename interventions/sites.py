@@ -35,7 +35,7 @@ KV_HEAD = Index("head", "H", lambda spec: spec.n_kv_heads, few=True)
 NEURON = Index("neuron", "N", lambda spec: spec.d_mlp)
 COORDINATE = Index("coordinate", "D", lambda spec: spec.d_model)
 # The places inside a block, in the order in which a row passes them.
-PLACES = ("q", "k", "v", "z", "attn_out", "resid_mid", "mlp_post", "mlp_out", "resid_post")
+PLACES = ("q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_post", "mlp_out", "resid_post")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ SITES: dict[str, Site] = {
         Site("q", "q", HEAD),
         Site("k", "k", KV_HEAD),
         Site("v", "v", KV_HEAD),
+        Site("pattern", "pattern", HEAD),
         Site("z", "z", HEAD),
         Site("mlp_post", "mlp_post", NEURON),
         Site("mlp_out.dim", "mlp_out", COORDINATE),
@@ -84,6 +85,7 @@ HOOK_NAMES = {
     "attn.hook_q": "q",
     "attn.hook_k": "k",
     "attn.hook_v": "v",
+    "attn.hook_pattern": "pattern",
     "attn.hook_z": "z",
     "mlp.hook_post": "mlp_post",
 }

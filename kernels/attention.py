@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.edits import Edit, apply_edits
+from deltapatch.kernels.edits import Edit, Swap, apply_edits, swaps_of
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment, read_segments, unseen
 
@@ -98,6 +98,7 @@ def attention_difference(
     precision: Precision,
     *,
     reads_only: bool,
+    pattern: Tensor | None = None,
 ) -> Scaled:
     """Difference of the attention's output before the output projection.
 
@@ -105,9 +106,11 @@ def attention_difference(
         changes: of the rows. They are only read, and may be one line that stands for all tokens.
         base: of the runs that the rows change.
         segments: where the rows lie and what their base is.
-        swaps: of heads, at "q", "k" and "v" (before rotary) and "z", whose tokens count lines of the result.
+        swaps: of heads, at "q", "k" and "v" (before rotary), "pattern" and "z"; tokens of the last two count
+            lines of the result.
         precision: of the products; what reads the result.
         reads_only: only the positions that are read out are wanted (the last layer).
+        pattern: [line of the result, head, key of the run], receives the changes of attention probabilities.
 
     Returns:
         [token, head * d_head]; with reads_only packed as `read_segments` says.
@@ -135,15 +138,22 @@ def attention_difference(
             for h in range(0, n_heads, heads):
                 head = slice(h, h + heads)
                 shared = head if group == 1 else [i // group for i in range(h, min(h + heads, n_heads))]
-                queries.tokens(out)[:, some, :, head] = _heads(
+                p, w = _probabilities(
                     rows_q[:, some, :, head],
                     rows_k[:, own, :, shared],
-                    rows_v[:, own, :, shared],
                     segment.run(q)[:, keys, head],
                     segment.run(k)[:, keys, shared],
-                    segment.run(v)[:, keys, shared],
                     hidden,
                     logit_scale,
+                )
+                # [pair, query, row, head, key]
+                here = w.permute(0, 2, 3, 1, 4)
+                for swap in swaps_of(swaps.get("pattern", [])):
+                    _swap_pattern(here, swap, queries, some, head)
+                if pattern is not None:
+                    queries.tokens(pattern)[:, some, :, head, : w.shape[-1]] = here
+                queries.tokens(out)[:, some, :, head] = _mixed(
+                    p, w, segment.run(v)[:, keys, shared], rows_v[:, own, :, shared]
                 )
     apply_edits(out, swaps.get("z", []))
     return narrow(out.flatten(1), precision)
@@ -159,26 +169,24 @@ def _swapped(d: Tensor, scale: Tensor | None, swaps: Sequence[Edit]) -> Tensor:
     return d
 
 
-def _heads(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    hidden: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """One segment, some heads: dq, dk, dv are [pair, position, row, head, d_head], the base without `row`.
+def _probabilities(
+    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, hidden: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention probabilities of some heads of a segment, and their changes.
 
-    `hidden` says what queries do not see, [query, key]; None: they see all.
+    Args:
+        dq, dk: [pair, position, row, head, d_head].
+        q, k: of the base run, [pair, position, head, d_head].
+        hidden: what queries do not see, [query, key]; None: they see all.
+        scale: of the logits.
+
+    Returns:
+        [pair, head, query, 1, key] and [pair, head, query, row, key].
     """
     m, n, length = dq.shape[1], dk.shape[1], q.shape[1]  # queries, own positions, run
     own = slice(length - n, length)
     q = q[:, length - m :]  # [pair, query, head, d_head]
-    k, v = k.transpose(1, 2), v.transpose(1, 2)  # [pair, head, key, d_head]
-
-    # Base weights.
+    k = k.transpose(1, 2)  # [pair, head, key, d_head]
     logp = torch.matmul(q.transpose(1, 2), k.transpose(2, 3)).mul_(scale)  # [pair, head, query, key]
     if hidden is not None:
         logp.masked_fill_(hidden, -torch.inf)
@@ -200,14 +208,40 @@ def _heads(
     w.sub_(a).mul_(p).div_(1 + a)
     if direct.device.type != "cpu" or bool(direct.any()):  # for a GPU the host does not wait to find out
         w = torch.where(direct, (logp + change).softmax(-1) - p, w)
-    out = _weigh(w, v)
+    return p, w
+
+
+def _swap_pattern(w: Tensor, swap: Swap, queries: Segment, some: slice, head: slice) -> None:
+    """The swaps of attention probabilities that fall into some queries and heads.
+
+    Args:
+        w: [pair, query, row, head, key], changes of these probabilities.
+        swap: of heads.
+        queries: the segment of all queries.
+        some, head: which of its positions, and which heads, `w` holds.
+    """
+    assert swap.at is not None
+    at = swap.token - queries.token
+    row, at_position = at % queries.rows, at // queries.rows
+    position, pair = at_position % queries.positions, at_position // queries.positions
+    mine = (at >= 0) & (at < queries.n_tokens) & (some.start <= position) & (position < some.stop)
+    mine &= (head.start <= swap.at) & (swap.at < head.stop)
+    delta = swap.delta[swap.source[mine], swap.at[mine], : w.shape[-1]]
+    w[pair[mine], position[mine] - some.start, row[mine], swap.at[mine] - head.start] = delta
+
+
+def _mixed(p: Tensor, w: Tensor, v: Tensor, dv: Tensor) -> Tensor:
+    """The change of z: Σ w_i v_i + Σ (p_i + w_i) dv_i, [pair, query, row, head, d_head].
+
+    Args:
+        p, w: as `_probabilities` gives them.
+        v: of the base run, [pair, key, head, d_head].
+        dv: [pair, own key, row, head, d_head].
+    """
+    own = slice(w.shape[-1] - dv.shape[1], None)
+    out = torch.matmul(w.flatten(2, 3), v.transpose(1, 2)).unflatten(2, w.shape[2:4])
     out += _own_values(w[..., own] + p[..., own], dv)
-    return out.permute(0, 2, 3, 1, 4)  # [pair, query, row, head, d_head]
-
-
-def _weigh(w: Tensor, v: Tensor) -> Tensor:
-    """Sum over all keys: [pair, head, query, row, key] and [pair, head, key, d_head]."""
-    return torch.matmul(w.flatten(2, 3), v).unflatten(2, w.shape[2:4])
+    return out.permute(0, 2, 3, 1, 4)
 
 
 def _own_logits(q: Tensor, dk: Tensor) -> Tensor:

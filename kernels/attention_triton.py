@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.attention import HUGE, QKV, AttentionBase
+from deltapatch.kernels.attention import HUGE, QKV, AttentionBase, attention_difference
 from deltapatch.kernels.edits import Edit, swaps_of
 from deltapatch.kernels.lang import expm1, jit, next_power_of_two, on_device, tl
 from deltapatch.kernels.product import Precision, Scaled, narrow
@@ -34,11 +34,18 @@ def attention_difference_triton(
     precision: Precision,
     *,
     reads_only: bool,
+    pattern: Tensor | None = None,
 ) -> Scaled:
     """The same as `attention_difference`: one launch for each of the two kinds of tiles.
 
-    Where the result needs a scale, it is written in float32 and narrowed afterwards.
+    Where the result needs a scale, it is written in float32 and narrowed afterwards. The kernel holds no
+    query's probabilities whole: where they are patched, which is one layer of a row, or asked for, the
+    reference takes its place.
     """
+    if pattern is not None or swaps.get("pattern"):
+        return attention_difference(
+            changes, base, segments, swaps, precision, reads_only=reads_only, pattern=pattern
+        )
     dq, dk, dv, scale_of_rows = changes
     q, k, v, rotary, logit_scale = base
     n_heads, d_head = dq.shape[1:]

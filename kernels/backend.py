@@ -75,6 +75,7 @@ class Backend(Protocol):
         precision: Precision,
         *,
         reads_only: bool,
+        pattern: Tensor | None = None,
     ) -> Scaled:
         """Difference of the attention's output before the output projection."""
         ...

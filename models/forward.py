@@ -39,6 +39,9 @@ class Activations(NamedTuple):
     v: Tensor  # [B, T, K, C]
     q_rotated: Tensor  # [B, T, H, C]
     k_rotated: Tensor  # [B, T, K, C]
+    pattern: (
+        Tensor | None
+    )  # [B, T, H, T], the attention probabilities of each query; None where not asked for
     z: Tensor  # [B, T, H, C]
     attn_out: Tensor  # [B, T, d_model]
     resid_mid: Tensor | None  # [B, T, d_model]; None for parallel blocks
@@ -49,14 +52,14 @@ class Activations(NamedTuple):
     resid_post: Tensor  # [B, T, d_model]
 
 
-def widths(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """The shape of each of a model's `Activations` at one token."""
+def widths(spec: ModelSpec, length: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each of a model's `Activations` at one token of a run of at most `length` tokens."""
     whole, hidden = (spec.d_model,), (spec.d_mlp,)
     queries, keys = (spec.n_heads, spec.d_head), (spec.n_kv_heads, spec.d_head)
     shapes = {
         "resid_pre": whole, "q": queries, "k": keys, "v": keys, "q_rotated": queries, "k_rotated": keys,
-        "z": queries, "attn_out": whole, "resid_mid": whole, "gate": hidden, "up": hidden,
-        "mlp_post": hidden, "mlp_out": whole, "resid_post": whole,
+        "pattern": (spec.n_heads, length), "z": queries, "attn_out": whole, "resid_mid": whole,
+        "gate": hidden, "up": hidden, "mlp_post": hidden, "mlp_out": whole, "resid_post": whole,
     }  # fmt: skip
     for name, there in (("resid_mid", not spec.parallel), ("gate", spec.gated)):
         if not there:
@@ -157,12 +160,19 @@ def split_qkv(parts: list[Tensor], spec: ModelSpec) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, fork: tuple[int, int] | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fork: tuple[int, int] | None = None,
+    pattern: Tensor | None = None,
+) -> Tensor:
     """Causal attention: q [B, T, H, C] and k, v [B, T, K, C], both rotated -> z [B, T, H, C].
 
     With a fork the tokens are a trunk and two branches, which begin at these two positions, and the second
     branch does not attend to the first. Softmax and products are in the inputs' dtype. Queries go in chunks,
-    so memory grows with T, not T².
+    so memory grows with T, not T². `pattern`, [B, T, H, T], receives the probabilities of the keys up to each
+    query.
     """
     n_batch, length, n_heads, d_head = q.shape
     n_kv = k.shape[2]
@@ -184,6 +194,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, fork: tuple[int, int] | None = None)
         if fork is not None:
             scores[..., max(0, fork[1] - start) :, fork[0] : fork[1]] = -math.inf
         weights = scores.softmax(-1)
+        if pattern is not None:
+            by_head = weights.view(n_batch, n_heads, end - start, end)
+            pattern[:, start:end, :, :end] = by_head.transpose(1, 2)
         mixed = weights.view(n_batch, n_kv, group * (end - start), end) @ v[:, :, :end]
         mixed = mixed.view(n_batch, n_heads, end - start, d_head)
         z[:, start:end] = mixed.transpose(1, 2)
@@ -198,6 +211,7 @@ class Attended(NamedTuple):
     v: Tensor
     q_rotated: Tensor
     k_rotated: Tensor
+    pattern: Tensor | None
     z: Tensor
     attn_out: Tensor
 
@@ -217,13 +231,19 @@ def attention(
     spec: ModelSpec,
     rope_tables: tuple[Tensor, Tensor],
     fork: tuple[int, int] | None = None,
+    *,
+    pattern: bool = False,
 ) -> Attended:
-    """The attention of one block over whole prompts; arguments are those of `block`."""
+    """The attention of one block over whole prompts; arguments are those of `block`.
+
+    With `pattern` the attention probabilities are kept, [B, T, H, T].
+    """
     cos, sin = (table[: x.shape[1]] for table in rope_tables)
     q, k, v = project_qkv(normalise(x, layer.norm1, spec), layer, spec)
     q_rotated, k_rotated = rotate(q, cos, sin, spec.rope), rotate(k, cos, sin, spec.rope)
-    z = attend(q_rotated, k_rotated, v, fork)
-    return Attended(q, k, v, q_rotated, k_rotated, z, linear(z.flatten(-2), layer.out))
+    kept = x.new_zeros(*q.shape[:3], q.shape[1]) if pattern else None
+    z = attend(q_rotated, k_rotated, v, fork, kept)
+    return Attended(q, k, v, q_rotated, k_rotated, kept, z, linear(z.flatten(-2), layer.out))
 
 
 def mlp(x: Tensor, attn_out: Tensor, layer: LayerWeights, spec: ModelSpec) -> Hidden:

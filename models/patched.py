@@ -1,4 +1,4 @@
-"""The plain forward with every site open to changes: nothing is carried as a difference.
+"""The plain forward with every site but `pattern` open to changes: nothing is carried as a difference.
 
 It shares the weights and the elementary steps of `forward.py` with the engine and none of the engine, so
 that effects can be held to it.

@@ -15,7 +15,7 @@ import torch
 
 WHOLE = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 DIMS = ("mlp_out.dim", "attn_out.dim", "resid_pre.dim", "resid_post.dim")
-SITES = (*WHOLE, "q", "k", "v", "z", "mlp_post", *DIMS)
+SITES = (*WHOLE, "q", "k", "v", "pattern", "z", "mlp_post", *DIMS)
 METRICS = (
     "ie",
     "logit_diff",
@@ -260,15 +260,14 @@ def _rotate(x: np.ndarray, rope: Rope) -> np.ndarray:
     return turned
 
 
-def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Causal attention over [row, T, head, d_head], query by query."""
-    z = np.empty_like(q)
+def _attend(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Causal attention over [row, T, head, d_head], query by query: probabilities [row, T, head, T]."""
+    pattern = np.zeros((*q.shape[:3], q.shape[1]), q.dtype)
     for t in range(q.shape[1]):
         scores = np.einsum("rhd,rihd->rhi", q[:, t], k[:, : t + 1]) / np.sqrt(q.dtype.type(q.shape[-1]))
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights = weights / weights.sum(-1, keepdims=True)
-        z[:, t] = np.einsum("rhi,rihd->rhd", weights, v[:, : t + 1])
-    return z
+        pattern[:, t, :, : t + 1] = weights / weights.sum(-1, keepdims=True)
+    return pattern
 
 
 # called with (site, layer, value [row, T, ...]) at every site; what it returns flows on
@@ -308,6 +307,7 @@ class TrueModel:
             "q": self.shape.n_heads,
             "k": self.shape.n_kv_heads,
             "v": self.shape.n_kv_heads,
+            "pattern": self.shape.n_heads,
             "z": self.shape.n_heads,
             "mlp_post": self.blocks[0].up.weight.shape[0],
         }.get(kind)
@@ -335,7 +335,8 @@ class TrueModel:
             k = visit("k", l, self._heads(_linear(normed, w.k)))  # [row, T, kv_head, d_head]
             v = visit("v", l, self._heads(_linear(normed, w.v)))
             q, k = _rotate(q, self.shape.rope), _rotate(k, self.shape.rope)
-            z = visit("z", l, _attend(q, np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)))
+            pattern = visit("pattern", l, _attend(q, np.repeat(k, group, axis=2)))  # [row, T, head, T]
+            z = visit("z", l, np.einsum("rthi,rihd->rthd", pattern, np.repeat(v, group, axis=2)))
             attn_out = visit("attn_out", l, _linear(z.reshape(*z.shape[:2], -1), w.out))  # [row, T, d_model]
             mid = x + attn_out
             if not self.shape.parallel:
@@ -391,7 +392,12 @@ class TrueModel:
             for r, patch in todo[site, layer]:
                 position = patch.position % len(base)  # of the prompt, whatever comes after it
                 where = position if patch.index is None else (position, patch.index)
-                value[r][where] = source[site, layer][where]
+                new = source[site, layer][where]
+                if site == "pattern":  # the source run may have fewer tokens: none of the others is seen
+                    value[r][where] = 0
+                    value[r][where][: len(new)] = new
+                else:
+                    value[r][where] = new
             return value
 
         read = self.forward([*base, *after], len(rows), swap)[:, len(base) - 1 :]
@@ -618,6 +624,12 @@ def hf_hooks_logits(
     return out.numpy()
 
 
+class _Undo(NamedTuple):
+    """What a hook is: something to remove."""
+
+    remove: Callable[[], None]
+
+
 def _hook_all(hf_model: Any, act: Callable[[str, int, torch.Tensor], None]) -> list[Any]:
     """Hook every site of every layer; `act` may write into the [T, ...] view of the value that it gets."""
     cfg = hf_model.config
@@ -654,8 +666,26 @@ def _hook_all(hf_model: Any, act: Callable[[str, int, torch.Tensor], None]) -> l
 
         handles.append(module.register_forward_hook(hook))
 
+    # No module puts out the probabilities: while an attention runs, what takes a softmax is its.
+    real, running = torch.nn.functional.softmax, []
+
+    def softmax(*args: Any, **named: Any) -> torch.Tensor:
+        out = real(*args, **named)
+        if running:
+            out = out.clone()
+            act("pattern", running[-1], out[0].transpose(0, 1))
+        return out
+
+    torch.nn.functional.softmax = softmax
+    how = cfg._attn_implementation
+    cfg._attn_implementation = "eager"  # in Python, with a softmax of its own
+    handles.append(_Undo(lambda: setattr(torch.nn.functional, "softmax", real)))
+    handles.append(_Undo(lambda: setattr(cfg, "_attn_implementation", how)))
+
     for l, block in enumerate(hf_model.get_submodule(layers)):
         attention = block.get_submodule(attn)
+        handles.append(attention.register_forward_pre_hook(lambda *_, l=l: running.append(l)))
+        handles.append(attention.register_forward_hook(lambda *_: running.clear()))
         before(block, "resid_pre", l, whole)
         if cfg.model_type == "gpt_neox":
             for i, site in enumerate("qkv"):

@@ -387,7 +387,7 @@ def test_hook_names_bare_in_a_block_and_in_full(hook):
 
 
 @pytest.mark.parametrize(
-    "name", ["hook_pattern", "attn.hook_post", "mlp.hook_z", "blocks.1.z", "blocks.x.hook_z"]
+    "name", ["hook_attn_scores", "attn.hook_post", "mlp.hook_z", "blocks.1.z", "blocks.x.hook_z"]
 )
 def test_names_of_no_site(name):
     with pytest.raises(DeltapatchError, match=f"unknown site '{name}'"):

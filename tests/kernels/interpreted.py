@@ -434,7 +434,7 @@ MODELS = pytest.mark.parametrize(
     [
         (_neox, ("resid_pre", "mlp_post", "q", "v")),
         (_gptj, ("mlp_out", "k", "z", "mlp_out.dim", "mlp_post")),
-        (_llama, ("resid_mid", "attn_out", "mlp_post", "z")),
+        (_llama, ("resid_mid", "attn_out", "mlp_post", "pattern", "z")),
     ],
     ids=["gpt_neox", "gptj", "llama"],
 )
