@@ -5,9 +5,9 @@ on a stream of its own: the GPU computes meanwhile, and no call of the pass wait
 reads waits, for a layer to be done with before one more comes: three are on the GPU at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -111,33 +111,10 @@ class Upload:
         self._turn = 1 - self._turn
 
 
-class Reader(Protocol):
-    """The weights of one pass as they are stored, on the model's device: layers in order, then the ends."""
+class ReadAhead:
+    """The layers of one pass and then the ends, each read by a thread while the one before is at work.
 
-    def layer(self, index: int) -> LayerWeights:
-        """Those of a block."""
-
-    def ends(self) -> EndWeights:
-        """Embedding, final norm and unembedding; of a streamed model the embedding is empty."""
-
-
-class Kept:
-    """The reader of a model that is in memory."""
-
-    def __init__(self, layers: list[LayerWeights], ends: EndWeights) -> None:
-        self._layers, self._ends = layers, ends
-
-    def layer(self, index: int) -> LayerWeights:
-        """Those of a block."""
-        return self._layers[index]
-
-    def ends(self) -> EndWeights:
-        """Embedding, final norm and unembedding."""
-        return self._ends
-
-
-class Reading:
-    """The reader of a streamed model. It holds nothing that the caller has dropped.
+    It holds nothing that the caller has dropped.
 
     Args:
         read: reads layer l, and at `n_layers` the ends; called in a thread, one ahead.
@@ -190,18 +167,3 @@ class Reading:
                 self._lane.wait_here(self._asked[index - HELD + 1])
             with self._lane.copying():
                 return self._read(index), self._lane.mark()
-
-
-@contextmanager
-def streamed(read: Callable[[int], Any], n_layers: int, lane: Lane | None) -> Iterator[Reading]:
-    """One pass over a streamed model; arguments are those of `Reading`."""
-    reading = Reading(read, n_layers, lane)
-    try:
-        yield reading
-    finally:
-        reading.close()
-
-
-def kept(layers: list[LayerWeights], ends: EndWeights) -> AbstractContextManager[Kept]:
-    """One pass over a model in memory."""
-    return nullcontext(Kept(layers, ends))
