@@ -64,8 +64,6 @@ class Checkpoint:
                 "place: the two do not belong together"
             )
 
-    # What they are ---------------------------------------------------------------------------------------
-
     @cached_property
     def dtype(self) -> torch.dtype:
         """What the weights are read as (of a mixed checkpoint, its matrices)."""
@@ -91,33 +89,31 @@ class Checkpoint:
         changed = self.dtype != self._raw_dtype(EMBEDDING) or self._adapter is not None
         return changed or self.device.type != "cpu" or not self.in_file
 
-    # Reading ---------------------------------------------------------------------------------------------
+    def layer(self, index: int, read: Callable[[Slot], Tensor] | None = None) -> LayerWeights:
+        """One block; `read` gives the tensor of a slot, in place of the method of that name."""
+        return assemble_layer(self.spec, lambda name: (read or self.read)(Slot(index, name)))
 
-    def layer(self, index: int) -> LayerWeights:
-        """One block.
+    def ends(self, read: Callable[[Slot], Tensor] | None = None) -> EndWeights:
+        """What is outside the blocks, read like these."""
+        return assemble_ends(self.spec, lambda name: (read or self.read)(Slot(None, name)))
+
+    def read(self, slot: Slot) -> Tensor:
+        """One tensor, shared with where it lives if nothing about it changes.
 
         Raises:
             DeltapatchError: it holds NaN or infinity, or is quantised. So do the other ways to read.
         """
-        return assemble_layer(self.spec, lambda name: self._read(Slot(index, name)))
+        return self._finished(slot, self._tensors.read, lambda raw: raw.to(self.device, self._given))
 
-    def ends(self) -> EndWeights:
-        """What is outside the blocks."""
-        return assemble_ends(self.spec, lambda name: self._read(Slot(None, name)))
+    def fetch(self, slot: Slot, move: Callable[[Tensor], Tensor]) -> Tensor:
+        """One tensor, read from the file now; `move` takes it to the device."""
+        return self._finished(slot, self._tensors.fetch, move)
 
     def embeddings(self, token_ids: Tensor) -> Tensor:
         """Those of some tokens, [..., d_model] on the CPU, for ids [...]: nothing else is read."""
         rows = self._raw(EMBEDDING, self._tensors.read)[token_ids.cpu()]
         self._check_finite(EMBEDDING, rows)
         return self._fitting(EMBEDDING, rows, rows.to(dtype=self._given))
-
-    def fetch(self, slot: Slot, move: Callable[[Tensor], Tensor]) -> Tensor:
-        """One tensor, read from the file now; `move` takes it to the device."""
-        return self._finished(slot, self._tensors.fetch, move)
-
-    def _read(self, slot: Slot) -> Tensor:
-        """One tensor, shared with where it lives if nothing about it changes."""
-        return self._finished(slot, self._tensors.read, lambda raw: raw.to(self.device, self._given))
 
     def _finished(self, slot: Slot, get: Callable[[str], Tensor], move: Callable[[Tensor], Tensor]) -> Tensor:
         """A checked tensor on the device, in its dtype, with its update."""
@@ -146,8 +142,6 @@ class Checkpoint:
                 f"({torch.finfo(tensor.dtype).max:.5g}): load the model with dtype 'float32'"
             )
         return tensor
-
-    # From tensors to slots -------------------------------------------------------------------------------
 
     def _raw(self, slot: Slot, get: Callable[[str], Tensor]) -> Tensor:
         """The tensor of a slot as the checkpoint has it: here alone a named tensor becomes that of a slot."""
@@ -184,8 +178,6 @@ class Checkpoint:
                 f"{self._tensors.place(name)}: {name!r} differs from the embedding, though config.json says "
                 "'tie_word_embeddings': set it to false to use both"
             )
-
-    # What tells it from others ---------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
         """32 hex digits that tell models apart, the same for one model in one file, in shards or in memory.

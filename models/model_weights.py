@@ -14,23 +14,16 @@ from deltapatch.models.architecture import Slot
 from deltapatch.models.checkpoint import EMBEDDING, Checkpoint
 from deltapatch.models.fetch import hash_of_tensor
 from deltapatch.models.memory import fits
-from deltapatch.models.stream import CudaLane, ReadAhead, Upload
+from deltapatch.models.stream import Lane, ReadAhead, Upload
 from deltapatch.models.surroundings import Shared
-from deltapatch.models.weights import (
-    EndWeights,
-    LayerWeights,
-    assemble_ends,
-    assemble_layer,
-    layer_shapes,
-    map_tensors,
-)
+from deltapatch.models.weights import EndWeights, LayerWeights, layer_shapes, map_tensors
 
 # Where a pass takes its weights from: the layers in order, and then the ends.
 PassWeights: TypeAlias = "ModelWeights | ReadAhead"
 
 
 class ModelWeights(ABC):
-    """The weights of a model, as they are stored, on its device."""
+    """The weights of a model, as they are stored, on its device: read when they are asked for, or before."""
 
     stream: bool  # whether every pass reads them
 
@@ -38,20 +31,20 @@ class ModelWeights(ABC):
         self.checkpoint = checkpoint
 
     @abstractmethod
-    def layer(self, index: int) -> LayerWeights:
-        """Those of a block."""
-
-    @abstractmethod
-    def ends(self) -> EndWeights:
-        """Embedding, final norm and unembedding."""
-
-    @abstractmethod
-    def embeddings(self, token_ids: Tensor) -> Tensor:
-        """Those of some tokens, [..., d_model], for ids [...]."""
-
-    @abstractmethod
     def reading(self, n_layers: int) -> AbstractContextManager[PassWeights]:
         """One pass over the first of the layers, and the ends."""
+
+    def layer(self, index: int) -> LayerWeights:
+        """Those of a block."""
+        return self.checkpoint.layer(index)
+
+    def ends(self) -> EndWeights:
+        """Embedding, final norm and unembedding."""
+        return self.checkpoint.ends()
+
+    def embeddings(self, token_ids: Tensor) -> Tensor:
+        """Those of some tokens, [..., d_model], for ids [...]: of weights that are read, nothing else is."""
+        return _sent(self.checkpoint.embeddings(token_ids), self.checkpoint.device)
 
     def read_some(self, n_bytes: int) -> int:
         """Read about so many bytes as a pass would, and drop them: how many it was."""
@@ -141,26 +134,12 @@ class Streamed(ModelWeights):
 
     stream = True
 
-    def layer(self, index: int) -> LayerWeights:
-        """Those of a block, read now."""
-        return self.checkpoint.layer(index)
-
-    def ends(self) -> EndWeights:
-        """Embedding, final norm and unembedding, read now."""
-        return self.checkpoint.ends()
-
-    def embeddings(self, token_ids: Tensor) -> Tensor:
-        """Those of some tokens, on the device: nothing else is read."""
-        return _sent(self.checkpoint.embeddings(token_ids), self.checkpoint.device)
-
     def reading(self, n_layers: int) -> AbstractContextManager[PassWeights]:
         """Each is read ahead by a thread; the ends are without an embedding that nothing else is tied to."""
-        spec = self.checkpoint.spec
+        read = self.checkpoint
 
         def fetch(part: int) -> LayerWeights | EndWeights:
-            if part < n_layers:
-                return assemble_layer(spec, lambda name: self._fetch(Slot(part, name)))
-            return assemble_ends(spec, lambda name: self._fetch(Slot(None, name)))
+            return read.layer(part, self._fetch) if part < n_layers else read.ends(self._fetch)
 
         return closing(ReadAhead(fetch, n_layers, self._lane))
 
@@ -176,10 +155,10 @@ class Streamed(ModelWeights):
         return len(layers) * size
 
     @cached_property
-    def _lane(self) -> CudaLane | None:
+    def _lane(self) -> Lane | None:
         """The way to a GPU; None on a CPU."""
         device = self.checkpoint.device
-        return CudaLane(device) if device.type == "cuda" else None
+        return Lane(device) if device.type == "cuda" else None
 
     @cached_property
     def _move(self) -> Callable[[Tensor], Tensor]:

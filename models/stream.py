@@ -8,7 +8,7 @@ reads waits, for a layer to be done with before one more comes: three are on the
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,65 +19,40 @@ STAGE = 64 << 20  # bytes of one of the two pieces of pinned memory
 HELD = 3  # layers that are on a GPU together: in use, ready, and on their way
 
 
-class Lane(Protocol):
-    """What is asked of a GPU. Streams are those of the thread that calls."""
-
-    def copying(self) -> AbstractContextManager[Any]:
-        """Until its end, work is queued on the stream for copies."""
-
-    def pinned(self, n_bytes: int) -> Tensor:
-        """Pinned memory, [n_bytes] uint8."""
-
-    def empty_like(self, tensor: Tensor) -> Tensor:
-        """Memory of the GPU for a tensor."""
-
-    def mark(self) -> Any:
-        """A mark behind everything that was queued on the current stream."""
-
-    def wait_here(self, mark: Any) -> None:
-        """The calling thread waits until a mark is reached."""
-
-    def wait_there(self, mark: Any) -> None:
-        """What is queued on the current stream from now on waits until a mark is reached."""
-
-    def used_here(self, tensor: Tensor) -> None:
-        """A tensor is used on the current stream too: once dropped, its memory is free when that is done."""
-
-
-class CudaLane:
-    """A stream for copies on a CUDA device."""
+class Lane:
+    """A stream for copies on a CUDA device. Others are those of the thread that calls."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._stream = device, torch.cuda.Stream(device)
 
     def copying(self) -> AbstractContextManager[Any]:
-        """See `Lane`, as for the other methods."""
+        """Until its end, work is queued on the stream for copies."""
         return torch.cuda.stream(self._stream)
 
     def pinned(self, n_bytes: int) -> Tensor:
-        """[n_bytes] uint8."""
+        """Pinned memory, [n_bytes] uint8."""
         return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """Of the current stream."""
+        """Memory of the GPU for a tensor."""
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
 
     def mark(self) -> torch.cuda.Event:
-        """An event."""
+        """A mark behind everything that was queued on the current stream."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
 
     def wait_here(self, mark: torch.cuda.Event) -> None:
-        """Other threads go on meanwhile."""
+        """The calling thread waits until a mark is reached; others go on meanwhile."""
         mark.synchronize()
 
     def wait_there(self, mark: torch.cuda.Event) -> None:
-        """The host does not wait."""
+        """What is queued on the current stream from now on waits until a mark is reached."""
         mark.wait(torch.cuda.current_stream(self.device))
 
     def used_here(self, tensor: Tensor) -> None:
-        """Known to PyTorch's allocator."""
+        """A tensor is used on the current stream too: once dropped, its memory is free when that is done."""
         tensor.record_stream(torch.cuda.current_stream(self.device))
 
 

@@ -6,7 +6,7 @@ checkpoint's own dtype shares those pages with every other process that maps the
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +25,58 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 class Tensors(ABC):
     """Named tensors that a model is read from.
 
-    Attributes:
+    Args:
         where: what a sentence calls the whole.
+        shapes: name -> shape.
+        dtypes: name -> dtype, or what is said to be one.
+
+    Attributes:
         in_file: whether tensors are pages of a mapped file.
     """
 
-    where: str
     in_file = False
 
-    @abstractmethod
+    def __init__(
+        self, where: str, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype | str]
+    ) -> None:
+        self.where, self._shapes, self._dtypes = where, shapes, dtypes
+
     def names(self) -> Iterable[str]:
         """The names of all tensors."""
+        return self._shapes.keys()
 
-    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one, without reading it."""
+        return self._shapes[name]
 
-    @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of one, without reading it."""
+        """The dtype of one, without reading it.
+
+        Raises:
+            DeltapatchError: it is quantised: its dtype is not a floating-point one of 16 bits or more.
+        """
+        dtype = self._dtypes[name]
+        if isinstance(dtype, str) or dtype not in _DTYPES.values():
+            raise DeltapatchError(
+                f"{self.place(name)}: tensor {name!r} is of dtype {dtype}, and quantised weights are not "
+                "supported: float32, float16 or bfloat16 are"
+            )
+        return dtype
+
+    def place(self, name: str) -> str:
+        """What a sentence calls the place that one is read from."""
+        return self.where
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """The tensor itself, shared with where it lives.
 
         Raises:
-            DeltapatchError: it is quantised: its dtype is not a floating-point one of 16 bits or more.
+            DeltapatchError: it is quantised, or has no data.
         """
 
-    def place(self, name: str) -> str:
-        """What a sentence calls the place that it is read from."""
-        return self.where
-
     def fetch(self, name: str) -> Tensor:
-        """The same as `read`, with its data read now; it takes no memory once it is dropped."""
+        """The same with its data read now; it takes no memory once it is dropped."""
         return self.read(name)
 
     def hash(self, name: str) -> bytes:
@@ -76,7 +94,6 @@ class SafetensorsFiles(Tensors):
     in_file = True
 
     def __init__(self, where: str, files: list[Path], index: dict[str, str] | None = None) -> None:
-        self.where = where
         self._absolute = {path.name: path.absolute() for path in files}  # read from wherever the program goes
         self._looks = {name: _look(path) for name, path in self._absolute.items()}  # before they are opened
         self._files = {path.name: _open(path) for path in files}
@@ -91,36 +108,20 @@ class SafetensorsFiles(Tensors):
                 )
         self._home = index
         self._spans: dict[str, dict[str, tuple[int, int]]] = {}
-
-    def names(self) -> Iterable[str]:
-        """The names of all tensors."""
-        return self._home.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor, from the header."""
-        return tuple(self._files[self._home[name]].get_slice(name).get_shape())
+        headers = {name: self._files[file].get_slice(name) for name, file in index.items()}
+        dtypes = {name: header.get_dtype() for name, header in headers.items()}
+        super().__init__(
+            where,
+            {name: tuple(header.get_shape()) for name, header in headers.items()},
+            {name: _DTYPES.get(dtype, dtype) for name, dtype in dtypes.items()},
+        )
 
     def place(self, name: str) -> str:
         """The path of the file that holds a tensor."""
         return str(self._paths[self._home[name]])
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of one tensor, from the header.
-
-        Raises:
-            DeltapatchError: it is not a floating-point one of 16 bits or more.
-        """
-        dtype = self._files[self._home[name]].get_slice(name).get_dtype()
-        if dtype not in _DTYPES:
-            raise _quantised(self, name, dtype)
-        return _DTYPES[dtype]
-
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, as a view of the mapped file.
-
-        Raises:
-            DeltapatchError: its dtype is not a floating-point one of 16 bits or more.
-        """
+        """One tensor, on the CPU, as a view of the mapped file."""
         self.dtype(name)
         tensor: Tensor = self._files[self._home[name]].get_tensor(name)
         return tensor
@@ -129,8 +130,7 @@ class SafetensorsFiles(Tensors):
         """One tensor, on the CPU, read from the file now into a mapping of its own.
 
         Raises:
-            DeltapatchError: its dtype is not a floating-point one of 16 bits or more, or the file is another
-                one by now.
+            DeltapatchError: it is quantised, or the file is another one by now.
         """
         self._check_unchanged(name)
         found = fetch(*self._span(name), self.dtype(name))
@@ -164,20 +164,9 @@ class ModuleTensors(Tensors):
     """The parameters and buffers of a PyTorch module in memory, shared with it."""
 
     def __init__(self, where: str, state: dict[str, Tensor]) -> None:
-        self.where = where
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        super().__init__(where, shapes, {name: tensor.dtype for name, tensor in state.items()})
         self._state = {name: tensor.detach() for name, tensor in state.items()}
-
-    def names(self) -> Iterable[str]:
-        """Those of the module."""
-        return self._state.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """As it is now."""
-        return tuple(self._state[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """As it is now, whatever it is."""
-        return self._state[name].dtype
 
     def read(self, name: str) -> Tensor:
         """One tensor, wherever the module keeps it.
@@ -185,12 +174,10 @@ class ModuleTensors(Tensors):
         Raises:
             DeltapatchError: it is quantised, or on no device.
         """
-        tensor = self._state[name]
-        if tensor.dtype not in _DTYPES.values():
-            raise _quantised(self, name, tensor.dtype)
-        if tensor.is_meta:
+        self.dtype(name)
+        if self._state[name].is_meta:
             raise DeltapatchError(f"{self.where}: tensor {name!r} has no data (device 'meta'): load it first")
-        return tensor
+        return self._state[name]
 
 
 class MadeTensors(Tensors):
@@ -213,24 +200,12 @@ class MadeTensors(Tensors):
         *,
         in_file: bool = False,
     ) -> None:
-        self.where, self.in_file = where, in_file
-        self._shapes, self._dtype, self._make = shapes, dtype, make
-
-    def names(self) -> Iterable[str]:
-        """Those that have a shape."""
-        return self._shapes.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """As given."""
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """That of all."""
-        return self._dtype
+        super().__init__(where, shapes, dict.fromkeys(shapes, dtype))
+        self._make, self.in_file = make, in_file
 
     def read(self, name: str) -> Tensor:
         """Made now."""
-        return self._make(name, self._shapes[name])
+        return self._make(name, self.shape(name))
 
 
 def check_finite(tensor: Tensor, name: str, place: str) -> None:
@@ -249,13 +224,6 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity."""
     # Both ends pass a NaN on, in one pass over the data and without a mask of its size.
     return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
-
-
-def _quantised(tensors: Tensors, name: str, dtype: object) -> DeltapatchError:
-    return DeltapatchError(
-        f"{tensors.place(name)}: tensor {name!r} is of dtype {dtype}, and quantised weights are not "
-        "supported: float32, float16 or bfloat16 are"
-    )
 
 
 def _look(path: Path) -> tuple[int, ...] | None:
