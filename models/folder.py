@@ -106,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def read_checkpoint(folder: Path, name: str) -> tuple[dict[str, Any], SafetensorsFiles]:
+def read_folder(folder: Path, name: str) -> tuple[dict[str, Any], SafetensorsFiles]:
     """The fields of config.json and the tensors of a model folder; `name` is what the user called it.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.checkpoint import Checkpoint
 from deltapatch.models.config import Config
-from deltapatch.models.folder import commit_of, find_folder, read_checkpoint
+from deltapatch.models.folder import commit_of, find_folder, read_folder
 from deltapatch.models.lora import ADAPTER_FILES, read_adapter
 from deltapatch.models.model import Model, Origin
 from deltapatch.models.model_weights import InMemory, weights_of
@@ -56,7 +56,7 @@ def load_model(
     """
     on, given_dtype = choose_device(device), _dtype(dtype)
     folder = find_folder(path_or_hub_id, revision=revision)
-    fields, tensors = read_checkpoint(folder, str(path_or_hub_id))
+    fields, tensors = read_folder(folder, str(path_or_hub_id))
     architecture, spec = read_config(Config(fields, str(folder / "config.json")))
     lora = None if adapter is None else read_adapter(adapter, architecture, spec)
     checkpoint = Checkpoint(architecture, spec, tensors, device=on, dtype=given_dtype, adapter=lora)
