@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from deltapatch.errors import DeltapatchError
     from deltapatch.interventions.given import Intervention, Patch
     from deltapatch.interventions.pairs import PromptPair
-    from deltapatch.models.model import Model, from_transformers, load_model
+    from deltapatch.models.load import from_transformers, load_model
+    from deltapatch.models.model import Model
     from deltapatch.results.effects import Effects
     from deltapatch.results.outcome import Outcome
     from deltapatch.results.reading import load_effects, load_outcome
@@ -26,9 +27,9 @@ _HOME = {
     "Outcome": "results.outcome",
     "Patch": "interventions.given",
     "PromptPair": "interventions.pairs",
-    "from_transformers": "models.model",
+    "from_transformers": "models.load",
     "load_effects": "results.reading",
-    "load_model": "models.model",
+    "load_model": "models.load",
     "load_outcome": "results.reading",
     "run": "engine.sweep",
     "sweep": "engine.sweep",

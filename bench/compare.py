@@ -19,7 +19,8 @@ from deltapatch.bench.peers.ours import PREFIX, Ours
 from deltapatch.bench.remote import Held, SideError
 from deltapatch.bench.workload import Workload
 from deltapatch.errors import DeltapatchError
-from deltapatch.models.model import Model, load_model
+from deltapatch.models.load import load_model
+from deltapatch.models.model import Model
 from deltapatch.results.folder import environment
 
 _ORACLE = 1e-7  # deltapatch in float64 against plain forwards in float64, relative

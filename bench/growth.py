@@ -15,7 +15,7 @@ from deltapatch.bench.remote import Held
 from deltapatch.bench.setup import RANDOM, make_workload
 from deltapatch.bench.workload import Workload
 from deltapatch.errors import DeltapatchError
-from deltapatch.models.model import load_model
+from deltapatch.models.load import load_model
 
 # axis -> what a reader calls it
 AXES = {

@@ -17,7 +17,7 @@ from deltapatch.bench.peers.ours import Ours
 from deltapatch.bench.workload import Workload
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.product import PRECISIONS
-from deltapatch.models.model import load_model
+from deltapatch.models.load import load_model
 from deltapatch.results.folder import environment
 
 _POINTS = 1500  # kept of each method, for the scatter plot

@@ -14,8 +14,9 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair, encode_pairs
 from deltapatch.interventions.pairs_file import read_pairs
 from deltapatch.models.builtin_models import BUILTIN
-from deltapatch.models.checkpoint import find_folder
-from deltapatch.models.model import Model, load_model
+from deltapatch.models.folder import find_folder
+from deltapatch.models.load import load_model
+from deltapatch.models.model import Model
 from deltapatch.tasks.arithmetic import arithmetic_pairs
 
 RANDOM = "random"

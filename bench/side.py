@@ -59,8 +59,8 @@ class Side:
         """Load the model."""
         import torch
 
-        from deltapatch.models.checkpoint import read_json
         from deltapatch.models.config import Config
+        from deltapatch.models.folder import read_json
         from deltapatch.models.registry import read_config
 
         self.work = Workload.load(Path(workload))

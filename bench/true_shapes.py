@@ -12,12 +12,13 @@ from torch import Tensor
 
 from deltapatch.bench.random_models import draw_weight
 from deltapatch.models.architecture import Architecture, expected_shapes
+from deltapatch.models.checkpoint import Checkpoint
 from deltapatch.models.config import Config
-from deltapatch.models.model import Model
+from deltapatch.models.model import Model, Origin
+from deltapatch.models.model_weights import InMemory
 from deltapatch.models.registry import read_config
 from deltapatch.models.spec import ModelSpec
-from deltapatch.models.stand_in import MadeTensors
-from deltapatch.models.store import Store
+from deltapatch.models.tensors import MadeTensors
 
 # config.json of the models that the tables name, as their checkpoints have it
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -47,27 +48,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class RandomTensors(MadeTensors):
-    """Tensors drawn when they are read, each from a seed of its own name.
-
-    Args:
-        shapes: name -> shape.
-        n_layers: of the model.
-        device, dtype: where and as what they are drawn.
-    """
-
-    def __init__(
-        self, shapes: dict[str, tuple[int, ...]], n_layers: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        super().__init__("random weights", shapes, dtype)
-        self._n_layers, self._device = n_layers, device
-
-    def read(self, name: str) -> Tensor:
-        """Drawn as `draw_weight` has it."""
-        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
-        return draw_weight(name, self._shapes[name], self._n_layers, generator, self._dtype)
-
-
 def random_model(config: dict[str, Any], device: str | torch.device, dtype: torch.dtype) -> Model:
     """A model of these shapes.
 
@@ -79,9 +59,10 @@ def random_model(config: dict[str, Any], device: str | torch.device, dtype: torc
     Raises:
         DeltapatchError: the config is not one of a supported model.
     """
-    architecture, spec, tensors = _random_tensors(config, torch.device(device), dtype)
-    store = Store(architecture, spec, tensors)
-    return Model(store, f"random {config['model_type']}", torch.device(device))
+    on = torch.device(device)
+    architecture, spec, tensors = _random_tensors(config, on, dtype)
+    weights = InMemory(Checkpoint(architecture, spec, tensors, device=on))
+    return Model(weights, Origin(f"random {config['model_type']}"))
 
 
 def write_random_model(
@@ -130,7 +111,13 @@ def spec_of(config: dict[str, Any]) -> ModelSpec:
 
 def _random_tensors(
     config: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> tuple[Architecture, ModelSpec, RandomTensors]:
+) -> tuple[Architecture, ModelSpec, MadeTensors]:
+    """Tensors drawn when they are read, as `draw_weight` has it, each from a seed of its own name."""
     architecture, spec = read_config(Config(config, "the benchmark's config"))
     shapes = {architecture.tensor_name(slot): shape for slot, shape in expected_shapes(spec)}
-    return architecture, spec, RandomTensors(shapes, spec.n_layers, device, dtype)
+
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        return draw_weight(name, shape, spec.n_layers, generator, dtype)
+
+    return architecture, spec, MadeTensors("random weights", shapes, dtype, draw)

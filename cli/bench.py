@@ -100,7 +100,7 @@ def compare(sweeps: str, out: Path | None, as_json: bool, quiet: bool, **chosen:
     from deltapatch.bench.compare import compare as run_comparison
     from deltapatch.bench.report import comparison
     from deltapatch.bench.results import check_free
-    from deltapatch.models.model import load_model
+    from deltapatch.models.load import load_model
 
     check_free(out)
     wanted = list(SWEEPS) if sweeps == "all" else read_names(sweeps)

@@ -46,7 +46,7 @@ def demo(out: str | None, seed: int, as_json: bool, quiet: bool) -> None:
     began = time.perf_counter()
 
     from deltapatch.analysis.plots import plot_run
-    from deltapatch.models.model import load_model
+    from deltapatch.models.load import load_model
     from deltapatch.tasks.arithmetic import arithmetic_pairs
 
     model = load_model(f"builtin:{MODEL}", device="cpu")

@@ -106,17 +106,15 @@ def _model(name: str, device: str, stream: bool, revision: str | None) -> tuple[
 
     Of weights that are here the headers are looked at, not the numbers.
     """
-    from deltapatch.models.checkpoint import find_folder, read_json
-    from deltapatch.models.memory import fits
-    from deltapatch.models.model import choose_device, load_model
+    from deltapatch.models.folder import find_folder, read_json
+    from deltapatch.models.load import choose_device, load_model
     from deltapatch.models.stand_in import stand_in
 
     folder = find_folder(name, ("config.json",), revision=revision)
     if not (folder / "config.json").is_file():
         raise DeltapatchError(f"{folder} has no config.json: it is not a model folder")
-    on = choose_device(device)
-    model = stand_in(read_json(folder / "config.json"), str(folder / "config.json"), on, stream)
-    model.stream = stream or not fits(model.n_bytes, on)
+    config = folder / "config.json"
+    model = stand_in(read_json(config), str(config), choose_device(device), stream)
     if not Path(name).is_dir() and not any(folder.glob("*.safetensors")):
         return model, None  # of a hub's model, whose weights are fetched when they are wanted
     try:

@@ -118,7 +118,7 @@ def pairs(
         if name not in TASKS[task].options:
             raise DeltapatchError(f"the task {task} has no option --{name.replace('_', '-')}")
 
-    from deltapatch.models.model import load_model
+    from deltapatch.models.load import load_model
 
     # Streamed, where only the model's tokenizer is wanted.
     lora = adapter if only_correct else None
@@ -152,7 +152,7 @@ def _show(path: str, model: str, as_json: bool) -> None:
     from deltapatch.cli.show import as_text, shown_pairs
     from deltapatch.interventions.pairs import encode_pairs
     from deltapatch.interventions.pairs_file import read_named_pairs
-    from deltapatch.models.model import load_model
+    from deltapatch.models.load import load_model
 
     names, given = zip(*read_named_pairs(path), strict=True)
     loaded = load_model(model, "cpu", stream=True)  # of which only the tokenizer is read

@@ -135,7 +135,7 @@ def reproduce(
     settings = _settings(given)
     settings.check()
 
-    from deltapatch.models.model import load_model
+    from deltapatch.models.load import load_model
     from deltapatch.study.reproduce import check_folder, check_inputs
     from deltapatch.study.reproduce import reproduce as run_study
 

@@ -104,7 +104,7 @@ def sweep(
     from deltapatch.engine.question import ask
     from deltapatch.engine.sweep import sweep as run_sweep
     from deltapatch.interventions.pairs import encode_pairs
-    from deltapatch.models.model import load_model
+    from deltapatch.models.load import load_model
     from deltapatch.results.truth import in_words
 
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "stream": stream, "adapter": adapter}

@@ -56,7 +56,7 @@ class Costs:
         places: Collection[str] = PLACES,
         against_base: bool = True,
         *,
-        stream: bool | None = None,
+        stream: bool,
     ) -> "Costs":
         """The costs of a sweep of this model, with runs of at most `length` tokens.
 
@@ -64,9 +64,8 @@ class Costs:
             threads: how many blocks are worked on at once (`Pool.count`).
             places: where patches go.
             against_base: whether patches bring something that is not a source run (sources zero and mean).
-            stream: whether the weights are streamed; as the model does by default.
+            stream: whether the weights are streamed.
         """
-        stream = model.stream if stream is None else stream
         spec, size, d = model.spec, precision.base.itemsize, model.spec.d_model
         width = {name: _numbers(shape) for name, shape in widths(spec, length).items()}
         patched = sum(width.get(place, 0) for place in places if place != "resid_post")

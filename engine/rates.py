@@ -112,8 +112,6 @@ def _now(device: torch.device) -> float:
 
 
 def _file(question: Question) -> float:
-    if not question.model.stream:
-        return float("inf")
     began = time.perf_counter()
-    done, _, _ = question.model.read_some(_READ)
-    return max(1, done) / max(time.perf_counter() - began, 1e-9)
+    done = question.model.read_some(_READ)
+    return done / max(time.perf_counter() - began, 1e-9) if question.model.stream else float("inf")

@@ -15,7 +15,7 @@ from deltapatch.interventions.runs import RunShape
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.each import ForEach, in_turn, vocabulary_pieces
 from deltapatch.kernels.norm import Norms, Part
-from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight
+from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scaled, narrow_weight
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.readout_tail import make_tail, tail_bytes, worth_a_tail
 from deltapatch.kernels.segments import Segment
@@ -124,9 +124,9 @@ class ReadOut:
         by_part = [flat[a:b].reshape(f.shape) for a, b, f in zip(edges[:-1], edges[1:], found, strict=True)]
         return row_reads.together(by_part), reads.reference(*(array.cpu().numpy() for array in said))
 
-    def _as_products_take_it(self, stored: Tensor, precision: Precision) -> Operand | Stored:
+    def _as_products_take_it(self, stored: Tensor, precision: Precision) -> Operand | NarrowedByPiece:
         """The unembedding of a model in memory is narrowed once, that of a larger one piece by piece."""
-        return Stored(stored, precision) if self.model.stream else narrow_weight(stored, precision)
+        return NarrowedByPiece(stored, precision) if self.model.stream else narrow_weight(stored, precision)
 
     def _read_some(
         self,
@@ -136,7 +136,7 @@ class ReadOut:
         some: slice,
         shapes: PairShapes,
         base: BaseReadout,
-        weight: Operand | Stored,
+        weight: Operand | NarrowedByPiece,
         row_reads: RowReads,
         found: list[Tensor],
     ) -> None:

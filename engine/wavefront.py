@@ -29,7 +29,7 @@ from deltapatch.kernels.edits import Edit, Swap
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.segments import read_segments
 from deltapatch.models import forward
-from deltapatch.models.stream import Reader
+from deltapatch.models.model_weights import PassWeights
 from deltapatch.models.weights import Converter
 from deltapatch.results.metrics import Direction, Reference
 
@@ -114,7 +114,7 @@ class Wavefront:
 
     # The layers ------------------------------------------------------------------------------------------
 
-    def _through_layers(self, read: Reader) -> tuple[Tensor, Tensor, Tensor]:
+    def _through_layers(self, read: PassWeights) -> tuple[Tensor, Tensor, Tensor]:
         """After the last layer: the unpatched runs, x and dx, and the rows' differences where read."""
         spec, prompts = self.spec, self.prompts
         embed = partial(self.model.embed, dtype=self.dtype)
@@ -147,7 +147,7 @@ class Wavefront:
         return x, dx, rows
 
     def _prepare(
-        self, l: int, x: Tensor, dx: Tensor, read: Reader, rotary: Rotary, convert: Converter
+        self, l: int, x: Tensor, dx: Tensor, read: PassWeights, rotary: Rotary, convert: Converter
     ) -> "Ready":
         """Everything that rows meet in a layer: its weights, and the unpatched runs, x and dx before it."""
         stored = read.layer(l)

@@ -18,7 +18,7 @@ from deltapatch.kernels.edits_triton import gather_columns_triton
 from deltapatch.kernels.lang import HAS_TRITON, interpreted
 from deltapatch.kernels.norm import Norms, Part, add_norm
 from deltapatch.kernels.norm_triton import add_norm_triton
-from deltapatch.kernels.product import Operand, Precision, Scaled, Stored
+from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scaled
 from deltapatch.kernels.readout import BaseReadout, readout
 from deltapatch.kernels.readout_triton import readout_triton
 from deltapatch.kernels.segments import Segment
@@ -84,7 +84,7 @@ class Backend(Protocol):
         self,
         dn: Tensor,
         exact: Tensor,
-        weight: Operand | Stored,
+        weight: Operand | NarrowedByPiece,
         precision: Precision,
         base: BaseReadout,
         first_reads: list[int],

@@ -103,7 +103,7 @@ class Operand(NamedTuple):
         return Operand(self.values[which], scale, self.precision)
 
 
-class Stored(NamedTuple):
+class NarrowedByPiece(NamedTuple):
     """A weight matrix as the model keeps it, narrowed where a product takes it: never a copy of the whole."""
 
     values: Tensor  # [out, in]

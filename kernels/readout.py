@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.each import ForEach, in_turn, vocabulary_pieces
-from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow, product
+from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scaled, narrow, product
 from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
 
@@ -40,7 +40,7 @@ class BaseReadout(NamedTuple):
 def readout(
     dn: Tensor,
     exact: Tensor,
-    weight: Operand | Stored,
+    weight: Operand | NarrowedByPiece,
     precision: Precision,
     base: BaseReadout,
     first_reads: list[int],
@@ -134,7 +134,7 @@ def _distribution(
     dn: Scaled,
     mean: Tensor,
     answer: Tensor,
-    weight: Operand | Stored,
+    weight: Operand | NarrowedByPiece,
     base: BaseReadout,
     spans: list[tuple[slice, int]],
     out: dict[str, Tensor],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.kernels.each import ForEach, vocabulary_pieces
-from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_weight, product
+from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scaled, narrow_weight, product
 
 # What may be left out, relative to the effect or to the spread of the row's logit changes, whichever is more:
 # what the products' own rounding leaves uncertain.
@@ -69,7 +69,7 @@ def make_tail(
     p: Tensor,
     mean: Tensor,
     exact: Tensor,
-    weight: Operand | Stored,
+    weight: Operand | NarrowedByPiece,
     pool: ForEach,
 ) -> Tail:
     """Prepare the expansion of one read.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltapatch.kernels.each import ForEach, in_turn
 from deltapatch.kernels.lang import expm1_minus, jit, on_device, tl
-from deltapatch.kernels.product import Operand, Precision, Scaled, Stored, narrow_triton, product
+from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scaled, narrow_triton, product
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.tiles import pair_of_rows, pair_tiles
@@ -26,7 +26,7 @@ _HUGE = 60.0  # as in readout.py: beyond it the patched distribution is taken di
 def readout_triton(
     dn: Tensor,
     exact: Tensor,
-    weight: Operand | Stored,
+    weight: Operand | NarrowedByPiece,
     precision: Precision,
     base: BaseReadout,
     first_reads: list[int],
@@ -67,7 +67,7 @@ def _distribution(
     dn: Scaled,
     mean: Tensor,
     answer: Tensor,
-    weight: Operand | Stored,
+    weight: Operand | NarrowedByPiece,
     base: BaseReadout,
     tiles: Tensor,
     read: Tensor,

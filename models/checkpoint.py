@@ -1,378 +1,201 @@
-"""Finding and reading checkpoints: a folder or a hub id, config.json, safetensors in one file or in shards.
+"""The weights of one checkpoint by slot: checked against the spec, read one at a time, LoRA merged."""
 
-Tensors are memory-mapped: reading one costs nothing until its pages are touched, and a CPU model in the
-checkpoint's own dtype shares those pages with every other process that maps the file.
-"""
-
+import hashlib
 import json
-import os
-import re
-from collections.abc import Iterable
-from pathlib import Path
-from shlex import quote
-from typing import Any, Protocol
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import cached_property
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from deltapatch.errors import DeltapatchError, path_of, shown
-from deltapatch.models.builtin_models import BUILTIN, builtin_model_path
-from deltapatch.models.fetch import fetch, hash_of_file, hash_of_tensor, tensor_spans
-from deltapatch.models.header import check_file, open_safetensors
+from deltapatch.errors import DeltapatchError
+from deltapatch.models.architecture import Architecture, Slot, assign, expected_shapes
+from deltapatch.models.lora import Adapter
+from deltapatch.models.spec import ModelSpec
+from deltapatch.models.tensors import Tensors, check_finite, is_finite
+from deltapatch.models.weights import EndWeights, LayerWeights, assemble_ends, assemble_layer
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_LARGEST_JSON = 100_000_000  # characters, as safetensors allows a header
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# What safetensors calls the dtypes that a model may have; whole numbers and 8 bits are quantised weights.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-CHECKPOINT_FILES = ("config.json", _SINGLE, _INDEX, "model-*-of-*.safetensors", *TOKENIZER_FILES)
+EMBEDDING, UNEMBEDDING = Slot(None, "embedding.weight"), Slot(None, "unembedding.weight")
+_CPU = torch.device("cpu")
 
 
-class Tensors(Protocol):
-    """Named tensors that a model is read from: files, or a model in memory."""
+class Checkpoint:
+    """The weights of one model, each by its slot.
 
-    where: str  # what a sentence calls the whole
-    in_file: bool  # whether tensors are pages of a mapped file
-
-    def names(self) -> Iterable[str]:
-        """The names of all tensors."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one, without reading it."""
-
-    def place(self, name: str) -> str:
-        """What a sentence calls the place that it is read from."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of one, without reading it."""
-
-    def read(self, name: str) -> Tensor:
-        """The tensor itself, shared with where it lives."""
-
-    def fetch(self, name: str) -> Tensor:
-        """The same with its data read now; it takes no memory once it is dropped."""
-
-    def hash(self, name: str) -> bytes:
-        """A hash of all bytes of one."""
-
-
-class SafetensorsFiles:
-    """The tensors of one or several safetensors files, memory-mapped.
+    Args:
+        architecture, spec: of the model.
+        tensors: where they are read from.
+        device: where they are taken to.
+        dtype: what they are converted to; None leaves them as they are.
+        adapter: is merged as they are read, after the change of dtype: a wider one keeps the update's digits.
 
     Raises:
-        DeltapatchError: a file is missing, truncated, or lacks a tensor that the index promises.
+        DeltapatchError: a tensor is missing, unknown, of the wrong shape, or at odds with the spec. Only the
+            headers are looked at here; values are checked when they are read.
     """
 
-    in_file = True
-
-    def __init__(self, where: str, files: list[Path], index: dict[str, str] | None = None) -> None:
-        self.where = where
-        self._absolute = {path.name: path.absolute() for path in files}  # read from wherever the program goes
-        self._looks = {name: _look(path) for name, path in self._absolute.items()}  # before they are opened
-        self._files = {path.name: _open(path) for path in files}
-        self._paths = {path.name: path for path in files}
-        if index is None:
-            index = {name: path.name for path in files for name in self._files[path.name].keys()}  # noqa: SIM118
-        held = {file: set(opened.keys()) for file, opened in self._files.items()}
-        for name, file in index.items():
-            if name not in held[file]:
-                raise DeltapatchError(
-                    f"{self._paths[file]} lacks tensor {shown(name)}, which the index promises"
-                )
-        self._home = index
-        self._spans: dict[str, dict[str, tuple[int, int]]] = {}
-
-    def names(self) -> Iterable[str]:
-        """The names of all tensors."""
-        return self._home.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor, from the header."""
-        return tuple(self._files[self._home[name]].get_slice(name).get_shape())
-
-    def place(self, name: str) -> str:
-        """The path of the file that holds a tensor."""
-        return str(self._paths[self._home[name]])
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of one tensor, from the header.
-
-        Raises:
-            DeltapatchError: it is not a floating-point one of 16 bits or more.
-        """
-        dtype = self._files[self._home[name]].get_slice(name).get_dtype()
-        if dtype not in _DTYPES:
+    def __init__(
+        self,
+        architecture: Architecture,
+        spec: ModelSpec,
+        tensors: Tensors,
+        *,
+        device: torch.device = _CPU,
+        dtype: torch.dtype | None = None,
+        adapter: Adapter | None = None,
+    ) -> None:
+        self.spec, self.device = spec, device
+        self._tensors, self._given, self._adapter = tensors, dtype, adapter
+        self._found_finite: set[Slot] = set()
+        self._names = assign(architecture, tensors.names(), tensors.where)
+        expected = set()
+        for slot, shape in expected_shapes(spec):
+            if slot not in self._names:
+                raise DeltapatchError(f"{tensors.where} lacks tensor {architecture.tensor_name(slot)!r}")
+            self._check_shape(slot, shape)
+            expected.add(slot)
+        self._drop_tied_output()
+        for slot in self._names.keys() - expected:
             raise DeltapatchError(
-                f"{self.place(name)}: tensor {name!r} is of dtype {dtype}, and quantised weights are not "
-                "supported: float32, float16 or bfloat16 are"
+                f"{tensors.where} holds tensor {self._names[slot]!r}, for which its config.json has no "
+                "place: the two do not belong together"
             )
-        return _DTYPES[dtype]
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, as a view of the mapped file.
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What the weights are read as (of a mixed checkpoint, its matrices)."""
+        return self._given or self._raw_dtype(EMBEDDING)
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """What all of them take as they are read."""
+        return sum(self._count(s) * (self._given or self._raw_dtype(s)).itemsize for s in self._names)
+
+    def raw_bytes(self, slot: Slot) -> int:
+        """What one takes as the checkpoint has it."""
+        return self._count(slot) * self._raw_dtype(slot).itemsize
+
+    @property
+    def in_file(self) -> bool:
+        """Whether they are pages of a mapped file."""
+        return self._tensors.in_file
+
+    @property
+    def makes_tensors(self) -> bool:
+        """Whether what is read takes memory of its own, rather than being pages of a mapped file."""
+        changed = self.dtype != self._raw_dtype(EMBEDDING) or self._adapter is not None
+        return changed or self.device.type != "cpu" or not self.in_file
+
+    def layer(self, index: int, read: Callable[[Slot], Tensor] | None = None) -> LayerWeights:
+        """One block; `read` gives the tensor of a slot, in place of the method of that name."""
+        return assemble_layer(self.spec, lambda name: (read or self.read)(Slot(index, name)))
+
+    def ends(self, read: Callable[[Slot], Tensor] | None = None) -> EndWeights:
+        """What is outside the blocks, read like these."""
+        return assemble_ends(self.spec, lambda name: (read or self.read)(Slot(None, name)))
+
+    def read(self, slot: Slot) -> Tensor:
+        """One tensor, shared with where it lives if nothing about it changes.
 
         Raises:
-            DeltapatchError: its dtype is not a floating-point one of 16 bits or more.
+            DeltapatchError: it holds NaN or infinity, or is quantised. So do the other ways to read.
         """
-        self.dtype(name)
-        tensor: Tensor = self._files[self._home[name]].get_tensor(name)
+        return self._finished(slot, self._tensors.read, lambda raw: raw.to(self.device, self._given))
+
+    def fetch(self, slot: Slot, move: Callable[[Tensor], Tensor]) -> Tensor:
+        """One tensor, read from the file now; `move` takes it to the device."""
+        return self._finished(slot, self._tensors.fetch, move)
+
+    def embeddings(self, token_ids: Tensor) -> Tensor:
+        """Those of some tokens, [..., d_model] on the CPU, for ids [...]: nothing else is read."""
+        rows = self._raw(EMBEDDING, self._tensors.read)[token_ids.cpu()]
+        self._check_finite(EMBEDDING, rows)
+        return self._fitting(EMBEDDING, rows, rows.to(dtype=self._given))
+
+    def _finished(self, slot: Slot, get: Callable[[str], Tensor], move: Callable[[Tensor], Tensor]) -> Tensor:
+        """A checked tensor on the device, in its dtype, with its update."""
+        raw = self._raw(slot, get)
+        if slot not in self._found_finite:
+            self._check_finite(slot, raw)
+            self._found_finite.add(slot)
+        tensor = move(raw).to(dtype=self._given)
+        if self._adapter is not None:
+            tensor = self._adapter.merge(slot, tensor)
+        return self._fitting(slot, raw, tensor)
+
+    def _check_finite(self, slot: Slot, raw: Tensor) -> None:
+        name = self._names[slot]
+        check_finite(raw, name, self._tensors.place(name))
+
+    def _fitting(self, slot: Slot, raw: Tensor, tensor: Tensor) -> Tensor:
+        """A tensor as it is used, seen to hold no number that its dtype cannot."""
+        narrower = torch.finfo(tensor.dtype).max < torch.finfo(raw.dtype).max
+        changed = self._adapter is not None and self._adapter.changes(slot)
+        if (narrower or changed) and not is_finite(tensor):
+            name, dtype = self._names[slot], str(tensor.dtype).removeprefix("torch.")
+            what = " with the adapter's update" if changed else ""
+            raise DeltapatchError(
+                f"{self._tensors.place(name)}: tensor {name!r}{what} has numbers larger than {dtype} holds "
+                f"({torch.finfo(tensor.dtype).max:.5g}): load the model with dtype 'float32'"
+            )
         return tensor
 
-    def fetch(self, name: str) -> Tensor:
-        """One tensor, on the CPU, read from the file now into a mapping of its own.
+    def _raw(self, slot: Slot, get: Callable[[str], Tensor]) -> Tensor:
+        """The tensor of a slot as the checkpoint has it: here alone a named tensor becomes that of a slot."""
+        return get(self._names[slot])
 
-        Raises:
-            DeltapatchError: its dtype is not a floating-point one of 16 bits or more, or the file is another
-                one by now.
-        """
-        self._check_unchanged(name)
-        found = fetch(*self._span(name), self.dtype(name))
-        return self.read(name) if found is None else found.view(self.shape(name))
+    def _raw_shape(self, slot: Slot) -> tuple[int, ...]:
+        """The shape of `_raw`."""
+        return self._tensors.shape(self._names[slot])
 
-    def hash(self, name: str) -> bytes:
-        """A hash of all bytes of one tensor, which are read from the file where it is not known yet.
+    def _raw_dtype(self, slot: Slot) -> torch.dtype:
+        """The dtype of `_raw`."""
+        return self._tensors.dtype(self._names[slot])
 
-        Raises:
-            DeltapatchError: the file is another one by now.
-        """
-        self._check_unchanged(name)
-        return hash_of_file(*self._span(name))
+    def _count(self, slot: Slot) -> int:
+        return math.prod(self._raw_shape(slot))
 
-    def _check_unchanged(self, name: str) -> None:
-        file = self._home[name]
-        if _look(self._absolute[file]) != self._looks[file]:
+    def _check_shape(self, slot: Slot, expected: tuple[int, ...]) -> None:
+        name, shape = self._names[slot], self._raw_shape(slot)
+        if shape != expected:
             raise DeltapatchError(
-                f"{self._paths[file]} has changed since the model was loaded: load the model again"
+                f"{self._tensors.place(name)}: tensor {name!r} has shape {list(shape)}, but config.json "
+                f"asks for {list(expected)}"
             )
 
-    def _span(self, name: str) -> tuple[Path, tuple[int, int]]:
-        """The file of a tensor, and where it lies there."""
-        file = self._home[name]
-        if file not in self._spans:
-            self._spans[file] = tensor_spans(self._absolute[file])
-        return self._absolute[file], self._spans[file][name]
+    def _drop_tied_output(self) -> None:
+        # A tied output matrix may be in the file all the same. Equal, it says nothing new; different, one of
+        # config and file is wrong, and no guess is safe.
+        if not self.spec.tied_embeddings or UNEMBEDDING not in self._names:
+            return
+        embedding, output = (self._raw(slot, self._tensors.read) for slot in (EMBEDDING, UNEMBEDDING))
+        name = self._names.pop(UNEMBEDDING)
+        if output.data_ptr() != embedding.data_ptr() and not torch.equal(output, embedding):
+            raise DeltapatchError(
+                f"{self._tensors.place(name)}: {name!r} differs from the embedding, though config.json says "
+                "'tie_word_embeddings': set it to false to use both"
+            )
 
+    def fingerprint(self) -> str:
+        """32 hex digits that tell models apart, the same for one model in one file, in shards or in memory.
 
-class ModuleTensors:
-    """The parameters and buffers of a PyTorch module in memory, shared with it."""
-
-    in_file = False
-
-    def __init__(self, where: str, state: dict[str, Tensor]) -> None:
-        self.where = where
-        self._state = {name: tensor.detach() for name, tensor in state.items()}
-
-    def names(self) -> Iterable[str]:
-        """The names of all tensors."""
-        return self._state.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor."""
-        return tuple(self._state[name].shape)
-
-    def place(self, name: str) -> str:
-        """What a sentence calls the place of a tensor: the module."""
-        return self.where
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of one tensor."""
-        return self._state[name].dtype
-
-    def fetch(self, name: str) -> Tensor:
-        """One tensor, which is in memory already."""
-        return self.read(name)
-
-    def hash(self, name: str) -> bytes:
-        """A hash of all bytes of one tensor, as they are now."""
-        return hash_of_tensor(self.read(name))
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, wherever the module keeps it.
+        It covers the spec, shapes and dtypes, the adapter, and every byte of every tensor: all of them are
+        read, by as many threads as PyTorch has. What is in a file is hashed once, unless the file changes.
 
         Raises:
-            DeltapatchError: it is quantised, or on no device.
+            DeltapatchError: a file has changed since it was loaded.
         """
-        tensor = self._state[name]
-        if tensor.dtype not in _DTYPES.values():
-            raise DeltapatchError(
-                f"{self.where}: tensor {name!r} is of dtype {tensor.dtype}, and quantised weights are not "
-                "supported: float32, float16 or bfloat16 are"
-            )
-        if tensor.is_meta:
-            raise DeltapatchError(f"{self.where}: tensor {name!r} has no data (device 'meta'): load it first")
-        return tensor
-
-
-def find_folder(
-    path_or_id: str | Path, files: Iterable[str] = CHECKPOINT_FILES, *, revision: str | None = None
-) -> Path:
-    """The local folder of a checkpoint: as given, of `builtin:NAME`, or of a hub id.
-
-    What a hub id names is downloaded into the hub's cache, `files` only, and of a revision (a branch, a tag
-    or a commit) if one is given.
-
-    Raises:
-        DeltapatchError: there is no such folder, and the hub has no such model or revision or cannot be
-            reached; a revision of what is no hub id.
-    """
-    if revision is not None and (not isinstance(revision, str) or not revision.strip()):
-        raise DeltapatchError(f"a revision is a branch, tag or commit of the hub, not {revision!r}")
-    path = path_of(path_or_id, "a model or adapter").expanduser()
-    builtin = str(path_or_id).startswith(BUILTIN)
-    if revision is not None and (builtin or path.is_dir()):
-        raise DeltapatchError(
-            f"{path_or_id} is not a model of the hub, and has no revision {shown(revision)}: give its "
-            "hub id, or leave the revision out"
-        )
-    if builtin:
-        return builtin_model_path(str(path_or_id).removeprefix(BUILTIN))
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise DeltapatchError(f"{path} is a file: give the folder that holds config.json and the weights")
-    name = str(path_or_id)
-    if not _HUB_ID.fullmatch(name):
-        raise DeltapatchError(f"model folder {name} does not exist")
-    from huggingface_hub import snapshot_download
-
-    of: dict[str, Any] = {} if revision is None else {"revision": revision}
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files), **of))
-    except Exception as error:  # the hub's client raises whatever its transport raises
-        reason = str(error).strip().split("\n")[0]
-        what = "model of that name" if revision is None else f"revision {shown(revision)} of such a model"
-        raise DeltapatchError(
-            f"there is no folder {name}, and the Hugging Face hub gives no {what}: {reason}"
-        ) from error
-
-
-def commit_of(folder: Path) -> str | None:
-    """The commit that a folder of the hub's cache holds; None of another folder."""
-    inside = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
-    return folder.name if inside else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        DeltapatchError: the file cannot be read or does not hold a JSON object.
-    """
-    try:
-        check_file(path)
-        with open(path, encoding="utf-8") as file:
-            text = file.read(_LARGEST_JSON + 1)
-        if len(text) > _LARGEST_JSON:
-            raise ValueError(f"it is longer than {_LARGEST_JSON:,} characters")
-        fields = json.loads(text)
-    except DeltapatchError:
-        raise
-    except OSError as error:
-        raise DeltapatchError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DeltapatchError(f"{path} is not a text file") from error
-    except json.JSONDecodeError as error:
-        raise DeltapatchError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless brackets
-        raise DeltapatchError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise DeltapatchError(f"{path} must hold a JSON object, not a {type(fields).__name__}")
-    return fields
-
-
-def read_checkpoint(folder: Path, name: str) -> tuple[dict[str, Any], SafetensorsFiles]:
-    """The fields of config.json and the tensors of a model folder; `name` is what the user called it.
-
-    Raises:
-        DeltapatchError: a file is missing, broken or truncated; for a folder with PyTorch files only, the
-            sentence says how to convert them.
-    """
-    config_path = folder / "config.json"
-    for file in (config_path, folder / _SINGLE, folder / _INDEX):
-        check_file(file)
-    if not config_path.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise DeltapatchError(
-                f"{folder} holds a LoRA adapter: load its base model and give this as the adapter"
-            )
-        raise DeltapatchError(f"{folder} has no config.json: it is not a model folder")
-    config = read_json(config_path)
-    if (folder / _SINGLE).is_file():
-        return config, SafetensorsFiles(str(folder), [folder / _SINGLE])
-    if (folder / _INDEX).is_file():
-        index = read_index(folder / _INDEX)
-        return config, SafetensorsFiles(str(folder), [folder / n for n in sorted(set(index.values()))], index)
-    if any(folder.glob("*.bin")) or not Path(name).is_dir():  # of a hub's model, .bin files are not fetched
-        raise DeltapatchError(
-            f"{name} has no safetensors, and PyTorch .bin files are not read directly: "
-            f"convert them once with `deltapatch convert {quote(name)} --out OUT` and load OUT"
-        )
-    raise DeltapatchError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX} is there")
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index of a sharded checkpoint.
-
-    Raises:
-        DeltapatchError: the index is broken.
-    """
-    index = read_json(path).get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise DeltapatchError(f"{path} has no 'weight_map'")
-    for file in index.values():
-        # A name that leaves the folder has no business in an index.
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
-            raise DeltapatchError(f"{path}: {shown(file)} is not the name of a file in the same folder")
-    return index
-
-
-def check_finite(tensor: Tensor, name: str, place: str) -> None:
-    """Raise DeltapatchError where a tensor holds NaN or an infinity."""
-    if is_finite(tensor):
-        return
-    if tensor.dtype == torch.float16 and not tensor.isnan().any():
-        raise DeltapatchError(
-            f"{place}: tensor {name!r} holds infinity, which float16 makes of numbers above 65504: it "
-            "overflowed when it was saved; save it again in bfloat16 or float32"
-        )
-    raise DeltapatchError(f"{place}: tensor {name!r} holds NaN or infinity: the checkpoint is damaged")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity."""
-    # Both ends pass a NaN on, in one pass over the data and without a mask of its size.
-    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
-
-
-def _look(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from one that has taken its place, or that was written to; None where it is gone."""
-    try:
-        about = os.stat(path)
-    except (OSError, ValueError):  # what it is called may be no path
-        return None
-    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
-
-
-def _open(path: Path) -> Any:
-    check_file(path)
-    if not path.is_file():
-        raise DeltapatchError(f"{path} is missing: the checkpoint is incomplete")
-    try:
-        return open_safetensors(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise DeltapatchError(
-            f"{path} is not a whole safetensors file ({error}): it may be truncated; "
-            "copy or download it again"
-        ) from error
+        slots = sorted(self._names, key=lambda s: (s.layer is None, s.layer or 0, s.name))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            hashes = pool.map(self._tensors.hash, [self._names[slot] for slot in slots])
+            digest = hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode())
+            for slot, own in zip(slots, hashes, strict=True):
+                shape, dtype = list(self._raw_shape(slot)), self._raw_dtype(slot)
+                digest.update(f"{slot.layer} {slot.name} {shape} {dtype}".encode())
+                digest.update(own)
+        if self._adapter is not None:
+            digest.update(self._adapter.digest())
+        return digest.hexdigest()[:32]

@@ -13,17 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.models.checkpoint import (
-    TOKENIZER_FILES,
-    ModuleTensors,
-    find_folder,
-    read_index,
-    read_json,
-)
+from deltapatch.models.checkpoint import Checkpoint
 from deltapatch.models.config import Config
+from deltapatch.models.folder import TOKENIZER_FILES, find_folder, read_index, read_json
 from deltapatch.models.header import check_file
 from deltapatch.models.registry import read_config
-from deltapatch.models.store import Store
+from deltapatch.models.tensors import ModuleTensors
 
 _MODEL, _INDEX, _ADAPTER = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"
 _COPIED = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES)
@@ -104,7 +99,7 @@ def _check_model(source: Path, shards: dict[str, dict[str, Tensor]]) -> dict[str
         raise DeltapatchError(f"{source} has no config.json: it is not a model folder")
     architecture, spec = read_config(Config(read_json(source / "config.json"), str(source / "config.json")))
     state = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
-    Store(architecture, spec, ModuleTensors(str(source), state))
+    Checkpoint(architecture, spec, ModuleTensors(str(source), state))
     return {
         file: {name: tensor for name, tensor in shard.items() if architecture.find(name) is not None}
         for file, shard in shards.items()

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.architecture import Architecture, Slot, expected_shape
-from deltapatch.models.checkpoint import SafetensorsFiles, check_finite, find_folder, read_json
 from deltapatch.models.config import LARGEST_NUMBER
+from deltapatch.models.folder import find_folder, read_json
 from deltapatch.models.header import check_file
 from deltapatch.models.spec import ModelSpec
+from deltapatch.models.tensors import SafetensorsFiles, check_finite
 from deltapatch.models.weights import end_shapes, layer_shapes
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -1,20 +1,23 @@
 """A stand-in for a model whose weights are elsewhere: its shapes, and numbers that cost nothing to make."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltapatch.models.architecture import expected_shapes
+from deltapatch.models.checkpoint import Checkpoint
 from deltapatch.models.config import Config
-from deltapatch.models.fetch import hash_of_tensor
-from deltapatch.models.model import DTYPES, Model
+from deltapatch.models.load import DTYPES
+from deltapatch.models.memory import fits
+from deltapatch.models.model import Model, Origin
+from deltapatch.models.model_weights import weights_of
 from deltapatch.models.registry import read_config
-from deltapatch.models.store import Store
+from deltapatch.models.tensors import MadeTensors
 
 _LAYERS = 3  # that there are weights of
 _DRAWN = 1 << 16  # random numbers, over and over
@@ -27,7 +30,7 @@ def stand_in(fields: dict[str, Any], where: str, device: torch.device, stream: b
         fields: of the config.json.
         where: what a sentence calls it.
         device: where it is.
-        stream: whether it is streamed.
+        stream: whether it is streamed; one that would not fit is all the same.
 
     Raises:
         DeltapatchError: the config is not one of a supported model.
@@ -36,10 +39,12 @@ def stand_in(fields: dict[str, Any], where: str, device: torch.device, stream: b
     own = stored_dtype(fields)
     few = replace(spec, n_layers=min(_LAYERS, spec.n_layers))
     names = {architecture.tensor_name(slot): shape for slot, shape in expected_shapes(few)}
-    model = Model(Store(architecture, few, _Tensors(where, names, own)), where, device, None, stream)
-    model.spec = spec
-    model.n_bytes = own.itemsize * sum(math.prod(shape) for _, shape in expected_shapes(spec))
-    return model
+    # In a file, as those of the model that is stood in for.
+    tensors = MadeTensors(where, names, own, _drawn(own), in_file=True)
+    n_bytes = own.itemsize * sum(math.prod(shape) for _, shape in expected_shapes(spec))
+    checkpoint = Checkpoint(architecture, few, tensors, device=device)
+    weights = weights_of(checkpoint, stream=stream or not fits(n_bytes, device))
+    return Model(weights, Origin(where), spec=spec, n_bytes=n_bytes)
 
 
 def stored_dtype(fields: dict[str, Any]) -> torch.dtype:
@@ -48,65 +53,13 @@ def stored_dtype(fields: dict[str, Any]) -> torch.dtype:
     return DTYPES.get(named.removeprefix("torch."), torch.float32)
 
 
-class MadeTensors(ABC):
-    """Tensors that are made when they are read, in place of those of a file.
+def _drawn(dtype: torch.dtype) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """Makes tensors of the size that numbers have in a matrix of that shape; those of one shape are one."""
+    drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0)).to(dtype)
 
-    Args:
-        where: what a sentence calls the place that they come from.
-        shapes: name -> shape.
-        dtype: of all.
-    """
+    @cache
+    def of(shape: tuple[int, ...]) -> Tensor:
+        n = math.prod(shape)
+        return (drawn * shape[-1] ** -0.5).repeat(-(-n // _DRAWN))[:n].view(shape)
 
-    in_file = False
-
-    def __init__(self, where: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.where = where
-        self._shapes, self._dtype = shapes, dtype
-
-    def names(self) -> Iterable[str]:
-        """The names of all tensors."""
-        return self._shapes.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one."""
-        return self._shapes[name]
-
-    def place(self, name: str) -> str:
-        """What a sentence calls the place that it is read from."""
-        return self.where
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of all."""
-        return self._dtype
-
-    @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """Make one."""
-
-    def fetch(self, name: str) -> Tensor:
-        """The same."""
-        return self.read(name)
-
-    def hash(self, name: str) -> bytes:
-        """A hash of all bytes of one."""
-        return hash_of_tensor(self.read(name))
-
-
-class _Tensors(MadeTensors):
-    """Tensors of one shape are one tensor."""
-
-    in_file = True  # as those of the model that is stood in for
-
-    def __init__(self, where: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        super().__init__(where, shapes, dtype)
-        self._made: dict[tuple[int, ...], Tensor] = {}
-        self._drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-    def read(self, name: str) -> Tensor:
-        """Numbers of the size that a matrix of this shape has."""
-        shape = self._shapes[name]
-        if shape not in self._made:
-            n = math.prod(shape)
-            drawn = self._drawn * shape[-1] ** -0.5
-            self._made[shape] = drawn.repeat(-(-n // _DRAWN))[:n].view(shape)
-        return self._made[shape]
+    return lambda name, shape: of(shape)

@@ -5,10 +5,10 @@ on a stream of its own: the GPU computes meanwhile, and no call of the pass wait
 reads waits, for a layer to be done with before one more comes: three are on the GPU at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,65 +19,40 @@ STAGE = 64 << 20  # bytes of one of the two pieces of pinned memory
 HELD = 3  # layers that are on a GPU together: in use, ready, and on their way
 
 
-class Lane(Protocol):
-    """What is asked of a GPU. Streams are those of the thread that calls."""
-
-    def copying(self) -> AbstractContextManager[Any]:
-        """Until its end, work is queued on the stream for copies."""
-
-    def pinned(self, n_bytes: int) -> Tensor:
-        """Pinned memory, [n_bytes] uint8."""
-
-    def empty_like(self, tensor: Tensor) -> Tensor:
-        """Memory of the GPU for a tensor."""
-
-    def mark(self) -> Any:
-        """A mark behind everything that was queued on the current stream."""
-
-    def wait_here(self, mark: Any) -> None:
-        """The calling thread waits until a mark is reached."""
-
-    def wait_there(self, mark: Any) -> None:
-        """What is queued on the current stream from now on waits until a mark is reached."""
-
-    def used_here(self, tensor: Tensor) -> None:
-        """A tensor is used on the current stream too: once dropped, its memory is free when that is done."""
-
-
-class CudaLane:
-    """A stream for copies on a CUDA device."""
+class Lane:
+    """A stream for copies on a CUDA device. Others are those of the thread that calls."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._stream = device, torch.cuda.Stream(device)
 
     def copying(self) -> AbstractContextManager[Any]:
-        """See `Lane`, as for the other methods."""
+        """Until its end, work is queued on the stream for copies."""
         return torch.cuda.stream(self._stream)
 
     def pinned(self, n_bytes: int) -> Tensor:
-        """[n_bytes] uint8."""
+        """Pinned memory, [n_bytes] uint8."""
         return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """Of the current stream."""
+        """Memory of the GPU for a tensor."""
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
 
     def mark(self) -> torch.cuda.Event:
-        """An event."""
+        """A mark behind everything that was queued on the current stream."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
 
     def wait_here(self, mark: torch.cuda.Event) -> None:
-        """Other threads go on meanwhile."""
+        """The calling thread waits until a mark is reached; others go on meanwhile."""
         mark.synchronize()
 
     def wait_there(self, mark: torch.cuda.Event) -> None:
-        """The host does not wait."""
+        """What is queued on the current stream from now on waits until a mark is reached."""
         mark.wait(torch.cuda.current_stream(self.device))
 
     def used_here(self, tensor: Tensor) -> None:
-        """Known to PyTorch's allocator."""
+        """A tensor is used on the current stream too: once dropped, its memory is free when that is done."""
         tensor.record_stream(torch.cuda.current_stream(self.device))
 
 
@@ -111,33 +86,10 @@ class Upload:
         self._turn = 1 - self._turn
 
 
-class Reader(Protocol):
-    """The weights of one pass as they are stored, on the model's device: layers in order, then the ends."""
+class ReadAhead:
+    """The layers of one pass and then the ends, each read by a thread while the one before is at work.
 
-    def layer(self, index: int) -> LayerWeights:
-        """Those of a block."""
-
-    def ends(self) -> EndWeights:
-        """Embedding, final norm and unembedding; of a streamed model the embedding is empty."""
-
-
-class Kept:
-    """The reader of a model that is in memory."""
-
-    def __init__(self, layers: list[LayerWeights], ends: EndWeights) -> None:
-        self._layers, self._ends = layers, ends
-
-    def layer(self, index: int) -> LayerWeights:
-        """Those of a block."""
-        return self._layers[index]
-
-    def ends(self) -> EndWeights:
-        """Embedding, final norm and unembedding."""
-        return self._ends
-
-
-class Reading:
-    """The reader of a streamed model. It holds nothing that the caller has dropped.
+    It holds nothing that the caller has dropped.
 
     Args:
         read: reads layer l, and at `n_layers` the ends; called in a thread, one ahead.
@@ -190,18 +142,3 @@ class Reading:
                 self._lane.wait_here(self._asked[index - HELD + 1])
             with self._lane.copying():
                 return self._read(index), self._lane.mark()
-
-
-@contextmanager
-def streamed(read: Callable[[int], Any], n_layers: int, lane: Lane | None) -> Iterator[Reading]:
-    """One pass over a streamed model; arguments are those of `Reading`."""
-    reading = Reading(read, n_layers, lane)
-    try:
-        yield reading
-    finally:
-        reading.close()
-
-
-def kept(layers: list[LayerWeights], ends: EndWeights) -> AbstractContextManager[Kept]:
-    """One pass over a model in memory."""
-    return nullcontext(Kept(layers, ends))

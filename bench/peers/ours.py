@@ -27,7 +27,7 @@ class Ours(Peer):
 
     def prepare(self, work: Workload, spec: ModelSpec) -> None:
         """Load the model."""
-        from deltapatch.models.model import load_model
+        from deltapatch.models.load import load_model
 
         self.work, self.spec = work, spec
         self.model = load_model(work.folder, device=work.device)

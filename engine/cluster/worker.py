@@ -25,7 +25,7 @@ from deltapatch.engine.question import Decided, Question, ask
 from deltapatch.engine.sweep import adopt, given_arrays, plan
 from deltapatch.interventions.given import Intervention
 from deltapatch.interventions.pairs import EncodedPair, PromptPair, encode_pairs
-from deltapatch.models.model import load_model
+from deltapatch.models.load import load_model
 from deltapatch.results.manifest import Manifest
 from deltapatch.results.measured import PassEffects
 

@@ -13,7 +13,7 @@ from deltapatch.bench.random_models import Shape, make_model, make_pairs
 from deltapatch.bench.workload import Workload, one_length
 from deltapatch.cli.main import cli
 from deltapatch.engine.pool import threads
-from deltapatch.models.model import load_model
+from deltapatch.models.load import load_model
 
 LENGTH, PAIRS = 6, 2
 

@@ -136,7 +136,7 @@ def test_a_streamed_sweep(command, tiny, write_pairs, ids_pair, tmp_path, monkey
     assert "waiting for the file" in plan["seconds_by_part"]
     assert "read from the file in every pass" in command(*args, "--dry-run", "--stream").out
 
-    monkeypatch.setattr("deltapatch.models.model.fits", lambda n_bytes, device: False)
+    monkeypatch.setattr("deltapatch.models.model_weights.fits", lambda n_bytes, device: False)
     by_itself = command(*args, "--out", tmp_path / "by itself")
     assert by_itself.code == 0
     assert "do not fit into the memory: every pass reads them from the file" in by_itself.err

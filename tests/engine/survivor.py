@@ -46,7 +46,10 @@ def budget(model: deltapatch.Model, tokens: int = 40, rows: int = 10, precision:
 
     block = choose_backend("auto", model.device).block_tokens
     places = set(str(OPTIONS["sites"]).split(","))
-    return Costs.of(model, PRECISIONS[precision], block, 1, 5, 1, places, False).total(1, 5, tokens, rows)
+    costs = Costs.of(
+        model, PRECISIONS[precision], block, 1, 5, 1, places, against_base=False, stream=model.stream
+    )
+    return costs.total(1, 5, tokens, rows)
 
 
 def sweep(run: Path | str | None, **options: object) -> deltapatch.Effects:

@@ -1,7 +1,5 @@
 """The noise floor that a run reports, and the precision that "auto" chooses by it."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +13,8 @@ from deltapatch.engine.memory import Costs
 from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.pool import Pool
 from deltapatch.engine.question import ask
+from deltapatch.models.model import Model, Origin
+from deltapatch.models.model_weights import Streamed
 from deltapatch.results.metrics import METRICS
 from deltapatch.results.truth import in_words
 
@@ -231,8 +231,7 @@ def test_the_sample_takes_a_small_share_of_the_run(model, source, monkeypatch):
 def test_a_streamed_model_is_read_again_only_beside_a_long_run(model, monkeypatch):
     """The sample of a run in float32 is left out, and that of a lossy run taken once."""
     given, read = pairs(VARIANT, [6] * 3), []
-    streamed = copy.copy(model)
-    streamed.stream = True
+    streamed = Model(Streamed(model._weights.checkpoint), Origin("streamed"))
     reading = type(model).reading
     monkeypatch.setattr(type(model), "reading", lambda self: read.append(self.stream) or reading(self))
 

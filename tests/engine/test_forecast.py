@@ -27,6 +27,8 @@ from deltapatch.engine.rows import WHOLE
 from deltapatch.engine.unpatched import Unpatched
 from deltapatch.engine.wavefront import Wavefront
 from deltapatch.kernels.product import PRECISIONS
+from deltapatch.models.model import Model, Origin
+from deltapatch.models.model_weights import Streamed
 from deltapatch.models.stand_in import stand_in
 
 CPU = torch.device("cpu")
@@ -159,9 +161,12 @@ ENDLESS = Rates(*[float("inf")] * 7)
 class Case:
     """A sweep of two sites, and what it spends its time on at given rates."""
 
-    def __init__(self, **options):
+    def __init__(self, stream=False, **options):
         options = {"sites": ["mlp_out", "z"], "noise_sample": 0, "memory_budget": 1 << 30} | options
-        self.question = ask(model(), drawn(), SweepOptions(**options))
+        asked = model()
+        if stream:
+            asked = Model(Streamed(asked._weights.checkpoint), Origin("streamed"))
+        self.question = ask(asked, drawn(), SweepOptions(**options))
         self.plan = plan(self.question, PRECISIONS["fp32"], 1)
         self.audit = Audit(self.question, Pool())
 
@@ -188,8 +193,7 @@ def test_seconds_are_flops_over_rates():
 
 
 def test_every_pass_reads_and_runs_the_prompts_again(monkeypatch):
-    case = Case(precision="bf16")
-    case.question.model.stream = True
+    case = Case(stream=True, precision="bf16")
     rates = {"weights": 1.0, "file": 2.0, "exact": 1.0, "calls": 1.0}
     once = case.takes(**rates)
     whole = case.plan.passes[0]
@@ -200,8 +204,7 @@ def test_every_pass_reads_and_runs_the_prompts_again(monkeypatch):
     # What is computed meanwhile hides the reading, but for a first layer.
     n_bytes, n_layers = case.question.model.n_bytes, case.question.model.spec.n_layers
     assert once["waiting for the file"] == pytest.approx(n_bytes / 2 / n_layers)
-    alone = Case(precision="bf16")
-    alone.question.model.stream = True
+    alone = Case(stream=True, precision="bf16")
     assert alone.takes(file=2.0)["waiting for the file"] == pytest.approx(n_bytes / 2)
 
 

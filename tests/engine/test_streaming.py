@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import deltapatch
-from deltapatch.bench.true_shapes import CONFIGS, RandomTensors, random_model, write_random_model
+from deltapatch.bench.true_shapes import CONFIGS, random_model, write_random_model
+from deltapatch.models.tensors import MadeTensors
 from deltapatch.results.metrics import MEASURED
 
 GPTJ = CONFIGS["gptj-6b"]
@@ -61,8 +62,8 @@ def test_streamed_effects_are_those_of_a_model_in_memory(dtype, precision, threa
 
 def test_weights_that_are_made_are_made_once(monkeypatch, tmp_path):
     """A sweep that keeps nothing asks for no fingerprint, which would draw random weights again."""
-    model, drawn, read = random_model(GPTJ | SMALL, "cpu", torch.float32), [], RandomTensors.read
-    monkeypatch.setattr(RandomTensors, "read", lambda self, name: drawn.append(name) or read(self, name))
+    model, drawn, read = random_model(GPTJ | SMALL, "cpu", torch.float32), [], MadeTensors.read
+    monkeypatch.setattr(MadeTensors, "read", lambda self, name: drawn.append(name) or read(self, name))
     pairs = [deltapatch.PromptPair([1, 2, 3], [1, 5, 3], 5, 6)]
     deltapatch.sweep(model, pairs, sites="z", progress=False, noise_sample=0)
     assert drawn == []

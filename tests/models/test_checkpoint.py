@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltapatch import DeltapatchError, load_model
-from deltapatch.models.checkpoint import check_finite
 from deltapatch.models.convert import convert
+from deltapatch.models.tensors import check_finite
 
 WEIGHTS = "model.safetensors"
 

@@ -4,7 +4,7 @@ import gc
 import hashlib
 import threading
 import weakref
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 import safetensors.torch
@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltapatch import DeltapatchError, load_model
-from deltapatch.models import memory, model, stream
-from deltapatch.models.checkpoint import SafetensorsFiles
+from deltapatch.models import memory, model_weights, stream
 from deltapatch.models.fetch import fetch, hash_of_tensor, tensor_spans
-from deltapatch.models.stream import HELD, Reading, Upload
+from deltapatch.models.stream import HELD, ReadAhead, Upload
+from deltapatch.models.tensors import SafetensorsFiles
 
 
 class Mark:
@@ -104,7 +104,7 @@ def test_what_a_gpu_computes_with_is_what_was_read(sizes, stage, eager):
     original, stream.STAGE = stream.STAGE, stage * 4
     try:
         upload = Upload(lane)
-        reading = Reading(lambda i: tuple(upload(t) for t in parts[i]), len(parts) - 1, lane)
+        reading = ReadAhead(lambda i: tuple(upload(t) for t in parts[i]), len(parts) - 1, lane)
         for i in range(len(parts)):
             got = reading._part(i)
             lane.queue(lambda got=got: seen.append([t.as_subclass(torch.Tensor).clone() for t in got]))
@@ -131,7 +131,7 @@ def test_no_more_than_three_parts_are_on_the_gpu():
         most.append(sum(ref() is not None for ref in alive))
         return (held,)
 
-    reading = Reading(read, 9, lane)
+    reading = ReadAhead(read, 9, lane)
     for i in range(10):
         part = reading._part(i)
         lane.queue(lambda: None)
@@ -150,7 +150,7 @@ def test_parts_are_read_one_ahead_and_in_order():
         (first, second)[min(i, 1)].set()
         return (torch.tensor([i]),)
 
-    reading = Reading(one, 4, None)
+    reading = ReadAhead(one, 4, None)
     assert first.wait(10)
     assert int(reading.layer(0)[0]) == 0
     assert second.wait(10)
@@ -170,7 +170,7 @@ def test_an_error_of_the_thread_is_raised_where_the_layer_is_asked_for():
             raise DeltapatchError("damaged")
         return ()
 
-    with stream.streamed(one, 3, None) as reading:
+    with closing(ReadAhead(one, 3, None)) as reading:
         reading.layer(0)
         with pytest.raises(DeltapatchError, match="damaged"):
             reading.layer(1)
@@ -178,7 +178,7 @@ def test_an_error_of_the_thread_is_raised_where_the_layer_is_asked_for():
 
 def test_the_thread_ends_with_the_pass():
     def broken():
-        with stream.streamed(lambda i: (), 5, None) as reading:
+        with closing(ReadAhead(lambda i: (), 5, None)) as reading:
             reading.layer(0)
             raise ValueError("enough")
 
@@ -321,7 +321,7 @@ def test_a_model_that_does_not_fit_is_streamed(build, saved, monkeypatch):
         loaded = load_model(folder, device="cpu", dtype=dtype)
         assert loaded.stream == streams
         assert ("streamed" in repr(loaded)) == streams
-    assert model.fits is memory.fits
+    assert model_weights.fits is memory.fits
 
 
 # ------------------------------------------------------------------------------------- memory

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from deltapatch.engine.pool import threads
-from deltapatch.models.model import Model, load_model
+from deltapatch.models.load import load_model
+from deltapatch.models.model import Model
 from deltapatch.study.reproduce import Study, reproduce
 
 

@@ -21,7 +21,7 @@ from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.cli.main import cli
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs_file import read_pairs
-from deltapatch.models.model import load_model
+from deltapatch.models.load import load_model
 from deltapatch.results.reading import load_effects
 from deltapatch.study import checkpoints
 from deltapatch.study import pairs as pair_files
