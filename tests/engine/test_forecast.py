@@ -27,6 +27,7 @@ from deltapatch.engine.rows import WHOLE
 from deltapatch.engine.unpatched import Unpatched
 from deltapatch.engine.wavefront import Wavefront
 from deltapatch.kernels.product import PRECISIONS
+from deltapatch.models import memory
 from deltapatch.models.model import Model, Origin
 from deltapatch.models.model_weights import Streamed
 from deltapatch.models.stand_in import stand_in
@@ -290,6 +291,14 @@ def test_a_stand_in_has_the_plan_of_the_model(variant, stream):
 
 def it_fields(variant):
     return hf_model(variant).config.to_dict()
+
+
+def test_a_stand_in_that_would_not_fit_is_streamed(monkeypatch):
+    fields = it_fields("llama-grouped")
+    n_bytes = stand_in(fields, "config.json", CPU, False).n_bytes
+    for free, streams in ((n_bytes * 4 // 3 + 1, False), (n_bytes, True)):
+        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
+        assert stand_in(fields, "config.json", CPU, False).stream == streams
 
 
 def test_a_stand_in_of_a_large_model_takes_little():

@@ -287,12 +287,28 @@ def test_a_streamed_model_has_the_same_weights(kind, dtype, adapted, build, save
         a, b = one.ends(), other.ends()
         assert torch.equal(a.unembedding.weight, b.unembedding.weight)
         assert torch.equal(a.norm.weight, b.norm.weight)
+        assert len(b.embedding) == (kept.spec.d_vocab if kept.spec.tied_embeddings else 0)
+    for a, b in zip(flat(kept.ends(None)), flat(streamed.ends(None)), strict=True):
+        assert torch.equal(a, b)
 
 
 def flat(part):
     if isinstance(part, torch.Tensor):
         return [part]
     return [t for p in part or () for t in flat(p)]
+
+
+def test_a_part_of_a_streamed_model_is_read_to_see_how_fast_that_is(build, saved, monkeypatch):
+    folder = saved(build("llama"))
+    kept, streamed = (load_model(folder, device="cpu", stream=stream) for stream in (False, True))
+    fetched, really = [], SafetensorsFiles.fetch
+    monkeypatch.setattr(SafetensorsFiles, "fetch", lambda it, name: fetched.append(name) or really(it, name))
+    matrix = 4 * 32 * 72
+    for asked, read in ((1, 1), (matrix, 1), (2 * matrix, 2), (1 << 30, 2)):
+        fetched.clear()
+        assert streamed.read_some(asked) == read * matrix
+        assert len(fetched) == len({name.split(".")[2] for name in fetched}) == read
+    assert kept.read_some(1 << 30) == 0
 
 
 def test_streamed_weights_are_checked(build, saved):
