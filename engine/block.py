@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,15 +12,32 @@ from deltapatch.engine.rows import ATTENTION, MIDDLE, WHOLE
 from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
 from deltapatch.kernels.backend import Backend
-from deltapatch.kernels.edits import Edit, within
-from deltapatch.kernels.norm import Norms, Part
-from deltapatch.kernels.product import Precision, Scaled, product
+from deltapatch.kernels.edits import Edit, apply_edits, within
+from deltapatch.kernels.norm import Norms, Part, norm_difference
+from deltapatch.kernels.product import Precision, Scaled, narrow, product
 from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
 from deltapatch.models import forward
-from deltapatch.models.spec import ModelSpec
-from deltapatch.models.weights import Norm
+from deltapatch.models.spec import ModelSpec, Scores
+from deltapatch.models.weights import LayerWeights
 
 Edits = Mapping[str, Sequence[Edit]]  # place -> the patches there
+
+
+class BlockNorms(NamedTuple):
+    """What the norms of a block multiply by, [width] each; None where there is none. See `LayerWeights`."""
+
+    norm1: Tensor | None
+    norm2: Tensor | None
+    post1: Tensor | None
+    post2: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+def block_norms(layer: LayerWeights, spec: ModelSpec) -> BlockNorms:
+    """Those of a layer."""
+    norms = [getattr(layer, name) for name in BlockNorms._fields]
+    return BlockNorms(*(None if norm is None else forward.norm_scale(norm, spec) for norm in norms))
 
 
 @dataclass(frozen=True)
@@ -28,9 +46,10 @@ class Layer:
 
     Attributes:
         spec, ops: the model and the operations.
+        scores: how scores become probabilities.
         precision: of the products of differences.
         weights: the matrices of these products, in that precision.
-        norm1, norm2: in the dtype of the base runs.
+        norms: what they multiply by, in the dtype of the base runs.
         down: [d_model, d_mlp] in that dtype, for neurons that enter here; None where none do.
         base: activations of the base runs, [base token, ...].
         rotary: for every base token.
@@ -39,10 +58,10 @@ class Layer:
 
     spec: ModelSpec
     ops: Backend
+    scores: Scores
     precision: Precision
     weights: ProductWeights
-    norm1: Norm
-    norm2: Norm | None
+    norms: BlockNorms
     down: Tensor | None
     base: forward.Activations
     rotary: Rotary
@@ -84,8 +103,12 @@ class BlockStep:
         normed: Scaled | None = None  # what attention reads
         mlp_input: Scaled | None = None
         if stage == WHOLE:
-            second = layer.norm2 if layer.spec.parallel else None
-            normed, *other = self._add_norm(stream, "", layer.base.resid_pre, [layer.norm1, second])
+            second = layer.norms.norm2 if layer.spec.parallel else None
+            if layer.norms.norm1 is None:
+                assert dx is not None
+                normed, *other = [narrow(dx, layer.precision)]
+            else:
+                normed, *other = self._add_norm(stream, "", layer.base.resid_pre, [layer.norms.norm1, second])
             mlp_input = other[0] if other else normed
         if stage <= ATTENTION:
             z = self._attention(normed)
@@ -93,7 +116,7 @@ class BlockStep:
                 stream = [Part(self._keep_reads(part.d), []) for part in stream]
                 mlp_input = self._keep_reads(mlp_input)
                 self.segments = read_segments(self.segments)
-            stream.append(self._part("attn_out", product(z, layer.weights.out)))
+            stream.append(self._part("attn_out", self._spoken("attn_out", product(z, layer.weights.out))))
         else:
             stream.append(self._part("attn_out", None))
 
@@ -102,10 +125,14 @@ class BlockStep:
             through_mlp = stage <= MIDDLE
             if through_mlp:
                 mid = torch.empty(self._n_tokens, layer.spec.d_model, dtype=out.dtype, device=out.device)
-                (mlp_input,) = self._add_norm(stream, "resid_mid", layer.base.resid_mid, [layer.norm2], mid)
+                normed_mid = self._add_norm(
+                    stream, "resid_mid", layer.base.resid_mid, [layer.norms.norm2], mid
+                )
+                mlp_input = normed_mid[0] if normed_mid else narrow(mid, layer.precision)
                 self._note("resid_mid", mid)
                 stream = [Part(Scaled(mid, None), [])]
-        stream.append(self._part("mlp_out", self._mlp(mlp_input) if through_mlp else self._neurons()))
+        said = self._mlp(mlp_input) if through_mlp else self._neurons()
+        stream.append(self._part("mlp_out", self._spoken("mlp_out", said)))
         self._add_norm(stream, "resid_post", None, [], out, to)
 
     @property
@@ -124,10 +151,15 @@ class BlockStep:
             q, k, v = (self._zeros(b) for b in (base.q_rotated, base.k_rotated, base.v))
         for place, d in (("q", q), ("k", k), ("v", v)):
             self._note(place, d)
-        places = ("q", "k", "v", "pattern", "z")
+        places = ["q", "k", "v", "pattern", "z"]
+        if spec.qk_norm != "none":
+            q = self._normed_heads("q", q, scale, base.q, layer.norms.q_norm)
+            k = self._normed_heads("k", k, scale, base.k, layer.norms.k_norm)
+            v = v if scale is None else v * scale.view(-1, 1, 1)
+            places, scale = places[2:], None
         z = layer.ops.attention_difference(
             QKV(q, k, v, scale),
-            AttentionBase(base.q_rotated, base.k_rotated, base.v, layer.rotary, spec.d_head**-0.5),
+            AttentionBase(base.q_rotated, base.k_rotated, base.v, layer.rotary, *layer.scores),
             self.segments,
             {place: self.swaps[place] for place in places if place in self.swaps},
             layer.precision,
@@ -136,6 +168,49 @@ class BlockStep:
         )
         self._note("z", z.values.unflatten(-1, (spec.n_heads, spec.d_head)))
         return z
+
+    def _normed_heads(
+        self, place: str, d: Tensor, scale: Tensor | None, base: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        """Difference of queries or keys behind their norm, from that of the projection, edits included.
+
+        Args:
+            place: "q" or "k".
+            d: [token, head, d_head]; one line may stand for all tokens, where nothing has changed yet.
+            scale: [token], times which it is the difference; None: all ones.
+            base: [base token, head, d_head], before the norm.
+            weight: [d_head], or of all heads.
+        """
+        assert weight is not None
+        edits = self.swaps.get(place, [])
+        if scale is not None:
+            d = d * scale.view(-1, 1, 1)
+        elif edits:
+            d = d.clone(memory_format=torch.contiguous_format)
+        elif not d.stride(0):
+            return d
+        apply_edits(d, edits)
+        spec = self.layer.spec
+        if spec.qk_norm == "width":
+            d, base = d.flatten(1), base.flatten(1)
+        (normed,) = norm_difference(
+            d.contiguous(), Norms(base, [weight], spec.norm_eps, False), self.segments
+        )
+        return normed.view(len(normed), -1, spec.d_head)
+
+    def _spoken(self, place: str, d: Scaled | None) -> Scaled | None:
+        """Difference of what attention or MLP add, [token, d_model], from that of their last product."""
+        layer, spec = self.layer, self.layer.spec
+        if d is None or (not spec.post_norm and spec.residual_scale == 1):
+            return d
+        if spec.post_norm:
+            base, norms = layer.base, layer.norms
+            raw, post = (base.attn_raw, norms.post1) if place == "attn_out" else (base.mlp_raw, norms.post2)
+            assert raw is not None
+            assert post is not None
+            behind = Norms(raw, [post], spec.norm_eps, spec.norm == "layer")
+            (d,) = layer.ops.add_norm([Part(d, [])], [], behind, self.segments, layer.precision.exact)
+        return d if spec.residual_scale == 1 else Scaled(d.plain() * spec.residual_scale, None)
 
     def _mlp(self, normed: Scaled | None) -> Scaled:
         """Difference of mlp_out, [token, d_model], from that of the MLP's input."""
@@ -197,7 +272,7 @@ class BlockStep:
         stream: list[Part],
         place: str,
         x: Tensor | None,
-        norms: list[Norm | None],
+        norms: list[Tensor | None],
         out: Tensor | None = None,
         to: Tensor | None = None,
     ) -> list[Scaled]:
@@ -205,7 +280,7 @@ class BlockStep:
         layer = self.layer
         spec, norms_of_it = layer.spec, None
         if x is not None:
-            weights = [norm.weight for norm in norms if norm is not None]
+            weights = [norm for norm in norms if norm is not None]
             norms_of_it = Norms(x, weights, spec.norm_eps, spec.norm == "layer")
         swaps = self.swaps.get(place, [])
         return layer.ops.add_norm(

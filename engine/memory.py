@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from deltapatch.engine import readout
 from deltapatch.engine.costs import layer_parameters
-from deltapatch.engine.unpatched import MET
+from deltapatch.engine.unpatched import met
 from deltapatch.interventions.sites import PLACES
 from deltapatch.kernels import activation, attention, readout_tail, readout_triton
 from deltapatch.kernels import readout as readout_torch
@@ -70,7 +70,8 @@ class Costs:
         width = {name: _numbers(shape) for name, shape in widths(spec, length).items()}
         patched = sum(width.get(place, 0) for place in places if place != "resid_post")
         # Of one layer: what rows meet, the source runs after it and at patched places.
-        kept = sum(width[name] for name in MET if name in width and name != "resid_pre") + spec.rope.dim
+        kept = sum(width[name] for name in met(spec) if name in width and name != "resid_pre")
+        kept += sum(rope.dim for rope in spec.all_ropes())
         kept += n_sources * (d + patched) + (2 * patched + d if against_base else 0)
         on_cpu = model.device.type == "cpu"
         tail = readout_tail.tail_bytes(spec.d_vocab, d, size, precision)

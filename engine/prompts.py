@@ -48,15 +48,17 @@ class Prompts:
             return base_token
         return base_token * self.n_sources + (self.n_sources - 1)
 
-    def embed(self, look_up: Callable[[Tensor], Tensor]) -> Tensor:
+    def embed(self, look_up: Callable[..., Tensor]) -> Tensor:
         """The base runs' embeddings, [base token, d_model]; `look_up` gives those of token ids [...]."""
-        x = look_up(torch.from_numpy(self.tokens))
+        positions = np.concatenate([run.positions for run in self.shapes.runs])
+        x = look_up(torch.from_numpy(self.tokens), positions=torch.from_numpy(positions))
         return x if self.noise is None else x + upload(self.noise.numpy(), x.device).to(x.dtype)
 
-    def embed_source_difference(self, look_up: Callable[[Tensor], Tensor]) -> Tensor:
+    def embed_source_difference(self, look_up: Callable[..., Tensor]) -> Tensor:
         """The source runs' embeddings minus the base's, [base token and source, d_model].
 
-        Equal tokens give exactly zero, and so does everything that only depends on them.
+        Positions are the same in both. Equal tokens give exactly zero, and so does everything that only
+        depends on them.
         """
         base = look_up(torch.from_numpy(self.tokens))
         source = look_up(torch.from_numpy(np.ascontiguousarray(self.sources.T)))

@@ -19,7 +19,7 @@ from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scal
 from deltapatch.kernels.readout import BaseReadout
 from deltapatch.kernels.readout_tail import make_tail, tail_bytes, worth_a_tail
 from deltapatch.kernels.segments import Segment
-from deltapatch.models.forward import normalise
+from deltapatch.models.forward import norm_scale, read_norm
 from deltapatch.models.weights import EndWeights, map_tensors
 from deltapatch.results.metrics import Reference
 
@@ -196,7 +196,7 @@ class ReadOut:
         n, d_vocab = len(at), len(stored)
         # The source run is a row of its own.
         dn = self._normed(ends, at, change, shapes.segments(1))
-        both = torch.cat([normalise(at, ends.norm, self.model.spec), dn])
+        both = torch.cat([read_norm(at, ends, self.model.spec), dn])
         out = at.new_empty(2 * n, d_vocab)
         pieces = vocabulary_pieces(d_vocab, _piece(d_vocab, stored.shape[1], self.on_cpu))
 
@@ -251,6 +251,8 @@ class ReadOut:
         """Difference of the final norm's output, for differences d of its input."""
         spec = self.model.spec
         parts = [Part(Scaled(d, None), [])]
-        norms = Norms(x, [ends.norm.weight], spec.norm_eps, spec.norm == "layer")
+        weight = norm_scale(ends.norm, spec)
+        weight = weight if spec.logit_scale == 1 else weight * spec.logit_scale
+        norms = Norms(x, [weight], spec.norm_eps, spec.norm == "layer")
         (normed,) = self.ops.add_norm(parts, [], norms, segments, self.exact)
         return normed.values

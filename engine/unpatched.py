@@ -13,10 +13,18 @@ from deltapatch.engine.setup import Setup
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.segments import Segment
 from deltapatch.models import forward
+from deltapatch.models.spec import ModelSpec
 from deltapatch.models.weights import LayerWeights
 
 # What rows meet of the base runs, whatever they patch.
-MET = ("resid_pre", "q_rotated", "k_rotated", "v", "resid_mid", "gate", "up", "resid_post")
+_MET = (
+    "resid_pre", "q_rotated", "k_rotated", "v", "attn_raw", "resid_mid", "gate", "up", "mlp_raw", "resid_post"
+)  # fmt: skip
+
+
+def met(spec: ModelSpec) -> tuple[str, ...]:
+    """The activations of the base runs that rows meet in a layer, whatever they patch."""
+    return _MET if spec.qk_norm == "none" else ("q", "k", *_MET)
 
 
 class Unpatched:
@@ -34,22 +42,23 @@ class Unpatched:
         self.widths = forward.widths(self.spec, max(run.length for run in self.shapes.runs))
 
     def base(
-        self, x: Tensor, layer: LayerWeights, rotary: Rotary, places: Collection[str]
+        self, x: Tensor, layer: LayerWeights, number: int, rotary: Rotary, places: Collection[str]
     ) -> forward.Activations:
         """The plain forward of one block for all pairs.
 
         Args:
             x: [base token, d_model], before the layer.
             layer: its weights, in x's dtype.
+            number: the layer's.
             rotary: for every base token.
-            places: that are patched here. What neither `MET` nor these name is not kept, and None.
+            places: that are patched here. What neither `met` nor these name is not kept, and None.
 
         Returns:
             activations [base token, ...].
         """
         kept = {"resid_pre": x} | {
             name: self._room(x, name)
-            for name in {*MET, *(places if self.prompts.kind in ("zero", "mean") else ())}
+            for name in {*met(self.spec), *(places if self.prompts.kind in ("zero", "mean") else ())}
             if name in self.widths and name != "resid_pre"
         }
 
@@ -63,9 +72,9 @@ class Unpatched:
                         here.copy_(value.reshape(here.shape))
 
             tables = segment.run(rotary.cos)[0], segment.run(rotary.sin)[0]  # those of all its pairs
-            attended = forward.attention(
-                segment.run(x), layer, self.spec, tables, segment.fork, pattern="pattern" in kept
-            )
+            rope = self.spec.rope_of(number)
+            context = forward.LayerContext(self.spec, self.spec.scores(number), rope, tables, segment.fork)
+            attended = forward.attention(segment.run(x), layer, context, pattern="pattern" in kept)
             keep(attended, first, n)
             attn_out = attended.attn_out.flatten(0, 1)
             del attended

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.block import BlockStep, Edits, Layer
+from deltapatch.engine.block import BlockStep, Edits, Layer, block_norms
 from deltapatch.engine.layout import Block, Layout, first_tokens, how_many_blocks, lay_out
 from deltapatch.engine.products import narrow_layer, taken_in
 from deltapatch.engine.prompts import Prompts, source_differences
@@ -30,6 +30,7 @@ from deltapatch.kernels.norm import Part
 from deltapatch.kernels.segments import read_segments
 from deltapatch.models import forward
 from deltapatch.models.model_weights import PassWeights
+from deltapatch.models.spec import RopeSpec
 from deltapatch.models.weights import Converter
 from deltapatch.results.metrics import Direction, Reference
 
@@ -126,7 +127,8 @@ class Wavefront:
         flight = [x.new_empty(n_most, spec.d_model) for _ in range(2)]
         rows, layout = self._enter_embedding(x, dx, flight[1])  # [row token, d_model], those in flight
         convert = Converter(self.model.device, self.dtype)
-        prepare = partial(self._prepare, read=read, rotary=self._rotary(), convert=convert)
+        rotary = {rope: self._rotary(rope) for rope in spec.all_ropes()}
+        prepare = partial(self._prepare, read=read, rotaries=rotary, convert=convert)
         ahead = self.pool.ahead(partial(prepare, 0, x, dx))
         for l in range(spec.n_layers):
             # (1) The unpatched runs after this layer; those of the next one are begun meanwhile.
@@ -147,25 +149,32 @@ class Wavefront:
         return x, dx, rows
 
     def _prepare(
-        self, l: int, x: Tensor, dx: Tensor, read: PassWeights, rotary: Rotary, convert: Converter
+        self,
+        l: int,
+        x: Tensor,
+        dx: Tensor,
+        read: PassWeights,
+        rotaries: dict[RopeSpec, Rotary],
+        convert: Converter,
     ) -> "Ready":
         """Everything that rows meet in a layer: its weights, and the unpatched runs, x and dx before it."""
         stored = read.layer(l)
         exact = convert(stored)
         places = self.patched.places(l)
-        base = self.unpatched.base(x, exact, rotary, places)
+        rotary = rotaries[self.spec.rope_of(l)]
+        base = self.unpatched.base(x, exact, l, rotary, places)
         products = narrow_layer(exact, self.exact)
         down = exact.down.weight if "mlp_post" in places else None
         here = Layer(
-            self.spec,
-            self.ops,
-            self.exact,
-            products,
-            exact.norm1,
-            exact.norm2,
-            down,
-            base,
-            rotary,
+            spec=self.spec,
+            scores=self.spec.scores(l),
+            ops=self.ops,
+            precision=self.exact,
+            weights=products,
+            norms=block_norms(exact, self.spec),
+            down=down,
+            base=base,
+            rotary=rotary,
             last=False,
         )
         dx, captured = self.unpatched.sources(dx, here, places)
@@ -219,19 +228,19 @@ class Wavefront:
         n_blocks = how_many_blocks(self._n_tokens(rows), self.ops.block_tokens, spread=self.setup.on_cpu)
         return lay_out(rows, self.rows.pair, self.rows.start, self.shapes, n_blocks)
 
-    def _rope_tables(self, run: RunShape) -> tuple[Tensor, Tensor]:
+    def _rope_tables(self, run: RunShape, rope: RopeSpec) -> tuple[Tensor, Tensor]:
         """Cosines and sines, [token of the run, rope.dim // 2]."""
         position = run.positions
-        cos, sin = forward.rope_tables(self.spec.rope, int(position.max()) + 1, self.dtype, "cpu")
+        cos, sin = forward.rope_tables(rope, int(position.max()) + 1, self.dtype, "cpu")
         cos, sin = (table.numpy()[position] for table in (cos, sin))
         return upload(cos, self.model.device), upload(sin, self.model.device)
 
-    def _rotary(self) -> Rotary:
+    def _rotary(self, rope: RopeSpec) -> Rotary:
         """A line of cosines and sines for every base token."""
-        tables = {run: self._rope_tables(run) for run in dict.fromkeys(self.shapes.runs)}
+        tables = {run: self._rope_tables(run, rope) for run in dict.fromkeys(self.shapes.runs)}
         parts = [tables[run] for run in self.shapes.runs]
         cos, sin = (torch.cat([part[i] for part in parts]) for i in range(2))
-        return Rotary(cos, sin, self.spec.rope.interleaved)
+        return Rotary(cos, sin, rope.interleaved)
 
     def _enter_embedding(self, x: Tensor, dx: Tensor, room: Tensor) -> tuple[Tensor, Layout]:
         """Rows patched at the embedding enter before the first layer; `room` is where they go."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from deltapatch.kernels.edits import Edit, Swap, apply_edits, swaps_of
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment, read_segments, unseen
+from deltapatch.kernels.softcap import cap_difference
 
 HUGE = 60.0  # exp(60) is safe in float32, and p_i that float32 rounds to 0 cannot matter below it
 CELLS = 1 << 19  # logit changes held at a time, where one query has no more: few enough for the cache
@@ -80,7 +81,9 @@ class AttentionBase(NamedTuple):
         k: [base token, kv head, d_head], rotated.
         v: [base token, kv head, d_head].
         rotary: for every base token.
-        logit_scale: 1/sqrt(d_head).
+        logit_scale: of the products of queries and keys.
+        softcap: c of c tanh(logit / c), which comes next; None: nothing does.
+        window: how many positions a query sees, its own the last; None: all up to its own.
     """
 
     q: Tensor
@@ -88,6 +91,8 @@ class AttentionBase(NamedTuple):
     v: Tensor
     rotary: Rotary
     logit_scale: float
+    softcap: float | None = None
+    window: int | None = None
 
 
 def attention_difference(
@@ -115,7 +120,7 @@ def attention_difference(
     Returns:
         [token, head * d_head]; with reads_only packed as `read_segments` says.
     """
-    q, k, v, rotary, logit_scale = base
+    q, k, v, rotary = base[:4]
     n_heads, d_head = changes.q.shape[1:]
     dq, dk, dv = (
         _swapped(d, changes.scale, swaps.get(place, [])) for d, place in zip(changes[:3], "qkv", strict=True)
@@ -132,7 +137,7 @@ def attention_difference(
         n_queries, n_own = queries.positions, segment.positions
         for first in range(0, n_queries, step):
             some = slice(first, min(first + step, n_queries))
-            hidden = unseen(queries, some, dq.device)
+            hidden = unseen(queries, some, dq.device, base.window)
             # Queries see no key after the last of them.
             keys, own = (slice(n - n_queries + some.stop) for n in (segment.length, n_own))
             for h in range(0, n_heads, heads):
@@ -144,7 +149,7 @@ def attention_difference(
                     segment.run(q)[:, keys, head],
                     segment.run(k)[:, keys, shared],
                     hidden,
-                    logit_scale,
+                    base,
                 )
                 # [pair, query, row, head, key]
                 here = w.permute(0, 2, 3, 1, 4)
@@ -170,7 +175,7 @@ def _swapped(d: Tensor, scale: Tensor | None, swaps: Sequence[Edit]) -> Tensor:
 
 
 def _probabilities(
-    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, hidden: Tensor | None, scale: float
+    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, hidden: Tensor | None, base: AttentionBase
 ) -> tuple[Tensor, Tensor]:
     """Attention probabilities of some heads of a segment, and their changes.
 
@@ -178,7 +183,7 @@ def _probabilities(
         dq, dk: [pair, position, row, head, d_head].
         q, k: of the base run, [pair, position, head, d_head].
         hidden: what queries do not see, [query, key]; None: they see all.
-        scale: of the logits.
+        base: says how logits are scaled and capped.
 
     Returns:
         [pair, head, query, 1, key] and [pair, head, query, row, key].
@@ -187,7 +192,10 @@ def _probabilities(
     own = slice(length - n, length)
     q = q[:, length - m :]  # [pair, query, head, d_head]
     k = k.transpose(1, 2)  # [pair, head, key, d_head]
-    logp = torch.matmul(q.transpose(1, 2), k.transpose(2, 3)).mul_(scale)  # [pair, head, query, key]
+    before = torch.matmul(q.transpose(1, 2), k.transpose(2, 3)).mul_(base.logit_scale)
+    logp = before  # [pair, head, query, key]
+    if base.softcap is not None:
+        logp = (before / base.softcap).tanh_().mul_(base.softcap)
     if hidden is not None:
         logp.masked_fill_(hidden, -torch.inf)
     logp = logp.log_softmax(-1).unsqueeze(3)  # [pair, head, query, 1, key]
@@ -197,7 +205,9 @@ def _probabilities(
     shape = flat.shape
     change = torch.matmul(flat.flatten(2, 3), k.transpose(2, 3)).unflatten(2, shape[2:4])  # [..., row, key]
     change[..., own] += _own_logits(q.unsqueeze(2) + dq, dk)
-    change.mul_(scale)
+    change.mul_(base.logit_scale)
+    if base.softcap is not None:
+        change = cap_difference(before.unsqueeze(3), change, base.softcap)
     if hidden is not None:
         change.masked_fill_(hidden.unsqueeze(1), 0)
 

@@ -40,14 +40,15 @@ def attention_difference_triton(
 
     Where the result needs a scale, it is written in float32 and narrowed afterwards. The kernel holds no
     query's probabilities whole: where they are patched, which is one layer of a row, or asked for, the
-    reference takes its place.
+    reference takes its place; so it does for capped scores and prompts longer than a window.
     """
-    if pattern is not None or swaps.get("pattern"):
+    windowed = base.window is not None and any(s.length > base.window for s in segments)
+    if pattern is not None or swaps.get("pattern") or base.softcap is not None or windowed:
         return attention_difference(
             changes, base, segments, swaps, precision, reads_only=reads_only, pattern=pattern
         )
     dq, dk, dv, scale_of_rows = changes
-    q, k, v, rotary, logit_scale = base
+    q, k, v, rotary, logit_scale = base[:5]
     n_heads, d_head = dq.shape[1:]
     n_kv = dk.shape[1]
     n_out = sum(s.n_tokens for s in (read_segments(segments) if reads_only else segments))

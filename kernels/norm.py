@@ -99,10 +99,10 @@ def _edited(d: Tensor, edits: Sequence[Edit], own: bool) -> Tensor:
 
 
 def norm_difference(dx: Tensor, norms: Norms, segments: list[Segment]) -> list[Tensor]:
-    """LayerNorm (centred) or RMSNorm differences of packed rows: [token, d_model] for each weight [d_model].
+    """LayerNorm (centred) or RMSNorm differences of packed rows: [token, ..., width] for each weight [width].
 
     Args:
-        dx: [token, d_model], the rows' differences.
+        dx: [token, width], the rows' differences; of heads [token, head, width], each normalised by itself.
         norms: of the same vector, at least one.
         segments: where the rows lie and what their base is.
     """
@@ -110,18 +110,17 @@ def norm_difference(dx: Tensor, norms: Norms, segments: list[Segment]) -> list[T
     outs = [torch.empty_like(dx) for _ in weights]
     width = dx.shape[-1]
     for segment in segments:
-        d, o = segment.tokens(dx), segment.tokens(outs[0])  # [pair, position, row, d_model]
-        b = segment.own(x)  # [pair, position, 1, d_model]
+        d, o = segment.tokens(dx), segment.tokens(outs[0])  # [pair, position, row, ..., width]
+        b = segment.own(x)  # [pair, position, 1, ..., width]
         if centred:
             b = b - b.mean(-1, keepdim=True)
             dc = torch.sub(d, d.mean(-1, keepdim=True), out=o)
         else:
             dc = o.copy_(d)
-        v = b.square().mean(-1, keepdim=True)  # [pair, position, 1, 1]
+        v = b.square().mean(-1, keepdim=True)  # [pair, position, 1, ..., 1]
         square = torch.linalg.vector_norm(dc, dim=-1, keepdim=True).square_()
-        dv = (
-            torch.matmul(dc, b.transpose(-1, -2)).mul_(2).add_(square).div_(width)
-        )  # [pair, position, row, 1]
+        along = torch.matmul(dc, b.transpose(-1, -2)) if d.ndim == 4 else (dc * b).sum(-1, keepdim=True)
+        dv = along.mul_(2).add_(square).div_(width)  # [pair, position, row, ..., 1]
         s = (v + eps).sqrt_()
         s2 = (v + dv).clamp_(min=0).add_(eps).sqrt_()
         collapsed = v + dv < COLLAPSE * v

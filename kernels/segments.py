@@ -114,16 +114,18 @@ def keep_reads(packed: Tensor, segments: list[Segment]) -> Tensor:
     return out
 
 
-def unseen(queries: Segment, some: slice, device: torch.device) -> Tensor | None:
+def unseen(queries: Segment, some: slice, device: torch.device, window: int | None = None) -> Tensor | None:
     """Which positions of its run, up to its own last one, each query does not attend to: bool, [query, key].
 
     None where it is one position that attends to all of them.
 
     Args:
         queries: a segment; `some` of its positions are the queries.
+        window: how many positions a query sees, its own the last; None: all up to its own.
     """
     first = queries.length - queries.positions
-    if some.stop - some.start == 1 and queries.fork is None:
+    windowed = window is not None and window < first + some.stop
+    if some.stop - some.start == 1 and queries.fork is None and not windowed:
         return None
     key = torch.arange(first + some.stop, device=device)
     query = key[first + some.start :, None]
@@ -131,4 +133,7 @@ def unseen(queries: Segment, some: slice, device: torch.device) -> Tensor | None
     if queries.fork is not None:
         first, second = queries.fork
         hidden |= (query >= second) & (key >= first) & (key < second)
+    if window is not None and windowed:
+        position = key if queries.fork is None else key - (key >= second) * (second - first)
+        hidden |= position[len(key) - len(query) :, None] - position >= window
     return hidden

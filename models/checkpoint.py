@@ -19,6 +19,7 @@ from deltapatch.models.tensors import Tensors, check_finite, is_finite
 from deltapatch.models.weights import EndWeights, LayerWeights, assemble_ends, assemble_layer
 
 EMBEDDING, UNEMBEDDING = Slot(None, "embedding.weight"), Slot(None, "unembedding.weight")
+POSITIONS = Slot(None, "positions.weight")
 _CPU = torch.device("cpu")
 
 
@@ -109,11 +110,14 @@ class Checkpoint:
         """One tensor, read from the file now; `move` takes it to the device."""
         return self._finished(slot, self._tensors.fetch, move)
 
-    def embeddings(self, token_ids: Tensor) -> Tensor:
-        """Those of some tokens, [..., d_model] on the CPU, for ids [...]: nothing else is read."""
-        rows = self._raw(EMBEDDING, self._tensors.read)[token_ids.cpu()]
-        self._check_finite(EMBEDDING, rows)
-        return self._fitting(EMBEDDING, rows, rows.to(dtype=self._given))
+    def rows(self, slot: Slot, which: Tensor) -> Tensor:
+        """Lines of a table, such as the embeddings of some tokens, [..., d_model] on the CPU, for [...].
+
+        Nothing else is read.
+        """
+        rows = self._raw(slot, self._tensors.read)[which.cpu()]
+        self._check_finite(slot, rows)
+        return self._fitting(slot, rows, rows.to(dtype=self._given))
 
     def _finished(self, slot: Slot, get: Callable[[str], Tensor], move: Callable[[Tensor], Tensor]) -> Tensor:
         """A checked tensor on the device, in its dtype, with its update."""

@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltapatch.models.spec import ModelSpec, RopeSpec
+from deltapatch.models.spec import ModelSpec, RopeSpec, Scores
 from deltapatch.models.weights import EndWeights, LayerWeights, Linear, Norm, map_tensors
 
 # Attention scores that exist at once; queries are cut so that long prompts stay within it: on a CPU what its
 # cache holds, on a GPU 64 MiB in float32.
 _MAX_SCORES, _MAX_SCORES_ON_CPU = 1 << 24, 1 << 20
+
+Fork = tuple[int, int]  # where the two branches of a run begin
 
 _TOKENS = 1 << 14  # of the vocabulary, whose part of the unembedding is taken at a time
 
@@ -43,12 +45,14 @@ class Activations(NamedTuple):
         Tensor | None
     )  # [B, T, H, T], the attention probabilities of each query; None where not asked for
     z: Tensor  # [B, T, H, C]
-    attn_out: Tensor  # [B, T, d_model]
+    attn_raw: Tensor | None  # [B, T, d_model], before a norm behind attention; None where there is none
+    attn_out: Tensor  # [B, T, d_model], what is added to the residual stream
     resid_mid: Tensor | None  # [B, T, d_model]; None for parallel blocks
     gate: Tensor | None  # [B, T, d_mlp], before the activation; None where the MLP is not gated
     up: Tensor  # [B, T, d_mlp]; without a gate it is the activation's argument
     mlp_post: Tensor  # [B, T, d_mlp], the input of down
-    mlp_out: Tensor  # [B, T, d_model]
+    mlp_raw: Tensor | None  # [B, T, d_model], before a norm behind the MLP; None where there is none
+    mlp_out: Tensor  # [B, T, d_model], what is added to the residual stream
     resid_post: Tensor  # [B, T, d_model]
 
 
@@ -58,13 +62,15 @@ def widths(spec: ModelSpec, length: int) -> dict[str, tuple[int, ...]]:
     queries, keys = (spec.n_heads, spec.d_head), (spec.n_kv_heads, spec.d_head)
     shapes = {
         "resid_pre": whole, "q": queries, "k": keys, "v": keys, "q_rotated": queries, "k_rotated": keys,
-        "pattern": (spec.n_heads, length), "z": queries, "attn_out": whole, "resid_mid": whole,
-        "gate": hidden, "up": hidden, "mlp_post": hidden, "mlp_out": whole, "resid_post": whole,
+        "pattern": (spec.n_heads, length), "z": queries, "attn_raw": whole, "attn_out": whole,
+        "resid_mid": whole, "gate": hidden, "up": hidden, "mlp_post": hidden, "mlp_raw": whole,
+        "mlp_out": whole, "resid_post": whole,
     }  # fmt: skip
-    for name, there in (("resid_mid", not spec.parallel), ("gate", spec.gated)):
-        if not there:
-            del shapes[name]
-    return shapes
+    there = {
+        "resid_mid": not spec.parallel, "gate": spec.gated, "attn_raw": spec.post_norm,
+        "mlp_raw": spec.post_norm,
+    }  # fmt: skip
+    return {name: shape for name, shape in shapes.items() if there.get(name, True)}
 
 
 def rope_tables(
@@ -72,29 +78,37 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions 0 .. n_positions - 1, each [n_positions, rope.dim // 2].
 
-    They are computed in float64 and then rounded. `n_positions` is the length of the prompt: dynamic
-    scaling stretches the frequencies of prompts beyond the context by it, so there the tables of a longer
-    prompt do not begin with those of a shorter one (see `rope_depends_on_length`).
+    They are computed in float64 and then rounded; an attention factor is multiplied in. `n_positions` is the
+    length of the prompt: dynamic scaling and longrope have other frequencies for prompts beyond the original
+    context, so there the tables of a longer prompt do not begin with those of a shorter one (see
+    `rope_depends_on_length`).
     """
     position = torch.arange(n_positions, dtype=torch.float64)
     angle = position[:, None] * _frequencies(rope, n_positions)  # [n_positions, dim/2]
-    return angle.cos().to(device=device, dtype=dtype), angle.sin().to(device=device, dtype=dtype)
+    tables = (angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor)
+    return tables[0].to(device=device, dtype=dtype), tables[1].to(device=device, dtype=dtype)
 
 
 def rope_depends_on_length(rope: RopeSpec, n_positions: int) -> bool:
-    """Whether a prompt of that length needs tables of its own: dynamic scaling, beyond the context."""
-    return rope.scaling == "dynamic" and n_positions > rope.original_context
+    """Whether a prompt of that length has other tables than one within the original context."""
+    return rope.scaling in ("dynamic", "longrope") and n_positions > rope.original_context
 
 
 def _frequencies(rope: RopeSpec, n_positions: int) -> Tensor:
-    base = rope.base
-    if rope_depends_on_length(rope, n_positions):
+    """Radians a position, [dim/2]."""
+    base, beyond = rope.base, rope_depends_on_length(rope, n_positions)
+    if rope.scaling == "dynamic" and beyond:
         stretch = rope.factor * n_positions / rope.original_context - (rope.factor - 1)
         base *= stretch ** (rope.dim / (rope.dim - 2))
     power = torch.arange(0, rope.dim, 2, dtype=torch.float64) / rope.dim
     frequency = base**-power  # [dim/2], radians per position
     if rope.scaling == "linear":
         return frequency / rope.factor
+    if rope.scaling == "longrope":
+        factors = rope.long_factors if beyond else rope.short_factors
+        return frequency / torch.tensor(factors, dtype=torch.float64)
+    if rope.scaling == "yarn":
+        return _yarn(rope, frequency)
     if rope.scaling != "llama3":
         return frequency
     # Wavelengths shorter than the original context / high_freq_factor stay, those longer than the original
@@ -102,6 +116,27 @@ def _frequencies(rope: RopeSpec, n_positions: int) -> Tensor:
     turns = rope.original_context * frequency / (2 * math.pi)  # full turns within the original context
     keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
     return frequency * (keep + (1 - keep) / rope.factor)
+
+
+def _yarn(rope: RopeSpec, frequency: Tensor) -> Tensor:
+    """Coordinates that turn often within the original context keep their frequency, others are stretched.
+
+    Between them is a ramp over the numbers of the coordinates (arXiv 2309.00071, section 3.2).
+    """
+
+    def coordinate(turns: float) -> float:
+        """The number of the coordinate that turns so often within the original context, as a fraction."""
+        return rope.dim * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
+
+    low, high = coordinate(rope.high_freq_factor), coordinate(rope.low_freq_factor)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    if low == high:
+        high += 0.001  # as transformers does, so that the ramp has a slope
+    number = torch.arange(rope.dim // 2, dtype=torch.float64)
+    stretched = ((number - low) / (high - low)).clamp(0, 1)
+    return frequency * (1 - stretched) + frequency / rope.factor * stretched
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeSpec) -> Tensor:
@@ -124,12 +159,37 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeSpec) -> Tensor:
     return turned
 
 
-def normalise(x: Tensor, norm: Norm, spec: ModelSpec) -> Tensor:
-    """LayerNorm or RMSNorm of the last axis, [..., d_model]."""
+def norm_scale(norm: Norm, spec: ModelSpec) -> Tensor:
+    """What a norm multiplies by, [width], in the dtype of its weight."""
+    return norm.weight + 1 if spec.unit_offset else norm.weight
+
+
+def normalise(x: Tensor, norm: Norm | None, spec: ModelSpec) -> Tensor:
+    """LayerNorm or RMSNorm of the last axis, [..., width]; x itself where there is no norm."""
+    if norm is None:
+        return x
     if spec.norm == "layer":
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, spec.norm_eps)
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.norm_eps)
-    return x * scale * norm.weight
+    return x * scale * norm_scale(norm, spec)
+
+
+def normalise_heads(x: Tensor, norm: Norm | None, spec: ModelSpec) -> Tensor:
+    """Queries or keys, [..., head, d_head], after the norm of each head or of all together."""
+    if spec.qk_norm == "width":
+        return normalise(x.flatten(-2), norm, spec).view(x.shape)
+    return normalise(x, norm, spec)
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(x / cap); x itself where there is no cap."""
+    return x if cap is None else (x / cap).tanh_().mul_(cap)
+
+
+def spoken(x: Tensor, post: Norm | None, spec: ModelSpec) -> Tensor:
+    """What is added to the residual stream, of what attention or MLP give, [..., d_model]."""
+    normed = normalise(x, post, spec)
+    return normed if spec.residual_scale == 1 else normed * spec.residual_scale
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -164,7 +224,8 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    fork: tuple[int, int] | None = None,
+    scores_as: Scores,
+    fork: Fork | None = None,
     pattern: Tensor | None = None,
 ) -> Tensor:
     """Causal attention: q [B, T, H, C] and k, v [B, T, K, C], both rotated -> z [B, T, H, C].
@@ -181,18 +242,21 @@ def attend(
     k = k.permute(0, 2, 3, 1)  # [B, K, C, T]
     v = v.transpose(1, 2)  # [B, K, T, C]
     z = q.new_empty(n_batch, length, n_heads, d_head)
-    scale = 1 / math.sqrt(d_head)
     most = _MAX_SCORES_ON_CPU if q.device.type == "cpu" else _MAX_SCORES
     chunk = max(1, most // (n_batch * n_heads * length))
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
-        rows = q[:, :, :, start:end].reshape(n_batch, n_kv, group * (end - start), d_head) * scale
+        rows = q[:, :, :, start:end].reshape(n_batch, n_kv, group * (end - start), d_head) * scores_as.scale
         scores = rows @ k[..., :end]  # [B, K, group * chunk, end]
-        scores = scores.view(n_batch, n_kv, group, end - start, end)
+        scores = softcap(scores, scores_as.softcap).view(n_batch, n_kv, group, end - start, end)
         future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
         scores[..., start:].masked_fill_(future, -math.inf)
         if fork is not None:
             scores[..., max(0, fork[1] - start) :, fork[0] : fork[1]] = -math.inf
+        if scores_as.window is not None:
+            position = positions(length, fork, q.device)
+            passed = position[start:end, None] - position[:end] >= scores_as.window
+            scores.masked_fill_(passed, -math.inf)
         weights = scores.softmax(-1)
         if pattern is not None:
             by_head = weights.view(n_batch, n_heads, end - start, end)
@@ -201,6 +265,42 @@ def attend(
         mixed = mixed.view(n_batch, n_heads, end - start, d_head)
         z[:, start:end] = mixed.transpose(1, 2)
     return z
+
+
+def positions(length: int, fork: Fork | None, device: torch.device) -> Tensor:
+    """Where in its prompt each token of a run is, [token]: the second of two branches begins as the first."""
+    position = torch.arange(length, device=device)
+    if fork is not None:
+        position[fork[1] :] -= fork[1] - fork[0]
+    return position
+
+
+class LayerContext(NamedTuple):
+    """What a block needs beside its weights and its input.
+
+    Attributes:
+        spec: of the model.
+        scores: how scores become probabilities in this layer.
+        rope: the layer's rotary embedding.
+        rope_tables: cosines and sines of each token's position, as `rope_tables` gives them; positions are
+            0 .. T-1 but for branches.
+        fork: see `attend`.
+    """
+
+    spec: ModelSpec
+    scores: Scores
+    rope: RopeSpec
+    rope_tables: tuple[Tensor, Tensor]
+    fork: Fork | None = None
+
+
+def contexts(
+    spec: ModelSpec, length: int, dtype: torch.dtype, device: torch.device | str
+) -> list[LayerContext]:
+    """The context of every layer, for prompts of that length."""
+    tables = {rope: rope_tables(rope, length, dtype, device) for rope in spec.all_ropes()}
+    ropes = [spec.rope_of(l) for l in range(spec.n_layers)]
+    return [LayerContext(spec, spec.scores(l), rope, tables[rope]) for l, rope in enumerate(ropes)]
 
 
 class Attended(NamedTuple):
@@ -213,6 +313,7 @@ class Attended(NamedTuple):
     k_rotated: Tensor
     pattern: Tensor | None
     z: Tensor
+    attn_raw: Tensor | None
     attn_out: Tensor
 
 
@@ -222,63 +323,50 @@ class Hidden(NamedTuple):
     gate: Tensor | None
     up: Tensor
     mlp_post: Tensor
+    mlp_raw: Tensor | None
     mlp_out: Tensor
 
 
-def attention(
-    x: Tensor,
-    layer: LayerWeights,
-    spec: ModelSpec,
-    rope_tables: tuple[Tensor, Tensor],
-    fork: tuple[int, int] | None = None,
-    *,
-    pattern: bool = False,
-) -> Attended:
-    """The attention of one block over whole prompts; arguments are those of `block`.
+def attention(x: Tensor, layer: LayerWeights, context: LayerContext, *, pattern: bool = False) -> Attended:
+    """The attention of one block over whole prompts, [B, T, d_model].
 
     With `pattern` the attention probabilities are kept, [B, T, H, T].
     """
-    cos, sin = (table[: x.shape[1]] for table in rope_tables)
+    spec, cos, sin = context.spec, *(table[: x.shape[1]] for table in context.rope_tables)
     q, k, v = project_qkv(normalise(x, layer.norm1, spec), layer, spec)
-    q_rotated, k_rotated = rotate(q, cos, sin, spec.rope), rotate(k, cos, sin, spec.rope)
+    q_rotated, k_rotated = (
+        rotate(normalise_heads(heads, norm, spec), cos, sin, context.rope)
+        for heads, norm in ((q, layer.q_norm), (k, layer.k_norm))
+    )
     kept = x.new_zeros(*q.shape[:3], q.shape[1]) if pattern else None
-    z = attend(q_rotated, k_rotated, v, fork, kept)
-    return Attended(q, k, v, q_rotated, k_rotated, kept, z, linear(z.flatten(-2), layer.out))
+    z = attend(q_rotated, k_rotated, v, context.scores, context.fork, kept)
+    raw = linear(z.flatten(-2), layer.out)
+    attn_out = spoken(raw, layer.post1, spec)
+    return Attended(q, k, v, q_rotated, k_rotated, kept, z, raw if spec.post_norm else None, attn_out)
 
 
 def mlp(x: Tensor, attn_out: Tensor, layer: LayerWeights, spec: ModelSpec) -> Hidden:
     """The MLP of one block, of any tokens: x [..., d_model] before the block, attn_out likewise."""
-    norm = layer.norm1 if layer.norm2 is None else layer.norm2
+    norm = layer.norm1 if spec.shared_norm else layer.norm2
     normed = normalise(x if spec.parallel else x + attn_out, norm, spec)
     act = activation(spec.activation)
     up = linear(normed, layer.up)
     gate = None if layer.gate is None else linear(normed, layer.gate)
     mlp_post = act(up) if gate is None else act(gate) * up
-    return Hidden(gate, up, mlp_post, linear(mlp_post, layer.down))
+    raw = linear(mlp_post, layer.down)
+    mlp_out = spoken(raw, layer.post2, spec)
+    return Hidden(gate, up, mlp_post, raw if spec.post_norm else None, mlp_out)
 
 
-def block(
-    x: Tensor,
-    layer: LayerWeights,
-    spec: ModelSpec,
-    rope_tables: tuple[Tensor, Tensor],
-    fork: tuple[int, int] | None = None,
-) -> Activations:
-    """One block over whole prompts.
-
-    Args:
-        x: [B, T, d_model]. There is no padding: a batch holds prompts of one length.
-        rope_tables: cos and sin of each token's position, 0 .. T-1 but for branches, as `rope_tables` gives
-            them.
-        fork: see `attend`.
-    """
-    attended = attention(x, layer, spec, rope_tables, fork)
-    hidden = mlp(x, attended.attn_out, layer, spec)
+def block(x: Tensor, layer: LayerWeights, context: LayerContext) -> Activations:
+    """One block over whole prompts, x [B, T, d_model]. No padding: a batch holds prompts of one length."""
+    attended = attention(x, layer, context)
+    hidden = mlp(x, attended.attn_out, layer, context.spec)
     mid = x + attended.attn_out
     return Activations(
         resid_pre=x,
         **attended._asdict(),
-        resid_mid=None if spec.parallel else mid,
+        resid_mid=None if context.spec.parallel else mid,
         **hidden._asdict(),
         resid_post=mid + hidden.mlp_out,
     )
@@ -289,11 +377,17 @@ def readout(x: Tensor, ends: EndWeights, spec: ModelSpec) -> Tensor:
 
     The weights may be of any dtype: they are taken in x's, never all at once.
     """
-    normed = normalise(x, map_tensors(ends.norm, lambda t: t.to(x.dtype)), spec)
+    normed = read_norm(x, ends, spec)
     weight, bias = ends.unembedding
     logits = x.new_empty(*x.shape[:-1], len(weight))
     for a in range(0, len(weight), _TOKENS):
         some = slice(a, a + _TOKENS)
         part = None if bias is None else bias[some].to(x.dtype)
         logits[..., some] = F.linear(normed, weight[some].to(x.dtype), part)
-    return logits
+    return softcap(logits, spec.logit_softcap)
+
+
+def read_norm(x: Tensor, ends: EndWeights, spec: ModelSpec) -> Tensor:
+    """What the unembedding reads, [..., d_model], the scale of the logits in it."""
+    normed = normalise(x, map_tensors(ends.norm, lambda t: t.to(x.dtype)), spec)
+    return normed if spec.logit_scale == 1 else normed * spec.logit_scale

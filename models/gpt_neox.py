@@ -40,7 +40,8 @@ def read_spec(config: Config) -> ModelSpec:
         ),
         tied_embeddings=config.flag("tie_word_embeddings", default=False),
         fused_qkv=True,
-        attention_bias=config.flag("attention_bias", default=True),
+        qkv_bias=config.flag("attention_bias", default=True),
+        out_bias=config.flag("attention_bias", default=True),
         mlp_bias=True,
     )
 

@@ -46,7 +46,8 @@ def read_spec(config: Config) -> ModelSpec:
         activation=config.activation("hidden_act", default="silu"),
         rope=rope,
         tied_embeddings=config.flag("tie_word_embeddings", default=False),
-        attention_bias=config.flag("attention_bias", default=False),
+        qkv_bias=config.flag("attention_bias", default=False),
+        out_bias=config.flag("attention_bias", default=False),
         mlp_bias=config.flag("mlp_bias", default=False),
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.models.forward import block, readout, rope_tables
+from deltapatch.models.forward import block, contexts, readout
 from deltapatch.models.model_weights import ModelWeights, PassWeights
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.surroundings import undisturbed
@@ -153,9 +153,21 @@ class Model:
         return cast(self._weights.ends(), self.device, dtype)
 
     @undisturbed()
-    def embed(self, token_ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """resid_pre of layer 0, [..., d_model], for token ids [...]: only the chosen rows are converted."""
-        return self._weights.embeddings(token_ids).to(device=self.device, dtype=dtype)
+    def embed(
+        self, token_ids: Tensor, dtype: torch.dtype = torch.float32, *, positions: Tensor | None = None
+    ) -> Tensor:
+        """resid_pre of layer 0, [..., d_model], for token ids [...]: only the chosen rows are converted.
+
+        Without their positions, [...], what learned ones would add is left out.
+        """
+        x = self._weights.embeddings(token_ids).to(device=self.device, dtype=dtype)
+        if self.spec.embedding_scale != 1:
+            # As transformers does: a buffer in float32 at most, in the dtype of the weights.
+            narrow = self.dtype if self.dtype.itemsize < 4 else torch.float32
+            x = x * torch.tensor(self.spec.embedding_scale, dtype=narrow).item()
+        if self.spec.learned_positions and positions is not None:
+            x = x + self._weights.positions(positions).to(device=self.device, dtype=dtype)
+        return x
 
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Logits of one prompt at every position.
@@ -172,11 +184,10 @@ class Model:
         ids = self.check_tokens(token_ids)
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         with undisturbed(self.device):
-            tables = rope_tables(self.spec.rope, len(ids), dtype, self.device)
-            x = self.embed(ids, dtype)[None]  # [1, T, d_model]
+            x = self.embed(ids, dtype, positions=torch.arange(len(ids)))[None]  # [1, T, d_model]
             with self.reading() as read:
-                for l in range(self.spec.n_layers):
-                    x = block(x, cast(read.layer(l), self.device, dtype), self.spec, tables).resid_post
+                for l, context in enumerate(contexts(self.spec, len(ids), dtype, self.device)):
+                    x = block(x, cast(read.layer(l), self.device, dtype), context).resid_post
                 return readout(x[0], read.ends(), self.spec)
 
     def check_tokens(self, token_ids: Sequence[int] | Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.models.architecture import Slot
-from deltapatch.models.checkpoint import EMBEDDING, Checkpoint
+from deltapatch.models.checkpoint import EMBEDDING, POSITIONS, Checkpoint
 from deltapatch.models.fetch import hash_of_tensor
 from deltapatch.models.memory import fits
 from deltapatch.models.stream import Lane, ReadAhead, Upload
@@ -44,7 +44,11 @@ class ModelWeights(ABC):
 
     def embeddings(self, token_ids: Tensor) -> Tensor:
         """Those of some tokens, [..., d_model], for ids [...]: of weights that are read, nothing else is."""
-        return _sent(self.checkpoint.embeddings(token_ids), self.checkpoint.device)
+        return _sent(self.checkpoint.rows(EMBEDDING, token_ids), self.checkpoint.device)
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """The learned embeddings of some positions, likewise."""
+        return _sent(self.checkpoint.rows(POSITIONS, positions), self.checkpoint.device)
 
     def read_some(self, n_bytes: int) -> int:
         """Read about so many bytes as a pass would, and drop them: how many it was."""
@@ -88,6 +92,11 @@ class InMemory(ModelWeights):
     def embeddings(self, token_ids: Tensor) -> Tensor:
         """Those of some tokens, where the embedding is."""
         return self._ends.embedding[_sent(token_ids, self._ends.embedding.device)]
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """The learned embeddings of some positions, where these are."""
+        assert self._ends.positions is not None
+        return self._ends.positions[_sent(positions, self._ends.positions.device)]
 
     def reading(self, n_layers: int) -> AbstractContextManager[PassWeights]:
         """Nothing is read.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from deltapatch.models import forward
 from deltapatch.models.model import Model
-from deltapatch.models.spec import ModelSpec
 from deltapatch.models.surroundings import undisturbed
 from deltapatch.models.weights import LayerWeights
 
@@ -38,18 +37,16 @@ def patched_logits(
     Returns:
         [row, read, vocab].
     """
-    tables = forward.rope_tables(model.spec.rope, tokens.shape[1], dtype, model.device)
-    x = model.embed(tokens, dtype)  # [row, T, d_model]
-    for l in range(model.spec.n_layers):
-        x = _block(x, model.layer(l, dtype), model.spec, tables, lambda site, v, l=l: visit(site, l, v))  # type: ignore[misc]
+    x = model.embed(tokens, dtype, positions=torch.arange(tokens.shape[1]))  # [row, T, d_model]
+    for l, context in enumerate(forward.contexts(model.spec, tokens.shape[1], dtype, model.device)):
+        x = _block(x, model.layer(l, dtype), context, lambda site, v, l=l: visit(site, l, v))  # type: ignore[misc]
     return forward.readout(x[:, list(read)], model.ends(dtype), model.spec)
 
 
 def _block(
     x: Tensor,
     layer: LayerWeights,
-    spec: ModelSpec,
-    tables: tuple[Tensor, Tensor],
+    context: forward.LayerContext,
     visit: Callable[[str, Tensor], None],
 ) -> Tensor:
     """`forward.block`, with every site open to changes."""
@@ -59,18 +56,24 @@ def _block(
         visit(site, value)
         return value
 
+    spec = context.spec
     x = at("resid_pre", x)
     normed = forward.normalise(x, layer.norm1, spec)
     q, k, v = (at(s, y) for s, y in zip("qkv", forward.project_qkv(normed, layer, spec), strict=True))
-    q, k = (forward.rotate(y, *tables, spec.rope) for y in (q, k))
-    z = at("z", forward.attend(q, k, v))
-    mid = x + at("attn_out", forward.linear(z.flatten(-2), layer.out))
+    q, k = (
+        forward.rotate(forward.normalise_heads(y, norm, spec), *context.rope_tables, context.rope)
+        for y, norm in ((q, layer.q_norm), (k, layer.k_norm))
+    )
+    z = at("z", forward.attend(q, k, v, context.scores))
+    attn_out = forward.spoken(forward.linear(z.flatten(-2), layer.out), layer.post1, spec)
+    mid = x + at("attn_out", attn_out)
     if not spec.parallel:
         mid = at("resid_mid", mid)
-    if layer.norm2 is not None:
+    if not spec.shared_norm:
         normed = forward.normalise(x if spec.parallel else mid, layer.norm2, spec)
     act = forward.activation(spec.activation)
     up = forward.linear(normed, layer.up)
     post = act(up) if layer.gate is None else act(forward.linear(normed, layer.gate)) * up
     post = at("mlp_post", post)
-    return at("resid_post", mid + at("mlp_out", forward.linear(post, layer.down)))
+    mlp_out = forward.spoken(forward.linear(post, layer.down), layer.post2, spec)
+    return at("resid_post", mid + at("mlp_out", mlp_out))

@@ -30,13 +30,17 @@ class LayerWeights(NamedTuple):
     stores it: keeping the file's order lets a loaded model share its weights.
     """
 
-    norm1: Norm
-    norm2: Norm | None  # None: the MLP reads norm1's output (GPT-J)
+    norm1: Norm | None  # None: attention reads the residual stream itself
+    norm2: Norm | None  # None: the MLP reads norm1's output (GPT-J), or the residual stream itself
     qkv: tuple[Linear, ...]
     out: Linear  # [d_model, n_heads * d_head]
     gate: Linear | None  # [d_mlp, d_model], only where the MLP is gated
     up: Linear  # [d_mlp, d_model]
     down: Linear  # [d_model, d_mlp]
+    post1: Norm | None = None  # behind attention
+    post2: Norm | None = None  # behind the MLP
+    q_norm: Norm | None = None  # [d_head], or [n_heads * d_head]
+    k_norm: Norm | None = None  # [d_head], or [n_kv_heads * d_head]
 
 
 class EndWeights(NamedTuple):
@@ -45,6 +49,7 @@ class EndWeights(NamedTuple):
     embedding: Tensor  # [d_vocab, d_model]
     norm: Norm
     unembedding: Linear  # [d_vocab, d_model]
+    positions: Tensor | None = None  # [context, d_model], where they are learned
 
 
 Weights = TypeVar("Weights", LayerWeights, EndWeights)
@@ -56,12 +61,16 @@ def layer_shapes(spec: ModelSpec) -> Shapes:
     """The slots of one block and the shape of each: what a checkpoint has to bring for every layer."""
     d_q, d_kv = spec.n_heads * spec.d_head, spec.n_kv_heads * spec.d_head
     shapes: Shapes = {}
-    for norm in ("norm1",) if spec.shared_norm else ("norm1", "norm2"):
+    for norm in _norms(spec):
         shapes |= _norm(norm, spec)
+    if spec.qk_norm != "none":
+        head = spec.qk_norm == "head"
+        shapes["q_norm.weight"] = (spec.d_head,) if head else (d_q,)
+        shapes["k_norm.weight"] = (spec.d_head,) if head else (d_kv,)
     widths = (3 * d_q,) if spec.fused_qkv else (d_q, d_kv, d_kv)
     for i, width in enumerate(widths):
-        shapes |= _linear(f"qkv.{i}", width, spec.d_model, spec.attention_bias)
-    shapes |= _linear("out", spec.d_model, d_q, spec.attention_bias)
+        shapes |= _linear(f"qkv.{i}", width, spec.d_model, spec.qkv_bias)
+    shapes |= _linear("out", spec.d_model, d_q, spec.out_bias)
     for name in ("gate", "up") if spec.gated else ("up",):
         shapes |= _linear(name, spec.d_mlp, spec.d_model, spec.mlp_bias)
     shapes |= _linear("down", spec.d_model, spec.d_mlp, spec.mlp_bias)
@@ -73,20 +82,30 @@ def end_shapes(spec: ModelSpec) -> Shapes:
     shapes: Shapes = {"embedding.weight": (spec.d_vocab, spec.d_model)}
     shapes |= _norm("norm", spec)
     shapes |= _linear("unembedding", spec.d_vocab, spec.d_model, spec.unembedding_bias)
+    if spec.learned_positions:
+        shapes["positions.weight"] = (spec.context, spec.d_model)
     return shapes
 
 
 def assemble_layer(spec: ModelSpec, read: Read) -> LayerWeights:
     """One block's weights; `read` gives the tensor of a slot of `layer_shapes`."""
     slots = layer_shapes(spec)
+
+    def norm(name: str) -> Norm | None:
+        return Norm(*_parts(name, slots, read)) if f"{name}.weight" in slots else None
+
     return LayerWeights(
-        norm1=Norm(*_parts("norm1", slots, read)),
-        norm2=None if spec.shared_norm else Norm(*_parts("norm2", slots, read)),
+        norm1=norm("norm1"),
+        norm2=norm("norm2"),
         qkv=tuple(Linear(*_parts(f"qkv.{i}", slots, read)) for i in range(1 if spec.fused_qkv else 3)),
         out=Linear(*_parts("out", slots, read)),
         gate=Linear(*_parts("gate", slots, read)) if spec.gated else None,
         up=Linear(*_parts("up", slots, read)),
         down=Linear(*_parts("down", slots, read)),
+        post1=norm("post1"),
+        post2=norm("post2"),
+        q_norm=norm("q_norm"),
+        k_norm=norm("k_norm"),
     )
 
 
@@ -99,7 +118,8 @@ def assemble_ends(spec: ModelSpec, read: Read) -> EndWeights:
         unembedding = Linear(embedding, bias)
     else:
         unembedding = Linear(*_parts("unembedding", slots, read))
-    return EndWeights(embedding, Norm(*_parts("norm", slots, read)), unembedding)
+    positions = read("positions.weight") if spec.learned_positions else None
+    return EndWeights(embedding, Norm(*_parts("norm", slots, read)), unembedding, positions)
 
 
 def cast(weights: Weights, device: torch.device, dtype: torch.dtype | None) -> Weights:
@@ -156,6 +176,12 @@ def map_tensors(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
         parts = [map_tensors(p, change) for p in part]
         return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
     return part
+
+
+def _norms(spec: ModelSpec) -> list[str]:
+    """The norms of a block, of d_model coordinates."""
+    before = ["norm1"] if spec.shared_norm else ["norm1", "norm2"]
+    return [*(before if spec.pre_norm else []), *(["post1", "post2"] if spec.post_norm else [])]
 
 
 def _norm(name: str, spec: ModelSpec) -> Shapes:

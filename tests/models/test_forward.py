@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 from deltapatch import from_transformers
 from deltapatch.models import forward
 from deltapatch.models.config import _ACTIVATIONS
-from deltapatch.models.forward import activation, attend, block, project_qkv, rope_tables, rotate, split_qkv
-from deltapatch.models.spec import RopeSpec
+from deltapatch.models.forward import (
+    activation,
+    attend,
+    block,
+    contexts,
+    project_qkv,
+    rope_tables,
+    rotate,
+    split_qkv,
+)
+from deltapatch.models.spec import RopeSpec, Scores
 
 
 @settings(max_examples=40, deadline=None)
@@ -80,18 +89,19 @@ def _naive_attention(q, k, v):
 )
 def test_attention_in_any_chunks(batch, length, kv, group, budget):
     shape = (batch, length)
+    scores = Scores(5**-0.5)
     q = 3 * torch.randn(*shape, kv * group, 5, dtype=torch.float64)
     k, v = torch.randn(2, *shape, kv, 5, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward, "_MAX_SCORES", budget)
-        z = attend(q, k, v)
+        z = attend(q, k, v, scores)
     assert torch.allclose(z, _naive_attention(q, k, v), atol=1e-12)
 
 
 def test_attention_over_2048_tokens_is_exact_enough_in_float32():
     q, k, v = torch.randn(3, 1, 2048, 2, 16, dtype=torch.float64)
-    exact = attend(q, k, v)
-    single = attend(q.float(), k.float(), v.float())
+    exact = attend(q, k, v, Scores(0.25))
+    single = attend(q.float(), k.float(), v.float(), Scores(0.25))
     assert single.dtype == torch.float32
     assert float((single - exact).norm() / exact.norm()) < 1e-6
 
@@ -118,8 +128,7 @@ def test_a_block_adds_up(kind, options, build):
     model = from_transformers(build(kind, **options).double())
     spec, layer = model.spec, model.layer(1, torch.float64)
     x = torch.randn(3, 7, spec.d_model, dtype=torch.float64)
-    tables = rope_tables(spec.rope, 9, torch.float64, "cpu")
-    a = block(x, layer, spec, tables)
+    a = block(x, layer, contexts(spec, 9, torch.float64, "cpu")[1])
     assert a.q.shape == a.q_rotated.shape == a.z.shape == (3, 7, spec.n_heads, spec.d_head)
     assert a.k.shape == a.k_rotated.shape == a.v.shape == (3, 7, spec.n_kv_heads, spec.d_head)
     assert a.up.shape == a.mlp_post.shape == (3, 7, spec.d_mlp)

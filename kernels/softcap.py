@@ -1,0 +1,23 @@
+"""Soft caps: c tanh(x / c), and how it changes with x, without cancellation.
+
+With a = x / c and b = d / c,
+    c tanh(a + b) - c tanh(a) = c sinh(b) / (cosh(a) cosh(a + b)),
+here with its exponentials written so that none overflows.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cap_difference(x: Tensor, d: Tensor, cap: float) -> Tensor:
+    """c tanh((x + d) / c) - c tanh(x / c), for x and d that broadcast together."""
+    a, b = x / cap, d / cap
+    after, a, size = (a + b).abs_(), a.abs_(), b.abs()
+    grown = torch.expm1(size.mul(-2)).neg_().mul_(torch.exp(size - a - after)).mul_(2 * cap)
+    grown.copysign_(b)
+    return grown.div_(after.mul_(-2).exp_().add_(1)).div_(a.mul_(-2).exp_().add_(1))
+
+
+def cap_slope(x: Tensor, cap: float) -> Tensor:
+    """The derivative, 1 / cosh²(x / c)."""
+    return (x / cap).cosh_().reciprocal_().square_()
