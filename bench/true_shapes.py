@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deltapatch.bench.random_models import draw_weight
-from deltapatch.models.architecture import Architecture, expected_shapes
+from deltapatch.models.architecture import Architecture, expected_shapes, file_shapes
 from deltapatch.models.checkpoint import Checkpoint
 from deltapatch.models.config import Config
 from deltapatch.models.model import Model, Origin
@@ -114,7 +114,7 @@ def _random_tensors(
 ) -> tuple[Architecture, ModelSpec, MadeTensors]:
     """Tensors drawn when they are read, as `draw_weight` has it, each from a seed of its own name."""
     architecture, spec = read_config(Config(config, "the benchmark's config"))
-    shapes = {architecture.tensor_name(slot): shape for slot, shape in expected_shapes(spec)}
+    shapes = file_shapes(architecture, spec)
 
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))

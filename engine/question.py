@@ -20,7 +20,7 @@ from deltapatch.interventions.given import Intervention, Listed, listed_interven
 from deltapatch.interventions.grid import Grid, make_grid
 from deltapatch.interventions.pairs import EncodedPair, encode_pairs, read_at
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
-from deltapatch.interventions.runs import Continuation, RunShape, check_rotary, continuation
+from deltapatch.interventions.runs import Continuation, RunShape, check_length, check_rotary, continuation
 from deltapatch.interventions.sources import partners
 from deltapatch.interventions.table import PatchTable
 from deltapatch.kernels.backend import Backend, choose_backend
@@ -203,7 +203,9 @@ def ask(
     length = np.array([read_at(options.readout, i, p) + 1 for i, p in enumerate(encoded)])
     continued = [continuation(pair.clean_answer, pair.corrupted_answer) for pair in encoded]
     for number, pair in enumerate(encoded):
-        check_rotary(pair, number, spec.rope)
+        for rope in spec.all_ropes():
+            check_rotary(pair, number, rope)
+        check_length(pair, number, spec)
     if interventions is not None:
         patched: Interventions = listed_interventions(interventions, encoded, spec)
     else:

@@ -16,7 +16,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.kernels.segments import Fork
 from deltapatch.models.forward import rope_depends_on_length
-from deltapatch.models.spec import RopeSpec
+from deltapatch.models.spec import ModelSpec, RopeSpec
 
 NONE = -1  # no token
 
@@ -87,6 +87,15 @@ def continuation(clean: Sequence[int], corrupted: Sequence[int]) -> Continuation
     return Continuation([*clean[:shared], *first, *second], fork, targets)
 
 
+def check_length(pair: EncodedPair, number: int, spec: ModelSpec) -> None:
+    """Raise DeltapatchError where a model has no embedding for a position of the pair."""
+    n_tokens = len(pair.clean) + pair.answer_tokens - 1
+    if spec.learned_positions and n_tokens > spec.context:
+        raise DeltapatchError(
+            f"pair {number} has {n_tokens} tokens, and the model knows {spec.context} positions: shorten it"
+        )
+
+
 def check_rotary(pair: EncodedPair, number: int, rope: RopeSpec) -> None:
     """Check that what follows a prompt leaves the prompt as it is.
 
@@ -94,9 +103,11 @@ def check_rotary(pair: EncodedPair, number: int, rope: RopeSpec) -> None:
         DeltapatchError: an answer has several tokens, and the angles of all depend on how many there are.
     """
     n_tokens = len(pair.clean) + pair.answer_tokens - 1
-    if pair.answer_tokens > 1 and rope_depends_on_length(rope, n_tokens):
+    # Longrope's frequencies are the same for all that is beyond the original context.
+    settled = rope.scaling == "longrope" and rope_depends_on_length(rope, len(pair.clean))
+    if pair.answer_tokens > 1 and rope_depends_on_length(rope, n_tokens) and not settled:
         raise DeltapatchError(
             f"pair {number} has an answer of {pair.answer_tokens} tokens and goes beyond the context of a "
-            "model with dynamic rotary scaling, where each token changes all those before it: give answers "
-            "of one token, or shorter prompts"
+            f"model with {rope.scaling} rotary scaling, where its tokens change all those before them: give "
+            "answers of one token, or shorter prompts"
         )

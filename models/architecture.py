@@ -28,27 +28,31 @@ class Architecture:
         name: `model_type` in config.json.
         read_spec: config.json -> ModelSpec.
         prefix: what the names of a model with an output matrix begin with; a name is found with and without.
-        names: name of a tensor, with {l} for the layer's number -> slot; None for one that is ignored on
-            purpose, because it is not a weight.
+        names: name of a tensor, with {l} for the layer's number -> slot; several slots where their rows
+            follow each other in one tensor; None for one that is ignored on purpose, because it is not a
+            weight.
+        transposed: slots whose matrices are stored [in, out].
+        ignored: fields of a config that are known not to change what such a model computes.
     """
 
     name: str
     read_spec: Callable[[Config], ModelSpec]
     prefix: str
-    names: Mapping[str, str | None]
+    names: Mapping[str, str | tuple[str, ...] | None]
+    transposed: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
 
-    def find(self, tensor: str) -> Slot | None:
-        """The slot that a tensor of a file fills, or None for one that is ignored.
+    def find(self, tensor: str) -> tuple[Slot, ...]:
+        """The slots that a tensor of a file fills, in order; none where it is ignored.
 
         Raises:
             KeyError: the architecture knows no tensor of that name.
         """
         generic = _LAYER_NUMBER.sub(".{l}.", tensor.removeprefix(self.prefix), count=1)
-        slot = self.names[generic]
+        found = self.names[generic]
         number = _LAYER_NUMBER.search(tensor)
-        if slot is None:
-            return None
-        return Slot(int(number[1]) if number else None, slot)
+        names = () if found is None else (found,) if isinstance(found, str) else found
+        return tuple(Slot(int(number[1]) if number else None, name) for name in names)
 
     def tensor_name(self, slot: Slot) -> str:
         """What a file calls that slot, for messages."""
@@ -56,7 +60,11 @@ class Architecture:
 
     def tensor_names(self, slot: Slot) -> list[str]:
         """All that files of a model with an output matrix call that slot."""
-        bare = [name.replace("{l}", str(slot.layer)) for name, s in self.names.items() if s == slot.name]
+        bare = [
+            name.replace("{l}", str(slot.layer))
+            for name, found in self.names.items()
+            if slot.name == found or (isinstance(found, tuple) and slot.name in found)
+        ]
         return bare if slot.name.startswith("unembedding") else [self.prefix + name for name in bare]
 
 
@@ -72,6 +80,18 @@ def expected_shapes(spec: ModelSpec) -> Iterator[tuple[Slot, tuple[int, ...]]]:
     for l in range(spec.n_layers):
         for name, shape in of_layer.items():
             yield Slot(l, name), shape
+
+
+def file_shapes(architecture: Architecture, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a file of such a model, under the first of its names, and its shape there."""
+    out: dict[str, tuple[int, ...]] = {}
+    for slot, shape in expected_shapes(spec):
+        name, turned = architecture.tensor_name(slot), slot.name in architecture.transposed
+        before = out.get(name)
+        rows = shape[0] + (0 if before is None else before[-1 if turned else 0])
+        whole = (rows, *shape[1:])
+        out[name] = whole[::-1] if turned else whole
+    return out
 
 
 def expected_shape(spec: ModelSpec, slot: Slot) -> tuple[int, ...] | None:
@@ -91,15 +111,16 @@ def assign(architecture: Architecture, tensors: Iterable[str], where: str) -> di
     found: dict[Slot, str] = {}
     for tensor in tensors:
         try:
-            slot = architecture.find(tensor)
+            slots = architecture.find(tensor)
         except KeyError:
             raise DeltapatchError(
                 f"{where} holds a tensor {shown(tensor)} that a model of type {architecture.name!r} "
                 "does not have"
             ) from None
-        if slot is None:
-            continue
-        if slot in found:
-            raise DeltapatchError(f"{where} holds {found[slot]!r} and {tensor!r}, which are the same weight")
-        found[slot] = tensor
+        for slot in slots:
+            if slot in found:
+                raise DeltapatchError(
+                    f"{where} holds {found[slot]!r} and {tensor!r}, which are the same weight"
+                )
+            found[slot] = tensor
     return found

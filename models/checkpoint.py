@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.models.architecture import Architecture, Slot, assign, expected_shapes
+from deltapatch.models.architecture import Architecture, Slot, assign, expected_shape, expected_shapes
 from deltapatch.models.lora import Adapter
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.tensors import Tensors, check_finite, is_finite
@@ -48,7 +48,7 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         adapter: Adapter | None = None,
     ) -> None:
-        self.spec, self.device = spec, device
+        self.spec, self.device, self._architecture = spec, device, architecture
         self._tensors, self._given, self._adapter = tensors, dtype, adapter
         self._found_finite: set[Slot] = set()
         self._names = assign(architecture, tensors.names(), tensors.where)
@@ -148,12 +148,34 @@ class Checkpoint:
         return tensor
 
     def _raw(self, slot: Slot, get: Callable[[str], Tensor]) -> Tensor:
-        """The tensor of a slot as the checkpoint has it: here alone a named tensor becomes that of a slot."""
-        return get(self._names[slot])
+        """The tensor of a slot as the checkpoint has it: here alone a named tensor becomes that of a slot.
+
+        Of one that several slots share it is a view of its rows.
+        """
+        tensor = get(self._names[slot])
+        if slot.name in self._architecture.transposed:
+            tensor = tensor.t()
+        rows = self._rows(slot)
+        return tensor if len(rows) == 1 else tensor[rows[slot]]
 
     def _raw_shape(self, slot: Slot) -> tuple[int, ...]:
-        """The shape of `_raw`."""
-        return self._tensors.shape(self._names[slot])
+        """The shape of `_raw`; of a tensor whose slots do not fit together, its own."""
+        shape = self._tensors.shape(self._names[slot])
+        if slot.name in self._architecture.transposed:
+            shape = shape[::-1]
+        rows = self._rows(slot)
+        if len(rows) == 1 or not shape or shape[0] != max(r.stop for r in rows.values()):
+            return shape
+        return rows[slot].stop - rows[slot].start, *shape[1:]
+
+    def _rows(self, slot: Slot) -> dict[Slot, slice]:
+        """The slots that share a slot's tensor, itself among them, and where the rows of each are."""
+        out, start = {}, 0
+        for one in self._architecture.find(self._names[slot]):
+            n_rows = (expected_shape(self.spec, one) or (0,))[0]
+            out[one] = slice(start, start + n_rows)
+            start += n_rows
+        return out
 
     def _raw_dtype(self, slot: Slot) -> torch.dtype:
         """The dtype of `_raw`."""

@@ -1,5 +1,8 @@
 """Reading config.json: typed access to its fields, and the parts that several architectures spell alike."""
 
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -25,17 +28,40 @@ _SCALINGS: dict[str, RopeScaling] = {
     "linear": "linear",
     "dynamic": "dynamic",
     "llama3": "llama3",
+    "yarn": "yarn",
+    "longrope": "longrope",
+    "su": "longrope",
 }
 # Fields that change what a model computes and that no supported architecture has. A value that is not
 # empty is refused.
 _UNSUPPORTED = {
-    "sliding_window": "sliding-window attention",
     "quantization_config": "quantised weights",
-    "auto_map": "code of its own",
     "num_local_experts": "a mixture of experts",
     "num_experts": "a mixture of experts",
     "n_routed_experts": "a mixture of experts",
 }
+
+# Fields that say nothing about what a trained model computes: of training, generation, tokens, and
+# transformers' own. `auto_map` names code of the checkpoint's, which is never run: the model is computed as
+# its model_type says. What architectures have of such fields is in `Architecture.ignored`.
+_HARMLESS_WORDS = """
+    architectures auto_map bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id
+    cls_token_id mask_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id
+    bos_token eos_token pad_token unk_token tokenizer_class prefix name model_name finetuning_task
+    problem_type id2label label2id torch_dtype dtype transformers_version transformers.js_config
+    model_type use_cache use_cash cache_implementation output_attentions output_hidden_states
+    output_scores return_dict return_dict_in_generate torchscript is_encoder_decoder is_decoder
+    chunk_size_feed_forward initializer_range gradient_checkpointing use_bfloat16
+    use_flash_attention use_flash_attn attn_implementation pretraining_tp max_length min_length
+    do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    diversity_penalty early_stopping remove_invalid_values exponential_decay_length_penalty
+    bad_words_ids badwordsids suppress_tokens begin_suppress_tokens task_specific_params
+    unsloth_version unsloth_fixed tokenizer_path max_sequence_length internal_version
+    is_llama_config custom_pipelines num_steps
+"""
+_HARMLESS = frozenset(_HARMLESS_WORDS.split())
+_HARMLESS_NAMES = re.compile(r"_.*|.*drop(out)?(_.*)?|.*pdrop|summary_.*")
 
 # What no model reaches: beyond it, numbers are not allocated for or computed with, but refused.
 _LARGEST_INTEGER, LARGEST_NUMBER = 2**31 - 1, 1e30
@@ -47,6 +73,7 @@ class Config:
     def __init__(self, fields: dict[str, Any], where: str) -> None:
         self.fields = fields
         self.where = where  # what a sentence calls it: the path of config.json
+        self.read: set[str] = set()  # the fields that were asked for
 
     def find(self, *names: str, null: bool = False) -> Any:
         """The value of a field that has these spellings, or None where none of them is there.
@@ -58,6 +85,7 @@ class Config:
         Raises:
             DeltapatchError: a null that means nothing, or two spellings with different values.
         """
+        self.read.update(names)
         given = {name: self.fields[name] for name in names if name in self.fields}
         for name, value in given.items():
             if value is None and not null:
@@ -77,13 +105,15 @@ class Config:
             "keep the one that the model was trained with"
         )
 
-    def integer(self, *names: str, default: int | None = None, null: bool = False) -> int:
-        """A positive integer; without a default it has to be there."""
+    def integer(self, *names: str, default: int | None = None, null: bool = False, zero: bool = False) -> int:
+        """A positive integer, or with `zero` 0 as well; without a default it has to be there."""
         value = self.find(*names, null=null)
         if value is None:
             if default is None:
                 raise DeltapatchError(f"{self.where} has no field {names[0]!r}")
             return default
+        if zero and type(value) is int and value == 0:
+            return 0
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST_INTEGER:
             limit = f" of at most {_LARGEST_INTEGER:,}" if type(value) is int and value > 0 else ""
             raise DeltapatchError(
@@ -128,6 +158,55 @@ class Config:
             if self.fields.get(name):
                 raise DeltapatchError(f"{self.where} asks for {what} ({name!r}), which is not supported")
 
+    def refuse_unread(self, architecture: str, ignored: Collection[str]) -> None:
+        """Raise where a field is left that was not asked for, and that may change what the model computes."""
+        for name, value in self.fields.items():
+            known = name in self.read or name in ignored or name in _HARMLESS or not value
+            if not known and not _HARMLESS_NAMES.fullmatch(name):
+                raise DeltapatchError(
+                    f"{self.where} has a field {shown(name)} ({shown(value)}), which models of type "
+                    f"{architecture!r} are not known to have, and which may change what this one computes: "
+                    "take it out if it does not, or give the 'model_type' that has it"
+                )
+
+    def windows(
+        self, n_layers: int, window: int | None, types: Sequence[str] | None = None
+    ) -> tuple[int | None, ...]:
+        """The window of each layer; () where no layer has one.
+
+        Args:
+            n_layers: of the model.
+            window: of the layers that have one.
+            types: what `layer_types` is where the config does not say it.
+
+        Raises:
+            DeltapatchError: `layer_types` is broken.
+        """
+        given = self.layer_types(n_layers, types)
+        if window is None:
+            return ()
+        return tuple(window if kind == "sliding_attention" else None for kind in given)
+
+    def layer_types(self, n_layers: int, types: Sequence[str] | None = None) -> list[str]:
+        """Which layers have a window, [layer]: "full_attention" or "sliding_attention"."""
+        given = self.find("layer_types", null=True)
+        found = list(types or ["full_attention"] * n_layers) if given is None else given
+        kinds = ("full_attention", "sliding_attention")
+        if not isinstance(found, list) or len(found) < n_layers or any(kind not in kinds for kind in found):
+            raise DeltapatchError(
+                f"{self.where}: 'layer_types' must say full_attention or sliding_attention for each of the "
+                f"{n_layers} layers, not {shown(given)}"
+            )
+        return found[:n_layers]
+
+    def optional_integer(self, name: str) -> int | None:
+        """A positive integer, or None where it is null or not there."""
+        return None if self.find(name, null=True) is None else self.integer(name)
+
+    def optional_number(self, name: str) -> float | None:
+        """A positive number, or None where it is null or not there."""
+        return None if self.find(name, null=True) is None else self.number(name)
+
     def heads(self, n_heads: int, d_model: int) -> int:
         """d_model / n_heads, which has to come out even."""
         if d_model % n_heads:
@@ -166,12 +245,42 @@ class Config:
                 raise self.two_things("'rope_scaling'", said["rope_scaling"], repr(name), said[name])
         return spec
 
+    def ropes(
+        self, d_head: int, context: int, theta: Mapping[str, "Setting"], partial: "Setting"
+    ) -> dict[str, RopeSpec]:
+        """Rotary embeddings by the type of a layer; what `rope_scaling` says is of full attention alone.
+
+        Args:
+            theta: type -> the base, where its dictionary does not give it. Others are as for `rope`.
+        """
+        given = self.find("rope_parameters", null=True) or {}
+        scaling = self.find("rope_scaling", null=True) or {}
+        if (
+            not isinstance(given, dict)
+            or not all(isinstance(given.get(kind) or {}, dict) for kind in theta)
+            or set(given) - set(theta)
+        ):
+            raise DeltapatchError(
+                f"{self.where}: 'rope_parameters' must hold an object for each of {', '.join(theta)}, not "
+                f"{shown(given)}"
+            )
+        found = {}
+        for kind, base in theta.items():
+            own = given.get(kind) or {}
+            if kind == "full_attention" and scaling:
+                if not isinstance(scaling, dict):
+                    raise DeltapatchError(f"{self.where}: 'rope_scaling' must be an object")
+                own = {**own, **scaling}
+            found[kind] = self._rope(own, d_head, context, base, partial)
+        return found
+
     def _rope(self, given: Any, d_head: int, context: int, theta: "Setting", partial: "Setting") -> RopeSpec:
         if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
             raise DeltapatchError(
                 f"{self.where}: rotary settings {shown(given)} are not supported: one set for all layers"
             )
         rope = Config(given, f"{self.where}, rotary settings")
+        self.read.add("original_max_position_embeddings")  # of some scalings
         for name in ("rope_type", "type"):
             rope.find(name)  # none of them is null
         kind = str(given.get("rope_type", given.get("type", "default")))
@@ -186,9 +295,15 @@ class Config:
         spec = RopeSpec(dim=dim, base=theta.read(self, rope, "rope_theta"), scaling=scaling)
         if scaling == "none":
             return spec
-        if "factor" not in given:
+        if given.get("factor") is None and scaling in ("yarn", "longrope"):
+            # What a prompt may be long, over what it could be before.
+            before = self.find("original_max_position_embeddings", null=True)
+            before = rope.integer("original_max_position_embeddings", default=before or context)
+            factor = context / before
+        elif "factor" not in given:
             raise DeltapatchError(f"{self.where}: rotary scaling {kind!r} needs a 'factor'")
-        factor = rope.number("factor")
+        else:
+            factor = rope.number("factor")
         if scaling == "linear":
             return replace(spec, factor=factor)
         if scaling == "dynamic":
@@ -197,17 +312,76 @@ class Config:
                     f"{self.where}: dynamic rotary scaling needs more than 2 rotary coordinates"
                 )
             return replace(spec, factor=factor, original_context=context)
+        original = self.integer(
+            "original_max_position_embeddings",
+            default=rope.integer("original_max_position_embeddings", default=context),
+            null=True,
+        )
+        if scaling == "yarn":
+            return _yarn(rope, replace(spec, factor=factor, original_context=original))
+        if scaling == "longrope":
+            return _longrope(rope, replace(spec, factor=factor, original_context=original))
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise DeltapatchError(f"{self.where}: 'high_freq_factor' must be larger than 'low_freq_factor'")
-        original = rope.integer("original_max_position_embeddings", default=context)
         return replace(
-            spec,
-            factor=factor,
-            low_freq_factor=low,
-            high_freq_factor=high,
-            original_context=self.integer("original_max_position_embeddings", default=original, null=True),
+            spec, factor=factor, low_freq_factor=low, high_freq_factor=high, original_context=original
         )
+
+
+def _yarn(rope: Config, spec: RopeSpec) -> RopeSpec:
+    """Yarn's numbers (arXiv 2309.00071); its betas stand for the factors of frequencies."""
+    factor = rope.find("attention_factor", null=True)
+    mscale, all_dim = (rope.find(name, null=True) for name in ("mscale", "mscale_all_dim"))
+    if factor is not None:
+        attention = rope.number("attention_factor")
+    elif mscale and all_dim:
+        one, other = (_mscale(spec.factor, rope.number(name)) for name in ("mscale", "mscale_all_dim"))
+        attention = one / other
+    else:
+        attention = _mscale(spec.factor, 1)
+    slow = rope.number("beta_slow", default=1, null=True)
+    fast = rope.number("beta_fast", default=32, null=True)
+    if fast <= slow:
+        raise DeltapatchError(f"{rope.where}: 'beta_fast' must be larger than 'beta_slow'")
+    return replace(
+        spec,
+        low_freq_factor=slow,
+        high_freq_factor=fast,
+        truncate=rope.flag("truncate", default=True),
+        attention_factor=attention,
+    )
+
+
+def _mscale(factor: float, by: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+
+
+def _longrope(rope: Config, spec: RopeSpec) -> RopeSpec:
+    """Longrope's numbers (arXiv 2402.13753)."""
+    factors = {}
+    for name in ("short_factor", "long_factor"):
+        given = rope.find(name)
+        numbers = isinstance(given, list) and all(
+            isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < LARGEST_NUMBER for x in given
+        )
+        if not numbers or len(given) != spec.dim // 2:
+            raise DeltapatchError(
+                f"{rope.where}: longrope needs {name!r}, a list of {spec.dim // 2} positive numbers"
+            )
+        factors[name] = tuple(float(x) for x in given)
+    if rope.find("attention_factor", null=True) is not None:
+        attention = rope.number("attention_factor")
+    elif spec.factor <= 1:
+        attention = 1.0
+    else:
+        attention = math.sqrt(1 + math.log(spec.factor) / math.log(spec.original_context))
+    return replace(
+        spec,
+        short_factors=factors["short_factor"],
+        long_factors=factors["long_factor"],
+        attention_factor=attention,
+    )
 
 
 @dataclass(frozen=True)

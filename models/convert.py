@@ -101,7 +101,7 @@ def _check_model(source: Path, shards: dict[str, dict[str, Tensor]]) -> dict[str
     state = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     Checkpoint(architecture, spec, ModuleTensors(str(source), state))
     return {
-        file: {name: tensor for name, tensor in shard.items() if architecture.find(name) is not None}
+        file: {name: tensor for name, tensor in shard.items() if architecture.find(name)}
         for file, shard in shards.items()
     }
 

@@ -44,9 +44,11 @@ _UNSUPPORTED = (
 # Ways to initialise that leave the base weights alone; others (PiSSA, OLoRA, LoftQ, CorDA, ...) change them.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
-# What PEFT targets where a config says nothing.
-_DEFAULTS = {"llama": ["q_proj", "v_proj"], "gptj": ["q_proj", "v_proj"], "gpt_neox": ["query_key_value"]}
+# What PEFT targets where a config says nothing, and the architecture is none of these.
+_DEFAULTS = {"gpt_neox": ["query_key_value"], "gpt2": ["c_attn"], "phi3": ["qkv_proj"]}
+_DEFAULT = ["q_proj", "v_proj"]
 
+_TABLES = ("embedding.weight", "positions.weight")  # looked up, not multiplied with
 _ROWS = 4096  # merged at a time
 # In a pattern: repeated groups, references and looks ahead; and what multiplies the ways of matching it.
 _ENDLESS = re.compile(r"\)[*+?{]|\(\?|\\[1-9]")
@@ -118,11 +120,12 @@ def read_adapter(path_or_id: str | Path, architecture: Architecture, spec: Model
     tensors = SafetensorsFiles(str(folder), [folder / _WEIGHTS])
     pairs = _pair_up(tensors)
     matrices = {module: _matrix(module, architecture, spec, folder) for module in pairs}
-    found = {slot: module for module, (slot, _) in matrices.items()}
+    found = {slot: module for module, slots in matrices.items() for slot in slots}
     _check_targets(config, found, architecture, spec, folder)
     updates = {}
     for module, (name_a, name_b) in pairs.items():
-        slot, (n_out, n_in) = matrices[module]
+        n_out = sum(rows for rows, _ in matrices[module].values())
+        n_in = next(iter(matrices[module].values()))[1]
         if not all(len(tensors.shape(n)) == 2 and all(tensors.shape(n)) for n in (name_a, name_b)):
             raise DeltapatchError(
                 f"{tensors.place(name_a)}: the update of {shown(module)} is not of matrices"
@@ -136,7 +139,10 @@ def read_adapter(path_or_id: str | Path, architecture: Architecture, spec: Model
             )
         check_finite(a, name_a, tensors.place(name_a))
         check_finite(b, name_b, tensors.place(name_b))
-        updates[slot] = _Update(a, b, scale)
+        start = 0
+        for slot, (n_rows, _) in matrices[module].items():
+            updates[slot] = _Update(a, b[start : start + n_rows], scale)
+            start += n_rows
     return Adapter(updates)
 
 
@@ -195,7 +201,7 @@ def _check_targets(
         Slot(l, name) for l in layers for name in (end_shapes(spec) if l is None else layer_shapes(spec))
     ]
     for slot in slots:
-        if slot.name == "embedding.weight" or len(expected_shape(spec, slot) or ()) != 2:
+        if slot.name in _TABLES or len(expected_shape(spec, slot) or ()) != 2:
             continue
         names = [name.removesuffix(".weight") for name in architecture.tensor_names(slot)]
         targeted = targets.include(names, slot.layer is None)
@@ -227,7 +233,7 @@ class _Targets:
         targets = config.get("target_modules")
         self._all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
         self._targets = self._names(
-            "target_modules", _DEFAULTS[architecture.name] if targets is None else targets
+            "target_modules", _DEFAULTS.get(architecture.name, _DEFAULT) if targets is None else targets
         )
         self._excluded = self._names("exclude_modules", config.get("exclude_modules") or [])
         layers = config.get("layers_to_transform")
@@ -277,18 +283,18 @@ class _Targets:
 
 def _matrix(
     module: str, architecture: Architecture, spec: ModelSpec, folder: Path
-) -> tuple[Slot, tuple[int, int]]:
-    """The slot of a module, and [out, in]."""
+) -> dict[Slot, tuple[int, int]]:
+    """The slots of a module, in the order of its rows, and [out, in] of each."""
     try:
-        slot = architecture.find(f"{module}.weight")
+        slots = architecture.find(f"{module}.weight")
     except KeyError:
-        slot = None
-    shape = None if slot is None else expected_shape(spec, slot)
-    if slot is None or shape is None or len(shape) != 2 or slot.name == "embedding.weight":
+        slots = ()
+    shapes = {slot: expected_shape(spec, slot) or () for slot in slots}
+    if not slots or any(len(shape) != 2 or slot.name in _TABLES for slot, shape in shapes.items()):
         raise DeltapatchError(
             f"{folder}: the adapter changes {shown(module)}, which is not a matrix of this model"
         )
-    return slot, (shape[0], shape[1])
+    return {slot: (shape[0], shape[1]) for slot, shape in shapes.items()}
 
 
 def _scale(config: dict[str, Any], module: str, rank: int, folder: Path) -> float:

@@ -162,9 +162,11 @@ class Model:
         """
         x = self._weights.embeddings(token_ids).to(device=self.device, dtype=dtype)
         if self.spec.embedding_scale != 1:
-            # As transformers does: a buffer in float32 at most, in the dtype of the weights.
-            narrow = self.dtype if self.dtype.itemsize < 4 else torch.float32
-            x = x * torch.tensor(self.spec.embedding_scale, dtype=narrow).item()
+            scale = torch.tensor(self.spec.embedding_scale, dtype=torch.float64)
+            if self.spec.round_embedding_scale:
+                # transformers keeps it in a buffer, of float32 at most, and takes it in the weights' dtype.
+                scale = scale.to(self.dtype if self.dtype.itemsize < 4 else torch.float32)
+            x = x * scale.item()
         if self.spec.learned_positions and positions is not None:
             x = x + self._weights.positions(positions).to(device=self.device, dtype=dtype)
         return x
@@ -209,6 +211,10 @@ class Model:
         if len(outside):
             raise DeltapatchError(
                 f"token {int(outside[0])} is out of range: the vocabulary has {self.spec.d_vocab} tokens"
+            )
+        if len(ids) > self.spec.context and self.spec.learned_positions:
+            raise DeltapatchError(
+                f"a prompt of {len(ids)} tokens is too long: the model knows {self.spec.context} positions"
             )
         if len(ids) > self.spec.context:
             warnings.warn(

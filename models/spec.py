@@ -75,7 +75,8 @@ class ModelSpec:
         qk_norm: RMS norms of queries and keys before rotary: of each head, or of a whole projection.
         unit_offset: RMS norms multiply by 1 + their weight.
         learned_positions: a table of positions is added to the embedding.
-        embedding_scale: what embeddings are multiplied by, rounded to the dtype that they are stored in.
+        embedding_scale: what embeddings are multiplied by.
+        round_embedding_scale: that is rounded to the dtype which they are stored in.
         residual_scale: what attention and MLP say is multiplied by this before it is added.
         attention_scale: of scores; None: 1/sqrt(d_head).
         attention_softcap, logit_softcap: c of c tanh(x / c), of scores and of logits.
@@ -111,6 +112,7 @@ class ModelSpec:
     unit_offset: bool = False
     learned_positions: bool = False
     embedding_scale: float = 1.0
+    round_embedding_scale: bool = False
     residual_scale: float = 1.0
     attention_scale: float | None = None
     attention_softcap: float | None = None

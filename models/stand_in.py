@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltapatch.models.architecture import expected_shapes
+from deltapatch.models.architecture import expected_shapes, file_shapes
 from deltapatch.models.checkpoint import Checkpoint
 from deltapatch.models.config import Config
 from deltapatch.models.load import DTYPES
@@ -38,9 +38,8 @@ def stand_in(fields: dict[str, Any], where: str, device: torch.device, stream: b
     architecture, spec = read_config(Config(fields, where))
     own = stored_dtype(fields)
     few = replace(spec, n_layers=min(_LAYERS, spec.n_layers))
-    names = {architecture.tensor_name(slot): shape for slot, shape in expected_shapes(few)}
     # In a file, as those of the model that is stood in for.
-    tensors = MadeTensors(where, names, own, _drawn(own), in_file=True)
+    tensors = MadeTensors(where, file_shapes(architecture, few), own, _drawn(own), in_file=True)
     n_bytes = own.itemsize * sum(math.prod(shape) for _, shape in expected_shapes(spec))
     checkpoint = Checkpoint(architecture, few, tensors, device=device)
     weights = weights_of(checkpoint, stream=stream or not fits(n_bytes, device))

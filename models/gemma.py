@@ -1,0 +1,110 @@
+"""Gemma, 1 to 3: norms multiply by 1 + their weight, embeddings by the root of their width.
+
+Gemma 2 has norms behind attention and MLP as well, soft caps, and a window in every other layer; Gemma 3
+norms of heads, a window in five layers of six, and a rotary base of its own in those that have none.
+"""
+
+from typing import Any
+
+from deltapatch.errors import DeltapatchError
+from deltapatch.models.architecture import Architecture
+from deltapatch.models.config import Config, Setting
+from deltapatch.models.llama import HEAD_NORMS, NAMES, attention_bias, read_llama
+from deltapatch.models.spec import ModelSpec
+
+_KINDS = ("sliding_attention", "full_attention")
+
+
+def _common(config: Config) -> dict[str, Any]:
+    """What all three are otherwise than LLaMA."""
+    if config.find("use_bidirectional_attention", null=True):
+        raise DeltapatchError(
+            f"{config.where}: 'use_bidirectional_attention' is not supported: queries see what is before them"
+        )
+    return {
+        "unit_offset": True,
+        "embedding_scale": config.integer("hidden_size") ** 0.5,
+        "round_embedding_scale": True,
+        "tied_embeddings": config.flag("tie_word_embeddings", default=True),
+        **attention_bias(config),
+    }
+
+
+def read_gemma(config: Config) -> ModelSpec:
+    """The spec of a config.json with model_type "gemma".
+
+    Raises:
+        DeltapatchError: a field is missing, broken, or asks for what is not supported.
+    """
+    # Early configs say "gelu" and mean its tanh form; transformers reads them so.
+    found = config.activation("hidden_act", default="gelu_pytorch_tanh")
+    config.find("hidden_activation", null=True)
+    activation = "gelu_tanh" if found == "gelu" else found
+    return read_llama(config, "gemma", head_dim=256, context=8192, activation=activation, **_common(config))
+
+
+def read_gemma2(config: Config) -> ModelSpec:
+    """The same with model_type "gemma2"."""
+    n_layers = config.integer("num_hidden_layers")
+    config.find("hidden_act", null=True)  # of early configs, beside the one that is read
+    kinds = [_KINDS[l % 2] for l in range(n_layers)]
+    window = config.optional_integer("sliding_window") if "sliding_window" in config.fields else 4096
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    attention_cap, logit_cap = (
+        config.optional_number(name) if name in config.fields else cap for name, cap in caps.items()
+    )
+    return read_llama(
+        config,
+        "gemma2",
+        head_dim=256,
+        context=8192,
+        activation=config.activation("hidden_activation", default="gelu_pytorch_tanh"),
+        post_norm=True,
+        attention_scale=config.number("query_pre_attn_scalar", default=256) ** -0.5,
+        attention_softcap=attention_cap,
+        logit_softcap=logit_cap,
+        windows=config.windows(n_layers, window, kinds),
+        **_common(config),
+    )
+
+
+def read_gemma3(config: Config) -> ModelSpec:
+    """The same with model_type "gemma3_text"."""
+    n_layers = config.integer("num_hidden_layers")
+    every = config.integer("sliding_window_pattern", "_sliding_window_pattern", default=6)
+    kinds = config.layer_types(n_layers, [_KINDS[(l + 1) % every == 0] for l in range(n_layers)])
+    window = config.optional_integer("sliding_window") if "sliding_window" in config.fields else 4096
+    context = config.integer("max_position_embeddings", default=131_072)
+    theta = {
+        "full_attention": Setting("rope_theta", 1_000_000.0),
+        "sliding_attention": Setting("rope_local_base_freq", 10_000.0),
+    }
+    d_head = config.optional_integer("head_dim") or 256
+    ropes = config.ropes(d_head, context, theta, Setting("partial_rotary_factor", 1.0, null=True))
+    return read_llama(
+        config,
+        "gemma3_text",
+        head_dim=d_head,
+        context=context,
+        rope=ropes[kinds[0]],
+        ropes=tuple(ropes[kind] for kind in kinds),
+        activation=config.activation("hidden_activation", default="gelu_pytorch_tanh"),
+        post_norm=True,
+        qk_norm="head",
+        attention_scale=config.number("query_pre_attn_scalar", default=256) ** -0.5,
+        attention_softcap=config.optional_number("attn_logit_softcapping"),
+        logit_softcap=config.optional_number("final_logit_softcapping"),
+        windows=config.windows(n_layers, window, kinds),
+        **_common(config),
+    )
+
+
+_BEHIND = NAMES | {
+    "layers.{l}.post_attention_layernorm.weight": "post1.weight",
+    "layers.{l}.pre_feedforward_layernorm.weight": "norm2.weight",
+    "layers.{l}.post_feedforward_layernorm.weight": "post2.weight",
+}
+
+GEMMA = Architecture(name="gemma", read_spec=read_gemma, prefix="model.", names=NAMES)
+GEMMA2 = Architecture(name="gemma2", read_spec=read_gemma2, prefix="model.", names=_BEHIND)
+GEMMA3 = Architecture(name="gemma3_text", read_spec=read_gemma3, prefix="model.", names=_BEHIND | HEAD_NORMS)
