@@ -12,7 +12,7 @@ from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.edits import Swap
 from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Precision, Scaled, narrow_weight
-from deltapatch.kernels.readout import BaseReadout
+from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding
 from deltapatch.kernels.segments import Segment
 from deltapatch.models import forward
 from deltapatch.models.spec import ModelSpec
@@ -155,11 +155,11 @@ class Cases:
         p = logits.double().softmax(-1)
         answers = torch.tensor([[0, 1]], device=self.device)
         base = BaseReadout(logits, p, p.float() @ exact, answers)
-        weight = narrow_weight(exact, self.precision)
+        unembedding = Unembedding(exact, narrow_weight(exact, self.precision))
+        rows = ReadRows(dn, self.one, [0])
 
         def call() -> Any:
-            measured = ("dlogp_clean", "dlogp_corrupted")
-            return self.ops.readout(dn, exact, weight, self.precision, base, [0], self.one, measured)
+            return self.ops.readout(rows, unembedding, base, measured=("dlogp_clean", "dlogp_corrupted"))
 
         yield Case("read-out", call, self.rows * (d * 4 + vocab * 8))
 

@@ -38,7 +38,7 @@ from deltapatch.kernels.backend import TRITON
 from deltapatch.kernels.edits import Swap
 from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled, narrow_triton
-from deltapatch.kernels.readout import BaseReadout
+from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding
 from deltapatch.kernels.segments import Segment, read_segments
 from deltapatch.models import forward
 from deltapatch.results.folder import environment
@@ -302,15 +302,15 @@ def _launch_readout(w: Widths, precision: Precision, pairs: int, rows: int, segm
         torch.empty(pairs, w.d_model),
         torch.zeros(pairs, 2, dtype=torch.long),
     )
-    unembedding = torch.empty(w.d_vocab, w.d_model)
-    weight = Operand(unembedding.new_empty(unembedding.shape, dtype=precision.operand), None, precision)
+    exact = torch.empty(w.d_vocab, w.d_model)
+    weight = Operand(exact.new_empty(exact.shape, dtype=precision.operand), None, precision)
 
     def product(x: Scaled, weight: Operand) -> Scaled:
         return Scaled(torch.empty(len(x.values), len(weight.values)), x.scale)
 
     with mock.patch.object(readout_triton, "product", product):  # no kernel of ours
-        dn = torch.empty(pairs * rows, w.d_model)
-        TRITON.readout(dn, unembedding, weight, precision, base, [0], segments, ("kl",))
+        read = ReadRows(torch.empty(pairs * rows, w.d_model), segments, [0])
+        TRITON.readout(read, Unembedding(exact, weight), base, measured=("kl",))
 
 
 def _inspect(

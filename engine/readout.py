@@ -13,10 +13,10 @@ from deltapatch.engine.reads import RowReads
 from deltapatch.engine.setup import Setup
 from deltapatch.interventions.runs import RunShape
 from deltapatch.kernels.device import upload
-from deltapatch.kernels.each import ForEach, in_turn, vocabulary_pieces
 from deltapatch.kernels.norm import Norms, Part
+from deltapatch.kernels.pieces import ForEach, in_turn, vocabulary_pieces
 from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scaled, narrow_weight
-from deltapatch.kernels.readout import BaseReadout
+from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding
 from deltapatch.kernels.readout_tail import make_tail, tail_bytes, worth_a_tail
 from deltapatch.kernels.segments import Segment
 from deltapatch.models.forward import norm_scale, read_norm
@@ -158,19 +158,13 @@ class ReadOut:
             d = rows[part.lines][mine]
             blocks += [(d[b.tokens], values[:, mine][:, b.rows], part.asked.names, b) for b in layout.blocks]
 
+        unembedding = Unembedding(ends.unembedding.weight, weight)
+
         def take(work: tuple[Tensor, Tensor, tuple[str, ...], Block], pool: ForEach = in_turn) -> None:
             d, out, asked, block = work
-            values = self.ops.readout(
-                self._normed(ends, at, d, block.segments),
-                ends.unembedding.weight,
-                weight,
-                weight.precision,
-                base,
-                block.first_pairs,
-                block.segments,
-                asked,
-                pool,
-            )
+            dn = self._normed(ends, at, d, block.segments)
+            of_reads = ReadRows(dn, block.segments, block.first_pairs)
+            values = self.ops.readout(of_reads, unembedding, base, measured=asked, pool=pool)
             for i, name in enumerate(asked):
                 out[i] = values[name]
 

@@ -1,6 +1,6 @@
 """Backends: one set of fused operations under fixed signatures. Adding a backend is one entry here."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -12,14 +12,14 @@ from deltapatch.kernels.activation import Neurons, activation_difference
 from deltapatch.kernels.activation_triton import activation_difference_triton
 from deltapatch.kernels.attention import QKV, AttentionBase, attention_difference
 from deltapatch.kernels.attention_triton import attention_difference_triton
-from deltapatch.kernels.each import ForEach, in_turn
 from deltapatch.kernels.edits import Edit, gather_columns
 from deltapatch.kernels.edits_triton import gather_columns_triton
 from deltapatch.kernels.lang import HAS_TRITON, interpreted
 from deltapatch.kernels.norm import Norms, Part, add_norm
 from deltapatch.kernels.norm_triton import add_norm_triton
-from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scaled
-from deltapatch.kernels.readout import BaseReadout, readout
+from deltapatch.kernels.pieces import ForEach, in_turn
+from deltapatch.kernels.product import Precision, Scaled
+from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding, readout
 from deltapatch.kernels.readout_triton import readout_triton
 from deltapatch.kernels.segments import Segment
 
@@ -82,14 +82,11 @@ class Backend(Protocol):
 
     def readout(
         self,
-        dn: Tensor,
-        exact: Tensor,
-        weight: Operand | NarrowedByPiece,
-        precision: Precision,
+        rows: ReadRows,
+        unembedding: Unembedding,
         base: BaseReadout,
-        first_reads: list[int],
-        segments: list[Segment],
-        measured: tuple[str, ...],
+        *,
+        measured: Sequence[str],
         pool: ForEach = in_turn,
     ) -> dict[str, Tensor]:
         """The measured numbers of each row."""
@@ -125,26 +122,25 @@ def _or_reference(
     @wraps(reference)
     def operation(*args: Arguments.args, **named: Arguments.kwargs) -> Result:
         given = [*args, *named.values()]
-        fused = _base_dtype(given) != torch.float64 and all(edit.fused for edit in _edits(given))
+        fused = _base_dtype(given) != torch.float64 and all(edit.fused for edit in _all(Edit, given))  # type: ignore[type-abstract]
         return (kernel if fused else reference)(*args, **named)
 
     return operation
 
 
-def _base_dtype(arguments: Iterable[object]) -> torch.dtype:
+def _base_dtype(arguments: list[object]) -> torch.dtype:
     """The dtype of the base runs: the precision says it, or the tensor where there is no precision."""
-    arguments = list(arguments)
-    told = [value.base for value in arguments if isinstance(value, Precision)]
-    return (told or [value.dtype for value in arguments if isinstance(value, Tensor)])[0]
+    told = next(_all(Precision, arguments), None)
+    return next(_all(Tensor, arguments)).dtype if told is None else told.base
 
 
-def _edits(value: object) -> Iterator[Edit]:
-    """All edits among the arguments of an operation."""
-    if isinstance(value, Edit):
+def _all(kind: type[Result], value: object) -> Iterator[Result]:
+    """All of a kind among the arguments of an operation."""
+    if isinstance(value, kind):
         yield value
     elif isinstance(value, list | tuple | Mapping):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _edits(part)
+            yield from _all(kind, part)
 
 
 class _Triton:

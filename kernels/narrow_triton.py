@@ -25,7 +25,14 @@ def narrow_rows(d: Tensor, dtype: torch.dtype, top: int) -> tuple[Tensor, Tensor
         block = min(4096, next_power_of_two(width))
         with on_device(d):
             _narrow_kernel[(n_tokens,)](
-                values, scale, d, d.stride(0), width, TOP=top, BLOCK_N=block, num_warps=max(4, block // 512)
+                p_values=values,
+                p_scale=scale,
+                p_d=d,
+                s_d=d.stride(0),
+                width=width,
+                TOP=top,
+                BLOCK_N=block,
+                num_warps=max(4, block // 512),
             )
     return values, scale
 

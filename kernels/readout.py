@@ -10,14 +10,14 @@ answers have several tokens. Here every read stands for itself, in segments as i
 together by who asks (engine/reads.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.each import ForEach, in_turn, vocabulary_pieces
-from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scaled, narrow, product
+from deltapatch.kernels.pieces import ForEach, in_turn, vocabulary_pieces
+from deltapatch.kernels.product import NarrowedByPiece, Operand, Scaled, narrow, product
 from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
 
@@ -37,110 +37,128 @@ class BaseReadout(NamedTuple):
     tails: Mapping[int, Tail] = {}  # of the reads that have one; the others take every token as it is
 
 
+class Unembedding(NamedTuple):
+    """The unembedding: as it is stored, and as the sweep's products take it."""
+
+    exact: Tensor  # [d_vocab, d_model]; the answers' logits are taken with it
+    weight: Operand | NarrowedByPiece  # [d_vocab, d_model], or to be narrowed to that piece by piece
+
+
+class ReadRows(NamedTuple):
+    """Rows to be read out, and which reads they are of.
+
+    Attributes:
+        dn: [row, d_model], difference of the final norm's output at a row's read.
+        segments: one position a row, covering all rows in order; their pairs are reads.
+        first_reads: for each segment, its first read.
+    """
+
+    dn: Tensor
+    segments: list[Segment]
+    first_reads: list[int]
+
+    def spans(self) -> list[tuple[slice, int]]:
+        """(rows, their read), in order."""
+        return [
+            (slice(s.token + i * s.rows, s.token + (i + 1) * s.rows), first + i)
+            for s, first in zip(self.segments, self.first_reads, strict=True)
+            for i in range(s.pairs)
+        ]
+
+
 def readout(
-    dn: Tensor,
-    exact: Tensor,
-    weight: Operand | NarrowedByPiece,
-    precision: Precision,
+    rows: ReadRows,
+    unembedding: Unembedding,
     base: BaseReadout,
-    first_reads: list[int],
-    segments: list[Segment],
-    measured: tuple[str, ...],
+    *,
+    measured: Sequence[str],
     pool: ForEach = in_turn,
 ) -> dict[str, Tensor]:
     """The measured numbers of each row.
 
     Args:
-        dn: [row, d_model], difference of the final norm's output at a row's read.
-        exact: [d_vocab, d_model], the unembedding; the answers' logits are taken with it in dn's dtype.
-        weight: the same as the sweep's products take it, or to be narrowed to that piece by piece.
-        precision: of these products.
+        rows: differences, in float32 or float64.
+        unembedding: what they are multiplied with, in the precision of its weight.
         base: of every read in the pass.
-        first_reads: for each segment, its first read.
-        segments: one position a row, covering all rows in order; their pairs are reads.
-        measured: which of `engine.metrics.MEASURED` to return.
+        measured: which of `results.metrics.MEASURED` to return.
         pool: does pieces of the vocabulary, perhaps side by side.
 
     Returns:
-        name -> [row], in dn's dtype.
+        name -> [row], in the rows' dtype.
     """
+    dn, spans = rows.dn, rows.spans()
     out = {name: dn.new_empty(len(dn)) for name in measured}
-    spans = [
-        (slice(s.token + i * s.rows, s.token + (i + 1) * s.rows), first + i)
-        for s, first in zip(segments, first_reads, strict=True)
-        for i in range(s.pairs)
-    ]
     mean, answer = dn.new_empty(len(dn), 1), dn.new_empty(len(dn), 2)
-    for rows, read in spans:
-        columns = exact[base.answers[read]].to(dn.dtype)  # [2, d_model]
-        mean[rows, 0] = dn[rows] @ base.mean[read]
-        answer[rows] = dn[rows] @ (columns - base.mean[read]).T
+    for some, read in spans:
+        columns = unembedding.exact[base.answers[read]].to(dn.dtype)  # [2, d_model]
+        mean[some, 0] = dn[some] @ base.mean[read]
+        answer[some] = dn[some] @ (columns - base.mean[read]).T
         if "logit_diff" in out:
             # One product with the difference of the columns: their common part never enters.
-            out["logit_diff"][rows] = dn[rows] @ (columns[0] - columns[1])
+            out["logit_diff"][some] = dn[some] @ (columns[0] - columns[1])
     if any(name != "logit_diff" for name in measured):
-        narrowed = narrow(dn, precision)
-        left = _expanded(dn, narrowed, mean, answer, precision, base, spans, out)
+        weight = unembedding.weight
+        changes = _Changes(narrow(dn, weight.precision), mean, answer, spans)
+        left = _expanded(dn, changes, base, TOLERANCE.get(weight.precision.name, 0.0), out)
         if left is None:
-            _distribution(narrowed, mean, answer, weight, base, spans, out, pool)
+            _distribution(changes, weight, base, out, pool)
         elif len(left):
             few = {name: values.new_empty(len(left)) for name, values in out.items() if name != "logit_diff"}
-            kept, there = _rows(narrowed, left), _some(spans, left)
-            _distribution(kept, mean[left], answer[left], weight, base, there, few, pool)
+            _distribution(changes.some(left), weight, base, few, pool)
             for name, values in few.items():
                 out[name][left] = values
     return out
 
 
-def _expanded(
-    dn: Tensor,
-    narrowed: Scaled,
-    mean: Tensor,
-    answer: Tensor,
-    precision: Precision,
-    base: BaseReadout,
-    spans: list[tuple[slice, int]],
-    out: dict[str, Tensor],
-) -> Tensor | None:
-    """Take rows of reads with a tail by its expansion; returns the rows still to be done, None for all."""
-    if not any(read in base.tails for _, read in spans):
-        return None
-    done = torch.zeros(len(dn), dtype=torch.bool)
-    for rows, read in spans:
-        if read not in base.tails:
-            continue
-        some = Scaled(narrowed.values[rows], None if narrowed.scale is None else narrowed.scale[rows])
-        lse, bound, spread = expand(dn[rows], some, mean[rows], base.tails[read])
-        done[rows] = True
-        for i, name in enumerate(("dlogp_clean", "dlogp_corrupted")):
-            if name in out:
-                torch.sub(answer[rows, i], lse, out=out[name][rows])
-                done[rows] &= bound <= TOLERANCE[precision.name] * out[name][rows].abs().maximum(spread)
-    return (~done).nonzero().squeeze(1)
+class _Changes(NamedTuple):
+    """What is known of rows before any token but the answers is looked at."""
+
+    dn: Scaled  # [row, d_model], as products take it
+    mean: Tensor  # [row, 1], of the logit changes
+    answer: Tensor  # [row, 2], the answers' logit changes less the mean
+    spans: list[tuple[slice, int]]  # (rows, their read)
+
+    def some(self, which: Tensor) -> "_Changes":
+        """Those of some rows, which ascend, when these stand alone."""
+        edges = torch.tensor([[rows.start, rows.stop] for rows, _ in self.spans])
+        found = torch.searchsorted(which, edges).tolist()
+        spans = [(slice(a, b), read) for (a, b), (_, read) in zip(found, self.spans, strict=True) if b > a]
+        return _Changes(_rows(self.dn, which), self.mean[which], self.answer[which], spans)
 
 
-def _rows(d: Scaled, which: Tensor) -> Scaled:
+def _rows(d: Scaled, which: Tensor | slice) -> Scaled:
     return Scaled(d.values[which], None if d.scale is None else d.scale[which])
 
 
-def _some(spans: list[tuple[slice, int]], which: Tensor) -> list[tuple[slice, int]]:
-    """The spans of some rows, which ascend, when these stand alone."""
-    edges = torch.tensor([[rows.start, rows.stop] for rows, _ in spans])
-    found = torch.searchsorted(which, edges).tolist()
-    return [(slice(a, b), read) for (a, b), (_, read) in zip(found, spans, strict=True) if b > a]
+def _expanded(
+    dn: Tensor, changes: _Changes, base: BaseReadout, tolerance: float, out: dict[str, Tensor]
+) -> Tensor | None:
+    """Take rows of reads with a tail by its expansion; returns the rows still to be done, None for all."""
+    if not any(read in base.tails for _, read in changes.spans):
+        return None
+    done = torch.zeros(len(dn), dtype=torch.bool)
+    for rows, read in changes.spans:
+        if read not in base.tails:
+            continue
+        some = _rows(changes.dn, rows)
+        lse, bound, spread = expand(dn[rows], some, changes.mean[rows], base.tails[read])
+        done[rows] = True
+        for i, name in enumerate(("dlogp_clean", "dlogp_corrupted")):
+            if name in out:
+                torch.sub(changes.answer[rows, i], lse, out=out[name][rows])
+                done[rows] &= bound <= tolerance * out[name][rows].abs().maximum(spread)
+    return (~done).nonzero().squeeze(1)
 
 
 def _distribution(
-    dn: Scaled,
-    mean: Tensor,
-    answer: Tensor,
+    changes: _Changes,
     weight: Operand | NarrowedByPiece,
     base: BaseReadout,
-    spans: list[tuple[slice, int]],
     out: dict[str, Tensor],
     pool: ForEach,
 ) -> None:
-    """The numbers that need every token: mean [row, 1], answer [row, 2] less it, spans (rows, their read)."""
+    """The numbers that need every token."""
+    dn, mean, answer, spans = changes
     n_rows, d_vocab = len(mean), len(weight.values)
     pieces = vocabulary_pieces(d_vocab, max(1024, CELLS // n_rows))
     # KL is of second order in D. float64 carries it through the cancellation of its first-order part.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.each import ForEach, vocabulary_pieces
+from deltapatch.kernels.pieces import ForEach, vocabulary_pieces
 from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scaled, narrow_weight, product
 
 # What may be left out, relative to the effect or to the spread of the row's logit changes, whichever is more:

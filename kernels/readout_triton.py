@@ -8,14 +8,15 @@ m out,
 and no term of excess is negative, so the KL divergence, log1p(rest + excess) - rest, keeps its digits.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.each import ForEach, in_turn
 from deltapatch.kernels.lang import expm1_minus, jit, on_device, tl
-from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scaled, narrow_triton, product
-from deltapatch.kernels.readout import BaseReadout
-from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.pieces import ForEach, in_turn
+from deltapatch.kernels.product import NarrowedByPiece, Operand, Scaled, narrow_triton, product
+from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding
 from deltapatch.kernels.tiles import pair_of_rows, pair_tiles
 
 CELLS = 1 << 25  # logit changes held at a time: 128 MiB
@@ -24,19 +25,17 @@ _HUGE = 60.0  # as in readout.py: beyond it the patched distribution is taken di
 
 
 def readout_triton(
-    dn: Tensor,
-    exact: Tensor,
-    weight: Operand | NarrowedByPiece,
-    precision: Precision,
+    rows: ReadRows,
+    unembedding: Unembedding,
     base: BaseReadout,
-    first_reads: list[int],
-    segments: list[Segment],
-    measured: tuple[str, ...],
+    *,
+    measured: Sequence[str],
     pool: ForEach = in_turn,
 ) -> dict[str, Tensor]:
     """The same as `readout`; the host never waits for the device."""
+    dn, segments, first_reads = rows
     tiles = pair_tiles(segments, first_reads, _ROWS, dn.device)
-    columns = exact[base.answers].to(dn.dtype)  # [read, 2, d_model]
+    columns = unembedding.exact[base.answers].to(dn.dtype)  # [read, 2, d_model]
     # One product with the difference of the columns: their common part never enters.
     vectors = torch.stack(
         [base.mean, columns[:, 0] - base.mean, columns[:, 1] - base.mean, columns[:, 0] - columns[:, 1]], 1
@@ -44,12 +43,12 @@ def readout_triton(
     dots = torch.empty(4, len(dn), dtype=dn.dtype, device=dn.device)
     with on_device(dn):
         _dots_kernel[(len(tiles),)](
-            dots,
-            dn,
-            vectors,
-            tiles,
-            len(dn),
-            dn.stride(0),
+            p_out=dots,
+            p_d=dn,
+            p_vectors=vectors,
+            p_tiles=tiles,
+            n_rows=len(dn),
+            s_d=dn.stride(0),
             D_MODEL=dn.shape[1],
             BLOCK_R=_ROWS,
             BLOCK_N=128,
@@ -57,22 +56,22 @@ def readout_triton(
     if all(name == "logit_diff" for name in measured):
         return dict.fromkeys(measured, dots[3])
     read = pair_of_rows(segments, first_reads, dn.device)
-    narrowed = narrow_triton(dn, precision)
-    found = _distribution(narrowed, dots[0], dots[1:3].double(), weight, base, tiles, read)
+    narrowed = narrow_triton(dn, unembedding.weight.precision)
+    found = _distribution(narrowed, dots, unembedding.weight, base, tiles, read)
     found["logit_diff"] = dots[3]
     return {name: found[name].to(dn.dtype) for name in measured}
 
 
 def _distribution(
     dn: Scaled,
-    mean: Tensor,
-    answer: Tensor,
+    dots: Tensor,
     weight: Operand | NarrowedByPiece,
     base: BaseReadout,
     tiles: Tensor,
     read: Tensor,
 ) -> dict[str, Tensor]:
-    """The numbers that need every token. mean: [row]; answer: [2, row], the mean taken out; read: [row]."""
+    """The numbers that need every token. dots: [vector, row], as `_dots_kernel` has them; read: [row]."""
+    mean, answer = dots[0], dots[1:3].double()
     n_rows, d_vocab = len(mean), len(weight.values)
     lead = base.logits - base.logits.amax(-1, keepdim=True)  # [read, d_vocab], <= 0
     # Of no tokens yet: rest, excess, highest change, highest patched logit, sum of exp relative to it, the

@@ -40,7 +40,7 @@ from deltapatch.kernels.product import (
     narrow_triton,
     narrow_weight,
 )
-from deltapatch.kernels.readout import BaseReadout
+from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding
 
 SCALES = (1e-6, 1e-2, 1.0, 1e3)
 # Rows beyond a tile and one row; one, few and many own positions.
@@ -71,12 +71,10 @@ def double(value):
         return PRECISIONS["fp64"]
     if isinstance(value, Operand):
         return narrow_weight(value.values.double(), PRECISIONS["fp64"])
-    if isinstance(value, Part):
-        return Part(double(value.d), double(value.swaps))
-    if isinstance(value, Neurons):
-        return Neurons(double(value.d), double(value.base))
     if isinstance(value, Scaled):
         return Scaled(value.plain().double())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(double, value))
     if isinstance(value, list):
         return [double(v) for v in value]
     return each_tensor(torch.Tensor.double, value)
@@ -101,12 +99,12 @@ def plain(result):
     return {i: r.plain() if isinstance(r, Scaled) else r for i, r in enumerate(results)}
 
 
-def assert_same(name, arguments, tolerance, measure=error):
+def assert_same(name, arguments, tolerance, measure=error, **options):
     """The kernel's result is the float64 reference's, and so it is the reference's in the same precision."""
     copies = [each_tensor(torch.clone, arguments) for _ in range(2)]
-    result = getattr(TRITON, name)(*arguments)
-    got, want = plain(result), plain(getattr(REFERENCE, name)(*double(copies[0])))
-    same = plain(getattr(REFERENCE, name)(*copies[1]))
+    result = getattr(TRITON, name)(*arguments, **options)
+    got, want = plain(result), plain(getattr(REFERENCE, name)(*double(copies[0]), **options))
+    same = plain(getattr(REFERENCE, name)(*copies[1], **options))
     assert got.keys() == want.keys()
     for key in got:
         assert got[key].dtype == same[key].dtype
@@ -347,13 +345,12 @@ def test_readout(scale, pieces, monkeypatch):
     dn[1] = 0
     for precision, tolerance in (("fp32", 1e-5), ("fp16", 2e-3)):
         chosen = PRECISIONS[precision]
-        narrowed = narrow_weight(weight, chosen)
-        arguments = [dn, weight, narrowed, chosen, base, packing.first_pairs, packing.segments]
-        got = assert_same(
-            "readout", [*arguments, MEASURED if precision == "fp32" else MEASURED[:4]], tolerance
-        )
+        unembedding = Unembedding(weight, narrow_weight(weight, chosen))
+        arguments = [ReadRows(dn, packing.segments, packing.first_pairs), unembedding, base]
+        measured = MEASURED if precision == "fp32" else MEASURED[:4]
+        got = assert_same("readout", arguments, tolerance, measured=measured)
         assert all(values[1] == 0 for name, values in got.items() if not name.startswith("says_"))
-        few = TRITON.readout(*arguments, ("logit_diff",))
+        few = TRITON.readout(*arguments, measured=("logit_diff",))
         assert set(few) == {"logit_diff"}
         assert torch.equal(few["logit_diff"], got["logit_diff"])
 
@@ -364,10 +361,10 @@ def test_the_likely_token_taken_away_beside_a_row_that_hardly_moves():
     weight = draw(67, 11)
     base = base_of(1, draw, weight, sure=12)._replace(answers=torch.tensor([[5, 6]]))
     dn = torch.stack([-4 * weight[5], 1e-5 * weight[6], 200 * weight[6]])
-    exact = PRECISIONS["fp32"]
-    arguments = [dn, weight, narrow_weight(weight, exact), exact, base, [0], packing.segments, MEASURED]
-    got = TRITON.readout(*arguments)
-    want = REFERENCE.readout(*double(arguments))
+    unembedding = Unembedding(weight, narrow_weight(weight, PRECISIONS["fp32"]))
+    arguments = [ReadRows(dn, packing.segments, [0]), unembedding, base]
+    got = TRITON.readout(*arguments, measured=MEASURED)
+    want = REFERENCE.readout(*double(arguments), measured=MEASURED)
     for name in MEASURED:
         for row in range(3):
             assert error(got[name][row], want[name][row]) < 2e-5, name
@@ -386,15 +383,14 @@ def test_of_equally_likely_tokens_the_first_is_said(pieces, monkeypatch):
     weight[tokens[2], 1], dn[2, 1] = 1.0, 1.0
     logits[0, [250, 33]] = 1.0
     p = logits.double().softmax(-1)
-    exact = PRECISIONS["fp32"]
+    unembedding = Unembedding(weight, narrow_weight(weight, PRECISIONS["fp32"]))
     for answers, want in (
         ((33, 250), ([1, 0, 0], [0, 0, 0])),
         ((12, 140), ([0, 1, 0], [0, 0, 0])),
         ((vocab - 1, 12), ([0, 0, 1], [0, 1, 0])),
     ):
         base = BaseReadout(logits, p, p.float() @ weight, torch.tensor([answers]))
-        arguments = [dn, weight, narrow_weight(weight, exact), exact, base, [0], packing.segments, MEASURED]
-        got = TRITON.readout(*arguments)
+        got = TRITON.readout(ReadRows(dn, packing.segments, [0]), unembedding, base, measured=MEASURED)
         assert (got["says_clean"].tolist(), got["says_corrupted"].tolist()) == want
         assert got["flip"].tolist() == [0, 1, 1]
 

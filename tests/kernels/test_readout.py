@@ -8,7 +8,7 @@ from kernels_packing import DTYPES, distance, drawer, exact, pack, packings, see
 
 from deltapatch.kernels import readout as module
 from deltapatch.kernels.product import PRECISIONS, narrow_weight
-from deltapatch.kernels.readout import BaseReadout, readout
+from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding, readout
 
 SAID = ("flip", "says_clean", "says_corrupted")  # 1 or 0
 MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", *SAID)
@@ -27,8 +27,9 @@ def base_of(n_pairs, draw, weight, spread=2.0):
 def read(dn, weight, base, packing, measured=MEASURED, precision=None):
     """The numbers asked for; products in dn's own precision unless told otherwise."""
     chosen = PRECISIONS[precision or ("fp64" if dn.dtype == torch.float64 else "fp32")]
-    narrowed = narrow_weight(weight, chosen)
-    return readout(dn, weight, narrowed, chosen, base, packing.first_pairs, packing.segments, measured)
+    unembedding = Unembedding(weight, narrow_weight(weight, chosen))
+    rows = ReadRows(dn, packing.segments, packing.first_pairs)
+    return readout(rows, unembedding, base, measured=measured)
 
 
 def log_softmax(x):
@@ -119,7 +120,7 @@ def test_pieces_of_vocabulary(precision, monkeypatch):
     draw = drawer(1, DTYPES[precision])
     weight = draw(VOCAB, WIDTH)
     base = base_of(2, draw, weight)
-    monkeypatch.setattr("deltapatch.kernels.each._PIECES", 3)
+    monkeypatch.setattr("deltapatch.kernels.pieces._PIECES", 3)
     for scale, tolerance in ((1e-3, TOLERANCE), (3.0, TOLERANCE), (300.0, HUGE)):
         assert_right(packing, draw(14, WIDTH, scale=scale), weight, base, tolerance[precision])
 
@@ -129,14 +130,14 @@ def test_the_order_of_pieces_does_not_matter():
     draw = drawer(5, torch.float32)
     weight = draw(VOCAB, WIDTH)
     base, dn = base_of(2, draw, weight), draw(6, WIDTH)
-    narrowed = narrow_weight(weight, PRECISIONS["fp32"])
-    arguments = (dn, weight, narrowed, PRECISIONS["fp32"], base, packing.first_pairs, packing.segments)
+    unembedding = Unembedding(weight, narrow_weight(weight, PRECISIONS["fp32"]))
+    arguments = (ReadRows(dn, packing.segments, packing.first_pairs), unembedding, base)
 
     def backwards(work, items):
         for item in reversed(list(items)):
             work(item)
 
-    one, other = readout(*arguments, MEASURED), readout(*arguments, MEASURED, backwards)
+    one, other = (readout(*arguments, measured=MEASURED, **p) for p in ({}, {"pool": backwards}))
     assert all(torch.equal(one[name], other[name]) for name in MEASURED)
 
 
@@ -165,7 +166,7 @@ def test_what_is_asked_for_alone_is_what_it_is_among_all(asked):
 @pytest.mark.parametrize("pieces", [1, 5, 67])
 def test_of_equally_likely_tokens_the_first_is_said(pieces, monkeypatch):
     """As argmax has it, wherever the tokens lie; a row that changes nothing says what the base run says."""
-    monkeypatch.setattr("deltapatch.kernels.each._PIECES", pieces)
+    monkeypatch.setattr("deltapatch.kernels.pieces._PIECES", pieces)
     packing = pack([(2, 1)], [(0, 0, 1, 1, 3)])
     weight = torch.zeros(VOCAB, WIDTH)
     weight[[7, 40, 60], 0] = 2.0  # what the last two rows raise: all three alike

@@ -8,7 +8,7 @@ from kernels_packing import drawer, pack, seeds
 
 from deltapatch.kernels import readout_tail
 from deltapatch.kernels.product import PRECISIONS, narrow, narrow_weight
-from deltapatch.kernels.readout import BaseReadout, readout
+from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding, readout
 from deltapatch.kernels.readout_tail import TOLERANCE, expand, make_tail, worth_a_tail
 
 MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted")
@@ -62,7 +62,8 @@ def test_every_effect_is_within_its_precision(precision, sure):
     operand = narrow_weight(weight, mode)
 
     def read(base):
-        return readout(dn, weight, operand, mode, base, [0], segments, MEASURED)
+        rows = ReadRows(dn, segments, [0])
+        return readout(rows, Unembedding(weight, operand), base, measured=MEASURED)
 
     tail = make_tail(base.p[0], base.mean[0], weight, operand, one_by_one)
     whole, got = read(base), read(base._replace(tails={0: tail}))
@@ -70,7 +71,8 @@ def test_every_effect_is_within_its_precision(precision, sure):
     exact = PRECISIONS["fp64"]
     base64 = BaseReadout(*(t.double() if t.is_floating_point() else t for t in base[:4]))
     wide = weight.double()
-    true = readout(dn.double(), wide, narrow_weight(wide, exact), exact, base64, [0], segments, MEASURED)
+    unembedding = Unembedding(wide, narrow_weight(wide, exact))
+    true = readout(ReadRows(dn.double(), segments, [0]), unembedding, base64, measured=MEASURED)
     for name in MEASURED[1:]:
         for few in torch.arange(len(dn)).split(8):  # of about one size
             right = true[name][few]
@@ -88,9 +90,9 @@ def test_pairs_without_a_tail_are_as_before():
     mode = PRECISIONS["bf16"]
     operand = narrow_weight(weight, mode)
     tail = make_tail(base.p[0], base.mean[0], weight, operand, one_by_one)
-    arguments = (dn, weight, operand, mode)
-    whole = readout(*arguments, other, [0], packing.segments, MEASURED)
-    got = readout(*arguments, other._replace(tails={1: tail}), [0], packing.segments, MEASURED)
+    arguments = (ReadRows(dn, packing.segments, [0]), Unembedding(weight, operand))
+    whole = readout(*arguments, other, measured=MEASURED)
+    got = readout(*arguments, other._replace(tails={1: tail}), measured=MEASURED)
     off = (got["dlogp_clean"] - whole["dlogp_clean"]).abs() / whole["dlogp_clean"].abs()
     assert off[:3].max() < 1e-6  # rounding of float32
     assert 1e-5 < off[3:].max() < TOLERANCE["bf16"]

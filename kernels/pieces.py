@@ -1,4 +1,4 @@
-"""How an operation does the pieces of its work: one by one, unless its caller has threads for them."""
+"""Pieces of an operation's work: one by one, unless the caller has threads for them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
