@@ -19,6 +19,7 @@ from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scal
 from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding
 from deltapatch.kernels.readout_tail import make_tail, tail_bytes, worth_a_tail
 from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.softcap import cap_difference, cap_slope
 from deltapatch.models.forward import norm_scale, read_norm
 from deltapatch.models.weights import EndWeights, map_tensors
 from deltapatch.results.metrics import Reference
@@ -195,6 +196,8 @@ class ReadOut:
         pieces = vocabulary_pieces(d_vocab, _piece(d_vocab, stored.shape[1], self.on_cpu))
 
         logits, changed = out[:n], out[n:]  # [read, d_vocab]
+        cap = self.model.spec.logit_softcap
+        uncapped = None if cap is None else torch.empty_like(logits)
         # Of each piece: its highest logit, Σ exp(logit - that), and the unembedding's rows added up likewise.
         top, mass = (torch.empty(len(pieces), n, 1, dtype=torch.float64, device=device) for _ in range(2))
         parts = at.new_empty(len(pieces), n, stored.shape[1])
@@ -207,10 +210,16 @@ class ReadOut:
             own = logits[:, piece]
             if bias is not None:
                 own += bias[piece].to(at.dtype)
+            slope = None
+            if cap is not None and uncapped is not None:
+                uncapped[:, piece] = own
+                slope = cap_slope(own, cap)
+                changed[:, piece] = cap_difference(own, changed[:, piece], cap)
+                own.div_(cap).tanh_().mul_(cap)
             top[i] = own.amax(1, keepdim=True)
             grown = (own - top[i].to(at.dtype)).exp_()
             mass[i] = grown.sum(1, keepdim=True, dtype=torch.float64)
-            torch.mm(grown, weight, out=parts[i])
+            torch.mm(grown if slope is None else grown * slope, weight, out=parts[i])
 
         self.pool(multiply, range(len(pieces)))
         answers = upload(tokens, device)
@@ -230,12 +239,13 @@ class ReadOut:
         share = (top - top.amax(0)).exp_()
         share /= (share * mass).sum(0)
         mean = parts.mul_(share.to(at.dtype)).sum(0)
-        return BaseReadout(logits, p, mean, answers), said
+        return BaseReadout(logits, p, mean, answers, cap=cap, uncapped=uncapped), said
 
     def _expanded(self, row_reads: RowReads, d_vocab: int, d_model: int, precision: Precision) -> np.ndarray:
         """[read], whether its rows take an expansion; see readout_tail.py."""
         out = np.zeros(len(row_reads.reads.token), dtype=bool)
-        for part in row_reads.parts if self.ops.expands else []:
+        expands = self.ops.expands and self.model.spec.logit_softcap is None
+        for part in row_reads.parts if expands else []:
             number, n_rows = np.unique(row_reads.read[part.rows], return_counts=True)
             names = part.asked.names
             out[number] = [worth_a_tail(n, d_vocab, d_model, precision, names) for n in n_rows.tolist()]

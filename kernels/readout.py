@@ -20,6 +20,7 @@ from deltapatch.kernels.pieces import ForEach, in_turn, vocabulary_pieces
 from deltapatch.kernels.product import NarrowedByPiece, Operand, Scaled, narrow, product
 from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.softcap import cap_difference, cap_slope
 
 CELLS = 1 << 20  # logit changes held at a time: few enough to stay in the cache
 # Of a row's likeliest token: whether it is not the base's, whether it is the clean or the corrupted answer's.
@@ -32,9 +33,17 @@ class BaseReadout(NamedTuple):
 
     logits: Tensor  # [read, d_vocab]
     p: Tensor  # [read, d_vocab], float64
-    mean: Tensor  # [read, d_model], Σ_j p_j W_j
+    mean: Tensor  # [read, d_model], Σ_j p_j W_j; of capped logits each times its slope
     answers: Tensor  # [read, 2] int64: the next token of the clean answer, and of the corrupted one
     tails: Mapping[int, Tail] = {}  # of the reads that have one; the others take every token as it is
+    cap: float | None = None  # c of c tanh(x / c), where logits are capped
+    uncapped: Tensor | None = None  # [read, d_vocab], what the cap is put on
+
+    def capped(self, read: int | Tensor, tokens: slice | Tensor, change: Tensor) -> Tensor:
+        """Changes of logits behind the cap, [row, token], for those before it; the same without one."""
+        if self.cap is None or self.uncapped is None:
+            return change
+        return cap_difference(self.uncapped[read][..., tokens].to(change.dtype), change, self.cap)
 
 
 class Unembedding(NamedTuple):
@@ -91,11 +100,18 @@ def readout(
     mean, answer = dn.new_empty(len(dn), 1), dn.new_empty(len(dn), 2)
     for some, read in spans:
         columns = unembedding.exact[base.answers[read]].to(dn.dtype)  # [2, d_model]
+        beyond = None
+        if base.cap is not None:
+            columns, beyond = _linear_part(dn[some], columns, base, read)
         mean[some, 0] = dn[some] @ base.mean[read]
         answer[some] = dn[some] @ (columns - base.mean[read]).T
         if "logit_diff" in out:
             # One product with the difference of the columns: their common part never enters.
             out["logit_diff"][some] = dn[some] @ (columns[0] - columns[1])
+        if beyond is not None:
+            answer[some] += beyond
+            if "logit_diff" in out:
+                out["logit_diff"][some] += beyond[:, 0] - beyond[:, 1]
     if any(name != "logit_diff" for name in measured):
         weight = unembedding.weight
         changes = _Changes(narrow(dn, weight.precision), mean, answer, spans)
@@ -108,6 +124,24 @@ def readout(
             for name, values in few.items():
                 out[name][left] = values
     return out
+
+
+def _linear_part(dn: Tensor, columns: Tensor, base: BaseReadout, read: int) -> tuple[Tensor, Tensor]:
+    """How the answers' capped logits change: by products with columns of their slope, and by what is beyond.
+
+    Args:
+        dn: [row, d_model], of one read.
+        columns: [2, d_model], the answers' unembedding.
+
+    Returns:
+        [2, d_model], and [row, 2].
+    """
+    assert base.uncapped is not None
+    assert base.cap is not None
+    slope = cap_slope(base.uncapped[read, base.answers[read]].double(), base.cap)  # [2]
+    change = (dn @ columns.T).double()
+    beyond = base.capped(read, base.answers[read], change) - slope * change
+    return columns * slope.to(columns.dtype).unsqueeze(1), beyond.to(dn.dtype)
 
 
 class _Changes(NamedTuple):
@@ -169,7 +203,10 @@ def _distribution(
     likeliest = _Likeliest(base, spans, out, pieces, highest)
 
     def take(i: int) -> None:
-        change = product(dn, weight.rows(pieces[i]), outputs_first=True).plain().sub_(mean)  # [row, piece]
+        change = product(dn, weight.rows(pieces[i]), outputs_first=True).plain()  # [row, piece]
+        for rows, read in spans if base.cap is not None else ():
+            change[rows] = base.capped(read, pieces[i], change[rows])
+        change.sub_(mean)
         highest[i] = change.amax(-1)
         change_wide = change.to(wide)
         grown = torch.expm1(change_wide)
@@ -192,7 +229,8 @@ def _distribution(
         # log p + D: its exponential cannot overflow once the largest is taken out, and no term is negative.
         few = _rows(dn, some)
         parts = [product(few, weight.rows(piece)).plain() for piece in pieces]
-        far = torch.cat(parts, 1).sub_(mean[some]).double()  # [row, d_vocab]
+        far = base.capped(read_of[some], slice(None), torch.cat(parts, 1))  # [row, d_vocab]
+        far = far.sub_(mean[some]).double()
         before = base.logits[read_of[some]].double()
         lse[some] = ((before + far).logsumexp(-1) - before.logsumexp(-1)).to(wide)
         kl[some] = lse[some] - (far * base.p[read_of[some]]).sum(-1).to(wide)

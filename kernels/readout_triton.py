@@ -16,7 +16,7 @@ from torch import Tensor
 from deltapatch.kernels.lang import expm1_minus, jit, on_device, tl
 from deltapatch.kernels.pieces import ForEach, in_turn
 from deltapatch.kernels.product import NarrowedByPiece, Operand, Scaled, narrow_triton, product
-from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding
+from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding, readout
 from deltapatch.kernels.tiles import pair_of_rows, pair_tiles
 
 CELLS = 1 << 25  # logit changes held at a time: 128 MiB
@@ -32,7 +32,9 @@ def readout_triton(
     measured: Sequence[str],
     pool: ForEach = in_turn,
 ) -> dict[str, Tensor]:
-    """The same as `readout`; the host never waits for the device."""
+    """The same as `readout`; the host never waits for the device. Capped logits take the reference."""
+    if base.cap is not None:
+        return readout(rows, unembedding, base, measured=measured, pool=pool)
     dn, segments, first_reads = rows
     tiles = pair_tiles(segments, first_reads, _ROWS, dn.device)
     columns = unembedding.exact[base.answers].to(dn.dtype)  # [read, 2, d_model]
