@@ -409,6 +409,7 @@ class Setting:
         within = rope.fields.get(inside)
         beside = config.number(self.name, default=self.default, null=inside in rope.fields or self.null)
         value = rope.number(inside, default=beside)
+        config.read.update(name for name in (self.name, self.unread) if name is not None)
         for name in (self.name, self.unread):
             other = None if name is None else config.fields.get(name)
             if other is None or other == value:

@@ -74,4 +74,6 @@ ARCHITECTURE = Architecture(
         "layers.{l}.attention.rotary_emb.inv_freq": None,
         "rotary_emb.inv_freq": None,
     },
+    # Of other families; transformers reads none of them here.
+    ignored=frozenset({"num_key_value_heads", "n_positions", "rms_norm_eps"}),
 )

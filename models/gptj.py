@@ -66,4 +66,18 @@ ARCHITECTURE = Architecture(
         "h.{l}.attn.masked_bias": None,
         "h.{l}.attn.embed_positions": None,
     },
+    # Of other families; transformers reads none of them here.
+    ignored=frozenset(
+        {
+            "rotary",
+            "scale_attn_weights",
+            "rope_theta",
+            "rotary_pct",
+            "rope_scaling",
+            "intermediate_size",
+            "hidden_act",
+            "layer_norm_eps",
+            "head_dim",
+        }
+    ),
 )

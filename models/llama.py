@@ -124,5 +124,9 @@ HEAD_NORMS: dict[str, str | tuple[str, ...] | None] = {
 }
 
 ARCHITECTURE = Architecture(
-    name="llama", read_spec=read_spec, prefix="model.", names=NAMES, ignored=frozenset({"rope_interleaved"})
+    name="llama",
+    read_spec=read_spec,
+    prefix="model.",
+    names=NAMES,
+    ignored=frozenset({"rope_interleaved", "rotary_emb_base", "layer_norm_eps", "n_embd"}),
 )

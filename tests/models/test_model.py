@@ -57,11 +57,16 @@ def test_from_transformers_keeps_the_tokenizer_and_refuses_other_things(build):
     assert from_transformers(build("gptj")).tokenizer is None
     with pytest.raises(DeltapatchError, match="needs a transformers model, not a Linear"):
         from_transformers(torch.nn.Linear(2, 2))
-    gpt2 = transformers.GPT2Config(
-        n_embd=8, n_layer=1, n_head=1, vocab_size=9, bos_token_id=0, eos_token_id=0
+    opt = transformers.OPTConfig(
+        hidden_size=8,
+        ffn_dim=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        word_embed_proj_dim=8,
+        vocab_size=9,
     )
-    with pytest.raises(DeltapatchError, match="'gpt2', which is not supported: supported are gpt_neox"):
-        from_transformers(transformers.GPT2LMHeadModel(gpt2))
+    with pytest.raises(DeltapatchError, match="'opt', which is not supported: supported are gpt_neox"):
+        from_transformers(transformers.OPTForCausalLM(opt))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
