@@ -1,4 +1,4 @@
-"""The oracle: a plain forward of the three architectures, patches put in by hand, metrics by definition.
+"""The oracle: a plain forward of all architectures, patches put in by hand, metrics by definition.
 
 It shares no code with deltapatch. Everything is numpy in float64, or in `np.longdouble` where an effect is so
 small that subtracting two float64 runs would lose it. Transformers itself cannot be the oracle: it casts to
@@ -65,8 +65,8 @@ class Affine:
 
 @dataclass(frozen=True)
 class Block:
-    norm1: Affine
-    norm2: Affine | None  # None: the MLP reads what the attention reads
+    norm1: Affine | None  # None: no norm there
+    norm2: Affine | None  # None: the MLP reads what the attention reads, or no norm there
     q: Affine
     k: Affine
     v: Affine
@@ -74,6 +74,10 @@ class Block:
     gate: Affine | None
     up: Affine
     down: Affine
+    post1: Affine | None = None
+    post2: Affine | None = None
+    q_norm: Affine | None = None
+    k_norm: Affine | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,14 @@ class Shape:
     rms: bool
     eps: float
     activation: str
-    rope: Rope
+    ropes: tuple[Rope | None, ...]  # of each layer
+    windows: tuple[int | None, ...]
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_scale: float = 1.0
+    attention_cap: float | None = None
+    logit_cap: float | None = None
 
 
 class _Reader:
@@ -170,24 +181,145 @@ def _llama_blocks(read: _Reader, cfg: Any) -> Iterable[Block]:
         )
 
 
-def _shape(cfg: Any) -> Shape:
-    if cfg.model_type == "gptj":
-        d_head = cfg.n_embd // cfg.n_head
-        rope = Rope(cfg.rotary_dim, interleaved=True)
-        return Shape(
-            cfg.n_head, cfg.n_head, d_head, True, False, cfg.layer_norm_epsilon, cfg.activation_function, rope
+def _gpt2_blocks(read: _Reader, cfg: Any) -> Iterable[Block]:
+    def turned(name: str, i: int = 0, of: int = 1) -> Affine:
+        whole = read.affine(name)  # [in, out]
+        return Affine(np.split(whole.weight.T, of)[i], np.split(whole.bias, of)[i])
+
+    for l in range(cfg.n_layer):
+        at = f"transformer.h.{l}"
+        q, k, v = (turned(f"{at}.attn.c_attn", i, 3) for i in range(3))
+        yield Block(
+            norm1=read.affine(f"{at}.ln_1"),
+            norm2=read.affine(f"{at}.ln_2"),
+            q=q,
+            k=k,
+            v=v,
+            out=turned(f"{at}.attn.c_proj"),
+            gate=None,
+            up=turned(f"{at}.mlp.c_fc"),
+            down=turned(f"{at}.mlp.c_proj"),
         )
+
+
+def _modern_blocks(read: _Reader, cfg: Any) -> Iterable[Block]:
+    """The later families, whose modules are named as LLaMA's are."""
+    kind, heads = cfg.model_type, cfg.num_attention_heads
+    d_head = getattr(cfg, "head_dim", None) or cfg.hidden_size // heads
+    d_kv = cfg.num_key_value_heads * d_head
+    plus_one = kind.startswith("gemma")
+
+    def norm(name: str) -> Affine | None:
+        if f"{name}.weight" not in read.state:
+            return None
+        found = read.affine(name)
+        return Affine(found.weight + 1, found.bias) if plus_one else found
+
+    def rows(whole: Affine, sizes: Sequence[int]) -> list[Affine]:
+        return [Affine(part) for part in np.split(whole.weight, np.cumsum(sizes)[:-1])]
+
+    for l in range(cfg.num_hidden_layers):
+        at = f"model.layers.{l}"
+        if kind == "phi3":
+            q, k, v = rows(read.affine(f"{at}.self_attn.qkv_proj"), (heads * d_head, d_kv, d_kv))
+            gate, up = rows(read.affine(f"{at}.mlp.gate_up_proj"), (cfg.intermediate_size,) * 2)
+        else:
+            q, k, v = (read.affine(f"{at}.self_attn.{name}_proj") for name in "qkv")
+            gate, up = (read.affine(f"{at}.mlp.{name}_proj") for name in ("gate", "up"))
+        behind = kind in ("gemma2", "gemma3_text", "olmo2", "olmo3")
+        before_mlp = "pre_feedforward_layernorm" if behind else "post_attention_layernorm"
+        yield Block(
+            norm1=norm(f"{at}.input_layernorm"),
+            norm2=norm(f"{at}.{before_mlp}"),
+            q=q,
+            k=k,
+            v=v,
+            out=read.affine(f"{at}.self_attn.o_proj"),
+            gate=gate,
+            up=up,
+            down=read.affine(f"{at}.mlp.down_proj"),
+            post1=norm(f"{at}.post_attention_layernorm") if behind else None,
+            post2=norm(f"{at}.post_feedforward_layernorm") if behind else None,
+            q_norm=norm(f"{at}.self_attn.q_norm"),
+            k_norm=norm(f"{at}.self_attn.k_norm"),
+        )
+
+
+def _modern_shape(cfg: Any) -> Shape:
+    kind, n_layers, heads = cfg.model_type, cfg.num_hidden_layers, cfg.num_attention_heads
+    d_head = getattr(cfg, "head_dim", None) or cfg.hidden_size // heads
+    types = getattr(cfg, "layer_types", None)
+    if types is None:
+        types = ["sliding_attention" if getattr(cfg, "sliding_window", None) else "full_attention"] * n_layers
+
+    def rope(layer: int) -> Rope | None:
+        if not getattr(cfg, "no_rope_layers", [1] * n_layers)[layer]:
+            return None
+        said = cfg.rope_parameters
+        said = said[types[layer]] if "rope_type" not in said else said
+        dim = int(d_head * said.get("partial_rotary_factor", 1.0))
+        return Rope(dim, said["rope_theta"], scaling=said, context=cfg.max_position_embeddings)
+
+    stable = kind == "stablelm"
+    query_scalar = getattr(cfg, "query_pre_attn_scalar", None)
+    return Shape(
+        heads,
+        cfg.num_key_value_heads,
+        d_head,
+        parallel=stable and cfg.use_parallel_residual,
+        rms=not stable,
+        eps=cfg.layer_norm_eps if stable else cfg.rms_norm_eps,
+        activation=cfg.hidden_activation if kind in ("gemma2", "gemma3_text") else cfg.hidden_act,
+        ropes=tuple(rope(l) for l in range(n_layers)),
+        windows=tuple(cfg.sliding_window if t == "sliding_attention" else None for t in types),
+        embedding_scale=(
+            float(torch.tensor(cfg.hidden_size**0.5, dtype=torch.float32))
+            if kind.startswith("gemma")
+            else getattr(cfg, "embedding_multiplier", 1.0)
+        ),
+        residual_scale=getattr(cfg, "residual_multiplier", 1.0),
+        attention_scale=(
+            query_scalar**-0.5 if query_scalar is not None else getattr(cfg, "attention_multiplier", None)
+        ),
+        logit_scale=1 / getattr(cfg, "logits_scaling", 1.0),
+        attention_cap=getattr(cfg, "attn_logit_softcapping", None),
+        logit_cap=getattr(cfg, "final_logit_softcapping", None),
+    )
+
+
+def _shape(cfg: Any) -> Shape:
+    every: dict[str, Any] = {"windows": (None,) * cfg.num_hidden_layers}
+    if cfg.model_type in ("gptj", "gpt2"):
+        d_head = cfg.n_embd // cfg.n_head
+        rope = Rope(cfg.rotary_dim, interleaved=True) if cfg.model_type == "gptj" else None
+        return Shape(
+            cfg.n_head,
+            cfg.n_head,
+            d_head,
+            parallel=cfg.model_type == "gptj",
+            rms=False,
+            eps=cfg.layer_norm_epsilon,
+            activation=cfg.activation_function,
+            ropes=(rope,) * cfg.n_layer,
+            **every,
+        )
+    if cfg.model_type not in ("gpt_neox", "llama"):
+        return _modern_shape(cfg)
     heads, rope_config = cfg.num_attention_heads, cfg.rope_parameters
     if cfg.model_type == "gpt_neox":
         d_head = cfg.hidden_size // heads
         rope = Rope(int(d_head * rope_config["partial_rotary_factor"]), rope_config["rope_theta"])
         parallel = cfg.use_parallel_residual
-        return Shape(heads, heads, d_head, parallel, False, cfg.layer_norm_eps, cfg.hidden_act, rope)
+        ropes = (rope,) * cfg.num_hidden_layers
+        eps, act = cfg.layer_norm_eps, cfg.hidden_act
+        return Shape(heads, heads, d_head, parallel, False, eps, act, ropes, **every)
     rope = Rope(
         cfg.head_dim, rope_config["rope_theta"], scaling=rope_config, context=cfg.max_position_embeddings
     )
     kv_heads = cfg.num_key_value_heads
-    return Shape(heads, kv_heads, cfg.head_dim, False, True, cfg.rms_norm_eps, cfg.hidden_act, rope)
+    ropes = (rope,) * cfg.num_hidden_layers
+    eps, act = cfg.rms_norm_eps, cfg.hidden_act
+    return Shape(heads, kv_heads, cfg.head_dim, False, True, eps, act, ropes, **every)
 
 
 # ---------------------------------------------------------------------------------------------- forward
@@ -239,16 +371,51 @@ def _frequencies(rope: Rope, length: int, dtype: type) -> np.ndarray:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = np.clip((turns - low) / (high - low), 0, 1)
         return kept * freq + (1 - kept) * freq / scaling["factor"]
+    if kind == "longrope":
+        which = "long" if length > scaling["original_max_position_embeddings"] else "short"
+        return freq / np.array(scaling[f"{which}_factor"]).astype(dtype)
+    if kind == "yarn":
+        context, theta = scaling["original_max_position_embeddings"], scaling["rope_theta"]
+        ends = [
+            rope.dim * np.log(context / (turns * 2 * np.pi)) / (2 * np.log(theta))
+            for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
+        ]
+        if scaling.get("truncate", True):
+            ends = [np.floor(ends[0]), np.ceil(ends[1])]
+        low, high = max(ends[0], 0), min(ends[1], rope.dim - 1)
+        ramp = np.clip((np.arange(rope.dim // 2) - low) / max(high - low, 0.001), 0, 1).astype(dtype)
+        return freq * (1 - ramp) + freq / scaling["factor"] * ramp
     return freq
 
 
-def _rotate(x: np.ndarray, rope: Rope) -> np.ndarray:
+def _attention_factor(rope: Rope) -> float:
+    """What longrope and yarn multiply queries and keys by."""
+    said = rope.scaling or {}
+    if said.get("rope_type") not in ("yarn", "longrope"):
+        return 1.0
+    if said.get("attention_factor") is not None:
+        return said["attention_factor"]
+    context = said["original_max_position_embeddings"]
+    factor = said.get("factor") or rope.context / context
+    if factor <= 1:
+        return 1.0
+    return (
+        0.1 * np.log(factor) + 1
+        if said["rope_type"] == "yarn"
+        else np.sqrt(1 + np.log(factor) / np.log(context))
+    )
+
+
+def _rotate(x: np.ndarray, rope: Rope | None) -> np.ndarray:
     """Turn the coordinate pairs of [row, T, head, d_head] by position x frequency."""
+    if rope is None:
+        return x
     length = x.shape[1]
     angle = np.arange(length).astype(x.dtype)[:, None] * _frequencies(
         rope, length, x.dtype.type
     )  # [T, dim/2]
-    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]  # [T, 1, dim/2]
+    factor = x.dtype.type(_attention_factor(rope))
+    cos, sin = factor * np.cos(angle)[:, None], factor * np.sin(angle)[:, None]  # [T, 1, dim/2]
     half = rope.dim // 2
     if rope.interleaved:
         first, second = np.arange(0, rope.dim, 2), np.arange(1, rope.dim, 2)
@@ -260,11 +427,22 @@ def _rotate(x: np.ndarray, rope: Rope) -> np.ndarray:
     return turned
 
 
-def _attend(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+def _attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    window: int | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> np.ndarray:
     """Causal attention over [row, T, head, d_head], query by query: probabilities [row, T, head, T]."""
     pattern = np.zeros((*q.shape[:3], q.shape[1]), q.dtype)
     for t in range(q.shape[1]):
-        scores = np.einsum("rhd,rihd->rhi", q[:, t], k[:, : t + 1]) / np.sqrt(q.dtype.type(q.shape[-1]))
+        scores = np.einsum("rhd,rihd->rhi", q[:, t], k[:, : t + 1])
+        scores = scores / np.sqrt(q.dtype.type(q.shape[-1])) if scale is None else scores * scale
+        if cap is not None:
+            scores = cap * np.tanh(scores / cap)
+        if window is not None:
+            scores[:, :, : max(0, t + 1 - window)] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         pattern[:, t, :, : t + 1] = weights / weights.sum(-1, keepdims=True)
     return pattern
@@ -286,13 +464,17 @@ class TrueModel:
             "gpt_neox": (_neox_blocks, "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out"),
             "gptj": (_gptj_blocks, "transformer.wte", "transformer.ln_f", "lm_head"),
             "llama": (_llama_blocks, "model.embed_tokens", "model.norm", "lm_head"),
-        }[cfg.model_type]
+            "gpt2": (_gpt2_blocks, "transformer.wte", "transformer.ln_f", "lm_head"),
+        }.get(cfg.model_type, (_modern_blocks, "model.embed_tokens", "model.norm", "lm_head"))
         if f"{head}.weight" not in read.state and "lm_head.weight" in read.state:
             head = "lm_head"  # the same matrix under its newer name
         self.shape = _shape(cfg)
         self.blocks = list(blocks(read, cfg))
         self.embedding = read.array(f"{embedding}.weight")  # [vocab, d_model]
         self.norm = read.affine(norm)
+        if cfg.model_type.startswith("gemma"):
+            self.norm = Affine(self.norm.weight + 1)
+        self.positions = read.array("transformer.wpe.weight") if cfg.model_type == "gpt2" else None
         self.unembedding = read.affine(head)
 
     @property
@@ -316,10 +498,18 @@ class TrueModel:
         """The sites this model has."""
         return [s for s in SITES if not (s == "resid_mid" and self.shape.parallel)]
 
-    def _normed(self, x: np.ndarray, w: Affine) -> np.ndarray:
+    def _normed(self, x: np.ndarray, w: Affine | None) -> np.ndarray:
+        if w is None:
+            return x
         if not self.shape.rms:
             x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + x.dtype.type(self.shape.eps)) * w.weight + w.bias
+
+    def _normed_heads(self, x: np.ndarray, w: Affine | None) -> np.ndarray:
+        """Queries or keys [row, T, head, d_head], each normed by itself, or all together."""
+        if w is None or w.weight.shape[0] == x.shape[-1]:
+            return self._normed(x, w)
+        return self._normed(x.reshape(*x.shape[:2], -1), w).reshape(x.shape)
 
     def _heads(self, x: np.ndarray) -> np.ndarray:
         return x.reshape(*x.shape[:2], -1, self.shape.d_head)
@@ -327,21 +517,28 @@ class TrueModel:
     def forward(self, tokens: Sequence[int], n_rows: int, visit: Visit) -> np.ndarray:
         """Logits [row, T, vocab] of n_rows copies of one prompt, which `visit` may make different."""
         group = self.shape.n_heads // self.shape.n_kv_heads
-        x = np.repeat(self.embedding[list(tokens)][None], n_rows, axis=0)  # [row, T, d_model]
+        x = self.embedding[list(tokens)] * self.embedding.dtype.type(self.shape.embedding_scale)
+        if self.positions is not None:
+            x = x + self.positions[: len(tokens)]
+        x = np.repeat(x[None], n_rows, axis=0)  # [row, T, d_model]
+        said = x.dtype.type(self.shape.residual_scale)
         for l, w in enumerate(self.blocks):
             x = visit("resid_pre", l, x)
             normed = self._normed(x, w.norm1)
             q = visit("q", l, self._heads(_linear(normed, w.q)))  # [row, T, head, d_head]
             k = visit("k", l, self._heads(_linear(normed, w.k)))  # [row, T, kv_head, d_head]
             v = visit("v", l, self._heads(_linear(normed, w.v)))
-            q, k = _rotate(q, self.shape.rope), _rotate(k, self.shape.rope)
-            pattern = visit("pattern", l, _attend(q, np.repeat(k, group, axis=2)))  # [row, T, head, T]
+            q, k = self._normed_heads(q, w.q_norm), self._normed_heads(k, w.k_norm)
+            q, k = _rotate(q, self.shape.ropes[l]), _rotate(k, self.shape.ropes[l])
+            how = (self.shape.windows[l], self.shape.attention_scale, self.shape.attention_cap)
+            pattern = visit("pattern", l, _attend(q, np.repeat(k, group, axis=2), *how))  # [row, T, head, T]
             z = visit("z", l, np.einsum("rthi,rihd->rthd", pattern, np.repeat(v, group, axis=2)))
-            attn_out = visit("attn_out", l, _linear(z.reshape(*z.shape[:2], -1), w.out))  # [row, T, d_model]
+            attn_out = self._normed(_linear(z.reshape(*z.shape[:2], -1), w.out), w.post1)
+            attn_out = visit("attn_out", l, said * attn_out)  # [row, T, d_model]
             mid = x + attn_out
             if not self.shape.parallel:
                 mid = visit("resid_mid", l, mid)
-            if w.norm2 is not None:
+            if w.norm2 is not None or not self.shape.parallel:
                 normed = self._normed(x if self.shape.parallel else mid, w.norm2)
             hidden = _linear(normed, w.up)  # [row, T, d_mlp]
             if w.gate is None:
@@ -349,9 +546,11 @@ class TrueModel:
             else:
                 post = _activation(self.shape.activation, _linear(normed, w.gate)) * hidden
             post = visit("mlp_post", l, post)
-            mlp_out = visit("mlp_out", l, _linear(post, w.down))
+            mlp_out = visit("mlp_out", l, said * self._normed(_linear(post, w.down), w.post2))
             x = visit("resid_post", l, mid + mlp_out)
-        return _linear(self._normed(x, self.norm), self.unembedding)
+        logits = _linear(self._normed(x, self.norm), self.unembedding) * x.dtype.type(self.shape.logit_scale)
+        cap = self.shape.logit_cap
+        return logits if cap is None else cap * np.tanh(logits / cap)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """[T, vocab]."""

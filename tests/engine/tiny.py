@@ -5,8 +5,12 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
 from engine_oracle import Pair, Patch, TrueModel
 from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTJConfig,
     GPTJForCausalLM,
     GPTNeoXConfig,
@@ -97,6 +101,100 @@ _SPECIAL = {
         rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
     ),
 }
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8}
+_LONG = {  # prompts are on both sides of the original context
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.1],
+    "long_factor": [2.5],
+}
+
+
+_PARTLY = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+
+
+def _modern(config: type, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_config(config(**(_SIZES | options)), attn_implementation="eager")
+
+
+# Of the later families, with what each brings: windows are shorter than prompts.
+_FAMILIES = {
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB,
+            n_embd=16,
+            n_layer=3,
+            n_head=2,
+            n_positions=32,
+            **dict.fromkeys(("bos_token_id", "eos_token_id")),
+        )
+    ),
+    "qwen2": lambda: _modern(
+        transformers.Qwen2Config, use_sliding_window=True, sliding_window=3, max_window_layers=1
+    ),
+    "qwen3": lambda: _modern(transformers.Qwen3Config, head_dim=6, rope_parameters=_YARN),
+    "mistral": lambda: _modern(transformers.MistralConfig, head_dim=6, sliding_window=3),
+    "gemma": lambda: _modern(transformers.GemmaConfig, head_dim=6),
+    "gemma2": lambda: _modern(
+        transformers.Gemma2Config,
+        head_dim=6,
+        sliding_window=3,
+        query_pre_attn_scalar=9,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": lambda: _modern(
+        transformers.Gemma3TextConfig,
+        head_dim=6,
+        sliding_window=3,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=9,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+        },
+    ),
+    "olmo2": lambda: _modern(transformers.Olmo2Config),
+    "olmo3": lambda: _modern(
+        transformers.Olmo3Config,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": _YARN,
+        },
+    ),
+    "phi3": lambda: _modern(
+        transformers.Phi3Config, original_max_position_embeddings=4, rope_parameters=_LONG
+    ),
+    "granite": lambda: _modern(
+        transformers.GraniteConfig,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=0.5,
+        attention_bias=True,
+    ),
+    "smollm3": lambda: _modern(transformers.SmolLM3Config, no_rope_layers=[1, 0, 1]),
+    "stablelm": lambda: _modern(transformers.StableLmConfig, use_qkv_bias=True, rope_parameters=_PARTLY),
+    "stablelm-parallel": lambda: _modern(
+        transformers.StableLmConfig, use_parallel_residual=True, rope_parameters=_PARTLY
+    ),
+}
+FAMILIES = tuple(_FAMILIES)
 VARIANTS = tuple(_BUILDERS)
 SEQUENTIAL = ("neox-sequential", "llama", "llama-grouped", "llama-linear")
 
@@ -109,7 +207,8 @@ def _randomise(model: Any, seed: int, strength: float) -> None:
             noise = torch.randn(weight.shape, generator=generator)
             is_norm = "norm" in name or ".ln_" in name
             if is_norm and name.endswith("weight"):
-                weight.copy_(1 + strength * noise)
+                # Gemma's are counted from 1.
+                weight.copy_(strength * noise + (not model.config.model_type.startswith("gemma")))
             elif any(part in name for part in ("embed_in", "wte", "embed_tokens")):
                 weight.copy_((0.3 if model.config.tie_word_embeddings else 0.7) * noise)
             else:
@@ -119,7 +218,7 @@ def _randomise(model: Any, seed: int, strength: float) -> None:
 def build(variant: str, seed: int = 0, strength: float = 0.3) -> Any:
     """A fresh float32 model of transformers."""
     with torch.random.fork_rng():
-        model = (_BUILDERS | _SPECIAL)[variant]()
+        model = (_BUILDERS | _SPECIAL | _FAMILIES)[variant]()
     _randomise(model, seed, strength)
     return model.eval()
 

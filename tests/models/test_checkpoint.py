@@ -279,7 +279,7 @@ def test_shards_that_do_not_fit_together(shards):
     [
         (
             {"model_type": "mixtral"},
-            r"is of model_type 'mixtral', which is not supported: supported are gpt_neox, .* \(mistral is the",
+            r"is of model_type 'mixtral', which is not supported: supported are gpt_neox, .* \(mistral is",
         ),
         ({"model_type": None}, "names no 'model_type': supported are"),
         ({"sliding_window": 64}, r"has a field 'sliding_window' \(64\), which models of type 'gpt_neox' are"),
