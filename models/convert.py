@@ -1,10 +1,12 @@
-"""`deltapatch convert`: PyTorch .bin weights, of a model or of a LoRA adapter, into safetensors."""
+"""`deltapatch convert`: PyTorch .bin weights, of a model or a LoRA adapter, and GGUF into safetensors."""
 
 import json
 import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.models.checkpoint import Checkpoint
 from deltapatch.models.config import Config
 from deltapatch.models.folder import TOKENIZER_FILES, find_folder, read_index, read_json
+from deltapatch.models.gguf import is_gguf, write_gguf
 from deltapatch.models.header import check_file
 from deltapatch.models.registry import read_config
 from deltapatch.models.tensors import ModuleTensors
@@ -32,7 +35,8 @@ def convert(path_or_id: str | Path, out: str | Path, *, revision: str | None = N
     a temporary folder beside `out` that takes its name at the end: `out` is whole or not there.
 
     Args:
-        path_or_id: a folder or hub id with pytorch_model.bin, its shards, or adapter_model.bin.
+        path_or_id: a folder or hub id with pytorch_model.bin, its shards, or adapter_model.bin; or a GGUF
+            file, whose quantised values become float32.
         out: the folder to make; it must not exist.
         revision: of a checkpoint of the hub, as for `load_model`.
 
@@ -42,24 +46,33 @@ def convert(path_or_id: str | Path, out: str | Path, *, revision: str | None = N
     Raises:
         DeltapatchError: `out` exists, the checkpoint is broken or not supported, or the disk is full.
     """
-    source, target = find_folder(path_or_id, _WANTED, revision=revision), Path(out).expanduser()
-    for file in (_MODEL, _INDEX, _ADAPTER):
-        check_file(source / file)
+    target = Path(out).expanduser()
     if target.exists() or target.is_symlink():
         raise DeltapatchError(f"{target} exists already: choose another output, or remove it first")
+    if is_gguf(path_or_id):
+        _make_whole(target, partial(write_gguf, Path(path_or_id)))
+        return target
+    source = find_folder(path_or_id, _WANTED, revision=revision)
+    for file in (_MODEL, _INDEX, _ADAPTER):
+        check_file(source / file)
     shards = {file: _load(source / file) for file in _weight_files(source)}
     if _ADAPTER not in shards:
         shards = _check_model(source, shards)
+    _make_whole(target, partial(_write, source, shards))
+    return target
+
+
+def _make_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Have a folder written under another name; it takes its own at the end."""
     part = target.parent / f".{target.name}.{os.getpid()}.part"
     try:
         part.mkdir(parents=True)
-        _write(source, shards, part)
+        write(part)
         part.rename(target)
     except (OSError, SafetensorError) as error:
         raise DeltapatchError(f"{target} could not be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return target
 
 
 def _weight_files(source: Path) -> list[str]:
