@@ -310,7 +310,7 @@ def _launch_readout(w: Widths, precision: Precision, pairs: int, rows: int, segm
 
     with mock.patch.object(readout_triton, "product", product):  # no kernel of ours
         read = ReadRows(torch.empty(pairs * rows, w.d_model), segments, [0])
-        TRITON.readout(read, Unembedding(exact, weight), base, measured=("kl",))
+        TRITON.readout(read, Unembedding(exact, weight), base, measured=("kl", "entropy"))
 
 
 def _inspect(

@@ -157,7 +157,7 @@ class Options:
     )
     metrics: str | Sequence[str] = option(
         "all",
-        'which metrics will be asked for, or "all"; leaving out kl, flip and says_* saves some time.',
+        'which metrics will be asked for, or "all"; leaving out kl, entropy, flip and says_* is faster.',
         check=_metrics,
         word="metrics",
         other="kl",

@@ -72,7 +72,7 @@ class Reads:
         kinds = [
             (at_end, tuple(measured)),
             (~at_end & self.shared & ~parting, of_tokens),
-            (~at_end & parting, tuple(name for name in measured if name not in ("kl", "flip"))),
+            (~at_end & parting, tuple(name for name in measured if name not in ("kl", "entropy", "flip"))),
         ]
         found = [(np.flatnonzero(which), tuple((name, name, 1) for name in names)) for which, names in kinds]
         for i, answer in enumerate(_ANSWERS):

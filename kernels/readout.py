@@ -5,6 +5,11 @@ With base probabilities p, logit change D and its mean m = Σ_j p_j D_j (which n
 The sum is never negative, since expm1(x) >= x, so nothing cancels. The mean needs no logits: it is the row's
 product with Σ_j p_j W_j, one vector a read.
 
+The entropy H of the distribution: with x_j = D_j - m, Z = Σ_j p_j e^(x_j) and the base logits L_j,
+    change of H = log Z - Σ_j p_j e^(x_j) (l_j + x_j) / Z,   l_j = L_j - Σ_i p_i L_i.
+As Σ_j p_j l_j = 0, the sum is Σ_j p_j expm1(x_j) (l_j + x_j) + Σ_j p_j x_j: H itself never enters. What is of
+first order in D is there once, with l; log Z and the rest are of second order, the rest being twice as large.
+
 A read is a position of a pair whose output distribution is looked at: one of each pair, or several where the
 answers have several tokens. Here every read stands for itself, in segments as in a batch: what it says is put
 together by who asks (engine/reads.py).
@@ -195,10 +200,15 @@ def _distribution(
     dn, mean, answer, spans = changes
     n_rows, d_vocab = len(mean), len(weight.values)
     pieces = vocabulary_pieces(d_vocab, max(1024, CELLS // n_rows))
-    # KL is of second order in D. float64 carries it through the cancellation of its first-order part.
-    wide = torch.float64 if "kl" in out else mean.dtype
+    # KL is of second order in D. float64 carries it through the cancellation of its first-order part; so it
+    # does with the entropy, whose first-order part is none where all tokens are alike.
+    second_order = "kl" in out or "entropy" in out
+    wide = torch.float64 if second_order else mean.dtype
     mass = mean.new_zeros(len(pieces), n_rows, dtype=wide)  # Σ_j p_j expm1(D_j - m), of each piece
     rest = torch.zeros_like(mass)  # Σ_j p_j (D_j - m): not quite zero, since products are rounded
+    turned = torch.zeros_like(mass)  # Σ_j p_j expm1(D_j - m) (l_j + D_j - m)
+    # Σ_j p_j L_j of each read
+    logit = {r: base.p[r] @ base.logits[r].double() for _, r in spans} if "entropy" in out else {}
     highest = mean.new_full(mass.shape, -torch.inf)
     likeliest = _Likeliest(base, spans, out, pieces, highest)
 
@@ -213,13 +223,18 @@ def _distribution(
         for rows, read in spans:
             p = base.p[read, pieces[i]].to(wide)
             mass[i, rows] = grown[rows] @ p
-            if "kl" in out:
+            if second_order:
                 rest[i, rows] = change_wide[rows] @ p
             likeliest.take(i, change[rows], rows, read)
+            if read in logit:  # the last that is asked of these changes: nobody needs them any more
+                own = base.logits[read, pieces[i]].double() - logit[read]
+                turned[i, rows] = grown[rows].mul_(change_wide[rows].add_(own)) @ p
 
     pool(take, range(len(pieces)))
-    lse = torch.log1p(mass.sum(0))
-    kl = lse - rest.sum(0)
+    mass, rest = mass.sum(0), rest.sum(0)
+    lse = torch.log1p(mass)
+    kl = lse - rest
+    entropy = lse - (turned.sum(0) + rest) / (1 + mass)
 
     read_of = torch.repeat_interleave(
         torch.tensor([read for _, read in spans]), torch.tensor([rows.stop - rows.start for rows, _ in spans])
@@ -233,14 +248,24 @@ def _distribution(
         far = far.sub_(mean[some]).double()
         before = base.logits[read_of[some]].double()
         lse[some] = ((before + far).logsumexp(-1) - before.logsumexp(-1)).to(wide)
+        if "entropy" in out:
+            entropy[some] = _entropy(before + far) - _entropy(before)
         kl[some] = lse[some] - (far * base.p[read_of[some]]).sum(-1).to(wide)
 
     likeliest.tell(out)
     if "kl" in out:
         out["kl"].copy_(kl.clamp_(min=0))
+    if "entropy" in out:
+        out["entropy"].copy_(entropy)
     for i, name in enumerate(("dlogp_clean", "dlogp_corrupted")):
         if name in out:
             torch.sub(answer[:, i], lse.to(mean.dtype), out=out[name])
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """[..., d_vocab] -> [...], nats."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
 
 
 class _Likeliest:

@@ -5,7 +5,8 @@ by the kernel and forgotten, so rows x vocabulary never exists. Sums over tokens
 m out,
     Σ_j p_j expm1(D_j - m) = rest + excess,  rest = Σ_j p_j (D_j - m) (nothing but rounding),
     excess = Σ_j p_j (expm1(D_j - m) - (D_j - m)),
-and no term of excess is negative, so the KL divergence, log1p(rest + excess) - rest, keeps its digits.
+and no term of excess is negative, so the KL divergence, log1p(rest + excess) - rest, keeps its digits. So
+does the change of entropy, which rest leaves as it is but for what is of third order.
 """
 
 from collections.abc import Sequence
@@ -59,7 +60,8 @@ def readout_triton(
         return dict.fromkeys(measured, dots[3])
     read = pair_of_rows(segments, first_reads, dn.device)
     narrowed = narrow_triton(dn, unembedding.weight.precision)
-    found = _distribution(narrowed, dots, unembedding.weight, base, tiles, read)
+    made = (unembedding.weight, base, tiles, read)
+    found = _distribution(narrowed, dots, *made, entropy="entropy" in measured)
     found["logit_diff"] = dots[3]
     return {name: found[name].to(dn.dtype) for name in measured}
 
@@ -71,14 +73,19 @@ def _distribution(
     base: BaseReadout,
     tiles: Tensor,
     read: Tensor,
+    *,
+    entropy: bool,
 ) -> dict[str, Tensor]:
     """The numbers that need every token. dots: [vector, row], as `_dots_kernel` has them; read: [row]."""
     mean, answer = dots[0], dots[1:3].double()
     n_rows, d_vocab = len(mean), len(weight.values)
     lead = base.logits - base.logits.amax(-1, keepdim=True)  # [read, d_vocab], <= 0
+    lead64 = lead.double()
+    own = torch.bmm(base.p.unsqueeze(1), lead64.unsqueeze(2)).flatten()  # [read], Σ_j p_j lead_j
     # Of no tokens yet: rest, excess, highest change, highest patched logit, sum of exp relative to it, the
-    # likeliest token (float32 holds every number of a vocabulary).
-    state = mean.new_zeros(n_rows, 6)
+    # likeliest token (float32 holds every number of a vocabulary); where the entropy is asked for also
+    # Σ_j p_j expm1(x_j) (l_j + x_j), and the sum of exp times what it is the exponential of.
+    state = mean.new_zeros(n_rows, 8)
     state[:, 2:4] = -1e30
     # A multiple of 128: rows of logit changes then begin where wide loads may.
     width = min(d_vocab, max(1024, CELLS // max(1, n_rows) // 128 * 128))
@@ -92,20 +99,24 @@ def _distribution(
                 p_mean=mean,
                 p_p=base.p,
                 p_lead=lead,
+                p_own=own.to(mean.dtype),
                 p_tiles=tiles,
                 first=first,
                 width=change.shape[1],
                 d_vocab=d_vocab,
                 s_change=change.stride(0),
+                ENTROPY=entropy,
                 BLOCK_R=_ROWS,
                 BLOCK_N=128,
             )
-    rest, excess, high, best, total, likeliest = state.double().unbind(1)
+    rest, excess, high, best, total, likeliest, turned, fall = state.double().unbind(1)
     mass = rest + excess
     direct = high > _HUGE
-    far = best + total.log() - lead.double().logsumexp(-1)[read]
-    lse = torch.where(direct, far, mass.log1p())
+    before = lead64.logsumexp(-1)
+    lse = torch.where(direct, best + total.log() - before[read], mass.log1p())
+    far = total.log() - fall / total - (before - own)[read]
     return {
+        "entropy": torch.where(direct, far, lse - (turned + rest) / (1 + mass)),
         "kl": (lse - rest).clamp(min=0),
         "flip": likeliest != base.logits.argmax(-1)[read],
         "says_clean": likeliest == base.answers[read, 0],
@@ -163,11 +174,13 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
     p_mean,
     p_p,
     p_lead,
+    p_own,
     p_tiles,
     first,
     width,
     d_vocab,
     s_change,
+    ENTROPY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -179,6 +192,7 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
     row = tl.load(p_tile).to(tl.int64)
     count = tl.load(p_tile + 1)
     pair = tl.load(p_tile + 2).to(tl.int64)
+    own = tl.load(p_own + pair)
     p_p += pair * d_vocab + first
     p_lead += pair * d_vocab + first
     o_r = tl.arange(0, BLOCK_R)
@@ -191,6 +205,8 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
     rest = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     excess = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    turned = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    fall = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     high = tl.full([BLOCK_R, BLOCK_N], -1e30, tl.float32)
     best = tl.full([BLOCK_R, BLOCK_N], -1e30, tl.float32)
     likeliest = tl.zeros([BLOCK_R, BLOCK_N], tl.int32)
@@ -204,23 +220,36 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
             change *= scale[:, None]
         change -= mean[:, None]
         rest += p * change
-        excess += p * expm1_minus(change)
+        more = expm1_minus(change)
+        excess += p * more
+        if ENTROPY:
+            # Where the change is that large, the patched distribution is taken directly.
+            turned += p * tl.minimum(more + change, 1e30) * (lead - own + change)
         high = tl.maximum(high, tl.where(m_n[None, :], change, -1e30))
         # One exponential both for a new maximum and for a term below the old one.
         step = lead + change - best
         less = tl.exp(-tl.abs(step))
+        if ENTROPY:
+            fall = tl.where(step > 0, (fall - step * total) * less, fall + step * less)
         total = tl.where(step > 0, total * less + 1.0, total + less)
         likeliest = tl.where(step > 0, (first + o_n)[None, :], likeliest)
         best = tl.maximum(best, lead + change)
 
-    p_state += (row + o_r) * 6
+    p_state += (row + o_r) * 8
     old_best = tl.load(p_state + 3, mask=m_r, other=-1e30)
     old_total = tl.load(p_state + 4, mask=m_r, other=0.0)
     top = tl.max(best, 1)
     likeliest = tl.min(tl.where(best == top[:, None], likeliest, 1 << 30), 1)  # of equal ones the first
     old_likeliest = tl.load(p_state + 5, mask=m_r, other=0.0)
     new_best = tl.maximum(old_best, top)
-    new_total = old_total * tl.exp(old_best - new_best) + tl.sum(total * tl.exp(best - new_best[:, None]), 1)
+    under = best - new_best[:, None]
+    new_total = old_total * tl.exp(old_best - new_best) + tl.sum(total * tl.exp(under), 1)
+    if ENTROPY:
+        old_fall = tl.load(p_state + 7, mask=m_r, other=0.0)
+        new_fall = (old_fall + (old_best - new_best) * old_total) * tl.exp(old_best - new_best)
+        new_fall += tl.sum((fall + under * total) * tl.exp(under), 1)
+        tl.store(p_state + 6, tl.load(p_state + 6, mask=m_r, other=0.0) + tl.sum(turned, 1), mask=m_r)
+        tl.store(p_state + 7, new_fall, mask=m_r)
     tl.store(p_state, tl.load(p_state, mask=m_r, other=0.0) + tl.sum(rest, 1), mask=m_r)
     tl.store(p_state + 1, tl.load(p_state + 1, mask=m_r, other=0.0) + tl.sum(excess, 1), mask=m_r)
     tl.store(p_state + 2, tl.maximum(tl.load(p_state + 2, mask=m_r, other=-1e30), tl.max(high, 1)), mask=m_r)

@@ -4,8 +4,8 @@ The engine measures a few numbers for each intervention (MEASURED), changes of p
 from the base run and so without cancellation; every metric follows from them and from the two unpatched runs
 of the pair.
 
-Probabilities are of whole answers: log P(answer) adds up over its tokens, each after the ones before it. `kl`
-and `flip` are of the distribution at the end of the prompt.
+Probabilities are of whole answers: log P(answer) adds up over its tokens, each after the ones before it.
+`kl`, `entropy` and `flip` are of the distribution at the end of the prompt.
 """
 
 import warnings
@@ -24,7 +24,16 @@ Formula = Callable[[Mapping[str, np.ndarray], "Reference", Direction], np.ndarra
 _EXAMPLE = "'all' or names such as ['ie', 'recovered']"
 
 # What the engine writes down of each intervention; each is itself a metric.
-MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "flip", "says_clean", "says_corrupted")
+MEASURED = (
+    "logit_diff",
+    "dlogp_clean",
+    "dlogp_corrupted",
+    "kl",
+    "entropy",
+    "flip",
+    "says_clean",
+    "says_corrupted",
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Metric:
         title: what it is called in a sentence.
         equation: the formula as people read it, in the words of NOTATION.
         bounds: the values it can have.
-        denoise, noise: its sign, or value, where a patch takes the base run towards the source run.
+        denoise, noise: its sign, or value, where a patch takes the base run towards the source run; "either".
         undefined: when it is NaN.
         hint: how a figure tells its sign.
         over: what each pair's number is divided by, [pair]; a mean over pairs is then the ratio of both
@@ -235,6 +244,15 @@ METRICS: dict[str, Metric] = {
         "0 and more",
         "+",
         "+",
+    ),
+    "entropy": Metric(
+        *_as_measured("entropy"),
+        "change of entropy, nats",
+        f"H(patched) - H(base) of the next token at {_ANSWER}, nats",
+        "any",
+        "either",
+        "either",
+        hint="+ less sure",
     ),
     "flip": Metric(
         *_as_measured("flip"),

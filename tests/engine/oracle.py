@@ -26,6 +26,7 @@ METRICS = (
     "dp_corrupted",
     "prob_diff",
     "kl",
+    "entropy",
     "flip",
     "says_clean",
     "says_corrupted",
@@ -745,6 +746,9 @@ def metrics_of_answers(
         x = x - x.max(-1, keepdims=True)
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
+    def entropy(x: np.ndarray) -> np.ndarray:
+        return -(np.exp(log_softmax(x)) * log_softmax(x)).sum(-1)
+
     def logp_of(run: Sequence[np.ndarray]) -> list[np.ndarray]:
         """log P of the clean and of the corrupted answer, by the chain rule."""
         return [
@@ -786,6 +790,7 @@ def metrics_of_answers(
         "dp_corrupted": p_star[1] - p[1],
         "prob_diff": (p_star[0] - p[0]) - (p_star[1] - p[1]),
         "kl": kl,
+        "entropy": entropy(after) - entropy(before),
         "flip": after.argmax(-1) != before.argmax(-1),
         "says_clean": says(patched, 0),
         "says_corrupted": says(patched, 1),

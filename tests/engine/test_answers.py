@@ -225,7 +225,7 @@ def test_a_patch_that_changes_nothing_gives_exactly_zero():
         model("gptj"), [pair, pair._replace(corrupted=pair.clean)], ["z", "mlp_post", "resid_pre"]
     )
     for site in effects.sites:
-        for metric in ("ie", "logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "flip"):
+        for metric in ("ie", "logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "entropy", "flip"):
             values = effects.values(metric, site=site)
             assert (values[1] == 0).all()
             assert (values[0, :, :2] == 0).all()
@@ -282,7 +282,7 @@ def test_a_run_folder_holds_them_and_resumes(tmp_path, tight):
 
 @pytest.mark.parametrize(
     "asked",
-    [["logit_diff"], ["kl"], ["flip", "dp_clean"], ["dlogp_corrupted"], ["says_clean"], ["ie"]],
+    [["logit_diff"], ["kl"], ["entropy"], ["flip", "dp_clean"], ["dlogp_corrupted"], ["says_clean"], ["ie"]],
     ids=str,
 )
 def test_metrics_that_are_asked_for_alone_are_what_they_are_among_all(asked):

@@ -112,6 +112,7 @@ def test_metrics_by_hand():
         "dp_corrupted": -0.3,
         "prob_diff": 0.75,
         "kl": 0.5 * np.log(0.5 / 0.2) + 0.25 * np.log(0.25 / 0.7) + 0.25 * np.log(0.25 / 0.1),
+        "entropy": 0.2 * np.log(5) - 0.7 * np.log(0.7) + 0.1 * np.log(10) - 1.5 * np.log(2),
         "flip": 1.0,
         "says_clean": 1.0,
         "says_corrupted": 0.0,

@@ -106,6 +106,9 @@ def test_effects_stay_within_the_bounds_of_their_precision(precision, model, sit
         assert ranks >= (of_one if metric in ONE_ANSWER else of_two), f"{metric}: {ranks:.5f}"
         if precision == "fp32":
             assert np.array_equal(got == 0, right == 0), metric
+    # The entropy hardly moves where one certain answer gives way to another: its error is that of the logits.
+    got, right = both(model, precision, site, "entropy")
+    assert np.linalg.norm(got - right) <= others * np.linalg.norm(both(model, precision, site, "kl")[1])
 
 
 @pytest.mark.parametrize("model", MODELS)

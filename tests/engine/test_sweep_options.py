@@ -93,6 +93,7 @@ def test_positions_that_only_some_pairs_have(model, prompts):
         "ie",
         "logit_diff,recovered",
         ["kl"],
+        ["entropy"],
         ["flip", "dp_clean"],
         "dlogp_corrupted",
         "says_clean",

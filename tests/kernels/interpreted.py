@@ -323,7 +323,7 @@ def test_narrow(width):
 # ---------------------------------------------------------------------------------------- read-out, columns
 
 SAID = ("flip", "says_clean", "says_corrupted")  # 1 or 0
-MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", *SAID)
+MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "entropy", *SAID)
 
 
 def base_of(n_pairs, draw, weight, sure=0.0):
@@ -347,7 +347,7 @@ def test_readout(scale, pieces, monkeypatch):
         chosen = PRECISIONS[precision]
         unembedding = Unembedding(weight, narrow_weight(weight, chosen))
         arguments = [ReadRows(dn, packing.segments, packing.first_pairs), unembedding, base]
-        measured = MEASURED if precision == "fp32" else MEASURED[:4]
+        measured = MEASURED if precision == "fp32" else MEASURED[:5]
         got = assert_same("readout", arguments, tolerance, measured=measured)
         assert all(values[1] == 0 for name, values in got.items() if not name.startswith("says_"))
         few = TRITON.readout(*arguments, measured=("logit_diff",))
@@ -370,6 +370,19 @@ def test_the_likely_token_taken_away_beside_a_row_that_hardly_moves():
             assert error(got[name][row], want[name][row]) < 2e-5, name
     assert got["flip"].tolist() == [1, 0, 1]
     assert got["says_clean"].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0, 10.0])
+def test_entropy_of_changes_of_every_size(spread):
+    """Where all tokens are alike it is of second order; where one is all but certain there is hardly any."""
+    packing, sizes = pack([(3, 1)], [(0, 0, 1, 1, 8)]), 10.0 ** torch.arange(-6.0, 2.0)
+    draw = drawer(12, torch.float32)
+    weight, logits = draw(67, 11), draw(1, 67, scale=spread)
+    p = logits.double().softmax(-1)
+    base = BaseReadout(logits, p, p.float() @ weight, torch.tensor([[5, 6]]))
+    unembedding = Unembedding(weight, narrow_weight(weight, PRECISIONS["fp32"]))
+    arguments = [ReadRows(draw(8, 11) * sizes[:, None], packing.segments, [0]), unembedding, base]
+    assert_same("readout", arguments, 2e-5, worst_row, measured=("entropy",))
 
 
 @pytest.mark.parametrize("pieces", [1, 3])

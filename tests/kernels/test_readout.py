@@ -11,7 +11,7 @@ from deltapatch.kernels.product import PRECISIONS, narrow_weight
 from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding, readout
 
 SAID = ("flip", "says_clean", "says_corrupted")  # 1 or 0
-MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", *SAID)
+MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "entropy", *SAID)
 VOCAB, WIDTH = 67, 11
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
 HUGE = {"fp32": 1e-3, "fp64": 1e-10}  # a log-probability near 0 of logits in the thousands has lost digits
@@ -46,6 +46,13 @@ def expm1_minus_x(x):
     return np.where(np.abs(x) < 1, series, np.expm1(x) - x)
 
 
+def entropy_change(logp, centred):
+    """-Σ p expm1(c) log p - Σ p e^c c, each sum without its first-order terms that cancel."""
+    p = np.exp(logp)
+    c = centred - np.log1p(p @ expm1_minus_x(centred))
+    return -(p * np.expm1(c)) @ (logp - p @ logp) - p @ (c * np.expm1(c) - expm1_minus_x(c))
+
+
 def by_definition(packing, dn, weight, base):
     out = {name: np.empty(packing.n_rows, dtype=wide) for name in MEASURED}
     logits, w, answers = exact(base.logits), exact(weight), base.answers.numpy()
@@ -59,8 +66,11 @@ def by_definition(packing, dn, weight, base):
         centred = change - p @ change
         if np.abs(centred).max() < 10:
             out["kl"][t.row] = np.log1p(p @ expm1_minus_x(centred))
+            out["entropy"][t.row] = entropy_change(log_softmax(before), centred)
         else:
             out["kl"][t.row] = -p @ moved
+            after = log_softmax(before + change)
+            out["entropy"][t.row] = p @ log_softmax(before) - np.exp(after) @ after
         likeliest = (before + change).argmax()
         out["flip"][t.row] = likeliest != before.argmax()
         out["says_clean"][t.row], out["says_corrupted"][t.row] = likeliest == clean, likeliest == corrupted
@@ -115,6 +125,23 @@ def test_the_likely_token_taken_away_beside_a_row_that_hardly_moves(precision):
 
 
 @pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("spread", [0.0, 2.0, 10.0])
+def test_entropy_of_changes_of_every_size(spread, precision):
+    """Where all tokens are alike it is of second order; where one is all but certain there is hardly any."""
+    packing, sizes = pack([(3, 1)], [(0, 0, 1, 1, 8)]), 10.0 ** torch.arange(-6.0, 2.0)
+    draw = drawer(6, DTYPES[precision])
+    weight = draw(VOCAB, WIDTH)
+    base = base_of(1, draw, weight, spread)
+    dn = draw(8, WIDTH) * sizes.to(weight.dtype)[:, None]
+    want = by_definition(packing, dn, weight, base)["entropy"]
+    found = read(dn, weight, base, packing, ("entropy",))["entropy"]
+    for row in range(8):
+        # float64 sums terms of first order to what may be of second order
+        bound = max(TOLERANCE[precision], 1e-15 / float(sizes[row]) if spread == 0 else 0)
+        assert distance(found[row], want[row]) < bound, row
+
+
+@pytest.mark.parametrize("precision", DTYPES)
 def test_pieces_of_vocabulary(precision, monkeypatch):
     packing = pack([(2, 2)], [(0, 0, 2, 1, 7)])
     draw = drawer(1, DTYPES[precision])
@@ -150,7 +177,16 @@ def test_pieces_cover_the_vocabulary():
 
 @pytest.mark.parametrize(
     "asked",
-    [("logit_diff",), ("dlogp_clean",), ("dlogp_clean", "flip"), ("kl",), ("flip",), SAID[1:], MEASURED],
+    [
+        ("logit_diff",),
+        ("dlogp_clean",),
+        ("dlogp_clean", "flip"),
+        ("kl",),
+        ("entropy",),
+        ("flip",),
+        SAID[1:],
+        MEASURED,
+    ],
     ids=str,
 )
 def test_what_is_asked_for_alone_is_what_it_is_among_all(asked):
