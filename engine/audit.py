@@ -219,6 +219,7 @@ class Audit:
         return Sampled(measured, reference)
 
     def _worst(self, got: Mapping[str, np.ndarray], truth: Sampled) -> float:
-        """The largest error of all metrics."""
+        """The largest error of all metrics that judge."""
         errors = relative_errors(got, truth.measured, truth.reference, self.question.options.direction)
-        return max((e for name, e in errors.items() if not METRICS[name].yes_or_no), default=0.0)
+        judges = {name for name, metric in METRICS.items() if metric.judges and not metric.yes_or_no}
+        return max((e for name, e in errors.items() if name in judges), default=0.0)

@@ -17,7 +17,7 @@ from deltapatch.kernels.norm import Norms, Part, norm_difference
 from deltapatch.kernels.product import Precision, Scaled, narrow, product
 from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
 from deltapatch.models import forward
-from deltapatch.models.spec import ModelSpec, Scores
+from deltapatch.models.spec import ModelSpec, RopeSpec, Scores
 from deltapatch.models.weights import LayerWeights
 
 Edits = Mapping[str, Sequence[Edit]]  # place -> the patches there
@@ -46,6 +46,7 @@ class Layer:
 
     Attributes:
         spec, ops: the model and the operations.
+        rope: the layer's rotary embedding.
         scores: how scores become probabilities.
         precision: of the products of differences.
         weights: the matrices of these products, in that precision.
@@ -58,6 +59,7 @@ class Layer:
 
     spec: ModelSpec
     ops: Backend
+    rope: RopeSpec
     scores: Scores
     precision: Precision
     weights: ProductWeights
@@ -152,9 +154,10 @@ class BlockStep:
         for place, d in (("q", q), ("k", k), ("v", v)):
             self._note(place, d)
         places = ["q", "k", "v", "pattern", "z"]
-        if spec.qk_norm != "none":
-            q = self._normed_heads("q", q, scale, base.q, layer.norms.q_norm)
-            k = self._normed_heads("k", k, scale, base.k, layer.norms.k_norm)
+        if spec.qk_norm != "none" or layer.rope.attention_factor != 1:
+            # What happens to them before they turn. The operation does all else, their edits too.
+            q = self._before_rotary("q", q, scale, base.q, layer.norms.q_norm)
+            k = self._before_rotary("k", k, scale, base.k, layer.norms.k_norm)
             v = v if scale is None else v * scale.view(-1, 1, 1)
             places, scale = places[2:], None
         z = layer.ops.attention_difference(
@@ -169,19 +172,20 @@ class BlockStep:
         self._note("z", z.values.unflatten(-1, (spec.n_heads, spec.d_head)))
         return z
 
-    def _normed_heads(
-        self, place: str, d: Tensor, scale: Tensor | None, base: Tensor, weight: Tensor | None
+    def _before_rotary(
+        self, place: str, d: Tensor, scale: Tensor | None, base: Tensor | None, weight: Tensor | None
     ) -> Tensor:
-        """Difference of queries or keys behind their norm, from that of the projection, edits included.
+        """Difference of queries or keys behind norm and attention factor, from that of the projection.
+
+        Edits are carried out.
 
         Args:
             place: "q" or "k".
             d: [token, head, d_head]; one line may stand for all tokens, where nothing has changed yet.
             scale: [token], times which it is the difference; None: all ones.
-            base: [base token, head, d_head], before the norm.
-            weight: [d_head], or of all heads.
+            base: [base token, head, d_head], before the norm; None where there is none.
+            weight: [d_head], or of all heads; None where there is no norm.
         """
-        assert weight is not None
         edits = self.swaps.get(place, [])
         if scale is not None:
             d = d * scale.view(-1, 1, 1)
@@ -190,13 +194,17 @@ class BlockStep:
         elif not d.stride(0):
             return d
         apply_edits(d, edits)
-        spec = self.layer.spec
-        if spec.qk_norm == "width":
-            d, base = d.flatten(1), base.flatten(1)
-        (normed,) = norm_difference(
-            d.contiguous(), Norms(base, [weight], spec.norm_eps, False), self.segments
-        )
-        return normed.view(len(normed), -1, spec.d_head)
+        spec, rope = self.layer.spec, self.layer.rope
+        if weight is not None and base is not None:
+            if spec.qk_norm == "width":
+                d, base = d.flatten(1), base.flatten(1)
+            norms = Norms(base, [weight], spec.norm_eps, False)
+            d = norm_difference(d.contiguous(), norms, self.segments)[0].view(len(d), -1, spec.d_head)
+        elif scale is None and not edits:
+            d = d.clone(memory_format=torch.contiguous_format)
+        if rope.attention_factor != 1:
+            d[..., : rope.dim] *= rope.attention_factor
+        return d
 
     def _spoken(self, place: str, d: Scaled | None) -> Scaled | None:
         """Difference of what attention or MLP add, [token, d_model], from that of their last product."""

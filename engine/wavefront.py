@@ -167,6 +167,7 @@ class Wavefront:
         down = exact.down.weight if "mlp_post" in places else None
         here = Layer(
             spec=self.spec,
+            rope=self.spec.rope_of(l),
             scores=self.spec.scores(l),
             ops=self.ops,
             precision=self.exact,

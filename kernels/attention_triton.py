@@ -40,15 +40,14 @@ def attention_difference_triton(
 
     Where the result needs a scale, it is written in float32 and narrowed afterwards. The kernel holds no
     query's probabilities whole: where they are patched, which is one layer of a row, or asked for, the
-    reference takes its place; so it does for capped scores and prompts longer than a window.
+    reference takes its place.
     """
-    windowed = base.window is not None and any(s.length > base.window for s in segments)
-    if pattern is not None or swaps.get("pattern") or base.softcap is not None or windowed:
+    if pattern is not None or swaps.get("pattern"):
         return attention_difference(
             changes, base, segments, swaps, precision, reads_only=reads_only, pattern=pattern
         )
     dq, dk, dv, scale_of_rows = changes
-    q, k, v, rotary, logit_scale = base[:5]
+    q, k, v, rotary = base[:4]
     n_heads, d_head = dq.shape[1:]
     n_kv = dk.shape[1]
     n_out = sum(s.n_tokens for s in (read_segments(segments) if reads_only else segments))
@@ -93,12 +92,16 @@ def attention_difference_triton(
                 p_sin=rotary.sin.contiguous(),
                 p_tiles=tiles,
                 **strides,
-                logit_scale=logit_scale,
+                logit_scale=base.logit_scale,
+                softcap=base.softcap or 0.0,
+                window=base.window or 0,
                 BY_ROWS=by_rows,
                 HAS_EARLIER=earlier,
                 HAS_FORK=forks,
                 HAS_SCALE=scale_of_rows is not None,
                 HAS_QKV=has_qkv,
+                HAS_WINDOW=base.window is not None and base.window < longest,
+                HAS_CAP=base.softcap is not None,
                 HAS_Z=has_z,
                 N_HEADS=n_heads,
                 N_KV=n_kv,
@@ -200,11 +203,15 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     s_v_token,
     s_v_head,
     logit_scale,
+    softcap,
+    window,
     BY_ROWS: tl.constexpr,
     HAS_EARLIER: tl.constexpr,
     HAS_FORK: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_QKV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     HAS_Z: tl.constexpr,
     N_HEADS: tl.constexpr,
     N_KV: tl.constexpr,
@@ -252,13 +259,14 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     base_q = (p_q + base * s_q_token + i_head * s_q_head, s_q_token)
     base_k = (p_k + base * s_k_token + i_kv * s_k_head, s_k_token)
     angles = (p_cos + base * PAIRS, p_sin + base * PAIRS)
+    scores = (logit_scale, softcap, window)
     p_v += base * s_v_token + i_kv * s_v_head
     to += o_row
 
     if WHOLE:
         logit, change = _scores(
-            tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, 0,
-            BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_QKV,
+            tile, branches, rows_q, rows_k, base_q, base_k, angles, scores, 0,
+            BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_QKV, HAS_WINDOW, HAS_CAP,
             N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
         )  # fmt: skip
         p, w = _weights(logit, change, HUGE)
@@ -291,6 +299,9 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             )
             _store(p_out, p_from_z, p_new_z, acc, to, m_q, i_head, o_c, HAS_Z, N_HEADS, D_HEAD)
     else:
+        begin = 0
+        if HAS_WINDOW and not HAS_FORK:  # keys that no query of the tile sees are left out
+            begin = tl.maximum(position - window + 1, 0) // BLOCK_K * BLOCK_K
         # Base and patched softmax, and the mean of the logit changes under the base's.
         high = tl.full([BLOCK_Q], -1e30, tl.float32)  # of the changes
         top = tl.full([1 if BY_ROWS else BLOCK_Q], -1e30, tl.float32)
@@ -298,10 +309,10 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         mean = tl.zeros([BLOCK_Q], tl.float32)
         new_top = tl.full([BLOCK_Q], -1e30, tl.float32)
         new_total = tl.zeros([BLOCK_Q], tl.float32)
-        for k0 in tl.range(0, end, BLOCK_K, disable_licm=True):
+        for k0 in tl.range(begin, end, BLOCK_K, disable_licm=True):
             logit, change = _scores(
-                tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
-                BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_QKV,
+                tile, branches, rows_q, rows_k, base_q, base_k, angles, scores, k0,
+                BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_QKV, HAS_WINDOW, HAS_CAP,
                 N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
             )  # fmt: skip
             high = tl.maximum(high, tl.max(tl.where(logit > -1e30, change, -1e30), 1))
@@ -315,6 +326,9 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             higher = tl.maximum(new_top, tl.max(new, 1))
             new_total = new_total * tl.exp(new_top - higher) + tl.sum(tl.exp(new - higher[:, None]), 1)
             new_top = higher
+        if HAS_WINDOW:  # queries that are none, at the tile's end, may see nothing
+            total = tl.maximum(total, 1e-30)
+            new_total = tl.maximum(new_total, 1e-30)
         mean = mean / total
         log_total = top + tl.log(total)
         new_log_total = new_top + tl.log(new_total)
@@ -325,10 +339,10 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         a = tl.zeros([BLOCK_Q], tl.float32)
         acc = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
         z = tl.zeros([1 if BY_ROWS else BLOCK_Q, BLOCK_C], tl.float32)
-        for k0 in tl.range(0, end, BLOCK_K, disable_licm=True):
+        for k0 in tl.range(begin, end, BLOCK_K, disable_licm=True):
             logit, change = _scores(
-                tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
-                BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_QKV,
+                tile, branches, rows_q, rows_k, base_q, base_k, angles, scores, k0,
+                BY_ROWS, HAS_EARLIER, HAS_FORK, HAS_SCALE, HAS_QKV, HAS_WINDOW, HAS_CAP,
                 N_HEADS, N_KV, D_HEAD, PAIRS, INTERLEAVED, BLOCK_Q, BLOCK_K, BLOCK_S,
             )  # fmt: skip
             p = tl.exp(logit - log_total[:, None])
@@ -370,9 +384,9 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _scores(  # type: ignore[no-untyped-def]
-    tile, branches, rows_q, rows_k, base_q, base_k, angles, logit_scale, k0,
+    tile, branches, rows_q, rows_k, base_q, base_k, angles, scores, k0,
     BY_ROWS: tl.constexpr, HAS_EARLIER: tl.constexpr, HAS_FORK: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_QKV: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_QKV: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     N_HEADS: tl.constexpr, N_KV: tl.constexpr, D_HEAD: tl.constexpr,
     PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -449,7 +463,33 @@ def _scores(  # type: ignore[no-untyped-def]
     if HAS_FORK:  # the second branch sees nothing of the first
         first, second = branches
         seen &= ((o_k < first) | (o_k >= second))[None, :] | (o_at < second)[:, None]
-    return tl.where(seen, logit * logit_scale, -2e30), tl.where(seen, change * logit_scale, 0.0)
+    logit_scale, softcap, window = scores
+    if HAS_WINDOW:  # of positions: those of the second branch begin where those of the first do
+        passed = o_at[:, None] - o_k[None, :]
+        if HAS_FORK:
+            first, second = branches
+            back = second - first
+            passed += tl.where(o_k >= second, back, 0)[None, :] - tl.where(o_at >= second, back, 0)[:, None]
+        seen &= passed < window
+    logit *= logit_scale
+    change *= logit_scale
+    if HAS_CAP:
+        change = _cap_difference(logit, change, softcap)
+        logit = _cap_difference(tl.zeros_like(logit), logit, softcap)
+    return tl.where(seen, logit, -2e30), tl.where(seen, change, 0.0)
+
+
+@jit
+def _cap_difference(x, d, cap):  # type: ignore[no-untyped-def]
+    """cap * tanh((x + d) / cap) - cap * tanh(x / cap); see softcap.py."""
+    a = x / cap
+    b = d / cap
+    after = tl.abs(a + b)
+    a = tl.abs(a)
+    size = tl.abs(b)
+    grown = -2.0 * cap * expm1(-2.0 * size) * tl.exp(size - a - after)
+    grown = grown / (1.0 + tl.exp(-2.0 * a)) / (1.0 + tl.exp(-2.0 * after))
+    return tl.where(b < 0, -grown, grown)
 
 
 @jit

@@ -78,15 +78,14 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions 0 .. n_positions - 1, each [n_positions, rope.dim // 2].
 
-    They are computed in float64 and then rounded; an attention factor is multiplied in. `n_positions` is the
-    length of the prompt: dynamic scaling and longrope have other frequencies for prompts beyond the original
-    context, so there the tables of a longer prompt do not begin with those of a shorter one (see
+    They are computed in float64 and then rounded, without the attention factor (see `rotate`). `n_positions`
+    is the length of the prompt: dynamic scaling and longrope have other frequencies for prompts beyond the
+    original context, so there the tables of a longer prompt do not begin with those of a shorter one (see
     `rope_depends_on_length`).
     """
     position = torch.arange(n_positions, dtype=torch.float64)
     angle = position[:, None] * _frequencies(rope, n_positions)  # [n_positions, dim/2]
-    tables = (angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor)
-    return tables[0].to(device=device, dtype=dtype), tables[1].to(device=device, dtype=dtype)
+    return angle.cos().to(device=device, dtype=dtype), angle.sin().to(device=device, dtype=dtype)
 
 
 def rope_depends_on_length(rope: RopeSpec, n_positions: int) -> bool:
@@ -140,7 +139,7 @@ def _yarn(rope: RopeSpec, frequency: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeSpec) -> Tensor:
-    """Turn queries or keys by their position: linear in x, so it serves differences as well.
+    """Turn queries or keys by their position, times the attention factor: linear in x.
 
     Args:
         x: [..., position, head, d_head].
@@ -155,6 +154,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeSpec) -> Tensor:
     a, b = x[..., first], x[..., second]
     turned[..., first] = a * cos - b * sin
     turned[..., second] = b * cos + a * sin
+    if rope.attention_factor != 1:
+        turned[..., : rope.dim] *= rope.attention_factor
     turned[..., rope.dim :] = x[..., rope.dim :]
     return turned
 

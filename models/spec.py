@@ -29,7 +29,7 @@ class RopeSpec:
             takes its betas for the two factors.
         truncate: yarn's ramp begins and ends at whole coordinates.
         short_factors, long_factors: [dim / 2], longrope's, up to the original context and beyond it.
-        attention_factor: what cosines and sines are multiplied by.
+        attention_factor: what coordinates that turn are multiplied by.
     """
 
     dim: int

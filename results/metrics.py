@@ -98,6 +98,7 @@ class Metric:
             means. None where it is no such ratio.
         skewed: a few pairs can make most of its mean, so tables show its median too.
         yes_or_no: it is 1 or 0.
+        judges: its error has a say when a precision is chosen.
     """
 
     needs: tuple[str, ...]
@@ -112,6 +113,7 @@ class Metric:
     over: Callable[[Reference, Direction], np.ndarray] | None = None
     skewed: bool = False
     yes_or_no: bool = False
+    judges: bool = True
 
     @property
     def label(self) -> str:
@@ -253,6 +255,7 @@ METRICS: dict[str, Metric] = {
         "either",
         "either",
         hint="+ less sure",
+        judges=False,  # where one certain answer gives way to another it is next to nothing beside what moved
     ),
     "flip": Metric(
         *_as_measured("flip"),

@@ -20,6 +20,8 @@ def draw_attention(
     scaled=False,
     swapped="",
     reads_only=False,
+    softcap=None,
+    window=None,
 ):
     """Arguments of the attention difference, all but the precision.
 
@@ -43,12 +45,13 @@ def draw_attention(
         source = here(torch.from_numpy(rng.integers(0, 7, len(chosen))))
         delta = draw(7, n[place], d_head, scale=max(scales))
         out["swaps"][place] = [Swap(chosen // n[place], source, chosen % n[place], delta)]
-    return out | {"logit_scale": d_head**-0.5, "segments": packing.segments, "reads_only": reads_only}
+    scores = {"logit_scale": d_head**-0.5, "softcap": softcap, "window": window}
+    return out | scores | {"segments": packing.segments, "reads_only": reads_only}
 
 
 def as_arguments(inputs):
     """The same as an operation takes them."""
     given = dict(inputs)
     changes = QKV(*(given.pop(name) for name in ("dq", "dk", "dv", "scale_of_rows")))
-    base = AttentionBase(*(given.pop(name) for name in ("q", "k", "v", "rotary", "logit_scale")))
+    base = AttentionBase(*(given.pop(name) for name in AttentionBase._fields))
     return given | {"changes": changes, "base": base}

@@ -17,12 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_packing import drawer, generator_of, here, pack, random_swaps, seeds
 from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTJConfig,
     GPTJForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Qwen3Config,
 )
 
 import deltapatch
@@ -438,14 +444,44 @@ def _llama():
     return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=6, num_key_value_heads=1))
 
 
+def _gpt2():
+    sizes = {"vocab_size": 31, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 6, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))
+
+
+def _later(config, **options):
+    """A model of a later family."""
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    sizes = SIZES | {"intermediate_size": 6, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    return AutoModelForCausalLM.from_config(config(**sizes, **tokens, **options))
+
+
+def _qwen3():
+    yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8}
+    return _later(Qwen3Config, head_dim=6, rope_parameters=yarn)
+
+
+def _gemma2():
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    return _later(Gemma2Config, head_dim=6, sliding_window=2, query_pre_attn_scalar=9, **caps)
+
+
+def _olmo2():
+    return _later(Olmo2Config)
+
+
 MODELS = pytest.mark.parametrize(
     ("make", "sites"),
     [
         (_neox, ("resid_pre", "mlp_post", "q", "v")),
         (_gptj, ("mlp_out", "k", "z", "mlp_out.dim", "mlp_post")),
         (_llama, ("resid_mid", "attn_out", "mlp_post", "pattern", "z")),
+        (_gpt2, ("resid_pre", "q", "mlp_out")),
+        (_qwen3, ("k", "attn_out", "q")),
+        (_gemma2, ("z", "attn_out", "v", "mlp_post")),
+        (_olmo2, ("mlp_post", "resid_mid", "k")),
     ],
-    ids=["gpt_neox", "gptj", "llama"],
+    ids=["gpt_neox", "gptj", "llama", "gpt2", "qwen3", "gemma2", "olmo2"],
 )
 ANSWERS = [([5, 1, 2], [5, 7]), (3, 4), ([8, 9], [10, 11, 12])]
 

@@ -73,6 +73,17 @@ def test_attention(packing, scale, reads_only):
     assert compare(inputs)[2] < (1e-3 if scale == 1e3 else 1e-5)
 
 
+@pytest.mark.parametrize("cap", [None, 2.0, 50.0], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 3, 40], ids=str)
+@pytest.mark.parametrize(
+    "packing", [FEW, LONG, FORKS, LONG_FORKS], ids=["few", "long", "forks", "long forks"]
+)
+def test_windows_and_soft_caps(packing, window, cap):
+    options = {"heads": (2, 1), "d_head": 12, "swapped": "kz", "window": window, "softcap": cap}
+    inputs = draw_attention(packing, 21, scales=(0.3,) * 3, reads_only=packing is FEW, **options)
+    assert compare(inputs)[2] < 1e-5
+
+
 @pytest.mark.parametrize("reads_only", [False, True], ids=["all", "read"])
 @pytest.mark.parametrize("packing", [FORKS, LONG_FORKS, MANY_FORKED_ROWS], ids=["short", "long", "many rows"])
 @pytest.mark.parametrize("swapped", ["", "kz"])

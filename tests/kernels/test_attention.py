@@ -28,14 +28,20 @@ def difference(inputs, precision):
     return out.unflatten(1, inputs["q"].shape[1:])
 
 
-def attend(q, k, v, scale, fork):
+def attend(q, k, v, inputs, fork):
     """z [position, head, d_head] of one run; heads share keys and values in order."""
     group = q.shape[1] // k.shape[1]
+    scale, cap, window = (inputs[name] for name in ("logit_scale", "softcap", "window"))
+    place = [
+        t if fork is None or t < fork[1] else t - fork[1] + fork[0] for t in range(len(q))
+    ]  # in its prompt
     z = np.empty_like(q)
     for t in range(len(q)):
         seen = [i for i in range(t + 1) if fork is None or t < fork[1] or not fork[0] <= i < fork[1]]
+        seen = [i for i in seen if window is None or place[t] - place[i] < window]
         for h in range(q.shape[1]):
             logits = k[seen, h // group] @ q[t, h] * wide(scale)
+            logits = logits if cap is None else wide(cap) * np.tanh(logits / wide(cap))
             p = np.exp(logits - logits.max())
             z[t, h] = p @ v[seen, h // group] / p.sum()
     return z
@@ -76,9 +82,7 @@ def by_definition(packing, inputs):
         for t in row:
             for a, d in zip(after, changes.values(), strict=True):
                 a[t.position] += d[t.at]
-        change = np.subtract(
-            *(attend(*values, inputs["logit_scale"], fork_of[row[0].row]) for values in (after, before))
-        )
+        change = np.subtract(*(attend(*values, inputs, fork_of[row[0].row]) for values in (after, before)))
         for t in row:
             if not reads_only:
                 out[t.at] = change[t.position]
@@ -94,8 +98,15 @@ def by_definition(packing, inputs):
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 1.0, 1e3])
 def test_attention_difference(scale, precision, heads, reads_only):
     @settings(max_examples=5, deadline=None)
-    @given(packings(), seeds, st.sampled_from([0, 2, 4]), st.booleans(), st.sets(st.sampled_from("qkvz")))
-    def check(packing, seed, turned, interleaved, swapped):
+    @given(
+        packings(),
+        seeds,
+        st.sampled_from([0, 2, 4]),
+        st.booleans(),
+        st.sets(st.sampled_from("qkvz")),
+        st.sampled_from([None, 1, 2, 4]),
+    )
+    def check(packing, seed, turned, interleaved, swapped, window):
         inputs = draw_attention(
             packing,
             seed,
@@ -107,9 +118,26 @@ def test_attention_difference(scale, precision, heads, reads_only):
             scaled=bool(seed % 2),
             swapped=sorted(swapped),
             reads_only=reads_only,
+            window=window,
         )
         got = difference(inputs, precision)
         assert distance(got, by_definition(packing, inputs)) < TOLERANCE[precision][scale]
+
+    check()
+
+
+@READS_ONLY
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("cap", [0.5, 3.0, 50.0])
+@pytest.mark.parametrize("scale", [1e-6, 1e-2, 1.0])
+def test_soft_caps(scale, cap, precision, reads_only):
+    @settings(max_examples=5, deadline=None)
+    @given(packings(), seeds, st.sets(st.sampled_from("qkvz")), st.sampled_from([None, 2]))
+    def check(packing, seed, swapped, window):
+        options = {"swapped": sorted(swapped), "reads_only": reads_only, "softcap": cap, "window": window}
+        inputs = draw_attention(packing, seed, DTYPES[precision], (scale,) * 3, **options)
+        got = difference(inputs, precision)
+        assert distance(got, by_definition(packing, inputs)) < 3 * TOLERANCE[precision][scale]
 
     check()
 
