@@ -30,6 +30,7 @@ from torch import Tensor
 
 from deltapatch.bench.isolate import default_cache, python_with
 from deltapatch.bench.results import check_free
+from deltapatch.bench.true_shapes import COMPILED, CONFIGS, spec_of
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels import readout_triton
 from deltapatch.kernels.activation import Neurons
@@ -41,6 +42,7 @@ from deltapatch.kernels.product import PRECISIONS, Operand, Precision, Scaled, n
 from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding
 from deltapatch.kernels.segments import Segment, read_segments
 from deltapatch.models import forward
+from deltapatch.models.spec import ModelSpec
 from deltapatch.results.folder import environment
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
@@ -59,31 +61,6 @@ SHOWN = {  # compile-time arguments that tell launches of one kernel apart
     "BLOCK_P": "patches",
 }
 WITH_PRODUCTS = ("_attention_kernel",)
-
-
-class Widths(NamedTuple):
-    """What kernels see of a model."""
-
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_mlp: int
-    d_vocab: int
-    centred: bool
-    activation: str
-    gated: bool
-    fused_qkv: bool
-    rope_dim: int
-    interleaved: bool
-
-
-MODELS = {
-    "gptj-6b": Widths(4096, 16, 16, 256, 16384, 50400, True, "gelu_tanh", False, False, 64, True),
-    "pythia-2.8b": Widths(2560, 32, 32, 80, 10240, 50304, True, "gelu", False, True, 20, False),
-    "llama-7b": Widths(4096, 32, 32, 128, 11008, 32000, False, "silu", True, False, 128, False),
-    "llama-3-8b": Widths(4096, 32, 8, 128, 14336, 128256, False, "silu", True, False, 128, False),
-}
 
 
 class Compiled(NamedTuple):
@@ -132,9 +109,9 @@ def _compile(model: str, arch: int, precisions: tuple[str, ...], tokens: tuple[i
     for precision in precisions:
         for n in tokens:
             with compiling_for(arch) as launches:
-                _launch_attention_of(MODELS[model], PRECISIONS[precision], n)
+                _launch_attention_of(spec_of(COMPILED[model]), PRECISIONS[precision], n)
                 if n == tokens[0]:  # all else is the same for prompts of any length
-                    _launch_the_rest(MODELS[model], PRECISIONS[precision], n)
+                    _launch_the_rest(spec_of(COMPILED[model]), PRECISIONS[precision], n)
             for kernel, variant, binary in launches:
                 seen.setdefault(binary.hash, (precision, n, kernel, variant, binary))
     return [_inspect(model, arch, *launch) for launch in seen.values()]
@@ -205,22 +182,23 @@ def _launching(arch: int, launch: Any) -> Iterator[None]:
 _PAIRS = 2
 
 
-def _launch_attention_of(w: Widths, precision: Precision, length: int) -> None:
+def _launch_attention_of(w: ModelSpec, precision: Precision, length: int) -> None:
     """Attention once for each way in which the engine calls it on prompts of this length."""
     rows = 40  # enough that, of whole prompts, the last layer takes several rows at a time
-    for positions in (1, 5, length):
-        segments = [Segment(0, _PAIRS, positions, rows, 0, length)]
-        for swapped in (False, True):
+    for window in (None, length // 2) if w.windows else (None,):
+        for positions in (1, 5, length):
+            segments = [Segment(0, _PAIRS, positions, rows, 0, length)]
+            for swapped in (False, True):
+                for reads_only in (False, True):
+                    _launch_attention(w, precision, segments, swapped, reads_only, window)
+        # Answers of several tokens: runs that fork near their end.
+        for positions in (5, length):
+            forked = [Segment(0, _PAIRS, positions, rows, 0, length, 5, (length - 4, length - 2))]
             for reads_only in (False, True):
-                _launch_attention(w, precision, segments, swapped, reads_only)
-    # Answers of several tokens: runs that fork near their end.
-    for positions in (5, length):
-        forked = [Segment(0, _PAIRS, positions, rows, 0, length, 5, (length - 4, length - 2))]
-        for reads_only in (False, True):
-            _launch_attention(w, precision, forked, True, reads_only)
+                _launch_attention(w, precision, forked, True, reads_only, window)
 
 
-def _launch_the_rest(w: Widths, precision: Precision, length: int) -> None:
+def _launch_the_rest(w: ModelSpec, precision: Precision, length: int) -> None:
     """Each other operation of the backend once for each way in which the engine calls it."""
     rows = 16
     one = [Segment(0, _PAIRS, 1, rows, 0, length)]
@@ -247,15 +225,15 @@ def _swaps(swapped: bool, single: bool, *shape: int) -> list[Swap]:
     return [Swap(at, at, at % shape[0] if single else None, torch.empty(8, *shape))] if swapped else []
 
 
-def _launch_norms(w: Widths, precision: Precision, segments: list[Segment], swapped: bool) -> None:
+def _launch_norms(w: ModelSpec, precision: Precision, segments: list[Segment], swapped: bool) -> None:
     dx, d = (
         Scaled(_difference(precision, segments, w.d_model).values),
         _difference(precision, segments, w.d_model),
     )
     whole, weight = _swaps(swapped, False, w.d_model), torch.empty(w.d_model)
     x, out, to = _base(segments, w.d_model), torch.empty_like(dx.values), torch.arange(len(dx.values))
-    shared = (Norms(x, [weight], 1e-5, w.centred), segments, precision)
-    two = (Norms(x, [weight, weight], 1e-5, w.centred), segments, precision)
+    shared = (Norms(x, [weight], 1e-5, w.norm == "layer"), segments, precision)
+    two = (Norms(x, [weight, weight], 1e-5, w.norm == "layer"), segments, precision)
     none = (None, segments, precision)
     TRITON.add_norm([Part(dx, [])], whole, *shared)
     TRITON.add_norm([Part(dx, []), Part(d, whole)], whole, *shared, out=out)
@@ -265,7 +243,7 @@ def _launch_norms(w: Widths, precision: Precision, segments: list[Segment], swap
         TRITON.add_norm([Part(None, whole)], [], *none, out=out, to=to)
 
 
-def _launch_activations(w: Widths, precision: Precision, segments: list[Segment], swapped: bool) -> None:
+def _launch_activations(w: ModelSpec, precision: Precision, segments: list[Segment], swapped: bool) -> None:
     up, other = (
         Neurons(_difference(precision, segments, w.d_mlp), _base(segments, w.d_mlp)) for _ in range(2)
     )
@@ -274,7 +252,12 @@ def _launch_activations(w: Widths, precision: Precision, segments: list[Segment]
 
 
 def _launch_attention(
-    w: Widths, precision: Precision, segments: list[Segment], swapped: bool, reads_only: bool
+    w: ModelSpec,
+    precision: Precision,
+    segments: list[Segment],
+    swapped: bool,
+    reads_only: bool,
+    window: int | None,
 ) -> None:
     dq, scale = _difference(precision, segments, w.n_heads, w.d_head)
     dk = _difference(precision, segments, w.n_kv_heads, w.d_head).values
@@ -282,20 +265,22 @@ def _launch_attention(
     if w.fused_qkv:
         dq, dk, dv = _difference(precision, segments, w.n_heads, 3, w.d_head).values.unbind(2)
     q, k = _base(segments, w.n_heads, w.d_head), _base(segments, w.n_kv_heads, w.d_head)
-    rotary = Rotary(_base(segments, w.rope_dim // 2), _base(segments, w.rope_dim // 2), w.interleaved)
+    rotary = Rotary(_base(segments, w.rope.dim // 2), _base(segments, w.rope.dim // 2), w.rope.interleaved)
     heads = {"q": w.n_heads, "k": w.n_kv_heads, "v": w.n_kv_heads, "z": w.n_heads}
     swaps = {place: _swaps(swapped, True, n, w.d_head) for place, n in heads.items()}
-    d, base = QKV(dq, dk, dv, scale), AttentionBase(q, k, k, rotary, 0.1)
+    d, base = QKV(dq, dk, dv, scale), AttentionBase(q, k, k, rotary, 0.1, w.attention_softcap, window)
     TRITON.attention_difference(d, base, segments, swaps, precision, reads_only=reads_only)
 
 
-def _launch_columns(w: Widths, segments: list[Segment]) -> None:
+def _launch_columns(w: ModelSpec, segments: list[Segment]) -> None:
     weight, swaps = torch.empty(w.d_model, w.d_mlp), _swaps(True, True, w.d_mlp)
     for n_tokens in (1, 8):  # many patches a token, and few
         TRITON.gather_columns(swaps, weight, n_tokens)
 
 
-def _launch_readout(w: Widths, precision: Precision, pairs: int, rows: int, segments: list[Segment]) -> None:
+def _launch_readout(
+    w: ModelSpec, precision: Precision, pairs: int, rows: int, segments: list[Segment]
+) -> None:
     base = BaseReadout(
         torch.empty(pairs, w.d_vocab),
         torch.empty(pairs, w.d_vocab, dtype=torch.float64),
@@ -398,7 +383,7 @@ def _by(triton: str, arguments: list[str]) -> list[dict[str, Any]]:
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), help="Default: all.")
+@click.option("--model", "models", multiple=True, type=click.Choice(list(COMPILED)), help="Default: all.")
 @click.option("--arch", "archs", multiple=True, type=click.Choice(["80", "90"]), help="Default: both.")
 @click.option(
     "--precision",
@@ -430,7 +415,7 @@ def main(
                 continue
             compiled = []
             for arch in archs or ("80", "90"):
-                compiled += compile_all(models or tuple(MODELS), int(arch), precisions, tokens or TOKENS)
+                compiled += compile_all(models or tuple(CONFIGS), int(arch), precisions, tokens or TOKENS)
             _print(compiled)
             reports.append({"triton": version("triton"), **environment(), "kernels": compiled})
         if out is not None:

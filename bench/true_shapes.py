@@ -47,6 +47,56 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Further shapes that kernels can be compiled for: heads have 64 to 256 coordinates.
+_LATER = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 8192}
+COMPILED: dict[str, dict[str, Any]] = CONFIGS | {
+    "gpt2": {
+        "model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257,
+    },
+    "gpt2-xl": {
+        "model_type": "gpt2", "n_layer": 48, "n_embd": 1600, "n_head": 25, "vocab_size": 50257,
+    },
+    "qwen2.5-0.5b": _LATER | {
+        "model_type": "qwen2", "num_hidden_layers": 24, "hidden_size": 896, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
+    },
+    "qwen2.5-7b": _LATER | {
+        "model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
+    },
+    "qwen3-8b": _LATER | {
+        "model_type": "qwen3", "num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
+    },
+    "gemma-2-2b": {
+        "model_type": "gemma2", "num_hidden_layers": 26, "hidden_size": 2304, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216, "vocab_size": 256000,
+        "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    },
+    "gemma-2-9b": {
+        "model_type": "gemma2", "num_hidden_layers": 42, "hidden_size": 3584, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 256, "intermediate_size": 14336, "vocab_size": 256000,
+        "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    },
+    "gemma-3-4b": {
+        "model_type": "gemma3_text", "num_hidden_layers": 34, "hidden_size": 2560, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 10240, "vocab_size": 262208,
+        "query_pre_attn_scalar": 256, "sliding_window": 1024,
+    },
+    "mistral-7b": _LATER | {
+        "model_type": "mistral", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000, "sliding_window": 4096,
+    },
+    "olmo-2-7b": _LATER | {
+        "model_type": "olmo2", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+        "intermediate_size": 11008, "vocab_size": 100352,
+    },
+    "phi-3-mini": _LATER | {
+        "model_type": "phi3", "num_hidden_layers": 32, "hidden_size": 3072, "num_attention_heads": 32,
+        "intermediate_size": 8192, "vocab_size": 32064, "sliding_window": 2047,
+    },
+}  # fmt: skip
+
 
 def random_model(config: dict[str, Any], device: str | torch.device, dtype: torch.dtype) -> Model:
     """A model of these shapes.

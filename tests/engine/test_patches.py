@@ -16,7 +16,7 @@ SPECS = {v: deltapatch.from_transformers(build(v)).spec for v in ("neox-parallel
 
 def stage(place, parallel):
     """Which part of the block a patch at a place is seen by first."""
-    if place in ("q", "k", "v", "z"):
+    if place in ("q", "k", "v", "pattern", "z"):
         return ATTENTION
     if not parallel and place in ("attn_out", "resid_mid"):
         return MIDDLE  # the MLP reads it

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from deltapatch.bench import compile_kernels
 from deltapatch.bench.compile_kernels import (
-    MODELS,
+    CONFIGS,
     PRECISIONS_OF,
     SHARED_LIMIT,
     TOKENS,
@@ -58,7 +58,7 @@ def test_kernels_fit_a_gpu():
 def test_kernels_fit_every_gpu():
     """Shortest and longest prompts in one precision; the committed result has the others."""
     table = compiled("--precision", "fp16", "--tokens", "16", "--tokens", "128")
-    assert missing(table, MODELS, [str(arch) for arch in SHARED_LIMIT]) == []
+    assert missing(table, CONFIGS, [str(arch) for arch in SHARED_LIMIT]) == []
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def test_the_committed_result_covers_everything_and_has_no_problem():
         assert report["date"]
         assert [problem for kernel in kernels for problem in kernel.problems()] == []
         seen = {(c.model, c.kernel) for c in kernels}
-        assert {(m, k) for m in MODELS for k in KERNELS} <= seen
+        assert {(m, k) for m in CONFIGS for k in KERNELS} <= seen
         # What compiles to the same is there once, for the first of the precisions that have it.
         attention = [c for c in kernels if c.kernel == "_attention_kernel"]
-        assert {(c.model, c.tokens) for c in attention} == {(m, n) for m in MODELS for n in TOKENS}
+        assert {(c.model, c.tokens) for c in attention} == {(m, n) for m in CONFIGS for n in TOKENS}
         assert {c.precision for c in kernels} >= {"fp32", "bf16", "fp16", "fp8"}
         assert {c.arch for c in kernels} == {90}
     assert set(PRECISIONS_OF[90]) == {"fp32", "tf32", "bf16", "fp16", "fp8"}
