@@ -271,6 +271,8 @@ class Config:
                 if not isinstance(scaling, dict):
                     raise DeltapatchError(f"{self.where}: 'rope_scaling' must be an object")
                 own = {**own, **scaling}
+            # transformers looks for it beside the types, where nobody writes it.
+            own = {name: value for name, value in own.items() if name != "truncate"}
             found[kind] = self._rope(own, d_head, context, base, partial)
         return found
 

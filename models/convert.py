@@ -46,15 +46,15 @@ def convert(path_or_id: str | Path, out: str | Path, *, revision: str | None = N
     Raises:
         DeltapatchError: `out` exists, the checkpoint is broken or not supported, or the disk is full.
     """
-    target = Path(out).expanduser()
-    if target.exists() or target.is_symlink():
-        raise DeltapatchError(f"{target} exists already: choose another output, or remove it first")
-    if is_gguf(path_or_id):
-        _make_whole(target, partial(write_gguf, Path(path_or_id)))
-        return target
-    source = find_folder(path_or_id, _WANTED, revision=revision)
+    target, gguf = Path(out).expanduser(), is_gguf(path_or_id)
+    source = Path(path_or_id) if gguf else find_folder(path_or_id, _WANTED, revision=revision)
     for file in (_MODEL, _INDEX, _ADAPTER):
         check_file(source / file)
+    if target.exists() or target.is_symlink():
+        raise DeltapatchError(f"{target} exists already: choose another output, or remove it first")
+    if gguf:
+        _make_whole(target, partial(write_gguf, source))
+        return target
     shards = {file: _load(source / file) for file in _weight_files(source)}
     if _ADAPTER not in shards:
         shards = _check_model(source, shards)

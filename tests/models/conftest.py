@@ -39,7 +39,24 @@ _CONFIGS = {
     "gpt_neox": transformers.GPTNeoXConfig,
     "gptj": transformers.GPTJConfig,
     "llama": transformers.LlamaConfig,
+    "gpt2": transformers.GPT2Config,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "mistral": transformers.MistralConfig,
+    "gemma": transformers.GemmaConfig,
+    "gemma2": transformers.Gemma2Config,
+    "gemma3_text": transformers.Gemma3TextConfig,
+    "olmo2": transformers.Olmo2Config,
+    "olmo3": transformers.Olmo3Config,
+    "phi3": transformers.Phi3Config,
+    "granite": transformers.GraniteConfig,
+    "smollm3": transformers.SmolLM3Config,
+    "stablelm": transformers.StableLmConfig,
 }
+_BASE["gpt2"] = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48}
+for _kind in _CONFIGS:
+    if _kind not in _BASE:  # their modules and fields are named as LLaMA's
+        _BASE[_kind] = _BASE["llama"] | {"pad_token_id": None}
 
 
 def _build(kind: str, scale: float = 0.2, seed: int = 0, **options: Any) -> Any:
@@ -48,7 +65,8 @@ def _build(kind: str, scale: float = 0.2, seed: int = 0, **options: Any) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * scale
-        is_norm = parameter.ndim == 1 and name.endswith("weight")
+        # Gemma's norms multiply by 1 + their weight.
+        is_norm = parameter.ndim == 1 and name.endswith("weight") and not kind.startswith("gemma")
         parameter.data.copy_(noise + 1 if is_norm else noise)
     return model.eval()
 
