@@ -36,7 +36,7 @@ def load_model(
     *,
     revision: str | None = None,
 ) -> Model:
-    """Load a GPT-J, GPT-NeoX or LLaMA checkpoint from safetensors.
+    """Load a checkpoint from safetensors, of any architecture in `models.registry`.
 
     Args:
         path_or_hub_id: a local folder, a model of the Hugging Face hub, or `builtin:gpt-neox-arithmetic`.
@@ -74,7 +74,7 @@ def from_transformers(hf_model: Any, tokenizer: Any = None) -> Model:
     """A model that shares the weights of a transformers model in memory: what changes there changes here.
 
     Args:
-        hf_model: a GPTJForCausalLM, GPTNeoXForCausalLM or LlamaForCausalLM, compiled or not.
+        hf_model: a causal language model of a supported architecture, compiled or not.
         tokenizer: goes with it as `model.tokenizer`.
 
     Raises:
