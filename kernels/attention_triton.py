@@ -128,6 +128,7 @@ def _sizes(by_rows: bool, longest: int, d_head: int, earlier: bool) -> dict[str,
     whole = keys <= _LONGEST_BLOCK
     short = keys <= 32
     warps = 4 if by_rows or not short else 2
+    narrow = not whole and block_c <= 64
     return {
         "WHOLE": whole,
         "BLOCK_Q": 64 if by_rows and short else 16,
@@ -137,7 +138,7 @@ def _sizes(by_rows: bool, longest: int, d_head: int, earlier: bool) -> dict[str,
         "num_warps": warps if whole or block_c <= 64 else 8,
         "num_stages": 1,
         # Left to itself, the assembler spills a little there to have more programs side by side.
-        "maxnreg": 255 if earlier and not (by_rows and short) else None,
+        "maxnreg": 255 if narrow or (earlier and not (by_rows and short)) else None,
     }
 
 
@@ -576,9 +577,11 @@ def _turned_changes(  # type: ignore[no-untyped-def]
     HAS_SCALE: tl.constexpr, HAS_NEW: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The same, turned."""
-    o_p = _partners(o_c, PAIRS, INTERLEAVED)
     d = _changes(rows, token, m_token, o_c, D_HEAD, HAS_SCALE, HAS_NEW, N)
-    return d * cos + _changes(rows, token, m_token, o_p, D_HEAD, HAS_SCALE, HAS_NEW, N) * sin
+    if PAIRS > 0:
+        o_p = _partners(o_c, PAIRS, INTERLEAVED)
+        d = d * cos + _changes(rows, token, m_token, o_p, D_HEAD, HAS_SCALE, HAS_NEW, N) * sin
+    return d
 
 
 @jit
@@ -594,10 +597,11 @@ def _turned(  # type: ignore[no-untyped-def]
     base, o_at, m_at, o_c, cos, sin, D_HEAD: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
     """The same, turned."""
-    o_p = _partners(o_c, PAIRS, INTERLEAVED)
-    return (
-        _base(base, o_at, m_at, o_c, o_c < D_HEAD) * cos + _base(base, o_at, m_at, o_p, o_c < 2 * PAIRS) * sin
-    )
+    x = _base(base, o_at, m_at, o_c, o_c < D_HEAD)
+    if PAIRS > 0:
+        o_p = _partners(o_c, PAIRS, INTERLEAVED)
+        x = x * cos + _base(base, o_at, m_at, o_p, o_c < 2 * PAIRS) * sin
+    return x
 
 
 @jit

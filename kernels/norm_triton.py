@@ -75,6 +75,7 @@ def add_norm_triton(
             BLOCK_N=block,
             # Few numbers a thread, so that many rows are in flight; with swaps that would spill on sm_80.
             num_warps=min(16, max(4, block // (256 if patches is None else 512))),
+            maxnreg=128 if block <= 1024 else None,  # as in the attention kernel
         )
     return [Scaled(*pair) for pair in zip(results, scales, strict=True)]
 
