@@ -51,6 +51,9 @@ class Checkpoint:
         self.spec, self.device, self._architecture = spec, device, architecture
         self._tensors, self._given, self._adapter = tensors, dtype, adapter
         self._found_finite: set[Slot] = set()
+        self._held: dict[
+            str, Tensor
+        ] = {}  # tensors that several slots share, until the last has been asked for
         self._names = assign(architecture, tensors.names(), tensors.where)
         expected = set()
         for slot, shape in expected_shapes(spec):
@@ -150,12 +153,16 @@ class Checkpoint:
     def _raw(self, slot: Slot, get: Callable[[str], Tensor]) -> Tensor:
         """The tensor of a slot as the checkpoint has it: here alone a named tensor becomes that of a slot.
 
-        Of one that several slots share it is a view of its rows.
+        Of one that several slots share it is a view of its rows. These are asked for in order: the tensor is
+        got for the first, and kept until the last.
         """
-        tensor = get(self._names[slot])
+        name, rows = self._names[slot], self._rows(slot)
+        held = self._held.pop(name, None)
+        tensor = get(name) if held is None else held
+        if slot != list(rows)[-1]:
+            self._held[name] = tensor
         if slot.name in self._architecture.transposed:
             tensor = tensor.t()
-        rows = self._rows(slot)
         return tensor if len(rows) == 1 else tensor[rows[slot]]
 
     def _raw_shape(self, slot: Slot) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltapatch import DeltapatchError, PromptPair, from_transformers, load_model, sweep
+from deltapatch.models.tensors import SafetensorsFiles
 
 FAMILIES = (
     "gpt2", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "phi3",
@@ -266,6 +267,18 @@ def test_adapters_merge_as_peft_merges_them(kind, targets, build, saved, tmp_pat
     for stream in (False, True):
         model = load_model(folder, stream=stream, adapter=tmp_path / "adapter")
         assert relative(model.logits(ids), merged) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "phi3"])
+def test_a_fused_matrix_is_read_once_in_a_pass(kind, build, saved, ids, monkeypatch):
+    model = load_model(saved(build(kind)), stream=True)
+    model.logits(ids)
+    got = []
+    fetch = SafetensorsFiles.fetch
+    monkeypatch.setattr(SafetensorsFiles, "fetch", lambda self, name: got.append(name) or fetch(self, name))
+    model.logits(ids)
+    assert got
+    assert len(set(got)) == len(got)
 
 
 def test_weights_are_shared_with_transformers(build):
