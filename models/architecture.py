@@ -31,6 +31,8 @@ class Architecture:
         names: name of a tensor, with {l} for the layer's number -> slot; several slots where their rows
             follow each other in one tensor; None for one that is ignored on purpose, because it is not a
             weight.
+        older: what names begin with in files of other versions of transformers.
+        others: what the names of other parts of a model begin with, which are no part of the language model.
         transposed: slots whose matrices are stored [in, out].
         ignored: fields of a config that are known not to change what such a model computes.
     """
@@ -39,6 +41,8 @@ class Architecture:
     read_spec: Callable[[Config], ModelSpec]
     prefix: str
     names: Mapping[str, str | tuple[str, ...] | None]
+    older: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     transposed: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
 
@@ -48,7 +52,10 @@ class Architecture:
         Raises:
             KeyError: the architecture knows no tensor of that name.
         """
-        generic = _LAYER_NUMBER.sub(".{l}.", tensor.removeprefix(self.prefix), count=1)
+        if self.others and tensor.startswith(self.others):
+            return ()
+        prefix = next((p for p in (self.prefix, *self.older) if tensor.startswith(p)), "")
+        generic = _LAYER_NUMBER.sub(".{l}.", tensor.removeprefix(prefix), count=1)
         found = self.names[generic]
         number = _LAYER_NUMBER.search(tensor)
         names = () if found is None else (found,) if isinstance(found, str) else found

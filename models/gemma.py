@@ -4,6 +4,7 @@ Gemma 2 has norms behind attention and MLP as well, soft caps, and a window in e
 norms of heads, a window in five layers of six, and a rotary base of its own in those that have none.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from deltapatch.errors import DeltapatchError
@@ -99,12 +100,52 @@ def read_gemma3(config: Config) -> ModelSpec:
     )
 
 
+def read_gemma3_of_two(config: Config) -> ModelSpec:
+    """The text part of a config.json with model_type "gemma3", which has one for images as well."""
+    given = config.find("text_config")
+    if not isinstance(given, dict):
+        raise DeltapatchError(f"{config.where}: 'text_config' must be an object")
+    # What transformers takes where older configs say nothing.
+    sizes = {
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    tied = {name: config.fields[name] for name in ("tie_word_embeddings",) if name in config.fields}
+    text = Config(sizes | given | tied, f"{config.where}, text_config")
+    text.refuse_unsupported()
+    spec = replace(read_gemma3(text), architecture="gemma3")
+    text.refuse_unread("gemma3_text", ())
+    return spec
+
+
 _BEHIND = NAMES | {
     "layers.{l}.post_attention_layernorm.weight": "post1.weight",
     "layers.{l}.pre_feedforward_layernorm.weight": "norm2.weight",
     "layers.{l}.post_feedforward_layernorm.weight": "post2.weight",
 }
 
+GEMMA3_OF_TWO = Architecture(
+    name="gemma3",
+    read_spec=read_gemma3_of_two,
+    prefix="language_model.model.",
+    names=_BEHIND | HEAD_NORMS | {"language_model.lm_head.weight": "unembedding.weight"},
+    older=("model.language_model.",),
+    others=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+    ignored=frozenset(
+        {
+            "vision_config",
+            "tie_word_embeddings",
+            "boi_token_index",
+            "eoi_token_index",
+            "image_token_index",
+            "mm_tokens_per_image",
+        }
+    ),
+)
 GEMMA = Architecture(name="gemma", read_spec=read_gemma, prefix="model.", names=NAMES)
 GEMMA2 = Architecture(name="gemma2", read_spec=read_gemma2, prefix="model.", names=_BEHIND)
 GEMMA3 = Architecture(name="gemma3_text", read_spec=read_gemma3, prefix="model.", names=_BEHIND | HEAD_NORMS)

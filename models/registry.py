@@ -34,6 +34,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gemma.GEMMA,
         gemma.GEMMA2,
         gemma.GEMMA3,
+        gemma.GEMMA3_OF_TWO,
         olmo.OLMO2,
         olmo.OLMO3,
         phi3.ARCHITECTURE,

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -279,6 +280,33 @@ def test_a_fused_matrix_is_read_once_in_a_pass(kind, build, saved, ids, monkeypa
     model.logits(ids)
     assert got
     assert len(set(got)) == len(got)
+
+
+def test_the_text_part_of_a_model_of_text_and_images(build, saved, ids, tmp_path):
+    text = build("gemma3_text", head_dim=8, sliding_window=4)
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    both = transformers.Gemma3Config(text_config=text.config, vision_config=vision, mm_tokens_per_image=4)
+    hf = transformers.Gemma3ForConditionalGeneration(both).eval()
+    hf.model.language_model.load_state_dict(text.model.state_dict())
+    hf.tie_weights()
+    want = from_transformers(text).logits(ids)
+    assert torch.equal(from_transformers(hf).logits(ids), want)
+    folder = saved(hf)
+    assert torch.equal(load_model(folder).logits(ids), want)
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["text_config"]["num_attention_heads"]  # as published configs do, which have the default number
+    fields["text_config"]["frobnicate"] = 3
+    path.write_text(json.dumps(fields))
+    with pytest.raises(DeltapatchError, match="text_config has a field 'frobnicate'"):
+        load_model(folder)
 
 
 def test_weights_are_shared_with_transformers(build):
