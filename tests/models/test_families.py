@@ -284,14 +284,8 @@ def test_a_fused_matrix_is_read_once_in_a_pass(kind, build, saved, ids, monkeypa
 
 def test_the_text_part_of_a_model_of_text_and_images(build, saved, ids, tmp_path):
     text = build("gemma3_text", head_dim=8, sliding_window=4)
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = transformers.SiglipVisionConfig(**small, image_size=28, patch_size=14)
     both = transformers.Gemma3Config(text_config=text.config, vision_config=vision, mm_tokens_per_image=4)
     hf = transformers.Gemma3ForConditionalGeneration(both).eval()
     hf.model.language_model.load_state_dict(text.model.state_dict())
