@@ -153,8 +153,11 @@ def _text(facts: dict[str, Any]) -> str:
         "hidden neurons": f"{spec['d_mlp']}, {'gated ' if spec['gated'] else ''}{spec['activation']}",
         "vocabulary": f"{spec['d_vocab']}{', tied' if spec['tied_embeddings'] else ''}",
         "context": spec["context"],
-        "norm": {"layer": "LayerNorm", "rms": "RMSNorm"}[spec["norm"]],
-        "rotary": f"{rope['dim']} of {spec['d_head']}{turns}{scaling}",
+        "norm": {"layer": "LayerNorm", "rms": "RMSNorm"}[spec["norm"]] + _where_norms_are(spec),
+        "positions": "learned"
+        if spec["learned_positions"]
+        else f"rotary, {rope['dim']} of {spec['d_head']}{turns}{scaling}",
+        **_attention(spec),
         "parameters": f"{facts['parameters']:,} in matrices",
         "memory": f"{in_bytes(memory['float32'])} in float32, {in_bytes(memory['bfloat16'])} in 16 bits",
         "here": f"{in_bytes(memory['weights'])} in {facts['dtype']} on {facts['device']}"
@@ -180,3 +183,26 @@ def _text(facts: dict[str, Any]) -> str:
     title = f"Sweeps over all layers, for {of} of {facts['length']} tokens"
     at = "" if facts["revision"] is None else f" at {facts['revision']}"
     return f"{facts['model']}{at}\n\n{head}\n{as_text(Table(columns, 'rows'), title)}"
+
+
+def _where_norms_are(spec: dict[str, Any]) -> str:
+    """Of norms that are elsewhere than before attention and MLP."""
+    behind = {
+        (True, True): ", behind attention and MLP too",
+        (False, True): ", behind attention and MLP alone",
+    }
+    heads = {"head": "; of each head's queries and keys", "width": "; of all queries and of all keys"}
+    return behind.get((spec["pre_norm"], spec["post_norm"]), "") + heads.get(spec["qk_norm"], "")
+
+
+def _attention(spec: dict[str, Any]) -> dict[str, str]:
+    """Windows and soft caps, where there are any."""
+    said = []
+    windows = [window for window in spec["windows"] if window is not None]
+    if windows:
+        said.append(f"windows of {windows[0]:,} in {len(windows)} of {spec['n_layers']} layers")
+    if spec["attention_softcap"] is not None:
+        said.append(f"scores capped at {spec['attention_softcap']:g}")
+    if spec["logit_softcap"] is not None:
+        said.append(f"logits capped at {spec['logit_softcap']:g}")
+    return {"attention": ", ".join(said)} if said else {}

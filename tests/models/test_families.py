@@ -1,6 +1,7 @@
 """The later families: logits over any options, as they are saved, their configs, their adapters."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltapatch import DeltapatchError, PromptPair, from_transformers, load_model, sweep
+from deltapatch.cli.main import cli
 from deltapatch.models.tensors import SafetensorsFiles
 
 FAMILIES = (
@@ -311,3 +313,12 @@ def test_weights_are_shared_with_transformers(build):
         theirs = {p.untyped_storage().data_ptr() for p in hf.parameters()}
         layer = model.layer(0)
         assert {p.weight.untyped_storage().data_ptr() for p in (*layer.qkv, layer.out, layer.up)} <= theirs
+
+
+def test_info_says_what_a_family_brings(build, saved, capsys):
+
+    folder = saved(build("gemma2", sliding_window=4))
+    cli(["info", str(folder), "--untimed"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert re.search(r"^norm +RMSNorm, behind attention and MLP too$", said, re.MULTILINE)
+    assert re.search(r"^attention +windows of 4 in 1 of 2 layers, scores capped at 50", said, re.MULTILINE)
