@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -315,10 +316,8 @@ def test_weights_are_shared_with_transformers(build):
         assert {p.weight.untyped_storage().data_ptr() for p in (*layer.qkv, layer.out, layer.up)} <= theirs
 
 
-def test_info_says_what_a_family_brings(build, saved, capsys):
-
+def test_info_says_what_a_family_brings(build, saved):
     folder = saved(build("gemma2", sliding_window=4))
-    cli(["info", str(folder), "--untimed"], standalone_mode=False)
-    said = capsys.readouterr().out
+    said = CliRunner().invoke(cli, ["info", str(folder), "--untimed"]).stdout
     assert re.search(r"^norm +RMSNorm, behind attention and MLP too$", said, re.MULTILINE)
     assert re.search(r"^attention +windows of 4 in 1 of 2 layers, scores capped at 50", said, re.MULTILINE)
