@@ -8,11 +8,8 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.answers import check_answers
 from deltapatch.tasks.draws import Asked, Drawn, Draws, Fact, check_differ
-from deltapatch.tasks.dropped import TWICE, Dropped
-from deltapatch.tasks.number_words import check_writing
-from deltapatch.tasks.numbers import NumberRange, number_range
-from deltapatch.tasks.pairing import Pairing, collect
-from deltapatch.tasks.questions import Question, fill
+from deltapatch.tasks.numbers import NumberRange, check_writing, number_range
+from deltapatch.tasks.pairing import TWICE, Dropped, Pairing, Question, collect, fill
 from deltapatch.tasks.templates import ALL_OPERATORS, facts
 
 _SYMBOLIC = 5  # the template in symbols, which number words do not have

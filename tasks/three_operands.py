@@ -8,12 +8,9 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.answers import check_answers
 from deltapatch.tasks.draws import DIFFER, check_differ
-from deltapatch.tasks.dropped import SAME_QUESTION, SAME_RESULT, Dropped
 from deltapatch.tasks.expressions import SHAPES, Shape
-from deltapatch.tasks.number_words import check_writing
-from deltapatch.tasks.numbers import NumberRange, number_range
-from deltapatch.tasks.pairing import Pairing, collect
-from deltapatch.tasks.questions import Question, fill
+from deltapatch.tasks.numbers import NumberRange, check_writing, number_range
+from deltapatch.tasks.pairing import SAME_QUESTION, SAME_RESULT, Dropped, Pairing, Question, collect, fill
 
 WORDINGS = ("Q: What is {}? A:", "{} =")  # in words, in symbols
 OUT_OF_RANGE = "the expression has no whole result in range for the numbers drawn"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.tasks.closed_facts import CLOSED_FACTS, CLOSED_RELATIONS
+from deltapatch.tasks.facts import CLOSED_FACTS, CLOSED_RELATIONS
 from deltapatch.tasks.factual import factual_pairs
 
 
