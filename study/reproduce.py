@@ -48,6 +48,7 @@ def reproduce(
     out: str | Path,
     settings: Settings | None = None,
     names: Sequence[str] = (),
+    *,
     adapter: str | None = None,
     other: Model | None = None,
     resume: bool = False,

@@ -19,6 +19,7 @@ UNEVEN = "the two subjects have different numbers of tokens"
 
 def factual_pairs(
     tokenizer: Any,
+    *,
     per_template: int = 50,
     shots: int = 0,
     seed: int = 0,

@@ -54,6 +54,7 @@ class Told(NamedTuple):
 
 def retrieval_pairs(
     tokenizer: Any,
+    *,
     per_template: int = 50,
     shots: int = 2,
     seed: int = 0,

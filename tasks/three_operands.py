@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deltapatch.errors import DeltapatchError
@@ -20,6 +21,7 @@ Asked = tuple[Shape, tuple[int, int, int], int]  # the operands, and the result
 
 def three_operand_pairs(
     tokenizer: Any,
+    *,
     per_template: int = 15,
     shots: int = 2,
     seed: int = 0,
@@ -68,7 +70,16 @@ def three_operand_pairs(
         for template in templates:
             kind = "" if differ == DIFFER[0] else f" {differ}"
             rng = random.Random(f"{seed} {shape.name} {template}{kind}")
-            draw = _Drawing(rng, shape, template, shots, differ, known, pairing, numbers)
+            draw = _Drawing(
+                rng=rng,
+                shape=shape,
+                template=template,
+                shots=shots,
+                differ=differ,
+                known=known,
+                pairing=pairing,
+                numbers=numbers,
+            )
             found = collect(per_template, draw.attempt, dropped)
             if len(found) < per_template:
                 dropped.notes.append(
@@ -120,28 +131,26 @@ def usable(shape: Shape, operands: tuple[int, int, int], known: NumberRange) -> 
     return value
 
 
+@dataclass(kw_only=True, eq=False)
 class _Drawing:
     """The draws of one shape and template."""
 
-    def __init__(
-        self,
-        rng: random.Random,
-        shape: Shape,
-        template: int,
-        shots: int,
-        differ: str,
-        known: NumberRange,
-        pairing: Pairing,
-        numbers: str,
-    ) -> None:
-        self.rng, self.shape, self.template, self.shots, self.differ = rng, shape, template, shots, differ
-        self.known, self.pairing, self.numbers = known, pairing, numbers
-        self.table = expressions(rng, shape, known)
+    rng: random.Random
+    shape: Shape
+    template: int
+    shots: int
+    differ: str
+    known: NumberRange
+    pairing: Pairing
+    numbers: str
+
+    def __post_init__(self) -> None:
+        self.table = expressions(self.rng, self.shape, self.known)
         self.by_result: dict[int, list[Asked]] = {}
         for asked in self.table:
             self.by_result.setdefault(asked[2], []).append(asked)
-        alike = [s for s in SHAPES if s.right == shape.right and s != shape]
-        self.near = [s for s in alike if s.first == shape.first or s.second == shape.second]
+        alike = [s for s in SHAPES if s.right == self.shape.right and s != self.shape]
+        self.near = [s for s in alike if s.first == self.shape.first or s.second == self.shape.second]
 
     def attempt(self) -> PromptPair | str:
         """One pair, or why not."""

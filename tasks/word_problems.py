@@ -34,6 +34,7 @@ _MOST_NAMED = 50  # lines of the file that are named in the notes; the rest are 
 
 def word_problem_pairs(
     tokenizer: Any,
+    *,
     per_template: int = 50,
     shots: int = 0,
     seed: int = 0,
