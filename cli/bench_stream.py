@@ -48,6 +48,7 @@ Examples:
 @as_json
 @quiet
 def stream(
+    *,
     shape: str,
     layers: int | None,
     folder: Path | None,

@@ -77,6 +77,7 @@ _LONG, _CUT = 200, 40  # a table of more rows than the first is cut to the secon
 )
 @click.option("--out", type=click.Path(dir_okay=False), help="A file to write, rather than stdout.")
 def effects(
+    *,
     run: str,
     site: str | None,
     metric: tuple[str, ...],

@@ -43,6 +43,7 @@ SWEEPS = (
 @click.option("--untimed", is_flag=True, help="Do not time anything: say no times.")
 @as_json
 def info(
+    *,
     model: str,
     length: int,
     n_pairs: int,

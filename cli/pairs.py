@@ -79,6 +79,7 @@ Examples:
 @as_json
 @quiet
 def pairs(
+    *,
     show: str | None,
     task: str,
     model: str,

@@ -99,6 +99,7 @@ def _list(context: click.Context, option: click.Parameter, asked: bool) -> None:
 @as_json
 @quiet
 def reproduce(
+    *,
     model: str,
     revision: str | None,
     device: str,
@@ -155,9 +156,9 @@ def reproduce(
         out,
         settings,
         chosen,
-        adapter,
-        other,
-        resume,
+        adapter=adapter,
+        other=other,
+        resume=resume,
         progress=not quiet,
         say=lambda line: say(line, quiet),
     )

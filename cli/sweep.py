@@ -62,6 +62,7 @@ Examples:
 @as_json
 @quiet
 def sweep(
+    *,
     model: str,
     revision: str | None,
     device: str,

@@ -9,12 +9,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from deltapatch.tasks import arithmetic, factual, retrieval, three_operands
-from deltapatch.tasks.closed_facts import CLOSED_FACTS, CLOSED_RELATIONS
 from deltapatch.tasks.expressions import SHAPES
-from deltapatch.tasks.fact_files import Fact
-from deltapatch.tasks.number_words import WRITINGS
-from deltapatch.tasks.numbers import NumberRange
-from deltapatch.tasks.questions import Question
+from deltapatch.tasks.facts import CLOSED_FACTS, CLOSED_RELATIONS, Fact
+from deltapatch.tasks.numbers import WRITINGS, NumberRange
+from deltapatch.tasks.pairing import Question
 from deltapatch.tasks.split import is_held_out
 from deltapatch.tasks.templates import OPERATORS, facts
 

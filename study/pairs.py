@@ -17,8 +17,8 @@ from deltapatch.results.wholefile import write_whole
 from deltapatch.study.presets import Experiment
 from deltapatch.study.settings import Settings
 from deltapatch.tasks.answered import WRONG, answered
-from deltapatch.tasks.dropped import Dropped
 from deltapatch.tasks.numbers import number_range
+from deltapatch.tasks.pairing import Dropped
 from deltapatch.tasks.registry import TASKS, make_pairs
 
 PAIRS, MADE = "pairs.jsonl", "pairs.json"

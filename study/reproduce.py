@@ -25,7 +25,7 @@ from deltapatch.study.published import Published, published
 from deltapatch.study.report import NUMBERS, REPORT, Section, clear, write_report
 from deltapatch.study.settings import SETTINGS, Settings, begin, inputs
 from deltapatch.study.subject import StudyStopped, Subject
-from deltapatch.tasks.fact_files import read_facts
+from deltapatch.tasks.facts import read_facts
 from deltapatch.tasks.problem_file import read_problems
 
 _PROBE = "Q: What is the sum of 12 and 207? A: 219\nThe capital of France is Paris, twenty-one pens."
@@ -48,6 +48,7 @@ def reproduce(
     out: str | Path,
     settings: Settings | None = None,
     names: Sequence[str] = (),
+    *,
     adapter: str | None = None,
     other: Model | None = None,
     resume: bool = False,

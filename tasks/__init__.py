@@ -3,8 +3,8 @@
 from deltapatch.interventions.pairs_file import read_named_pairs, read_pairs, write_pairs
 from deltapatch.tasks.answered import answered, keep_answered
 from deltapatch.tasks.arithmetic import arithmetic_pairs
-from deltapatch.tasks.dropped import Dropped
 from deltapatch.tasks.factual import factual_pairs
+from deltapatch.tasks.pairing import Dropped
 from deltapatch.tasks.registry import TASKS, Task, find_task, make_pairs
 from deltapatch.tasks.retrieval import retrieval_pairs
 from deltapatch.tasks.three_operands import three_operand_pairs

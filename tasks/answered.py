@@ -8,7 +8,7 @@ import numpy as np
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair, encode_pairs
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
-from deltapatch.tasks.dropped import Dropped
+from deltapatch.tasks.pairing import Dropped
 
 if TYPE_CHECKING:
     from deltapatch.models.model import Model

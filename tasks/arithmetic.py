@@ -8,11 +8,8 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.answers import check_answers
 from deltapatch.tasks.draws import Asked, Drawn, Draws, Fact, check_differ
-from deltapatch.tasks.dropped import TWICE, Dropped
-from deltapatch.tasks.number_words import check_writing
-from deltapatch.tasks.numbers import NumberRange, number_range
-from deltapatch.tasks.pairing import Pairing, collect
-from deltapatch.tasks.questions import Question, fill
+from deltapatch.tasks.numbers import NumberRange, check_writing, number_range
+from deltapatch.tasks.pairing import TWICE, Dropped, Pairing, Question, collect, fill
 from deltapatch.tasks.templates import ALL_OPERATORS, facts
 
 _SYMBOLIC = 5  # the template in symbols, which number words do not have
@@ -20,6 +17,7 @@ _SYMBOLIC = 5  # the template in symbols, which number words do not have
 
 def arithmetic_pairs(
     tokenizer: Any,
+    *,
     per_template: int = 50,
     shots: int = 2,
     operators: str | Sequence[str] = "+-*/",
@@ -83,7 +81,17 @@ def arithmetic_pairs(
             kind = "" if differ == "operands" else f" {differ}"
             rng = random.Random(f"{seed} {symbol} {index}{kind}")
             draws = Draws(rng, differ, symbol, tables[symbol], others)
-            found = _draw(tokenizer, draws, index, per_template, shots, known, answers, numbers, dropped)
+            found = _draw(
+                tokenizer,
+                draws,
+                index=index,
+                wanted=per_template,
+                shots=shots,
+                known=known,
+                answers=answers,
+                numbers=numbers,
+                dropped=dropped,
+            )
             if len(found) < per_template:
                 dropped.notes.append(
                     f"Only {len(found)} of {per_template} pairs exist for {symbol}, template {index}, "
@@ -160,6 +168,7 @@ def _table(symbol: str, known: NumberRange, dropped: Dropped) -> list[Fact]:
 def _draw(
     tokenizer: Any,
     draws: Draws,
+    *,
     index: int,
     wanted: int,
     shots: int,

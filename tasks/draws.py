@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.tasks.dropped import SAME_QUESTION, SAME_RESULT
+from deltapatch.tasks.pairing import SAME_QUESTION, SAME_RESULT
 from deltapatch.tasks.templates import Result
 
 Fact = tuple[int, int, Result]  # x, y and the result

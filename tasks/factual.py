@@ -11,17 +11,15 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair
 from deltapatch.interventions.tokens import tokenise
 from deltapatch.tasks.answers import check_answers, need_fast_tokenizer
-from deltapatch.tasks.closed_facts import CLOSED_FACTS, CLOSED_RELATIONS
-from deltapatch.tasks.dropped import SAME_RESULT, TWICE, Dropped
-from deltapatch.tasks.fact_files import Fact, read_facts
-from deltapatch.tasks.pairing import Pairing, collect
-from deltapatch.tasks.questions import Question, fill
+from deltapatch.tasks.facts import CLOSED_FACTS, CLOSED_RELATIONS, Fact, read_facts
+from deltapatch.tasks.pairing import SAME_RESULT, TWICE, Dropped, Pairing, Question, collect, fill
 
 UNEVEN = "the two subjects have different numbers of tokens"
 
 
 def factual_pairs(
     tokenizer: Any,
+    *,
     per_template: int = 50,
     shots: int = 0,
     seed: int = 0,

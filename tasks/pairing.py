@@ -1,14 +1,93 @@
 """From two questions to a prompt pair: equal numbers of tokens, labelled pieces, answers that can be read."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.answers import ANSWERS, answer_writer
-from deltapatch.tasks.dropped import TWICE, UNEVEN, Dropped
 from deltapatch.tasks.numbers import token_spans
-from deltapatch.tasks.questions import Question
+
+SAME_QUESTION = "both prompts would ask the same question"
+SAME_RESULT = "both prompts have the same result"
+TWICE = "the same two questions were drawn before"
+UNEVEN = "the operands of the two prompts have different numbers of tokens"
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Draws that became no pair, and what else the user should know of how the pairs were made.
+
+    Attributes:
+        reasons: why -> how many draws.
+        notes: sentences, for example on the range of numbers that the tokenizer leaves.
+    """
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """How many draws were dropped."""
+        return sum(self.reasons.values())
+
+    def lines(self) -> list[str]:
+        """What to tell the user, one sentence a line."""
+        dropped = [
+            f"{n} draw{' was' if n == 1 else 's were'} dropped because {why}."
+            for why, n in sorted(self.reasons.items())
+        ]
+        return [*self.notes, *dropped]
+
+
+Span = tuple[int, int]  # [start, end) in characters
+
+_HOLE = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its answer.
+
+    Attributes:
+        text: without the answer and without a space at its end.
+        answer: without a space at its beginning.
+        spans: label -> where that piece stands in the text.
+    """
+
+    text: str
+    answer: str
+    spans: dict[str, Span]
+
+    @property
+    def solved(self) -> str:
+        """The question with its answer on a line of its own, as an exemplar shows it."""
+        return f"{self.text} {self.answer}\n"
+
+
+def fill(template: str, pieces: Mapping[str, str]) -> tuple[str, dict[str, Span]]:
+    """Put the pieces where the template names them, as in ``{op1} plus {op2}``, and say where they stand.
+
+    A piece that is named twice is marked where it stands last. Other braces stay as they are.
+    """
+    text, spans, end = "", {}, 0
+    for hole in _HOLE.finditer(template):
+        name = hole[1]
+        if name not in pieces:
+            continue
+        text += template[end : hole.start()]
+        spans[name] = (len(text), len(text) + len(pieces[name]))
+        text += pieces[name]
+        end = hole.end()
+    return text + template[end:], spans
+
+
+def holes(template: str) -> list[str]:
+    """The names in a template, each once, in the order in which they stand."""
+    return list(dict.fromkeys(_HOLE.findall(template)))
+
 
 _DRY = 1000  # that many draws in a row without a new pair, and there are no more
 

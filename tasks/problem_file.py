@@ -8,9 +8,9 @@ from typing import Any
 
 from deltapatch.arguments import WORDS
 from deltapatch.errors import DeltapatchError
-from deltapatch.tasks.fact_files import read_rows
+from deltapatch.tasks.facts import read_rows
 from deltapatch.tasks.formula import Formula, read_formula
-from deltapatch.tasks.questions import holes
+from deltapatch.tasks.pairing import holes
 
 _NUMBER = re.compile(r"(?<![\w.,])\d+(?![\w]|[.,]\d)")
 

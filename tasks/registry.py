@@ -10,8 +10,8 @@ from deltapatch.arguments import seed as check_seed
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.arithmetic import arithmetic_pairs
-from deltapatch.tasks.dropped import Dropped
 from deltapatch.tasks.factual import factual_pairs
+from deltapatch.tasks.pairing import Dropped
 from deltapatch.tasks.retrieval import retrieval_pairs
 from deltapatch.tasks.three_operands import three_operand_pairs
 from deltapatch.tasks.word_problems import word_problem_pairs

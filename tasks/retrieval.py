@@ -7,11 +7,8 @@ from typing import Any, NamedTuple
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.answers import check_answers
-from deltapatch.tasks.dropped import Dropped
-from deltapatch.tasks.number_words import check_writing
-from deltapatch.tasks.numbers import NumberRange, number_range
-from deltapatch.tasks.pairing import Pairing, collect
-from deltapatch.tasks.questions import Question, fill
+from deltapatch.tasks.numbers import NumberRange, check_writing, number_range
+from deltapatch.tasks.pairing import Dropped, Pairing, Question, collect, fill
 
 TEMPLATES = (
     "Q: I have {number1} {entity1} and {number2} {entity2}. How many {entity} do I have? A:",
@@ -57,6 +54,7 @@ class Told(NamedTuple):
 
 def retrieval_pairs(
     tokenizer: Any,
+    *,
     per_template: int = 50,
     shots: int = 2,
     seed: int = 0,

@@ -47,6 +47,7 @@ def _operator(
     between: str,
     noun: str,
     function: Callable[[int, int], int | None],
+    *,
     question: str = "of",
     statement: str = "of",
     joint: str = "and",
@@ -104,15 +105,14 @@ def _comparison(symbol: str, words: tuple[str, str, str], yes: Callable[[int, in
 
 OPERATORS: dict[str, Operator] = {
     "+": _operator("+", "plus", "sum", lambda x, y: x + y),
-    "-": _operator("-", "minus", "difference", lambda x, y: x - y, "between", "between"),
+    "-": _operator("-", "minus", "difference", lambda x, y: x - y, question="between", statement="between"),
     "*": _operator("*", "times", "product", lambda x, y: x * y, trivial=lambda x, y: 1 in (x, y)),
     "/": _operator(
         "/",
         "over",
         "ratio",
         lambda x, y: None if y == 0 or x % y else x // y,
-        "between",
-        "of",
+        question="between",
         trivial=lambda x, y: y in (1, x),
     ),
 }

@@ -2,18 +2,16 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair
 from deltapatch.tasks.answers import check_answers
 from deltapatch.tasks.draws import DIFFER, check_differ
-from deltapatch.tasks.dropped import SAME_QUESTION, SAME_RESULT, Dropped
 from deltapatch.tasks.expressions import SHAPES, Shape
-from deltapatch.tasks.number_words import check_writing
-from deltapatch.tasks.numbers import NumberRange, number_range
-from deltapatch.tasks.pairing import Pairing, collect
-from deltapatch.tasks.questions import Question, fill
+from deltapatch.tasks.numbers import NumberRange, check_writing, number_range
+from deltapatch.tasks.pairing import SAME_QUESTION, SAME_RESULT, Dropped, Pairing, Question, collect, fill
 
 WORDINGS = ("Q: What is {}? A:", "{} =")  # in words, in symbols
 OUT_OF_RANGE = "the expression has no whole result in range for the numbers drawn"
@@ -23,6 +21,7 @@ Asked = tuple[Shape, tuple[int, int, int], int]  # the operands, and the result
 
 def three_operand_pairs(
     tokenizer: Any,
+    *,
     per_template: int = 15,
     shots: int = 2,
     seed: int = 0,
@@ -71,7 +70,16 @@ def three_operand_pairs(
         for template in templates:
             kind = "" if differ == DIFFER[0] else f" {differ}"
             rng = random.Random(f"{seed} {shape.name} {template}{kind}")
-            draw = _Drawing(rng, shape, template, shots, differ, known, pairing, numbers)
+            draw = _Drawing(
+                rng=rng,
+                shape=shape,
+                template=template,
+                shots=shots,
+                differ=differ,
+                known=known,
+                pairing=pairing,
+                numbers=numbers,
+            )
             found = collect(per_template, draw.attempt, dropped)
             if len(found) < per_template:
                 dropped.notes.append(
@@ -123,28 +131,26 @@ def usable(shape: Shape, operands: tuple[int, int, int], known: NumberRange) -> 
     return value
 
 
+@dataclass(kw_only=True, eq=False)
 class _Drawing:
     """The draws of one shape and template."""
 
-    def __init__(
-        self,
-        rng: random.Random,
-        shape: Shape,
-        template: int,
-        shots: int,
-        differ: str,
-        known: NumberRange,
-        pairing: Pairing,
-        numbers: str,
-    ) -> None:
-        self.rng, self.shape, self.template, self.shots, self.differ = rng, shape, template, shots, differ
-        self.known, self.pairing, self.numbers = known, pairing, numbers
-        self.table = expressions(rng, shape, known)
+    rng: random.Random
+    shape: Shape
+    template: int
+    shots: int
+    differ: str
+    known: NumberRange
+    pairing: Pairing
+    numbers: str
+
+    def __post_init__(self) -> None:
+        self.table = expressions(self.rng, self.shape, self.known)
         self.by_result: dict[int, list[Asked]] = {}
         for asked in self.table:
             self.by_result.setdefault(asked[2], []).append(asked)
-        alike = [s for s in SHAPES if s.right == shape.right and s != shape]
-        self.near = [s for s in alike if s.first == shape.first or s.second == shape.second]
+        alike = [s for s in SHAPES if s.right == self.shape.right and s != self.shape]
+        self.near = [s for s in alike if s.first == self.shape.first or s.second == self.shape.second]
 
     def attempt(self) -> PromptPair | str:
         """One pair, or why not."""

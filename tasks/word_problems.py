@@ -14,11 +14,18 @@ from deltapatch.interventions.pairs import PromptPair
 from deltapatch.interventions.tokens import tokenise
 from deltapatch.tasks.alignment import differing_labels, nearest
 from deltapatch.tasks.answers import ANSWERS, answer_writer, check_answers, need_fast_tokenizer
-from deltapatch.tasks.dropped import SAME_QUESTION, SAME_RESULT, Dropped
 from deltapatch.tasks.numbers import number_range
-from deltapatch.tasks.pairing import Pairing, collect
+from deltapatch.tasks.pairing import (
+    SAME_QUESTION,
+    SAME_RESULT,
+    Dropped,
+    Pairing,
+    Question,
+    collect,
+    fill,
+    holes,
+)
 from deltapatch.tasks.problem_file import GivenPair, Problem, Template, read_problems
-from deltapatch.tasks.questions import Question, fill, holes
 
 UNEVEN = "the numbers of the two problems have different numbers of tokens"
 NO_RESULT = "the numbers drawn give no whole and positive result"
@@ -27,6 +34,7 @@ _MOST_NAMED = 50  # lines of the file that are named in the notes; the rest are 
 
 def word_problem_pairs(
     tokenizer: Any,
+    *,
     per_template: int = 50,
     shots: int = 0,
     seed: int = 0,

@@ -19,7 +19,7 @@ from deltapatch.interventions.pairs_file import read_pairs, write_pairs
 from deltapatch.interventions.sites import HOOK_NAMES, KV_HEAD, SITES, WHOLE, find_site
 from deltapatch.results.metrics import METRICS
 from deltapatch.results.reading import load_effects
-from deltapatch.tasks.fact_files import read_facts
+from deltapatch.tasks.facts import read_facts
 from deltapatch.tasks.problem_file import read_problems
 from deltapatch.tasks.registry import make_pairs
 

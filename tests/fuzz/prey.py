@@ -24,7 +24,7 @@ from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.interventions.pairs_file import read_named_pairs, write_pairs
 from deltapatch.models.convert import convert
 from deltapatch.results.merge import merge
-from deltapatch.tasks.fact_files import read_facts
+from deltapatch.tasks.facts import read_facts
 from deltapatch.tasks.problem_file import read_problems
 
 

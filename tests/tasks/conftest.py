@@ -4,9 +4,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from deltapatch.tasks.closed_facts import CLOSED_FACTS, CLOSED_RELATIONS
 from deltapatch.tasks.expressions import SHAPES
-from deltapatch.tasks.number_words import spell
+from deltapatch.tasks.facts import CLOSED_FACTS, CLOSED_RELATIONS
+from deltapatch.tasks.numbers import spell
 from deltapatch.tasks.retrieval import ENTITIES, TEMPLATES
 from deltapatch.tasks.templates import ALL_OPERATORS
 

@@ -222,9 +222,10 @@ def test_a_tokenizer_without_numbers() -> None:
 
 
 def test_tasks_by_name(gpt2_like) -> None:
-    pairs, dropped = make_pairs("arithmetic", gpt2_like, per_template=1, shots=0, seed=3, operators="+")
+    options = {"per_template": 1, "shots": 0, "seed": 3, "operators": "+"}
+    pairs, dropped = make_pairs("arithmetic", gpt2_like, **options)
     assert len(pairs) == 6
-    assert (pairs, dropped) == find_task("arithmetic")(gpt2_like, 1, shots=0, seed=3, operators="+")
+    assert (pairs, dropped) == find_task("arithmetic")(gpt2_like, **options)
     assert all(task.summary for task in TASKS.values())
     with pytest.raises(DeltapatchError, match="no task 'geometry'; the tasks are arithmetic"):
         find_task("geometry")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.tasks.closed_facts import CLOSED_FACTS, CLOSED_RELATIONS
+from deltapatch.tasks.facts import CLOSED_FACTS, CLOSED_RELATIONS
 from deltapatch.tasks.factual import factual_pairs
 
 
@@ -34,7 +34,7 @@ def test_the_closed_set() -> None:
 @pytest.mark.parametrize("inner", [".", "data"])
 def test_lama(gpt2_like, tmp_path, inner) -> None:
     lama(tmp_path / inner)
-    pairs, dropped = factual_pairs(gpt2_like, 10, data=tmp_path, relations=["P36", "P103"])
+    pairs, dropped = factual_pairs(gpt2_like, per_template=10, data=tmp_path, relations=["P36", "P103"])
     assert len(pairs) == 10
     for pair in pairs:
         subject, _, answer = pair.meta["clean_fact"]
@@ -51,13 +51,13 @@ def test_jsonl(gpt2_like, tmp_path) -> None:
         {"subject": s, "relation": "has the capital", "object": o}
         for s, o in (("Italy", "Rome"), ("Egypt", "Cairo"), ("Atlantis", "Oslo"), ("Peru", "Neverwhere"))
     ]
-    pairs, dropped = factual_pairs(gpt2_like, 5, data=jsonl(tmp_path / "facts.jsonl", rows))
+    pairs, dropped = factual_pairs(gpt2_like, per_template=5, data=jsonl(tmp_path / "facts.jsonl", rows))
     assert {pair.clean for pair in pairs} == {"Italy has the capital", "Egypt has the capital"}
     notes = " ".join(dropped.lines())
     assert "1 facts of has the capital are left out, because the object is not one token" in notes
     assert "Only 2 of 5 pairs exist for has the capital" in notes
     rows = [row | {"template": "In {subject} one loves {object}"} for row in rows]
-    pairs, _ = factual_pairs(gpt2_like, 5, data=jsonl(tmp_path / "facts.jsonl", rows))
+    pairs, _ = factual_pairs(gpt2_like, per_template=5, data=jsonl(tmp_path / "facts.jsonl", rows))
     assert pairs[0].clean.startswith("In ")
     assert pairs[0].clean.endswith(" one loves")
 

@@ -12,7 +12,7 @@ from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.tasks import TASKS, make_pairs, write_pairs
 from deltapatch.tasks.answers import answer_ids
 from deltapatch.tasks.expressions import SHAPES
-from deltapatch.tasks.number_words import spell
+from deltapatch.tasks.numbers import spell
 from deltapatch.tasks.templates import ALL_OPERATORS
 
 TOKENIZERS = ("gpt2_like", "llama3_like", "llama_like")

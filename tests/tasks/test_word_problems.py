@@ -24,10 +24,10 @@ def jsonl(path: Path, *rows: dict | str) -> Path:
 
 def test_templates_are_made_into_pairs(gpt2_like, tmp_path) -> None:
     data = jsonl(tmp_path / "p", {"template": PENS, "answer": "(a + b) * 2 - b", "numbers": {"a": [2, 20]}})
-    pairs, _ = word_problem_pairs(gpt2_like, 12, data=data)
+    pairs, _ = word_problem_pairs(gpt2_like, per_template=12, data=data)
     assert len(pairs) == 12
-    assert pairs == word_problem_pairs(gpt2_like, 12, data=data)[0]
-    assert pairs != word_problem_pairs(gpt2_like, 12, data=data, seed=1)[0]
+    assert pairs == word_problem_pairs(gpt2_like, per_template=12, data=data)[0]
+    assert pairs != word_problem_pairs(gpt2_like, per_template=12, data=data, seed=1)[0]
     for pair, e in zip(pairs, encode_pairs(pairs, gpt2_like, len(gpt2_like)), strict=True):
         a, b, result = pair.meta["clean_fact"]
         assert 2 <= a <= 20
@@ -48,7 +48,7 @@ def test_equations_become_templates(gpt2_like, tmp_path) -> None:
         {"question": "I sold some.", "answer": 10, "equation": "5 + 5"},
         {"question": "I sold 5 of 2.", "answer": 0, "equation": "2 - 5"},
     )
-    pairs, dropped = word_problem_pairs(gpt2_like, 6, data=data)
+    pairs, dropped = word_problem_pairs(gpt2_like, per_template=6, data=data)
     assert len(pairs) == 6
     for pair in pairs:
         a, b, result = pair.meta["corrupted_fact"]
