@@ -80,6 +80,7 @@ def _true_float64() -> Iterator[None]:
         with (
             mock.patch.object(torch, "float", torch.float64),
             mock.patch.object(torch, "float32", torch.float64),
+            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
         ):
             yield
     finally:
