@@ -72,6 +72,7 @@ def read_gemma2(config: Config) -> ModelSpec:
 def read_gemma3(config: Config) -> ModelSpec:
     """The same with model_type "gemma3_text"."""
     n_layers = config.integer("num_hidden_layers")
+    config.find("attn_logit_softcapping", null=True)  # transformers reads it, and its attention does not
     every = config.integer("sliding_window_pattern", "_sliding_window_pattern", default=6)
     kinds = config.layer_types(n_layers, [_KINDS[(l + 1) % every == 0] for l in range(n_layers)])
     window = config.optional_integer("sliding_window") if "sliding_window" in config.fields else 4096
@@ -93,7 +94,6 @@ def read_gemma3(config: Config) -> ModelSpec:
         post_norm=True,
         qk_norm="head",
         attention_scale=config.number("query_pre_attn_scalar", default=256) ** -0.5,
-        attention_softcap=config.optional_number("attn_logit_softcapping"),
         logit_softcap=config.optional_number("final_logit_softcapping"),
         windows=config.windows(n_layers, window, kinds),
         **_common(config),
