@@ -48,10 +48,14 @@ class Prompts:
             return base_token
         return base_token * self.n_sources + (self.n_sources - 1)
 
-    def embed(self, look_up: Callable[..., Tensor]) -> Tensor:
-        """The base runs' embeddings, [base token, d_model]; `look_up` gives those of token ids [...]."""
-        positions = np.concatenate([run.positions for run in self.shapes.runs])
-        x = look_up(torch.from_numpy(self.tokens), positions=torch.from_numpy(positions))
+    def embed(self, look_up: Callable[..., Tensor], *, with_positions: bool) -> Tensor:
+        """The base runs' embeddings, [base token, d_model]; `look_up` gives those of token ids [...].
+
+        With positions, what is learned for these is added.
+        """
+        at = np.concatenate([run.positions for run in self.shapes.runs]) if with_positions else None
+        positions = None if at is None else torch.from_numpy(at)
+        x = look_up(torch.from_numpy(self.tokens), positions=positions)
         return x if self.noise is None else x + upload(self.noise.numpy(), x.device).to(x.dtype)
 
     def embed_source_difference(self, look_up: Callable[..., Tensor]) -> Tensor:

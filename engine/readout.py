@@ -191,7 +191,7 @@ class ReadOut:
         n, d_vocab = len(at), len(stored)
         # The source run is a row of its own.
         dn = self._normed(ends, at, change, shapes.segments(1))
-        both = torch.cat([read_norm(at, ends, self.model.spec), dn])
+        both = torch.cat([read_norm(at, ends.norm, self.model.spec), dn])
         out = at.new_empty(2 * n, d_vocab)
         pieces = vocabulary_pieces(d_vocab, _piece(d_vocab, stored.shape[1], self.on_cpu))
 

@@ -67,9 +67,12 @@ class Unpatched:
 
             def keep(part: forward.Attended | forward.Hidden, at: int, count: int) -> None:
                 for name, value in part._asdict().items():
-                    if name in kept:  # a pattern has as many keys as its own run has tokens
-                        here = kept[name][at : at + count, ..., : value.shape[-1]]
-                        here.copy_(value.reshape(here.shape))
+                    if name not in kept:
+                        continue
+                    here = kept[name][at : at + count]
+                    if name == "pattern":  # as many keys as its own run has tokens
+                        here = here[..., : value.shape[-1]]
+                    here.copy_(value.reshape(here.shape))
 
             tables = segment.run(rotary.cos)[0], segment.run(rotary.sin)[0]  # those of all its pairs
             rope = self.spec.rope_of(number)

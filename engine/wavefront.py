@@ -119,7 +119,7 @@ class Wavefront:
         """After the last layer: the unpatched runs, x and dx, and the rows' differences where read."""
         spec, prompts = self.spec, self.prompts
         embed = partial(self.model.embed, dtype=self.dtype)
-        x = prompts.embed(embed)  # [base token, d_model]
+        x = prompts.embed(embed, with_positions=spec.learned_positions)  # [base token, d_model]
         dx = prompts.embed_source_difference(embed)  # [source token, d_model]
         # What the rows of one layer leave is what the next one meets. Both are made once, as large as ever:
         # memory that grows from layer to layer is reused by no allocator.

@@ -378,7 +378,7 @@ def readout(x: Tensor, ends: EndWeights, spec: ModelSpec) -> Tensor:
 
     The weights may be of any dtype: they are taken in x's, never all at once.
     """
-    normed = read_norm(x, ends, spec)
+    normed = read_norm(x, map_tensors(ends.norm, lambda t: t.to(x.dtype)), spec)
     weight, bias = ends.unembedding
     logits = x.new_empty(*x.shape[:-1], len(weight))
     for a in range(0, len(weight), _TOKENS):
@@ -388,7 +388,7 @@ def readout(x: Tensor, ends: EndWeights, spec: ModelSpec) -> Tensor:
     return softcap(logits, spec.logit_softcap)
 
 
-def read_norm(x: Tensor, ends: EndWeights, spec: ModelSpec) -> Tensor:
+def read_norm(x: Tensor, norm: Norm, spec: ModelSpec) -> Tensor:
     """What the unembedding reads, [..., d_model], the scale of the logits in it."""
-    normed = normalise(x, map_tensors(ends.norm, lambda t: t.to(x.dtype)), spec)
+    normed = normalise(x, norm, spec)
     return normed if spec.logit_scale == 1 else normed * spec.logit_scale
