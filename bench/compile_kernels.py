@@ -106,12 +106,13 @@ def compile_all(
 
 def _compile(model: str, arch: int, precisions: tuple[str, ...], tokens: tuple[int, ...]) -> list[Compiled]:
     seen: dict[str, tuple[Any, ...]] = {}
+    spec = spec_of(COMPILED[model])
     for precision in precisions:
         for n in tokens:
             with compiling_for(arch) as launches:
-                _launch_attention_of(spec_of(COMPILED[model]), PRECISIONS[precision], n)
+                _launch_attention_of(spec, PRECISIONS[precision], n)
                 if n == tokens[0]:  # all else is the same for prompts of any length
-                    _launch_the_rest(spec_of(COMPILED[model]), PRECISIONS[precision], n)
+                    _launch_the_rest(spec, PRECISIONS[precision], n)
             for kernel, variant, binary in launches:
                 seen.setdefault(binary.hash, (precision, n, kernel, variant, binary))
     return [_inspect(model, arch, *launch) for launch in seen.values()]

@@ -221,5 +221,5 @@ class Audit:
     def _worst(self, got: Mapping[str, np.ndarray], truth: Sampled) -> float:
         """The largest error of all metrics that judge."""
         errors = relative_errors(got, truth.measured, truth.reference, self.question.options.direction)
-        judges = {name for name, metric in METRICS.items() if metric.judges and not metric.yes_or_no}
-        return max((e for name, e in errors.items() if name in judges), default=0.0)
+        judged = (e for name, e in errors.items() if METRICS[name].judges and not METRICS[name].yes_or_no)
+        return max(judged, default=0.0)

@@ -10,9 +10,9 @@ from torch import Tensor
 from deltapatch.engine.products import ProductWeights
 from deltapatch.engine.rows import ATTENTION, MIDDLE, WHOLE
 from deltapatch.kernels.activation import Neurons
-from deltapatch.kernels.attention import QKV, AttentionBase, Rotary
+from deltapatch.kernels.attention import QKV, AttentionBase, Rotary, edited_heads
 from deltapatch.kernels.backend import Backend
-from deltapatch.kernels.edits import Edit, apply_edits, within
+from deltapatch.kernels.edits import Edit, within
 from deltapatch.kernels.norm import Norms, Part, norm_difference
 from deltapatch.kernels.product import Precision, Scaled, narrow, product
 from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
@@ -158,7 +158,7 @@ class BlockStep:
             # What happens to them before they turn. The operation does all else, their edits too.
             q = self._before_rotary("q", q, scale, base.q, layer.norms.q_norm)
             k = self._before_rotary("k", k, scale, base.k, layer.norms.k_norm)
-            v = v if scale is None else v * scale.view(-1, 1, 1)
+            v = edited_heads(v, scale, [])
             places, scale = places[2:], None
         z = layer.ops.attention_difference(
             QKV(q, k, v, scale),
@@ -186,25 +186,18 @@ class BlockStep:
             base: [base token, head, d_head], before the norm; None where there is none.
             weight: [d_head], or of all heads; None where there is no norm.
         """
-        edits = self.swaps.get(place, [])
-        if scale is not None:
-            d = d * scale.view(-1, 1, 1)
-        elif edits:
-            d = d.clone(memory_format=torch.contiguous_format)
-        elif not d.stride(0):
+        if scale is None and not d.stride(0) and place not in self.swaps:
             return d
-        apply_edits(d, edits)
+        d = edited_heads(d, scale, self.swaps.get(place, []))
         spec, rope = self.layer.spec, self.layer.rope
         if weight is not None and base is not None:
             if spec.qk_norm == "width":
                 d, base = d.flatten(1), base.flatten(1)
             norms = Norms(base, [weight], spec.norm_eps, False)
             d = norm_difference(d.contiguous(), norms, self.segments)[0].view(len(d), -1, spec.d_head)
-        elif scale is None and not edits:
-            d = d.clone(memory_format=torch.contiguous_format)
-        if rope.attention_factor != 1:
-            d[..., : rope.dim] *= rope.attention_factor
-        return d
+        if rope.attention_factor == 1:
+            return d
+        return torch.cat([d[..., : rope.dim] * rope.attention_factor, d[..., rope.dim :]], -1)
 
     def _spoken(self, place: str, d: Scaled | None) -> Scaled | None:
         """Difference of what attention or MLP add, [token, d_model], from that of their last product."""

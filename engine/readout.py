@@ -19,7 +19,7 @@ from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scal
 from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding
 from deltapatch.kernels.readout_tail import make_tail, tail_bytes, worth_a_tail
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.softcap import cap_difference, cap_slope
+from deltapatch.kernels.softcap import cap_difference, cap_slope, softcap
 from deltapatch.models.forward import norm_scale, read_norm
 from deltapatch.models.weights import EndWeights, map_tensors
 from deltapatch.results.metrics import Reference
@@ -215,7 +215,7 @@ class ReadOut:
                 uncapped[:, piece] = own
                 slope = cap_slope(own, cap)
                 changed[:, piece] = cap_difference(own, changed[:, piece], cap)
-                own.div_(cap).tanh_().mul_(cap)
+                own.copy_(softcap(own, cap))
             top[i] = own.amax(1, keepdim=True)
             grown = (own - top[i].to(at.dtype)).exp_()
             mass[i] = grown.sum(1, keepdim=True, dtype=torch.float64)

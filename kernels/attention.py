@@ -20,7 +20,7 @@ from torch import Tensor
 from deltapatch.kernels.edits import Edit, Swap, apply_edits, swaps_of
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment, read_segments, unseen
-from deltapatch.kernels.softcap import cap_difference
+from deltapatch.kernels.softcap import cap_difference, softcap
 
 HUGE = 60.0  # exp(60) is safe in float32, and p_i that float32 rounds to 0 cannot matter below it
 CELLS = 1 << 19  # logit changes held at a time, where one query has no more: few enough for the cache
@@ -123,7 +123,8 @@ def attention_difference(
     q, k, v, rotary = base[:4]
     n_heads, d_head = changes.q.shape[1:]
     dq, dk, dv = (
-        _swapped(d, changes.scale, swaps.get(place, [])) for d, place in zip(changes[:3], "qkv", strict=True)
+        edited_heads(d, changes.scale, swaps.get(place, []))
+        for d, place in zip(changes[:3], "qkv", strict=True)
     )
     group = n_heads // k.shape[1]  # query heads that share keys and values
     wanted = read_segments(segments) if reads_only else segments
@@ -164,13 +165,13 @@ def attention_difference(
     return narrow(out.flatten(1), precision)
 
 
-def _swapped(d: Tensor, scale: Tensor | None, swaps: Sequence[Edit]) -> Tensor:
-    """A difference with its scale and its swaps; itself where there are none."""
+def edited_heads(d: Tensor, scale: Tensor | None, edits: Sequence[Edit]) -> Tensor:
+    """A difference, [token, head, d_head], with its scale and its edits; itself where there are none."""
     if scale is not None:
         d = d * scale.view(-1, 1, 1)
-    elif swaps:
+    elif edits:
         d = d.clone(memory_format=torch.contiguous_format)
-    apply_edits(d, swaps)
+    apply_edits(d, edits)
     return d
 
 
@@ -193,9 +194,7 @@ def _probabilities(
     q = q[:, length - m :]  # [pair, query, head, d_head]
     k = k.transpose(1, 2)  # [pair, head, key, d_head]
     before = torch.matmul(q.transpose(1, 2), k.transpose(2, 3)).mul_(base.logit_scale)
-    logp = before  # [pair, head, query, key]
-    if base.softcap is not None:
-        logp = (before / base.softcap).tanh_().mul_(base.softcap)
+    logp = softcap(before, base.softcap)  # [pair, head, query, key]
     if hidden is not None:
         logp.masked_fill_(hidden, -torch.inf)
     logp = logp.log_softmax(-1).unsqueeze(3)  # [pair, head, query, 1, key]

@@ -114,6 +114,11 @@ def keep_reads(packed: Tensor, segments: list[Segment]) -> Tensor:
     return out
 
 
+def in_prompt(at: Tensor, fork: Fork | None) -> Tensor:
+    """Positions in the prompt of tokens that stand there in a run: the second branch begins as the first."""
+    return at if fork is None else at - (at >= fork[1]) * (fork[1] - fork[0])
+
+
 def unseen(queries: Segment, some: slice, device: torch.device, window: int | None = None) -> Tensor | None:
     """Which positions of its run, up to its own last one, each query does not attend to: bool, [query, key].
 
@@ -134,6 +139,6 @@ def unseen(queries: Segment, some: slice, device: torch.device, window: int | No
         first, second = queries.fork
         hidden |= (query >= second) & (key >= first) & (key < second)
     if window is not None and windowed:
-        position = key if queries.fork is None else key - (key >= second) * (second - first)
+        position = in_prompt(key, queries.fork)
         hidden |= position[len(key) - len(query) :, None] - position >= window
     return hidden

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(x / cap); x itself where there is no cap."""
+    return x if cap is None else (x / cap).tanh_().mul_(cap)
+
+
 def cap_difference(x: Tensor, d: Tensor, cap: float) -> Tensor:
     """c tanh((x + d) / c) - c tanh(x / c), for x and d that broadcast together."""
     a, b = x / cap, d / cap

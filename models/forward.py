@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltapatch.kernels.segments import Fork, in_prompt
+from deltapatch.kernels.softcap import softcap
 from deltapatch.models.spec import ModelSpec, RopeSpec, Scores
 from deltapatch.models.weights import EndWeights, LayerWeights, Linear, Norm, map_tensors
 
 # Attention scores that exist at once; queries are cut so that long prompts stay within it: on a CPU what its
 # cache holds, on a GPU 64 MiB in float32.
 _MAX_SCORES, _MAX_SCORES_ON_CPU = 1 << 24, 1 << 20
-
-Fork = tuple[int, int]  # where the two branches of a run begin
 
 _TOKENS = 1 << 14  # of the vocabulary, whose part of the unembedding is taken at a time
 
@@ -41,9 +41,7 @@ class Activations(NamedTuple):
     v: Tensor  # [B, T, K, C]
     q_rotated: Tensor  # [B, T, H, C]
     k_rotated: Tensor  # [B, T, K, C]
-    pattern: (
-        Tensor | None
-    )  # [B, T, H, T], the attention probabilities of each query; None where not asked for
+    pattern: Tensor | None  # [B, T, H, T], attention probabilities; None where not asked for
     z: Tensor  # [B, T, H, C]
     attn_raw: Tensor | None  # [B, T, d_model], before a norm behind attention; None where there is none
     attn_out: Tensor  # [B, T, d_model], what is added to the residual stream
@@ -182,11 +180,6 @@ def normalise_heads(x: Tensor, norm: Norm | None, spec: ModelSpec) -> Tensor:
     return normalise(x, norm, spec)
 
 
-def softcap(x: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(x / cap); x itself where there is no cap."""
-    return x if cap is None else (x / cap).tanh_().mul_(cap)
-
-
 def spoken(x: Tensor, post: Norm | None, spec: ModelSpec) -> Tensor:
     """What is added to the residual stream, of what attention or MLP give, [..., d_model]."""
     normed = normalise(x, post, spec)
@@ -255,7 +248,7 @@ def attend(
         if fork is not None:
             scores[..., max(0, fork[1] - start) :, fork[0] : fork[1]] = -math.inf
         if scores_as.window is not None:
-            position = positions(length, fork, q.device)
+            position = in_prompt(torch.arange(length, device=q.device), fork)
             passed = position[start:end, None] - position[:end] >= scores_as.window
             scores.masked_fill_(passed, -math.inf)
         weights = scores.softmax(-1)
@@ -266,14 +259,6 @@ def attend(
         mixed = mixed.view(n_batch, n_heads, end - start, d_head)
         z[:, start:end] = mixed.transpose(1, 2)
     return z
-
-
-def positions(length: int, fork: Fork | None, device: torch.device) -> Tensor:
-    """Where in its prompt each token of a run is, [token]: the second of two branches begins as the first."""
-    position = torch.arange(length, device=device)
-    if fork is not None:
-        position[fork[1] :] -= fork[1] - fork[0]
-    return position
 
 
 class LayerContext(NamedTuple):
