@@ -169,23 +169,9 @@ class Config:
                     "take it out if it does not, or give the 'model_type' that has it"
                 )
 
-    def windows(
-        self, n_layers: int, window: int | None, types: Sequence[str] | None = None
-    ) -> tuple[int | None, ...]:
-        """The window of each layer; () where no layer has one.
-
-        Args:
-            n_layers: of the model.
-            window: of the layers that have one.
-            types: what `layer_types` is where the config does not say it.
-
-        Raises:
-            DeltapatchError: `layer_types` is broken.
-        """
-        given = self.layer_types(n_layers, types)
-        if window is None:
-            return ()
-        return tuple(window if kind == "sliding_attention" else None for kind in given)
+    def window(self, *, default: int | None = None) -> int | None:
+        """`sliding_window`: None where it is null, the default where it is not there."""
+        return self.optional_integer("sliding_window") if "sliding_window" in self.fields else default
 
     def layer_types(self, n_layers: int, types: Sequence[str] | None = None) -> list[str]:
         """Which layers have a window, [layer]: "full_attention" or "sliding_attention"."""
@@ -422,3 +408,8 @@ class Setting:
                 here = repr(self.name) + ("" if self.name in config.fields else " (by default)")
             raise config.two_things(here, value, repr(name), other)
         return value
+
+
+def windows_of(kinds: Sequence[str], window: int | None) -> tuple[int | None, ...]:
+    """The window of each layer, of `Config.layer_types`; () where no layer has one."""
+    return () if window is None else tuple(window if kind == "sliding_attention" else None for kind in kinds)

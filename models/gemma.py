@@ -9,7 +9,7 @@ from typing import Any
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.architecture import Architecture
-from deltapatch.models.config import Config, Setting
+from deltapatch.models.config import Config, Setting, windows_of
 from deltapatch.models.llama import HEAD_NORMS, NAMES, attention_bias, read_llama
 from deltapatch.models.spec import ModelSpec
 
@@ -48,8 +48,8 @@ def read_gemma2(config: Config) -> ModelSpec:
     """The same with model_type "gemma2"."""
     n_layers = config.integer("num_hidden_layers")
     config.find("hidden_act", null=True)  # of early configs, beside the one that is read
-    kinds = [_KINDS[l % 2] for l in range(n_layers)]
-    window = config.optional_integer("sliding_window") if "sliding_window" in config.fields else 4096
+    kinds = config.layer_types(n_layers, [_KINDS[l % 2] for l in range(n_layers)])
+    window = config.window(default=4096)
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     attention_cap, logit_cap = (
         config.optional_number(name) if name in config.fields else cap for name, cap in caps.items()
@@ -64,7 +64,7 @@ def read_gemma2(config: Config) -> ModelSpec:
         attention_scale=config.number("query_pre_attn_scalar", default=256) ** -0.5,
         attention_softcap=attention_cap,
         logit_softcap=logit_cap,
-        windows=config.windows(n_layers, window, kinds),
+        windows=windows_of(kinds, window),
         **_common(config),
     )
 
@@ -75,7 +75,7 @@ def read_gemma3(config: Config) -> ModelSpec:
     config.find("attn_logit_softcapping", null=True)  # transformers reads it, and its attention does not
     every = config.integer("sliding_window_pattern", "_sliding_window_pattern", default=6)
     kinds = config.layer_types(n_layers, [_KINDS[(l + 1) % every == 0] for l in range(n_layers)])
-    window = config.optional_integer("sliding_window") if "sliding_window" in config.fields else 4096
+    window = config.window(default=4096)
     context = config.integer("max_position_embeddings", default=131_072)
     theta = {
         "full_attention": Setting("rope_theta", 1_000_000.0),
@@ -95,7 +95,7 @@ def read_gemma3(config: Config) -> ModelSpec:
         qk_norm="head",
         attention_scale=config.number("query_pre_attn_scalar", default=256) ** -0.5,
         logit_softcap=config.optional_number("final_logit_softcapping"),
-        windows=config.windows(n_layers, window, kinds),
+        windows=windows_of(kinds, window),
         **_common(config),
     )
 

@@ -13,7 +13,7 @@ def read_spec(config: Config) -> ModelSpec:
         DeltapatchError: a field is missing, broken, or asks for what is not supported.
     """
     n_layers = config.integer("num_hidden_layers")
-    window = config.optional_integer("sliding_window") if "sliding_window" in config.fields else 4096
+    window = config.window(default=4096)
     windows = () if window is None else (window,) * n_layers
     return read_llama(config, "mistral", context=4096 * 32, windows=windows)
 

@@ -6,7 +6,7 @@ OLMo 3 has a window in three layers of four, and scales the rotary embedding of 
 from typing import Any
 
 from deltapatch.models.architecture import Architecture
-from deltapatch.models.config import Config, Setting
+from deltapatch.models.config import Config, Setting, windows_of
 from deltapatch.models.llama import HEAD_NORMS, NAMES, attention_bias, read_llama
 from deltapatch.models.spec import ModelSpec
 
@@ -38,7 +38,7 @@ def read_olmo3(config: Config) -> ModelSpec:
     kinds = config.layer_types(
         n_layers, ["full_attention" if (l + 1) % 4 == 0 else "sliding_attention" for l in range(n_layers)]
     )
-    window = config.optional_integer("sliding_window") if "sliding_window" in config.fields else 4096
+    window = config.window(default=4096)
     context = config.integer("max_position_embeddings", default=2048)
     d_head = config.optional_integer("head_dim") or config.heads(n_heads, config.integer("hidden_size"))
     theta = Setting("rope_theta", 500_000.0)
@@ -54,7 +54,7 @@ def read_olmo3(config: Config) -> ModelSpec:
         context=context,
         rope=ropes[kinds[0]],
         ropes=tuple(ropes[kind] for kind in kinds),
-        windows=config.windows(n_layers, window, kinds),
+        windows=windows_of(kinds, window),
         **_common(config),
     )
 

@@ -1,7 +1,7 @@
 """Qwen 2 and 2.5: LLaMA with biases on queries, keys and values; Qwen 3: with norms of heads instead."""
 
 from deltapatch.models.architecture import Architecture
-from deltapatch.models.config import Config
+from deltapatch.models.config import Config, windows_of
 from deltapatch.models.llama import HEAD_NORMS, NAMES, attention_bias, read_llama
 from deltapatch.models.spec import ModelSpec
 
@@ -10,11 +10,11 @@ def _windows(config: Config) -> tuple[int | None, ...]:
     """From a layer on, where the config asks for them."""
     n_layers = config.integer("num_hidden_layers")
     asked = config.flag("use_sliding_window", default=False)
-    given = config.optional_integer("sliding_window") if "sliding_window" in config.fields else 4096
+    given = config.window(default=4096)  # published configs have one, and do not ask for it
     window = given if asked else None
     first = config.integer("max_window_layers", default=28, zero=True)
     kinds = ["sliding_attention" if window and l >= first else "full_attention" for l in range(n_layers)]
-    return config.windows(n_layers, window, kinds)
+    return windows_of(config.layer_types(n_layers, kinds), window)
 
 
 def read_qwen2(config: Config) -> ModelSpec:

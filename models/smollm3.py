@@ -1,8 +1,10 @@
 """SmolLM 3: LLaMA in which one layer of four has no rotary embedding."""
 
+from dataclasses import replace
+
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.models.architecture import Architecture
-from deltapatch.models.config import Config, Setting
+from deltapatch.models.config import Config, windows_of
 from deltapatch.models.llama import NAMES, attention_bias, read_llama
 from deltapatch.models.spec import ModelSpec, RopeSpec
 
@@ -15,7 +17,7 @@ def read_spec(config: Config) -> ModelSpec:
     Raises:
         DeltapatchError: a field is missing, broken, or asks for what is not supported.
     """
-    n_layers, n_heads = config.integer("num_hidden_layers"), config.integer("num_attention_heads")
+    n_layers = config.integer("num_hidden_layers")
     every = config.integer("no_rope_layer_interval", default=4)
     given = config.find("no_rope_layers", null=True)
     turns = [(l + 1) % every != 0 for l in range(n_layers)] if given is None else given
@@ -24,29 +26,21 @@ def read_spec(config: Config) -> ModelSpec:
             f"{config.where}: 'no_rope_layers' must say 1 or 0 for each of the {n_layers} layers, "
             f"not {shown(given)}"
         )
-    context = config.integer("max_position_embeddings", default=32768)
-    d_head = config.optional_integer("head_dim") or config.heads(n_heads, config.integer("hidden_size"))
-    rope = config.rope(
-        d_head,
-        context,
-        theta=Setting("rope_theta", 2_000_000.0),
-        partial=Setting("partial_rotary_factor", 1.0, null=True),
-    )
-    window = config.optional_integer("sliding_window")
+    window = config.window()
     window = window if config.flag("use_sliding_window", default=False) else None
-    kinds = ["full_attention" if turn or window is None else "sliding_attention" for turn in turns]
-    ropes = tuple(rope if turn else _NONE for turn in turns[:n_layers])
-    return read_llama(
+    kinds = ["full_attention" if turn or window is None else "sliding_attention" for turn in turns[:n_layers]]
+    spec = read_llama(
         config,
         "smollm3",
-        context=context,
-        rope=ropes[0],
-        ropes=ropes,
+        context=32768,
+        theta=2_000_000.0,
         tied_embeddings=config.flag("tie_word_embeddings", default=True),
         mlp_bias=config.flag("mlp_bias", default=False),
-        windows=config.windows(n_layers, window, kinds[:n_layers]),
+        windows=windows_of(config.layer_types(n_layers, kinds), window),
         **attention_bias(config),
     )
+    ropes = tuple(spec.rope if turn else _NONE for turn in turns[:n_layers])
+    return replace(spec, rope=ropes[0], ropes=ropes)
 
 
 ARCHITECTURE = Architecture(name="smollm3", read_spec=read_spec, prefix="model.", names=NAMES)

@@ -179,6 +179,17 @@ def test_old_spellings_mean_what_new_ones_do(kind, build, saved, ids):
     assert torch.equal(load_model(folder).logits(ids), want)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_window_that_is_not_asked_for_is_none(kind, build, saved, ids):
+    folder = saved(build(kind))
+    want = load_model(folder).logits(ids)
+    path = folder / "config.json"
+    published = {"sliding_window": 4, "use_sliding_window": False, "max_window_layers": 0}
+    fields = {name: value for name, value in json.loads(path.read_text()).items() if name != "layer_types"}
+    path.write_text(json.dumps(fields | published))
+    assert torch.equal(load_model(folder).logits(ids), want)
+
+
 def test_code_that_a_checkpoint_names_is_never_run(build, saved, ids, tmp_path):
     folder = saved(build("qwen2"))
     want = load_model(folder).logits(ids)
