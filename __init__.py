@@ -7,20 +7,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltapatch.engine.sweep import run, sweep
+    from deltapatch.engine.sweep import run, sweep, sweep_edges
     from deltapatch.errors import DeltapatchError
     from deltapatch.interventions.given import Intervention, Patch
     from deltapatch.interventions.pairs import PromptPair
     from deltapatch.models.load import from_transformers, load_model
     from deltapatch.models.model import Model
+    from deltapatch.results.edge_effects import EdgeEffects
     from deltapatch.results.effects import Effects
     from deltapatch.results.outcome import Outcome
-    from deltapatch.results.reading import load_effects, load_outcome
+    from deltapatch.results.reading import load_edges, load_effects, load_outcome
 
 __version__ = "0.1.0"
 
 _HOME = {
     "DeltapatchError": "errors",
+    "EdgeEffects": "results.edge_effects",
     "Effects": "results.effects",
     "Intervention": "interventions.given",
     "Model": "models.model",
@@ -28,15 +30,18 @@ _HOME = {
     "Patch": "interventions.given",
     "PromptPair": "interventions.pairs",
     "from_transformers": "models.load",
+    "load_edges": "results.reading",
     "load_effects": "results.reading",
     "load_model": "models.load",
     "load_outcome": "results.reading",
     "run": "engine.sweep",
     "sweep": "engine.sweep",
+    "sweep_edges": "engine.sweep",
 }
 
 __all__ = [
     "DeltapatchError",
+    "EdgeEffects",
     "Effects",
     "Intervention",
     "Model",
@@ -44,11 +49,13 @@ __all__ = [
     "Patch",
     "PromptPair",
     "from_transformers",
+    "load_edges",
     "load_effects",
     "load_model",
     "load_outcome",
     "run",
     "sweep",
+    "sweep_edges",
 ]
 
 

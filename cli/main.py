@@ -13,7 +13,7 @@ from deltapatch.cli.merge import merge
 from deltapatch.cli.pairs import pairs
 from deltapatch.cli.plot import plot
 from deltapatch.cli.reproduce import reproduce
-from deltapatch.cli.sweep import sweep
+from deltapatch.cli.sweep import edges, sweep
 
 EXAMPLES = """\b
 Examples:
@@ -21,6 +21,7 @@ Examples:
   deltapatch pairs --task arithmetic --model MODEL --out pairs.jsonl
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_out,attn_out --out RUN
   deltapatch effects RUN --site mlp_out --by layer,class
+  deltapatch edges --model MODEL --pairs pairs.jsonl --out EDGES
   deltapatch plot RUN
   deltapatch reproduce --model MODEL --out STUDY
 """
@@ -32,7 +33,7 @@ def cli() -> None:
     """Exact activation patching of language models: thousands of interventions in one pass."""
 
 
-for command in (demo, pairs, sweep, merge, effects, plot, info, convert, reproduce, bench):
+for command in (demo, pairs, sweep, edges, merge, effects, plot, info, convert, reproduce, bench):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""`deltapatch sweep`: every chosen site, layer, position and index of every pair, into a run folder."""
+"""`deltapatch sweep` and `deltapatch edges`: every chosen site or edge of every pair, into a run folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,6 +7,7 @@ import click
 
 from deltapatch.arguments import in_bytes
 from deltapatch.cli.options import (
+    Command,
     as_json,
     asked,
     in_flops,
@@ -18,7 +19,7 @@ from deltapatch.cli.options import (
     read_shard,
     say,
 )
-from deltapatch.engine.options import SweepOptions
+from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
@@ -34,34 +35,78 @@ Examples:
 """
 
 
+EDGE_EXAMPLES = """\b
+Examples:
+  deltapatch edges --model MODEL --pairs pairs.jsonl --out EDGES
+  deltapatch edges --model MODEL --pairs pairs.jsonl --effect both --direction noise --out EDGES
+  deltapatch edges --model MODEL --pairs pairs.jsonl --senders input,m0-3 --receivers "a<v>,m" --out EDGES
+  deltapatch edges --model MODEL --pairs pairs.jsonl --positions op1,last --dry-run
+"""
+
+
+def sweeping(command: Command) -> Command:
+    """The options of every command that sweeps, but for what it patches."""
+    for option in (
+        quiet,
+        as_json,
+        click.option("--dry-run", is_flag=True, help="Check everything, say what it would take, and stop."),
+        click.option(
+            "--ray-cpus", type=click.IntRange(1), help="With --ray: workers of so many CPUs each, no GPUs."
+        ),
+        click.option(
+            "--ray",
+            is_flag=False,
+            flag_value="",
+            metavar="[ADDRESS]",
+            help="Spread the sweep over a Ray cluster, one worker a GPU: that at ADDRESS (host:port), or "
+            "else that of RAY_ADDRESS, one that runs on this machine, or one that is started here until the "
+            "end.",
+        ),
+        click.option(
+            "--shard",
+            metavar="I/N",
+            help="Do part I of N only: N processes share the folder --out, and `deltapatch merge` finishes "
+            "it.",
+        ),
+        click.option(
+            "--resume",
+            is_flag=True,
+            help="Go on with the same sweep where it was cut off: only what is missing or damaged is "
+            "computed.",
+        ),
+        click.option("--out", help="The run folder to make; it must not exist, unless a sweep is resumed."),
+    ):
+        command = option(command)
+    return command
+
+
 @click.command(short_help="Patch every chosen site of every pair.", epilog=EXAMPLES)
 @loading
 @click.option("--pairs", "pairs_file", required=True, help="Prompt pairs, one JSON object a line.")
 @asked(SweepOptions)
-@click.option("--out", help="The run folder to make; it must not exist, unless a sweep is resumed.")
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Go on with the same sweep where it was cut off: only what is missing or damaged is computed.",
-)
-@click.option(
-    "--shard",
-    metavar="I/N",
-    help="Do part I of N only: N processes share the folder --out, and `deltapatch merge` finishes it.",
-)
-@click.option(
-    "--ray",
-    is_flag=False,
-    flag_value="",
-    metavar="[ADDRESS]",
-    help="Spread the sweep over a Ray cluster, one worker a GPU: that at ADDRESS (host:port), or else that "
-    "of RAY_ADDRESS, one that runs on this machine, or one that is started here until the end.",
-)
-@click.option("--ray-cpus", type=click.IntRange(1), help="With --ray: workers of so many CPUs each, no GPUs.")
-@click.option("--dry-run", is_flag=True, help="Check everything, say what it would take, and stop.")
-@as_json
-@quiet
-def sweep(
+@sweeping
+def sweep(**given: Any) -> None:
+    """Patch every chosen site of every pair, each alone and exactly, and write a run folder."""
+    _sweep(SweepOptions, **given)
+
+
+@click.command(short_help="Patch every edge between heads, MLPs and logits.", epilog=EDGE_EXAMPLES)
+@loading
+@click.option("--pairs", "pairs_file", required=True, help="Prompt pairs, one JSON object a line.")
+@asked(EdgeOptions)
+@sweeping
+def edges(**given: Any) -> None:
+    """Patch every edge of every pair, each alone and exactly, and write a run folder.
+
+    An edge sends what one node (input, a head a3.h5, an MLP m3) says in the source run into what one receiver
+    (a5.h2<q>, <k>, <v>, m7, logits) reads, and into nothing else. MIB's and EAP-IG's edges have the clean run
+    as their base: --direction noise.
+    """
+    _sweep(EdgeOptions, **given)
+
+
+def _sweep(
+    kind: type[Options],
     *,
     model: str,
     revision: str | None,
@@ -80,7 +125,7 @@ def sweep(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Patch every chosen site of every pair, each alone and exactly, and write a run folder."""
+    """Carry out a sweep of sites or edges as the shell asked for it."""
     if not out and not dry_run:
         raise DeltapatchError("Missing option '--out': the run folder to make (or --dry-run to make none)")
     part = read_shard(shard)
@@ -89,7 +134,7 @@ def sweep(
             raise DeltapatchError(f"--ray and {option} do not go together: leave one out")
     if ray_cpus and ray is None:
         raise DeltapatchError("--ray-cpus says of how many CPUs the workers of --ray are: give --ray as well")
-    options = read_asked(SweepOptions, given)
+    options = read_asked(kind, given)
 
     from deltapatch.interventions.pairs_file import read_named_pairs
     from deltapatch.results.folder import RUN, check_output
@@ -102,8 +147,8 @@ def sweep(
     named = read_named_pairs(pairs_file)
     names, pairs = [name for name, _ in named], [pair for _, pair in named]
 
+    from deltapatch.engine import sweep as sweeps
     from deltapatch.engine.question import ask
-    from deltapatch.engine.sweep import sweep as run_sweep
     from deltapatch.interventions.pairs import encode_pairs
     from deltapatch.models.load import load_model
     from deltapatch.results.truth import in_words
@@ -119,7 +164,7 @@ def sweep(
         say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", hushed)
 
     if ray is not None and not finished:
-        from deltapatch.engine.cluster.sweep import Cluster, ray_sweep
+        from deltapatch.engine.cluster.sweep import Cluster, ray_sweep, ray_sweep_edges
 
         cluster = Cluster(
             address=ray or None,
@@ -128,11 +173,12 @@ def sweep(
             names=names,
             told=lambda report: planned(report.model, report.rows, report.flops),
         )
-        effects = ray_sweep(model, pairs, cluster, out=out, resume=resume, progress=not quiet, **options)
+        spread = ray_sweep_edges if kind is EdgeOptions else ray_sweep
+        effects: Any = spread(model, pairs, cluster, out=out, resume=resume, progress=not quiet, **options)
     else:
         loaded = load_model(model, **loading | ({"stream": True} if finished else {}))
         encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names)
-        question = ask(loaded, pairs, SweepOptions(**options))
+        question = ask(loaded, pairs, kind(**options))
         planned(repr(loaded), question.n_rows, question.flops)
         longest = max(pair.answer_tokens for pair in encoded)
         if longest > 1:
@@ -152,7 +198,8 @@ def sweep(
             else:
                 click.echo(_plan(found, loaded.stream))
             return
-        effects = run_sweep(loaded, pairs, progress=not quiet, out=out, resume=resume, shard=part, **options)
+        here = sweeps.sweep_edges if kind is EdgeOptions else sweeps.sweep
+        effects = here(loaded, pairs, progress=not quiet, out=out, resume=resume, shard=part, **options)
     if finished:
         say(f"{out} is finished already: nothing to do", quiet)
     elif part is not None:
@@ -172,15 +219,14 @@ def sweep(
         if caveat := effects.caveat():
             say(caveat, quiet)
     if as_json:
-        shapes = {name: dict(zip(s.axes, s.shape, strict=True)) for name, s in effects.sites.items()}
         print_json(
             {
                 "out": out,
                 **plan,
-                "answer_tokens": effects.answer_tokens,
+                "answer_tokens": max(pair.answer_tokens for pair in effects.pairs),
                 "memory_budget": effects.meta.get("memory_budget"),
                 "accuracy": effects.accuracy(),
-                "sites": shapes,
+                **effects.shapes(),
                 "run": effects.meta,
             }
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.products import ProductWeights
-from deltapatch.engine.rows import ATTENTION, MIDDLE, WHOLE
+from deltapatch.engine.rows import HEADS, MIDDLE, MLP, WHOLE
 from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary, edited_heads
 from deltapatch.kernels.backend import Backend
@@ -95,35 +95,41 @@ class BlockStep:
         """Write the rows' difference after the layer, [token, d_model]; after the last one where it is read.
 
         Args:
-            dx: [token, d_model], the difference before the layer; None for rows that enter in it.
+            dx: [token, d_model], the difference before the layer; None for rows that enter in it. Those of
+                edges bring that of z, [token, n_heads * d_head], or of what the MLP reads: in the last layer
+                where it is read.
             stage: where they enter; WHOLE for rows that are in flight.
             out: [any, d_model], receives the difference at
             to: [token] int64, these lines; None: the first ones, in order.
         """
         layer = self.layer
-        stream = [] if dx is None else [Part(Scaled(dx, None), [])]  # what adds up to the residual stream
+        # What adds up to the residual stream.
+        stream = [Part(Scaled(dx, None), [])] if dx is not None and stage == WHOLE else []
         normed: Scaled | None = None  # what attention reads
         mlp_input: Scaled | None = None
         if stage == WHOLE:
+            assert dx is not None
             second = layer.norms.norm2 if layer.spec.parallel else None
-            if layer.norms.norm1 is None:
-                assert dx is not None
-                normed, *other = [narrow(dx, layer.precision)]
-            else:
-                normed, *other = self._add_norm(stream, "", layer.base.resid_pre, [layer.norms.norm1, second])
+            normed, *other = self._read_by_attention(stream, dx, second)
             mlp_input = other[0] if other else normed
-        if stage <= ATTENTION:
+        z: Scaled | None = None
+        if stage < HEADS:
             z = self._attention(normed)
-            if layer.last:
-                stream = [Part(self._keep_reads(part.d), []) for part in stream]
-                mlp_input = self._keep_reads(mlp_input)
-                self.segments = read_segments(self.segments)
-            stream.append(self._part("attn_out", self._spoken("attn_out", product(z, layer.weights.out))))
-        else:
-            stream.append(self._part("attn_out", None))
+        elif stage == HEADS:
+            assert dx is not None
+            z = narrow(dx, layer.precision)
+        if layer.last and stage <= MLP:
+            stream = [Part(self._keep_reads(part.d), []) for part in stream]
+            mlp_input = self._keep_reads(mlp_input)
+            self.segments = read_segments(self.segments)
+        attn_out = None if z is None else self._said_by_attention(z)
+        stream.append(self._part("attn_out", attn_out))
 
-        through_mlp = stage == WHOLE
-        if not layer.spec.parallel:
+        through_mlp = stage in (WHOLE, MLP)
+        if stage == MLP:
+            assert dx is not None
+            mlp_input = self._read_by_mlp(dx)
+        elif not layer.spec.parallel:
             through_mlp = stage <= MIDDLE
             if through_mlp:
                 mid = torch.empty(self._n_tokens, layer.spec.d_model, dtype=out.dtype, device=out.device)
@@ -134,8 +140,60 @@ class BlockStep:
                 self._note("resid_mid", mid)
                 stream = [Part(Scaled(mid, None), [])]
         said = self._mlp(mlp_input) if through_mlp else self._neurons()
-        stream.append(self._part("mlp_out", self._spoken("mlp_out", said)))
+        stream.append(self._part("mlp_out", self.spoken("mlp_out", said)))
         self._add_norm(stream, "resid_post", None, [], out, to)
+
+    def heard(self, message: Tensor, by: Sequence[int]) -> list[Tensor]:
+        """Differences of z, [token, n_heads * d_head], where heads hear a message, in one thing they read.
+
+        Args:
+            message: [token, d_model], what is added to what they read.
+            by: 0 for their queries, 1 for keys, 2 for values: one result each, of all heads, none of which
+                hears what another does. In the last layer where it is read.
+        """
+        (normed,) = self._read_by_attention([Part(Scaled(message, None), [])], message, None)
+        changes, _ = self._changes(normed)
+        out = []
+        for which in by:
+            q, k, v = (d if i == which else self._zeros(d) for i, d in enumerate(changes[:3]))
+            out.append(self._attend(QKV(q, k, v, changes.scale), {}).plain())
+        return out
+
+    def said(self, dx: Tensor, stage: int) -> Tensor:
+        """What a receiver adds to the residual stream at what is read, [token, d_model].
+
+        Args:
+            dx: that rows of edges bring, as `run` takes it in the last layer.
+            stage: HEADS or MLP.
+        """
+        self.segments = read_segments(self.segments)
+        if stage == HEADS:
+            found = self._said_by_attention(narrow(dx, self.layer.precision))
+        else:
+            found = self.spoken("mlp_out", self._mlp(self._read_by_mlp(dx)))
+        assert found is not None
+        return found.plain()
+
+    def _read_by_attention(self, stream: list[Part], dx: Tensor, second: Tensor | None) -> list[Scaled]:
+        """Differences behind the norm of what attention reads, dx, and behind a second norm of it."""
+        layer = self.layer
+        if layer.norms.norm1 is None:
+            return [narrow(dx, layer.precision)]
+        return self._add_norm(stream, "", layer.base.resid_pre, [layer.norms.norm1, second])
+
+    def _read_by_mlp(self, dx: Tensor) -> Scaled:
+        """Difference behind the norm of what the MLP alone reads."""
+        layer, norms = self.layer, self.layer.norms
+        norm = norms.norm1 if layer.spec.shared_norm else norms.norm2
+        if norm is None:
+            return narrow(dx, layer.precision)
+        base = layer.base.resid_pre if layer.spec.parallel else layer.base.resid_mid
+        (normed,) = self._add_norm([Part(Scaled(dx, None), [])], "", base, [norm])
+        return normed
+
+    def _said_by_attention(self, z: Scaled) -> Scaled | None:
+        """Difference of attn_out, [token, d_model], from that of z."""
+        return self.spoken("attn_out", product(z, self.layer.weights.out))
 
     @property
     def _n_tokens(self) -> int:
@@ -143,6 +201,13 @@ class BlockStep:
 
     def _attention(self, normed: Scaled | None) -> Scaled:
         """Difference of z, [token, n_heads * d_head], from that of the attention's input, if there is one."""
+        changes, places = self._changes(normed)
+        z = self._attend(changes, {place: self.swaps[place] for place in places if place in self.swaps})
+        self._note("z", z.values.unflatten(-1, (self.layer.spec.n_heads, self.layer.spec.d_head)))
+        return z
+
+    def _changes(self, normed: Scaled | None) -> tuple[QKV, list[str]]:
+        """What attention takes, from its input's change, if there is one, and which edits it does itself."""
         layer, base, spec = self.layer, self.layer.base, self.layer.spec
         scale = None
         if normed is not None:
@@ -160,17 +225,20 @@ class BlockStep:
             k = self._before_rotary("k", k, scale, base.k, layer.norms.k_norm)
             v = edited_heads(v, scale, [])
             places, scale = places[2:], None
-        z = layer.ops.attention_difference(
-            QKV(q, k, v, scale),
+        return QKV(q, k, v, scale), places
+
+    def _attend(self, changes: QKV, edits: Edits) -> Scaled:
+        """Difference of z, [token, n_heads * d_head]."""
+        layer, base = self.layer, self.layer.base
+        return layer.ops.attention_difference(
+            changes,
             AttentionBase(base.q_rotated, base.k_rotated, base.v, layer.rotary, *layer.scores),
             self.segments,
-            {place: self.swaps[place] for place in places if place in self.swaps},
+            edits,
             layer.precision,
             reads_only=layer.last,
             pattern=None if self.capture is None else self.capture.get("pattern"),
         )
-        self._note("z", z.values.unflatten(-1, (spec.n_heads, spec.d_head)))
-        return z
 
     def _before_rotary(
         self, place: str, d: Tensor, scale: Tensor | None, base: Tensor | None, weight: Tensor | None
@@ -199,7 +267,7 @@ class BlockStep:
             return d
         return torch.cat([d[..., : rope.dim] * rope.attention_factor, d[..., rope.dim :]], -1)
 
-    def _spoken(self, place: str, d: Scaled | None) -> Scaled | None:
+    def spoken(self, place: str, d: Scaled | None) -> Scaled | None:
         """Difference of what attention or MLP add, [token, d_model], from that of their last product."""
         layer, spec = self.layer, self.layer.spec
         if d is None or (not spec.post_norm and spec.residual_scale == 1):

@@ -57,6 +57,7 @@ class Costs:
         against_base: bool = True,
         *,
         stream: bool,
+        n_senders: int = 0,
     ) -> "Costs":
         """The costs of a sweep of this model, with runs of at most `length` tokens.
 
@@ -65,6 +66,7 @@ class Costs:
             places: where patches go.
             against_base: whether patches bring something that is not a source run (sources zero and mean).
             stream: whether the weights are streamed.
+            n_senders: of edges, if these are patched: what they say is kept, and what heads hear of it.
         """
         spec, size, d = model.spec, precision.base.itemsize, model.spec.d_model
         width = {name: _numbers(shape) for name, shape in widths(spec, length).items()}
@@ -73,14 +75,15 @@ class Costs:
         kept = sum(width[name] for name in met(spec) if name in width and name != "resid_pre")
         kept += sum(rope.dim for rope in spec.all_ropes())
         kept += n_sources * (d + patched) + (2 * patched + d if against_base else 0)
+        heard = n_senders * (d + 3 * spec.n_heads * spec.d_head)
         on_cpu = model.device.type == "cpu"
         tail = readout_tail.tail_bytes(spec.d_vocab, d, size, precision)
         return cls(
             fixed=_layers(model, precision, block_tokens, length, threads, "mlp_post" in places),
             read=8 * d * size + 400,
-            base_token=2 * kept * size,
+            base_token=(2 * kept + heard) * size,
             row_token=2 * d * size,
-            row=400,
+            row=400 + (d * size if n_senders else 0),
             after=_read_out(model, precision, block_tokens, threads, stream),
             base_token_after=(1 + n_sources) * d * size,
             distribution=readout.distribution_bytes(spec.d_vocab, d, size, on_cpu) + tail,

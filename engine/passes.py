@@ -15,6 +15,7 @@ from deltapatch.engine.question import Decided, Question, Tables
 from deltapatch.engine.setup import Setup
 from deltapatch.engine.wavefront import PassResult, Wavefront
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.table import row_layers
 from deltapatch.kernels.product import Precision
 from deltapatch.models.surroundings import undisturbed
@@ -57,7 +58,13 @@ def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
         question.interventions.places,
         question.options.source in ("zero", "mean"),
         stream=decided.stream,
+        n_senders=len(edges.senders) if (edges := edges_of(question)) else 0,
     )
+
+
+def edges_of(question: Question) -> EdgeGrid | None:
+    """The edges that a question is about, if it is about edges."""
+    return question.interventions if isinstance(question.interventions, EdgeGrid) else None
 
 
 def work_limit(question: Question, threads: int) -> Limit:
@@ -75,7 +82,10 @@ def carry(
     """Carry a pass out."""
     setup = Setup(question.model, precision, question.backend, pool)
     prompts = prompts_of(question, part.pairs)
-    return Wavefront(setup, prompts, part.table, question.measured, tick).run()
+    edges = edges_of(question)
+    return Wavefront(
+        setup, prompts, part.table, question.measured, nodes=None if edges is None else edges.nodes, tick=tick
+    ).run()
 
 
 def run_pass(

@@ -13,15 +13,17 @@ import numpy as np
 import torch
 
 from deltapatch.engine.costs import flops
-from deltapatch.engine.options import Options, SweepOptions
+from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
 from deltapatch.engine.products import has_float8
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.edges import EFFECTS, EdgeGrid
 from deltapatch.interventions.given import Intervention, Listed, listed_interventions
-from deltapatch.interventions.grid import Grid, make_grid
+from deltapatch.interventions.grid import Grid, make_grid, positions_of
+from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.pairs import EncodedPair, encode_pairs, read_at
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
 from deltapatch.interventions.runs import Continuation, RunShape, check_length, check_rotary, continuation
-from deltapatch.interventions.sources import partners
+from deltapatch.interventions.sources import DIFFERING, check_source, partners
 from deltapatch.interventions.table import PatchTable
 from deltapatch.kernels.backend import Backend, choose_backend
 from deltapatch.kernels.product import PRECISIONS, Precision
@@ -29,7 +31,7 @@ from deltapatch.models.memory import available
 from deltapatch.models.model import Model
 from deltapatch.results.metrics import measured_for
 
-Interventions: TypeAlias = Grid | Listed
+Interventions: TypeAlias = Grid | EdgeGrid | Listed
 Tables: TypeAlias = Iterable[tuple[int, PatchTable, np.ndarray]]
 
 _TOKENS = 4096  # whose embeddings are looked at together
@@ -148,6 +150,8 @@ class Question:
         for pair in self.order:
             if isinstance(grid, Grid):
                 out += grid.entering(self.pairs[pair], self.runs[pair], n_layers)
+            elif isinstance(grid, EdgeGrid):
+                out += grid.entering(pair, self.pairs[pair], self.runs[pair], n_layers)
             else:
                 tokens, layers = grid.row_sizes(pair, self.pairs[pair], self.runs[pair])
                 np.add.at(out, 1 + layers, tokens)
@@ -161,7 +165,11 @@ class Question:
     @cached_property
     def flops(self) -> int:
         """The necessary FLOPs, without the unpatched runs."""
-        return flops(self.model.spec, self.row_layers, self.n_reads)
+        grid, spec = self.interventions, self.model.spec
+        own = 0
+        if isinstance(grid, EdgeGrid):
+            own = sum(grid.own_flops(spec, i, self.pairs[i], self.runs[i]) for i in self.order)
+        return own + flops(spec, self.row_layers, self.n_reads)
 
     @cached_property
     def embedding_std(self) -> float:
@@ -208,9 +216,21 @@ def ask(
         check_length(pair, number, spec)
     if interventions is not None:
         patched: Interventions = listed_interventions(interventions, encoded, spec)
+    elif isinstance(options, EdgeOptions):
+        nodes = Nodes.of(spec, options.keys)
+        patched = EdgeGrid(
+            nodes,
+            nodes.choose_senders(options.senders),
+            nodes.choose_receivers(options.receivers),
+            positions_of(options.positions, encoded),
+            EFFECTS[options.effect],
+            differs=options.source in DIFFERING,
+            n_pairs=len(encoded),
+        )
     else:
         assert isinstance(options, SweepOptions)
-        patched = make_grid(options.sites, options.positions, options.layers, encoded, spec)
+        source = check_source(options.source)
+        patched = make_grid(options.sites, options.positions, options.layers, encoded, spec, source)
     backend = choose_backend(options.backend, model.device)
     measured = measured_for(tuple(options.metrics))
     threads = torch.get_num_threads()

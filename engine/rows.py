@@ -6,21 +6,36 @@ from itertools import pairwise
 import numpy as np
 
 from deltapatch.interventions.sites import PLACES
-from deltapatch.interventions.table import PLACE, PatchTable
+from deltapatch.interventions.table import EDIT, PLACE, SITE_EDITS, PatchTable
 from deltapatch.models.spec import ModelSpec
 
-# Stages: where in a block a row's difference first appears, and so which products it needs there.
-WHOLE, ATTENTION, MIDDLE, END = range(4)
+# Stages: where in a block a row's difference first appears, and so which products it needs there. Rows of
+# edges enter behind the scores of the heads that read them, or in what the MLP or the logits read; those of
+# direct effects behind the last layer, whatever reads them.
+WHOLE, ATTENTION, HEADS, MIDDLE, MLP, END, LOGITS, DIRECT = STAGES = range(8)
 
 
-def entry_stage(place: np.ndarray, parallel: bool) -> np.ndarray:
+def entry_stage(place: np.ndarray, edit: np.ndarray, parallel: bool) -> np.ndarray:
     """The stage at which a patch at a place enters its block."""
-    stages = np.full(len(PLACES), END)
+    stages = np.full(len(PLACE), END)
     for name in ("q", "k", "v", "pattern", "z"):
         stages[PLACE[name]] = ATTENTION
     if not parallel:
         stages[PLACE["attn_out"]] = stages[PLACE["resid_mid"]] = MIDDLE
-    return stages[place]
+    for name in ("<q>", "<k>", "<v>"):
+        stages[PLACE[name]] = HEADS
+    stages[PLACE["<mlp>"]], stages[PLACE["<logits>"]] = MLP, LOGITS
+    return np.where(is_direct(edit) & (place != PLACE["<logits>"]), DIRECT, stages[place])
+
+
+def is_direct(edit: np.ndarray) -> np.ndarray:
+    """Which edits are of edges whose effect is direct."""
+    return np.isin(edit, [EDIT["direct one"], EDIT["direct together"]])
+
+
+def is_together(edit: np.ndarray) -> np.ndarray:
+    """Which edits are of edges that are patched at all positions from the first one on."""
+    return np.isin(edit, [EDIT["total together"], EDIT["direct together"]])
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,8 @@ class Rows:
     Attributes:
         id_of: [intervention], row id, or -1 where no patch can reach the read-out.
         pair, start, layer, stage: [row], the pair, the first position, and where the row enters.
-        patches: patches that matter, their `row` in row ids, sorted by (layer, place, row).
+        patches: patches of sites that matter, their `row` in row ids, sorted by (layer, place, row).
+        edges: edges that matter, one a row, sorted by it.
     """
 
     id_of: np.ndarray
@@ -39,6 +55,7 @@ class Rows:
     layer: np.ndarray
     stage: np.ndarray
     patches: PatchTable
+    edges: PatchTable
 
     def entering(self, layer: int, stage: int) -> np.ndarray:
         """Ids of the rows that enter at a layer and stage, ascending."""
@@ -84,15 +101,17 @@ def make_rows(table: PatchTable, length: np.ndarray, spec: ModelSpec) -> Rows:
     # In the last layer only the last position is read: what other positions do there is seen by nobody,
     # except through their keys and values. What comes after it is seen by nobody at all.
     last = length[table.pair[table.row]] - 1
-    read = (table.layer < spec.n_layers - 1) | np.isin(table.place, [PLACE["k"], PLACE["v"]])
+    moved = np.isin(table.place, [PLACE[name] for name in ("k", "v", "<k>", "<v>")]) | is_together(table.edit)
+    read = (table.layer < spec.n_layers - 1) | moved
     seen = (table.position == last) | (read & (table.position < last))
     row = table.row[seen]
-    layer, place, position, *_ = columns = table.columns(seen)
+    layer, place, position, edit, _ = columns = table.columns(seen)
 
     start = np.full(table.n_rows, np.iinfo(np.int64).max)
     entry = np.full(table.n_rows, np.iinfo(np.int64).max)
     np.minimum.at(start, row, position)
-    np.minimum.at(entry, row, layer.astype(np.int64) * 4 + entry_stage(place, spec.parallel))
+    stage = entry_stage(place, edit, spec.parallel)
+    np.minimum.at(entry, row, layer.astype(np.int64) * len(STAGES) + stage)
     live = np.flatnonzero(entry != np.iinfo(np.int64).max)
     pair = table.pair[live]
     order = live[np.lexsort((entry[live], pair, start[live], length[pair]))]
@@ -101,7 +120,12 @@ def make_rows(table: PatchTable, length: np.ndarray, spec: ModelSpec) -> Rows:
 
     ids = id_of[row]
     by_place = np.lexsort((ids, place, layer))
-    sorted_columns = (column[by_place] for column in columns)
-    patches = PatchTable(len(order), table.pair[order], ids[by_place], *sorted_columns)
+    of_site = by_place[edit[by_place] < len(SITE_EDITS)]
+    of_edge = np.argsort(ids)[: len(ids) - len(of_site)]  # interventions are all of one kind
+    patches, edges = (
+        PatchTable(len(order), table.pair[order], ids[some], *(column[some] for column in columns))
+        for some in (of_site, of_edge)
+    )
     # Integer division rounds down, so the embedding's layer -1 comes back as -1.
-    return Rows(id_of, table.pair[order], start[order], entry[order] // 4, entry[order] % 4, patches)
+    layer, stage = np.divmod(entry[order], len(STAGES))
+    return Rows(id_of, table.pair[order], start[order], layer, stage, patches, edges)

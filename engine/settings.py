@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from deltapatch.engine.options import SweepOptions
+from deltapatch.engine.options import EdgeOptions, SweepOptions
 from deltapatch.engine.question import Decided, Question
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.edges import SETTINGS
 from deltapatch.kernels.product import PRECISIONS
-from deltapatch.results.effects import Effects
+from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.folder import environment
 from deltapatch.results.manifest import digest_of
+from deltapatch.results.measured import Found
 from deltapatch.results.outcome import Outcome
 
 PLAN_VERSION = 4  # to be raised whenever passes are cut, or computed, in another way
@@ -31,6 +33,7 @@ _WORDS = {
     "device": "kind of device",
     "pairs": "pairs",
     "interventions": "list of interventions",
+    "nodes": "shape of the model",
     "threads": "number of threads",
     "stream": "way of keeping weights",
 }
@@ -38,6 +41,7 @@ _LEFT_OPEN = {"precision", "memory_budget", "threads", "stream", "backend"}  # N
 # Nobody asks for these, and they change the last bits at most: one run is of one kind, but one that is
 # finished answers for all.
 _SURROUNDINGS = {"plan", "deltapatch", "torch", "device", "threads"}
+_OF_GRIDS = ("sites", "layers", *SETTINGS)
 _SHORT = 120  # characters of a value that fit into a sentence
 
 
@@ -61,7 +65,7 @@ def settings_of(question: Question, decided: Decided | None = None) -> dict[str,
             "threads": decided.threads,
             "stream": decided.stream,
         }
-    for name in ("sites", "positions", "layers"):  # as the grid has made them
+    for name in _OF_GRIDS:  # as the grid has made them
         own.pop(name, None)
     return {
         **own,
@@ -88,7 +92,7 @@ def meta_of(question: Question, decided: Decided, fingerprint: str | None) -> di
     """
     model, options = question.model, question.options
     own = {each.name: value for each, value in options.decisive()}
-    for name in ("sites", "positions", "layers", "metrics"):  # the results tell them as axes
+    for name in (*_OF_GRIDS, "metrics"):  # the results tell them as axes
         own.pop(name, None)
     return {
         "model": model.name,
@@ -123,12 +127,12 @@ def decided_by(settings: Mapping[str, Any]) -> Decided:
     return Decided(precision, settings["memory_budget"], settings["threads"], settings["stream"])
 
 
-def settings_of_run(found: Effects | Outcome) -> dict[str, Any]:
+def settings_of_run(found: Found) -> dict[str, Any]:
     """The settings of a finished run, as `settings_of` has them: those of what it holds, not what it says."""
     meta = found.meta
     versions = meta["versions"] if isinstance(meta.get("versions"), dict) else {}
-    names = [each for each in (*_words(), *_WORDS) if each not in ("interventions", "sites", "positions")]
-    said = {name: meta.get(name) for name in names if name != "layers"} | {
+    names = [name for name in (*_words(), *_WORDS) if name not in ("interventions", *_OF_GRIDS)]
+    said = {name: meta.get(name) for name in names} | {
         "deltapatch": versions.get("deltapatch"),
         "torch": versions.get("torch"),
         "model": meta.get("fingerprint"),
@@ -136,6 +140,8 @@ def settings_of_run(found: Effects | Outcome) -> dict[str, Any]:
         "pairs": digest_of(found.pairs),
         "direction": found.direction,
     }
+    if isinstance(found, EdgeEffects):
+        return said | found.grid.settings() | {"metrics": list(found.measured)}
     if isinstance(found, Outcome):
         return said | found.interventions.settings() | {"metrics": list(found.measured)}
     sites = found.sites.values()
@@ -158,7 +164,8 @@ def _one(by_site: dict[str, Any]) -> Any:
 
 def _words() -> dict[str, str]:
     """What a sentence calls each option."""
-    return {each.name: each.metadata["word"] for each in fields(SweepOptions) if each.metadata["word"]}
+    both = (*fields(SweepOptions), *fields(EdgeOptions))
+    return {each.name: each.metadata["word"] for each in both if each.metadata["word"]}
 
 
 def check_same(own: Mapping[str, Any], asked: Mapping[str, Any], where: object, finished: bool) -> None:

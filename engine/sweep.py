@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deltapatch.engine.audit import Audit
-from deltapatch.engine.options import Options, SweepOptions, takes
+from deltapatch.engine.options import EdgeOptions, Options, SweepOptions, takes
 from deltapatch.engine.passes import at_work, passes, progress_of, run_pass
 from deltapatch.engine.pool import threads
 from deltapatch.engine.progress import progress_bar
@@ -29,10 +29,11 @@ from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.models.model import Model
 from deltapatch.models.surroundings import undisturbed
 from deltapatch.results.checkpoint import Unfinished, tidy, unfinished
+from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import Effects
 from deltapatch.results.folder import RUN, check_output
 from deltapatch.results.manifest import Manifest
-from deltapatch.results.measured import Gathered, with_axes
+from deltapatch.results.measured import Found, Gathered, with_axes
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.reading import read_run
 from deltapatch.results.truth import Truth
@@ -58,6 +59,30 @@ def sweep(model: Model, pairs: Pairs, **options: Any) -> Effects:
     """
     found = _answer(model, pairs, SweepOptions(**options), None)
     assert isinstance(found, Effects)
+    return found
+
+
+@takes(EdgeOptions)
+@undisturbed()
+def sweep_edges(model: Model, pairs: Pairs, **options: Any) -> EdgeEffects:
+    """Patch every chosen edge of every pair, each alone, exactly.
+
+    An edge sends one node's change (source - base) into what one receiver reads, and into nothing else. In
+    MIB and EAP-IG the clean run is the base: that is `direction="noise"`.
+
+    Args:
+        model: from `load_model` or `from_transformers`.
+        pairs: as of `sweep`.
+        {options}
+
+    Returns:
+        EdgeEffects: `values` is [pair, sender, receiver], or [pair, sender, receiver, position].
+
+    Raises:
+        DeltapatchError: bad input, one clear sentence.
+    """
+    found = _answer(model, pairs, EdgeOptions(**options), None)
+    assert isinstance(found, EdgeEffects)
     return found
 
 
@@ -89,7 +114,7 @@ def _answer(
     pairs: Pairs,
     options: Options,
     interventions: list[Intervention] | None,
-) -> Effects | Outcome:
+) -> Found:
     """Ask, carry the passes out, and put what they found in order."""
     joins = options.resume or options.part is not None
     if options.out is not None and not joins:
@@ -115,7 +140,7 @@ def _answer(
     return found
 
 
-def _in_memory(question: Question) -> Effects | Outcome:
+def _in_memory(question: Question) -> Found:
     began = time.perf_counter()
     with _bar(question) as tick, at_work(question) as pool:
         audit = Audit(question, pool)
@@ -131,7 +156,7 @@ def _in_memory(question: Question) -> Effects | Outcome:
     return found
 
 
-def _in_folder(question: Question, decided: Decided, kept: Unfinished) -> Effects | Outcome:
+def _in_folder(question: Question, decided: Decided, kept: Unfinished) -> Found:
     """Carry out the passes of this process's part that are not kept yet, and keep them."""
     manifest = kept.manifest
     assert manifest is not None
@@ -172,7 +197,7 @@ def _found(
     truth: Truth | None,
     meta: dict[str, Any],
     seconds: float,
-) -> Effects | Outcome:
+) -> Found:
     direction, floor = question.options.direction, None
     if truth is not None:
         floor = truth.noise_floor(decided.precision.name, gathered.measured, direction)
@@ -224,7 +249,7 @@ def given_arrays(question: Question) -> dict[str, np.ndarray] | None:
     return question.interventions.arrays() if isinstance(question.interventions, Listed) else None
 
 
-def _finished(question: Question) -> Effects | Outcome:
+def _finished(question: Question) -> Found:
     """What a finished run found. DeltapatchError where it is damaged, or another one's."""
     path = Path(question.options.out or "")
     found = read_run(path)

@@ -13,14 +13,27 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Edits, Layer, block_norms
+from deltapatch.engine.edges import Edges, Heard
 from deltapatch.engine.layout import Block, Layout, first_tokens, how_many_blocks, lay_out
 from deltapatch.engine.products import narrow_layer, taken_in
 from deltapatch.engine.prompts import Prompts, source_differences
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.reads import Reads, RowReads
-from deltapatch.engine.rows import ATTENTION, END, MIDDLE, WHOLE, PatchedPlaces, Rows, make_rows
+from deltapatch.engine.rows import (
+    ATTENTION,
+    END,
+    HEADS,
+    LOGITS,
+    MIDDLE,
+    MLP,
+    WHOLE,
+    PatchedPlaces,
+    Rows,
+    make_rows,
+)
 from deltapatch.engine.setup import Setup
 from deltapatch.engine.unpatched import Unpatched
+from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.table import EDIT, PLACE, PatchTable
 from deltapatch.kernels.attention import Rotary
@@ -73,6 +86,7 @@ class Wavefront:
         prompts: base and source prompts of the pairs in the pass.
         table: the interventions, with pairs counted within the pass.
         measured: which of `metrics.MEASURED` to return.
+        nodes: of the model, where the interventions are edges.
         tick: called with the row-layers done, block by block.
     """
 
@@ -82,6 +96,7 @@ class Wavefront:
         prompts: Prompts,
         table: PatchTable,
         measured: tuple[str, ...],
+        nodes: Nodes | None = None,
         tick: Callable[[int], None] = lambda n: None,
     ) -> None:
         self.setup, self.model, self.spec = setup, setup.model, setup.model.spec
@@ -90,6 +105,7 @@ class Wavefront:
         self.table, self.n_interventions = table, table.n_rows
         self.shapes = prompts.shapes
         self.rows: Rows = make_rows(table, self.shapes.prompt, self.spec)
+        self.edges = None if nodes is None else Edges(setup, prompts, self.rows, nodes)
         self.patched = PatchedPlaces(self.rows.patches)
         self.row_reads = RowReads(Reads(self.shapes, prompts.targets), self.rows.pair, measured)
         self.precision, self.dtype = setup.precision, setup.precision.base
@@ -125,6 +141,10 @@ class Wavefront:
         # memory that grows from layer to layer is reused by no allocator.
         n_most = max(self._n_tokens(self.rows.before(spec.n_layers - 1)), self.row_reads.n_tokens)
         flight = [x.new_empty(n_most, spec.d_model) for _ in range(2)]
+        # Rows of direct effects are where they are read before the last layer is reached.
+        ends = x.new_empty(self.row_reads.n_tokens, spec.d_model) if self.edges is not None else None
+        if self.edges is not None:
+            self.edges.hear_embedding(prompts.delta(x, dx))
         rows, layout = self._enter_embedding(x, dx, flight[1])  # [row token, d_model], those in flight
         convert = Converter(self.model.device, self.dtype)
         rotary = {rope: self._rotary(rope) for rope in spec.all_ropes()}
@@ -140,9 +160,13 @@ class Wavefront:
             # After the last layer only what is read goes on, packed as it is read.
             after = None if ready.here.last else self._layout(self.rows.before(l + 1))
             out = flight[l % 2][: (after or self.row_reads).n_tokens]
+            if ready.here.last and ends is not None:
+                out = ends
             parts = [(WHOLE, layout)]
             parts += [(stage, self._layout(self.rows.entering(l, stage))) for stage in _ENTRY_STAGES]
             self._advance(ready, l, parts, rows, after, out)
+            if self.edges is not None and ends is not None:
+                self._enter_edges(ready.here, l, self.edges, after, out, ends)
             # (3) What this layer leaves is what the next one meets.
             rows, layout = out, after or layout
             del ready  # before the next layer is asked for: a streamed one takes its place
@@ -160,7 +184,7 @@ class Wavefront:
         """Everything that rows meet in a layer: its weights, and the unpatched runs, x and dx before it."""
         stored = read.layer(l)
         exact = convert(stored)
-        places = self.patched.places(l)
+        places = self.patched.places(l) if self.edges is None else self.edges.places(l)
         rotary = rotaries[self.spec.rope_of(l)]
         base = self.unpatched.base(x, exact, l, rotary, places)
         products = narrow_layer(exact, self.exact)
@@ -180,6 +204,8 @@ class Wavefront:
         )
         dx, captured = self.unpatched.sources(dx, here, places)
         deltas = source_differences(self.prompts, base, captured)
+        if self.edges is not None:
+            self.edges.hear(l, here, deltas)
         passing = self._n_tokens(self.rows.before(l + 1))  # or entering
         precision = taken_in(self.precision, passing, self.model.device)
         if precision is not self.exact:
@@ -218,6 +244,38 @@ class Wavefront:
                 self.tick(block.tokens.stop - block.tokens.start)
 
         self.pool(advance, [(stage, layout, block) for stage, layout in parts for block in layout.blocks])
+
+    def _enter_edges(
+        self, here: Layer, l: int, edges: Edges, after: Layout | None, out: Tensor, ends: Tensor
+    ) -> None:
+        """Rows of edges whose receiver is in a layer enter, those that start at one position together.
+
+        Args:
+            after, out: as of `_advance`.
+            ends: [read of a row, d_model], where direct effects go at once.
+        """
+        for ids in edges.entering(l):
+            heard = edges.heard(here, ids)
+            of_row, work = edges.of_row, []
+            for stage in (HEADS, MLP, LOGITS):
+                for direct in (False, True):
+                    mine = ids[(of_row.stage[ids] == stage) & (of_row.direct[ids] == direct)]
+                    layout = self._layout(mine)
+                    work += [(stage, direct, layout, block) for block in layout.blocks]
+
+            def enter(item: tuple[int, bool, Layout, Block], heard: Heard = heard) -> None:
+                stage, direct, layout, block = item
+                rows = layout.rows[block.rows]
+                to_end = direct or stage == LOGITS
+                d = edges.brought(layout, block, heard, reads_only=here.last or to_end)
+                packed = self.row_reads if to_end else after or self.row_reads
+                step, to = BlockStep(here, block.segments, {}), packed.places(block, rows)
+                if not to_end:
+                    step.run(d, stage, out, upload(to, out.device))
+                    return
+                ends.index_copy_(0, upload(to, ends.device), d if stage == LOGITS else step.said(d, stage))
+
+            self.pool(enter, work)
 
     # Rows and swaps --------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from deltapatch.interventions.sites import PLACES, check_site, find_site
 from deltapatch.interventions.table import (
     COLUMNS,
     EDIT,
-    EDITS,
+    SITE_EDITS,
     PatchTable,
     by_pair,
     first_layers,
@@ -124,7 +124,7 @@ class Listed:
 
     def settings(self) -> dict[str, Any]:
         """What tells them from others."""
-        digest = hashlib.sha256(json.dumps([PLACES, EDITS]).encode())
+        digest = hashlib.sha256(json.dumps([PLACES, SITE_EDITS]).encode())
         for array in self.arrays().values():
             digest.update(np.ascontiguousarray(array))
         return {"interventions": {"number": self.n_effects, "sha256": digest.hexdigest()}}
@@ -148,7 +148,7 @@ class Listed:
         longest = np.array([len(one.clean) for one in pairs])[pair[row]]
         inside = (columns["position"] >= 0) & (columns["position"] < longest) & (columns["layer"] >= -1)
         inside &= columns["index"] >= 0
-        for name, known in (("place", PLACES), ("edit", EDITS)):
+        for name, known in (("place", PLACES), ("edit", SITE_EDITS)):
             inside &= (columns[name] >= 0) & (columns[name] < len(known))
         if not inside.all():
             raise ValueError("interventions")

@@ -12,7 +12,8 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.sites import SITES, Site, check_site, find_site
-from deltapatch.interventions.table import EDIT, PatchTable, place_of
+from deltapatch.interventions.sources import DIFFERING, Source
+from deltapatch.interventions.table import EDIT, TOGETHER, PatchTable, place_of
 from deltapatch.models.spec import ModelSpec
 
 Positions = str | int | Sequence[int | str]
@@ -28,6 +29,7 @@ class SiteGrid:
     positions: list[int | str]
     n_indices: int  # 0: the whole vector
     offset: int  # where its effects begin among those of all sites
+    differs: bool = False  # patches bring nothing where both prompts are the same up to a position
 
     def shape(self, n_pairs: int) -> tuple[int, ...]:
         """The shape of its effects."""
@@ -35,12 +37,13 @@ class SiteGrid:
         return (n_pairs, len(self.layers), len(self.positions), *index)
 
     def patches(self, number: int, pair: EncodedPair) -> tuple[np.ndarray, ...]:
-        """Every patch of one pair: the table's COLUMNS, and where its effect goes, each [patch]."""
-        spots = [(i, p) for i, at in enumerate(self.positions) if (p := pair.resolve(at)) is not None]
+        """Every patch of one pair: the table's COLUMNS, and where its row's effect goes, each [patch]."""
+        spots = self.spots(pair)
         column = np.array([i for i, _ in spots], dtype=np.int64)
-        position = np.array([p for _, p in spots], dtype=np.int64)
+        position = np.array([p for _, p in spots], dtype=np.int64)  # [spot, patch of a row]
+        position = position.reshape(len(spots), -1 if spots else 1)
         n_layers, n_index = len(self.layers), max(1, self.n_indices)
-        shape = (n_layers, len(spots), n_index)
+        shape = (n_layers, len(spots), n_index, position.shape[1])
         place, layer = place_of(self.site.name, self.layers)
         edit = EDIT["one" if self.n_indices else "whole"]
         out = (
@@ -48,18 +51,23 @@ class SiteGrid:
             + column[:, None]
         ) * n_index + np.arange(n_index)  # fmt: skip
         return (
-            np.broadcast_to(np.asarray(layer)[:, None, None], shape).ravel(),
+            np.broadcast_to(np.asarray(layer)[:, None, None, None], shape).ravel(),
             np.full(int(np.prod(shape)), place),
             np.broadcast_to(position[:, None], shape).ravel(),
             np.full(int(np.prod(shape)), edit),
-            np.broadcast_to(np.arange(n_index), shape).ravel(),
-            self.offset + out.ravel(),
+            np.broadcast_to(np.arange(n_index)[:, None], shape).ravel(),
+            self.offset + np.broadcast_to(out[..., None], shape).ravel(),
         )
+
+    def spots(self, pair: EncodedPair) -> list[tuple[int, list[int]]]:
+        """The positions that a pair has: which they are among `positions`, and which places they join."""
+        if self.positions == [TOGETHER]:
+            return [(0, list(range(pair.first_difference if self.differs else 0, len(pair.clean))))]
+        return [(i, [p]) for i, at in enumerate(self.positions) if (p := pair.resolve(at)) is not None]
 
     def position_tokens(self, pair: EncodedPair, run: RunShape) -> np.ndarray:
         """[position that the pair has], the tokens of a row that starts there; none behind the read-out."""
-        at = [p for spot in self.positions if (p := pair.resolve(spot)) is not None]
-        first = np.array(at, dtype=np.int64)
+        first = np.array([joined[0] for _, joined in self.spots(pair)], dtype=np.int64)
         return np.where(first < run.prompt, run.length - first, 0)
 
     def row_sizes(self, pair: EncodedPair, run: RunShape) -> tuple[np.ndarray, np.ndarray]:
@@ -98,35 +106,39 @@ class Grid:
     def of_settings(cls, settings: Mapping[str, Any], n_pairs: int) -> "Grid":
         """What `settings` told, for so many pairs."""
         sites = [(SITES[s["site"]], s["layers"], s["indices"]) for s in settings["sites"]]
-        return cls.of(sites, settings["positions"], n_pairs)
+        return cls.of(sites, settings["positions"], n_pairs, differs=settings["source"] in DIFFERING)
 
     @classmethod
     def of(
-        cls, sites: Sequence[tuple[Site, list[int], int]], positions: list[int | str], n_pairs: int
+        cls,
+        sites: Sequence[tuple[Site, list[int], int]],
+        positions: list[int | str],
+        n_pairs: int,
+        *,
+        differs: bool,
     ) -> "Grid":
         """Of sites, their layers and how many indices they have, one site's effects after the other's."""
         grids, offset = [], 0
         for site, layers, n_indices in sites:
-            grid = SiteGrid(site, np.array(layers, dtype=np.int64), positions, n_indices, offset)
+            grid = SiteGrid(site, np.array(layers, dtype=np.int64), positions, n_indices, offset, differs)
             offset += math.prod(grid.shape(n_pairs))
             grids.append(grid)
         return cls(grids, n_pairs, offset)
 
     def table(self, number: int, pair: EncodedPair) -> tuple[PatchTable, np.ndarray]:
-        """One pair's interventions, each of one patch, and where their effects go: [row]."""
-        *columns, out = (
+        """One pair's interventions, and where their effects go: [row]."""
+        *columns, effect = (
             np.concatenate(parts)
             for parts in zip(*(g.patches(number, pair) for g in self.sites), strict=True)
         )
+        new = np.diff(effect, prepend=-1) != 0  # the patches of a row come together
+        out = effect[new]
         n = len(out)
-        return PatchTable(n, np.zeros(n, dtype=np.int64), np.arange(n), *columns), out
+        return PatchTable(n, np.zeros(n, dtype=np.int64), np.cumsum(new) - 1, *columns), out
 
     def n_rows(self, number: int, pair: EncodedPair) -> int:
         """How many interventions of a pair there are, without an array of them."""
-        return sum(
-            len(g.layers) * sum(pair.resolve(at) is not None for at in g.positions) * max(1, g.n_indices)
-            for g in self.sites
-        )
+        return sum(len(g.layers) * len(g.spots(pair)) * max(1, g.n_indices) for g in self.sites)
 
     def entering(self, pair: EncodedPair, run: RunShape, n_layers: int) -> np.ndarray:
         """[1 + layer], the row tokens of a pair that enter at the embedding and in each layer."""
@@ -162,15 +174,17 @@ def make_grid(
     layers: Layers,
     pairs: list[EncodedPair],
     spec: ModelSpec,
+    source: Source = "counterpart",
 ) -> Grid:
     """The grid of a sweep.
 
     Args:
         sites: names, or one name; TransformerLens' hook names carry their layer.
-        positions: "all", "last", or ints and label names.
+        positions: "all", "last", "together", or ints and label names.
         layers: "all", or ints and ranges.
         pairs: decide how many positions "all" are, and which labels there are.
         spec: of the model.
+        source: where patches come from.
 
     Raises:
         DeltapatchError: an unknown site, layer, position or label.
@@ -185,9 +199,9 @@ def make_grid(
         known += [l for l in wanted if l not in known]
     if not chosen:
         raise DeltapatchError("no sites were given: name at least one, for example mlp_out")
-    at = _positions(positions, pairs)
+    at = positions_of(positions, pairs)
     found = [(site, sorted(wanted), site.n_indices(spec)) for site, wanted in chosen.values()]
-    return Grid.of(found, at, len(pairs))
+    return Grid.of(found, at, len(pairs), differs=source in DIFFERING)
 
 
 def listed(names: str | Sequence[str]) -> list[str]:
@@ -221,13 +235,24 @@ def _is_all(given: Sequence[object]) -> bool:
     return len(given) == 1 and isinstance(given[0], str) and given[0] == "all"
 
 
-def _positions(positions: Positions, pairs: list[EncodedPair]) -> list[int | str]:
+def positions_of(positions: Positions, pairs: list[EncodedPair]) -> list[int | str]:
+    """The positions that a sweep was asked for; just TOGETHER for all of a prompt at once.
+
+    Raises:
+        DeltapatchError: no pair has one of them.
+    """
     longest = max(len(p.clean) for p in pairs)
     if isinstance(positions, str) and positions == "last":
         return [-1]
-    given = list(several(positions, "positions", "'all', 'last', or a list of numbers and labels"))
+    given = list(
+        several(positions, "positions", "'all', 'last', 'together', or a list of numbers and labels")
+    )
     if _is_all(given):
         return list(range(longest))
+    if TOGETHER in given:
+        if len(given) > 1:
+            raise DeltapatchError("'together' means all positions of a prompt at once, and stands alone")
+        return [TOGETHER]
     out: list[int | str] = []
     for item in given:
         at = position(item)

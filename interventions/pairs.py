@@ -63,6 +63,12 @@ class EncodedPair:
         """How many tokens the longer answer has."""
         return max(len(self.clean_answer), len(self.corrupted_answer))
 
+    @property
+    def first_difference(self) -> int:
+        """The first position at which the prompts differ; the last one where none does."""
+        both = enumerate(zip(self.clean, self.corrupted, strict=True))
+        return next((i for i, (a, b) in both if a != b), len(self.clean) - 1)
+
     def resolve(self, position: int | str) -> int | None:
         """The place, from 0, of an int (from the end where negative) or a label; None where there is none."""
         if isinstance(position, str):

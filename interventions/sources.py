@@ -8,6 +8,8 @@ from deltapatch.errors import DeltapatchError
 
 Source = Literal["counterpart", "zero", "mean", "resample", "noise"]
 
+# Sources that bring nothing where both prompts are the same up to a position.
+DIFFERING = ("counterpart", "noise")
 
 SOURCES: dict[str, str] = {
     "counterpart": "the pair's other prompt",

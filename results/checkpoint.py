@@ -23,7 +23,6 @@ import numpy as np
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.models.header import check_regular
-from deltapatch.results.effects import Effects
 from deltapatch.results.folder import (
     INTERVENTIONS,
     LOCK,
@@ -40,8 +39,7 @@ from deltapatch.results.folder import (
 from deltapatch.results.kept import DamagedPass, KeptPasses
 from deltapatch.results.lock import held
 from deltapatch.results.manifest import Manifest, read_manifest
-from deltapatch.results.measured import Gathered, PassEffects
-from deltapatch.results.outcome import Outcome
+from deltapatch.results.measured import Found, Gathered, PassEffects
 from deltapatch.results.tensorfile import save_file
 from deltapatch.results.truth import Truth
 from deltapatch.results.wholefile import flush, write_new, write_whole
@@ -155,7 +153,7 @@ class Unfinished:
         with plain_errors(self.path, self._on_a_full_disk()):
             self.passes.write(number, found)
 
-    def finish(self, found: Effects | Outcome) -> None:
+    def finish(self, found: Found) -> None:
         """Write the files of a finished run folder. DeltapatchError where the disk is full."""
         with plain_errors(self.path, self._on_a_full_disk()):
             put_files(found.record(), self.folder / f".finished.{secrets.token_hex(8)}.partial", self.path)

@@ -130,20 +130,16 @@ class Effects:
         return max(pair.answer_tokens for pair in self.pairs)
 
     def accuracy(self) -> float:
-        """Half clean runs right and half corrupted runs right: what the run says is the answer.
-
-        Of an answer of several tokens each must be the likeliest after those before it.
-        """
-        return float(self.reference.says[:, [0, 1], [0, 1]].mean())
+        """Half clean runs right and half corrupted runs right, see `Reference`."""
+        return self.reference.accuracy()
 
     def caveat(self) -> str | None:
         """What a reader has to know beside effects: that the model answers nothing right; None otherwise."""
-        if self.reference.says[:, [0, 1], [0, 1]].any():
-            return None
-        return (
-            f"the model answers none of these {2 * len(self.pairs)} prompts right: effects say how its wrong "
-            "predictions move, not how it finds answers"
-        )
+        return self.reference.caveat()
+
+    def shapes(self) -> dict[str, Any]:
+        """The axes of every site, for programs."""
+        return {"sites": {name: dict(zip(s.axes, s.shape, strict=True)) for name, s in self.sites.items()}}
 
     def columns(
         self, metrics: str | Sequence[str] | None = None, sites: str | Sequence[str] | None = None

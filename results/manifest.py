@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from deltapatch.interventions.grid import Grid
+from deltapatch.interventions.edges import grid_of
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.sites import SITES
 from deltapatch.interventions.sources import SOURCES
@@ -60,7 +60,7 @@ class Manifest:
         """Of the whole run."""
         if "interventions" in self.settings:
             return int(self.settings["interventions"]["number"])
-        return Grid.of_settings(self.settings, self.n_pairs).n_effects
+        return grid_of(self.settings, self.n_pairs).n_effects
 
     def _body(self) -> dict[str, Any]:
         body = {
@@ -111,6 +111,8 @@ def read_manifest(text: str | bytes) -> Manifest:
 def _check_settings(s: dict[str, Any]) -> None:
     if "interventions" in s:
         _check_interventions(s["interventions"])
+    elif "senders" in s:
+        grid_of(s, 1)
     else:
         _check_grid(s["sites"], s["positions"])
     metrics = s["metrics"]

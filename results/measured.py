@@ -3,16 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid
 from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import Effects, SiteEffects
 from deltapatch.results.metrics import Direction, Reference
 from deltapatch.results.outcome import Outcome
+
+Found: TypeAlias = Effects | EdgeEffects | Outcome
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,18 @@ class Gathered:
 
 
 def with_axes(
-    interventions: Grid | Listed,
+    interventions: Grid | EdgeGrid | Listed,
     gathered: Gathered,
     pairs: list[EncodedPair],
     direction: Direction,
     meta: dict[str, Any],
-) -> Effects | Outcome:
-    """What the passes found, as users take it: the effects of a grid by site, or those of a list."""
+) -> Found:
+    """What the passes found, as users take it: effects of a grid by site or by edge, or those of a list."""
     if isinstance(interventions, Listed):
         return Outcome(gathered.measured, interventions, pairs, gathered.reference, direction, meta)
+    if isinstance(interventions, EdgeGrid):
+        arrays = {name: values.reshape(interventions.shape) for name, values in gathered.measured.items()}
+        return EdgeEffects(interventions, arrays, pairs, gathered.reference, direction, meta)
     sites = {}
     for g in interventions.sites:
         shape = g.shape(len(pairs))

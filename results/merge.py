@@ -8,17 +8,16 @@ import numpy as np
 from safetensors import SafetensorError
 
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.edges import EdgeGrid, grid_of
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.models.header import check_regular
 from deltapatch.results.checkpoint import Unfinished, read_plan, tidy, unfinished
-from deltapatch.results.effects import Effects
 from deltapatch.results.folder import INTERVENTIONS, PAIRS, RUN, UNFINISHED, is_begun
 from deltapatch.results.kept import DamagedPass, KeptPasses
 from deltapatch.results.manifest import Manifest, digest_of
-from deltapatch.results.measured import Gathered, PassEffects, with_axes
-from deltapatch.results.outcome import Outcome
+from deltapatch.results.measured import Found, Gathered, PassEffects, with_axes
 from deltapatch.results.reading import read_interventions, read_pairs_text, read_run
 
 _NAMED = 10_000  # missing passes that are looked up for a message
@@ -51,7 +50,7 @@ def merge(path: str | PathLike[str]) -> bool:
     return True
 
 
-def join(run: Unfinished) -> Effects | Outcome:
+def join(run: Unfinished) -> Found:
     """Finish a run whose passes are all done, without its model.
 
     Raises:
@@ -78,9 +77,9 @@ def join(run: Unfinished) -> Effects | Outcome:
     return found
 
 
-def _interventions(path: Path, manifest: Manifest, pairs: list[EncodedPair]) -> Grid | Listed:
+def _interventions(path: Path, manifest: Manifest, pairs: list[EncodedPair]) -> Grid | EdgeGrid | Listed:
     if "interventions" not in manifest.settings:
-        return Grid.of_settings(manifest.settings, len(pairs))
+        return grid_of(manifest.settings, len(pairs))
     file = path / UNFINISHED / INTERVENTIONS
     try:
         found = read_interventions(file, pairs)
@@ -112,7 +111,7 @@ def _pairs(path: Path, manifest: Manifest) -> list[EncodedPair]:
 
 
 def _check_complete(
-    run: Unfinished, manifest: Manifest, interventions: Grid | Listed, pairs: list[EncodedPair]
+    run: Unfinished, manifest: Manifest, interventions: Grid | EdgeGrid | Listed, pairs: list[EncodedPair]
 ) -> None:
     """Read every kept pass before arrays for all are made: a manifest's number is not worth much memory."""
     path, n_passes = run.path, manifest.n_passes
@@ -140,7 +139,11 @@ def _check_complete(
 
 
 def _gather(
-    path: Path, passes: KeptPasses, manifest: Manifest, interventions: Grid | Listed, pairs: list[EncodedPair]
+    path: Path,
+    passes: KeptPasses,
+    manifest: Manifest,
+    interventions: Grid | EdgeGrid | Listed,
+    pairs: list[EncodedPair],
 ) -> Gathered:
     dtype = np.float64 if manifest.settings["precision"] == "fp64" else np.float32
     names = manifest.settings["metrics"]

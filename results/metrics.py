@@ -75,6 +75,22 @@ class Reference:
         for name, array in self.arrays().items():
             array[pairs] = getattr(other, name)
 
+    def accuracy(self) -> float:
+        """Half clean runs right and half corrupted runs right: what the run says is the answer.
+
+        Of an answer of several tokens each must be the likeliest after those before it.
+        """
+        return float(self.says[:, [0, 1], [0, 1]].mean())
+
+    def caveat(self) -> str | None:
+        """What a reader has to know beside effects: that the model answers nothing right; None otherwise."""
+        if self.says[:, [0, 1], [0, 1]].any():
+            return None
+        return (
+            f"the model answers none of these {2 * len(self.says)} prompts right: effects say how its wrong "
+            "predictions move, not how it finds answers"
+        )
+
     def runs(self, order: Sequence[int]) -> "Reference":
         """The same with the runs in another order."""
         return Reference(*(array[:, list(order)] for array in self.arrays().values()))

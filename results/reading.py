@@ -9,17 +9,19 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError
 
 from deltapatch.arguments import check_label
 from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.interventions.edges import SETTINGS, EdgeGrid
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.sites import SITES
 from deltapatch.models.header import check_file, check_regular, open_safetensors
+from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import Effects, SiteEffects
 from deltapatch.results.folder import (
     CHECKSUM,
@@ -32,9 +34,15 @@ from deltapatch.results.folder import (
     checksum,
     is_begun,
 )
+from deltapatch.results.measured import Found
 from deltapatch.results.metrics import MEASURED, Direction, Reference
 from deltapatch.results.outcome import Outcome
 
+_KINDS: dict[type, tuple[str, str]] = {
+    Effects: ("a sweep", "load_effects"),
+    EdgeEffects: ("a sweep of edges", "load_edges"),
+    Outcome: ("a run of given interventions", "load_outcome"),
+}
 _MEND = "copy it again, or remove it and run the sweep again"
 _HINTS = get_type_hints(EncodedPair)
 _MOST = 2**50  # of anything that is counted
@@ -47,10 +55,7 @@ def load_effects(path: str | os.PathLike[str]) -> Effects:
     Raises:
         DeltapatchError: it is none, is of given interventions, is damaged, or is of a newer format.
     """
-    found = read_run(path)
-    if isinstance(found, Outcome):
-        raise DeltapatchError(f"{path} is a run of given interventions, not a sweep: load_outcome reads it")
-    return found
+    return _of_kind(Effects, read_run(path), path)
 
 
 def load_outcome(path: str | os.PathLike[str]) -> Outcome:
@@ -59,14 +64,31 @@ def load_outcome(path: str | os.PathLike[str]) -> Outcome:
     Raises:
         DeltapatchError: it is none, is of a sweep, is damaged, or is of a newer format.
     """
-    found = read_run(path)
-    if isinstance(found, Effects):
-        raise DeltapatchError(f"{path} is a sweep, not a run of given interventions: load_effects reads it")
+    return _of_kind(Outcome, read_run(path), path)
+
+
+def load_edges(path: str | os.PathLike[str]) -> EdgeEffects:
+    """The effects of the sweep of edges in a run folder.
+
+    Raises:
+        DeltapatchError: it is none, is of sites or given interventions, is damaged, or is of a newer format.
+    """
+    return _of_kind(EdgeEffects, read_run(path), path)
+
+
+Kind = TypeVar("Kind", bound=Found)
+
+
+def _of_kind(kind: type[Kind], found: Found, path: object) -> Kind:
+    """What was read, if it is of a kind. DeltapatchError where it is of another."""
+    if not isinstance(found, kind):
+        what, reader = _KINDS[type(found)]
+        raise DeltapatchError(f"{path} is {what}, not {_KINDS[kind][0]}: {reader} reads it")
     return found
 
 
-def read_run(path: str | os.PathLike[str]) -> Effects | Outcome:
-    """What a run folder holds: the effects of a sweep, or the outcome of given interventions.
+def read_run(path: str | os.PathLike[str]) -> Found:
+    """What a run folder holds: the effects of a sweep or of its edges, or the outcome of given interventions.
 
     Raises:
         DeltapatchError: it is not a run folder, is damaged, or is of a newer format.
@@ -120,12 +142,16 @@ def read_pairs_text(text: str) -> list[EncodedPair]:
     return [_pair(json.loads(line)) for line in text.split("\n") if line]
 
 
-def _effects(path: Path, about: dict[str, Any]) -> Effects | Outcome:
+def _effects(path: Path, about: dict[str, Any]) -> Found:
     _need(about.get(CHECKSUM) == checksum(about, path), "its files are not those that were written")
-    given = "interventions" in about
+    given, edges = "interventions" in about, "senders" in about
     _need(isinstance(about["direction"], str) and about["direction"] in get_args(Direction), "direction")
     if given:
         _check_number(about["interventions"])
+    elif edges:
+        _need(
+            _distinct(about["measured"], str) and set(about["measured"]) <= set(MEASURED), "measured numbers"
+        )
     else:
         _check_coordinates(about)
     for name in (PAIRS, EFFECTS, *([INTERVENTIONS] if given else [])):
@@ -138,6 +164,7 @@ def _effects(path: Path, about: dict[str, Any]) -> Effects | Outcome:
         like = Reference.empty(len(pairs)).arrays()[name]
         _need((array.shape, array.dtype) == (like.shape, like.dtype), f"reference/{name}")
     own = {"format", "format_version", "direction", "sites", "interventions", "axes", CHECKSUM}
+    own |= set(SETTINGS) if edges else set()
     meta = {key: value for key, value in about.items() if key not in own}
     if given:
         listed = read_interventions(path / INTERVENTIONS, pairs)
@@ -149,6 +176,14 @@ def _effects(path: Path, about: dict[str, Any]) -> Effects | Outcome:
             fits = array.shape == (listed.n_effects,) and array.dtype in (np.float32, np.float64)
             _need(fits, f"measured/{name} does not fit {RUN}")
         return Outcome(measured, listed, pairs, reference, about["direction"], meta)
+    if edges:
+        grid = EdgeGrid.of_settings(about, len(pairs))
+        measured = {name: tensors.pop(f"measured/{name}") for name in meta.pop("measured")}
+        _need(not tensors, f"{EFFECTS} holds other numbers than {RUN} tells")
+        for name, array in measured.items():
+            fits = array.shape == grid.shape and array.dtype in (np.float32, np.float64)
+            _need(fits, f"measured/{name} does not fit {RUN}")
+        return EdgeEffects(grid, measured, pairs, reference, about["direction"], meta)
     sites: dict[str, SiteEffects] = {}
     for site, c in about["sites"].items():
         measured = {name: tensors.pop(f"{site}/{name}") for name in c["measured"]}

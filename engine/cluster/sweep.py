@@ -18,14 +18,16 @@ from typing import Any
 
 from deltapatch.engine.cluster.team import Team
 from deltapatch.engine.cluster.worker import Report, Request
-from deltapatch.engine.options import Options, SweepOptions
+from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
 from deltapatch.engine.progress import progress_bar
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Intervention, checked
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
 from deltapatch.results.checkpoint import unfinished
+from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import Effects
 from deltapatch.results.folder import RUN, check_output
+from deltapatch.results.measured import Found
 from deltapatch.results.merge import join
 from deltapatch.results.outcome import Outcome
 
@@ -76,6 +78,15 @@ def ray_sweep(
     return found
 
 
+def ray_sweep_edges(
+    model: str | PathLike[str], pairs: Pairs, cluster: Cluster | None = None, **options: Any
+) -> EdgeEffects:
+    """`sweep_edges`, spread likewise. Raises what `ray_sweep` raises."""
+    found = _spread(model, pairs, cluster or Cluster(), EdgeOptions(**options), None)
+    assert isinstance(found, EdgeEffects)
+    return found
+
+
 def ray_run(
     model: str | PathLike[str],
     pairs: Pairs,
@@ -95,12 +106,13 @@ def _spread(
     cluster: Cluster,
     options: Options,
     interventions: list[Intervention] | None,
-) -> Effects | Outcome:
+) -> Found:
     if options.out is None or options.shard is not None:
         raise DeltapatchError("a run on Ray needs an output folder (out), and takes no shard")
     pairs, own = as_pairs(pairs)
     path, cpus = Path(options.out), cluster.cpus
-    reader = "load_effects" if interventions is None else "load_outcome"
+    reader = "load_outcome" if interventions is not None else "load_effects"
+    reader = "load_edges" if isinstance(options, EdgeOptions) else reader
     finished = f"run {path} is finished already: {reader} reads it"
     if (path / RUN).is_file():
         raise DeltapatchError(finished)

@@ -22,6 +22,7 @@ NEURONS = {"sites": "mlp_post", "positions": "last"}
 EVERYWHERE = {"sites": "mlp_out,attn_out", "positions": "all"}
 SOME = {"sites": "mlp_out,z", "positions": [0, -1]}
 UNLIKELY = NEURONS | {"metrics": "dlogp_clean"}  # enough rows, and no metric that needs every token
+EDGES = {"receivers": "a,m", "positions": "together", "effect": "both"}
 ZERO = {"sites": "mlp_out,q", "positions": [0, -1], "source": "zero"}
 
 
@@ -60,6 +61,8 @@ CASES = [
     Case("fp32", SOME, 4, prompts="many"),
     Case("fp32", SOME, 16, threads=2, vocab=40_000),
     Case("bf16", UNLIKELY, 16, vocab=40_000),
+    Case("fp32", EDGES, 48),
+    Case("bf16", EDGES, 64),
     Case("fp32", NEURONS, 16, answers=3),
     Case("fp32", EVERYWHERE, 16, answers=3),
 ]
@@ -104,7 +107,8 @@ def measure(model, prompts, case):
     pairs = [deltapatch.PromptPair(*both, [5] * case.answers, [6] * case.answers) for both in prompts]
 
     def sweep(memory_budget):
-        return deltapatch.sweep(
+        way = deltapatch.sweep if "sites" in case.sweep else deltapatch.sweep_edges
+        return way(
             model,
             pairs,
             precision=case.precision,
@@ -118,10 +122,12 @@ def measure(model, prompts, case):
     gc.collect()
     before = resident()
     peak, effects = peak_of(lambda: sweep(budget))
-    results = sum(a.nbytes for s in effects.sites.values() for a in s.measured.values())
+    of_edges = "sites" not in case.sweep
+    parts = [effects] if of_edges else effects.sites.values()
+    results = sum(a.nbytes for part in parts for a in part.measured.values())
     return {
         **case._asdict(),
-        "sweep": case.sweep["sites"],
+        "sweep": "edges" if of_edges else case.sweep["sites"],
         "budget": budget,
         "growth": peak - before,
         "results": results,

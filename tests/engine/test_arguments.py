@@ -98,7 +98,10 @@ def test_interventions_in_every_form(model, effects):
 # ----------------------------------------------------------------------------------------- what is refused
 
 WRONG = [
-    ({"positions": None}, "positions must be 'all', 'last', or a list of numbers and labels, not None"),
+    (
+        {"positions": None},
+        "positions must be 'all', 'last', 'together', or a list of numbers and labels, not None",
+    ),
     ({"positions": 0.5}, "a position must be a whole number or a label, not 0.5"),
     ({"positions": [[1]]}, "a position must be a whole number or a label, not [1]"),
     ({"positions": ["all", "op"]}, "'all' stands alone"),

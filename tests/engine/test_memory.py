@@ -56,6 +56,14 @@ def test_long_mixed_and_many_prompts_and_large_vocabularies_keep_it_too(sweeps):
         assert found["passes"] > 1 or found["prompts"] == "short", found
 
 
+@pytest.mark.parametrize(("precision", "spare"), [("fp32", 48), ("bf16", 64)])
+def test_edges_keep_it(sweeps, precision, spare):
+    found = of(sweeps, precision, "edges", spare)
+    assert found["passes"] > 1, "the budget did not have to cut anything"
+    assert found["growth"] - found["results"] <= found["budget"], found
+    assert found["growth"] > found["budget"] / 8, f"the estimate is so high that it tests nothing: {found}"
+
+
 def test_each_thread_has_its_part_of_the_budget(sweeps):
     found = of(sweeps, "fp32", "mlp_post", threads=2)
     assert found["growth"] - found["results"] <= found["budget"], found

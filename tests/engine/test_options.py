@@ -3,6 +3,7 @@
 import inspect
 import json
 from dataclasses import fields
+from functools import partial
 
 import click
 import pytest
@@ -10,13 +11,17 @@ from engine_tiny import hf_model, pairs, true_model
 
 import deltapatch
 from deltapatch import DeltapatchError, Intervention, Patch, PromptPair
-from deltapatch.cli.sweep import sweep as command
-from deltapatch.engine.options import Options, SweepOptions
+from deltapatch.cli.sweep import edges as of_edges
+from deltapatch.cli.sweep import sweep as of_sites
+from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
 from deltapatch.results.merge import merge
 
 VARIANT = "llama-grouped"
-DECISIVE = [each for each in fields(SweepOptions) if each.metadata["word"]]
-OF_RUNS = {each.name for each in fields(Options)}
+KINDS = {SweepOptions: deltapatch.sweep, EdgeOptions: deltapatch.sweep_edges, Options: deltapatch.run}
+DECISIVE = list(
+    {each.name: each for kind in KINDS for each in fields(kind) if each.metadata["word"]}.values()
+)
+OF_GRIDS = ("sites", "positions", "layers", "senders", "receivers")
 # An option that matters only beside another one.
 BESIDE = {"noise_scale": {"source": "noise"}}
 
@@ -41,7 +46,7 @@ def names(options):
 
 
 def test_python_has_every_option_by_keyword_alone():
-    for function, kind in ((deltapatch.sweep, SweepOptions), (deltapatch.run, Options)):
+    for kind, function in KINDS.items():
         found = inspect.signature(function).parameters
         for each in fields(kind):
             assert found[each.name].kind is inspect.Parameter.KEYWORD_ONLY
@@ -54,10 +59,12 @@ def test_python_has_every_option_by_keyword_alone():
 
 
 def test_the_shell_has_every_option_that_decides_something():
-    found = {p.name: p for p in command.params if isinstance(p, click.Option)}
-    for each in DECISIVE:
-        assert found[each.name].opts == [f"--{each.name.replace('_', '-')}"]
-        assert found[each.name].help
+    for command, kind in ((of_sites, SweepOptions), (of_edges, EdgeOptions)):
+        found = {p.name: p for p in command.params if isinstance(p, click.Option)}
+        for each in fields(kind):
+            if each.metadata["word"]:
+                assert found[each.name].opts == [f"--{each.name.replace('_', '-')}"]
+                assert found[each.name].help
 
 
 @pytest.mark.parametrize("each", DECISIVE, ids=names(DECISIVE))
@@ -65,10 +72,12 @@ def test_what_is_given_is_checked(each):
     class Nothing:
         pass
 
-    if each.name in ("sites", "positions", "layers"):
+    if each.name in OF_GRIDS:
         return  # checked with the pairs, when the grid is made
-    with pytest.raises(DeltapatchError):
-        SweepOptions(**{each.name: Nothing()})
+    for kind in KINDS:
+        if each.name in {one.name for one in fields(kind)}:
+            with pytest.raises(DeltapatchError):
+                kind(**{each.name: Nothing()})
 
 
 @pytest.mark.parametrize("finished", [False, True], ids=["cut off", "finished"])
@@ -76,12 +85,13 @@ def test_what_is_given_is_checked(each):
 def test_a_run_that_is_resumed_with_another_is_refused_by_name(
     each, finished, model, prompts, interventions, tmp_path
 ):
-    """The same for sweeps and runs of given interventions."""
+    """The same for sweeps of sites and edges, and runs of given interventions."""
     base = {"progress": False, "precision": "fp32", "memory_budget": "64MiB", **BESIDE.get(each.name, {})}
-    ways = [lambda **o: deltapatch.sweep(model, prompts, **o)]
-    if each.name in OF_RUNS:
-        ways.append(lambda **o: deltapatch.run(model, prompts, interventions, **o))
-    for i, way in enumerate(ways):
+    for i, (kind, function) in enumerate(KINDS.items()):
+        if each.name not in {one.name for one in fields(kind)}:
+            continue
+        given = [model, prompts, *([interventions] if kind is Options else [])]
+        way = partial(function, *given)
         folder = tmp_path / str(i)
         way(out=folder, shard=None if finished else (1, 2), **base)
         other = base | {each.name: each.metadata["other"]}
@@ -93,9 +103,7 @@ def test_a_run_that_is_resumed_with_another_is_refused_by_name(
             way(out=folder, resume=True, **other)
         way(out=folder, resume=True, **base)
         kept = (folder / "run.json").read_text()
-        assert (
-            each.name in json.loads(kept) or each.name in kept or each.name in ("sites", "layers", "metrics")
-        )
+        assert each.name in json.loads(kept) or each.name in kept or each.name in (*OF_GRIDS, "metrics")
 
 
 # ---------------------------------------------------------------------------- runs do what sweeps do

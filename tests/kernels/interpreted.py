@@ -511,6 +511,24 @@ def assert_same_sweep(make, sites, precision, answers):
 
 
 @MODELS
+def test_edges_are_what_the_reference_finds(make, sites):
+    torch.manual_seed(1)
+    hf = make()
+    for weight in hf.parameters():
+        weight.data.normal_(0, 0.3)
+    model = deltapatch.from_transformers(hf.eval())
+    pair = deltapatch.PromptPair([3, 7, 9], [3, 8, 9], 4, 5)
+    options = {"senders": ["input", "a0.h1", "m0"], "receivers": ["a1", "m1", "logits"], "effect": "both"}
+    got, want = (
+        deltapatch.sweep_edges(model, [pair], backend=name, precision="fp32", progress=False, **options)
+        for name in ("triton", "reference")
+    )
+    for effect in ("total", "direct"):
+        a, b = got.flat("logit_diff", effect), want.flat("logit_diff", effect)
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+@MODELS
 def test_a_sweep_gives_what_the_reference_gives(make, sites):
     assert_same_sweep(make, sites[-2:], "fp32", ANSWERS[:1])
 

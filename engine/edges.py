@@ -1,0 +1,234 @@
+"""Edges: what senders say in the source runs, kept until the last layer, and how the rows of edges enter.
+
+A message is the difference (source - base) that a sender alone adds to the residual stream. At each layer
+(1) the senders before it are normed and multiplied with the query-key-value weights, once for all receivers
+there; (2) queries, keys or values alone change with each, of all heads at once, since no head hears another:
+a row takes the part of its head. (3) A message to the MLP, or to the logits, is itself what its row brings.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltapatch.engine.block import BlockStep, Layer
+from deltapatch.engine.layout import Block, Layout, how_many_blocks
+from deltapatch.engine.prompts import Prompts
+from deltapatch.engine.rows import DIRECT, HEADS, LOGITS, MLP, Rows, is_together
+from deltapatch.engine.setup import Setup
+from deltapatch.interventions import nodes as of
+from deltapatch.interventions.edges import decode
+from deltapatch.interventions.nodes import Nodes
+from deltapatch.interventions.table import PLACE
+from deltapatch.kernels.device import upload
+from deltapatch.kernels.product import Scaled
+from deltapatch.kernels.segments import Segment
+
+
+class Heard(NamedTuple):
+    """What the heads of a layer hear: (what they read, pair) -> [position, sender, n_heads * d_head]."""
+
+    z: dict[tuple[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class EdgeRows:
+    """The edges that the rows of a pass carry, all [row].
+
+    Attributes:
+        sender, layer, reads, head: see `Nodes`; the layer is the receiver's.
+        stage: HEADS, MLP or LOGITS, of direct effects too.
+        direct: whether what the receiver says goes to the logits alone.
+        together: whether the sender speaks at all positions of the prompt from the row's first one on.
+    """
+
+    sender: np.ndarray
+    layer: np.ndarray
+    reads: np.ndarray
+    head: np.ndarray
+    stage: np.ndarray
+    direct: np.ndarray
+    together: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Rows, nodes: Nodes) -> "EdgeRows":
+        """Those of rows that have an edge each."""
+        sender, layer, head = decode(nodes, rows.edges.index)
+        reads = rows.edges.place - PLACE[of.READS[0]]
+        stage = np.select([reads == of.MLP, reads == of.LOGITS], [MLP, LOGITS], HEADS)
+        together = is_together(rows.edges.edit)
+        return cls(sender, layer, reads, head, stage, rows.stage == DIRECT, together)
+
+
+class Edges:
+    """The edges of a pass.
+
+    Args:
+        setup: what it is carried out with.
+        prompts: the pairs.
+        rows: that carry the edges.
+        nodes: of the model.
+    """
+
+    def __init__(self, setup: Setup, prompts: Prompts, rows: Rows, nodes: Nodes) -> None:
+        self.setup, self.spec, self.prompts, self.nodes = setup, setup.model.spec, prompts, nodes
+        self.shapes, self.rows, self.of_row = prompts.shapes, rows, EdgeRows.of(rows, nodes)
+        self.senders = np.unique(self.of_row.sender)  # [slot], those that rows are about
+        self._said: Tensor | None = None  # [base token, slot, d_model], filled layer by layer
+        self._source = prompts.source_token(np.arange(self.shapes.n_tokens))
+
+    # What senders say -------------------------------------------------------------------------------------
+
+    def places(self, layer: int) -> list[str]:
+        """What of a layer's source runs is needed."""
+        first, mlp = self.nodes.attention(layer), self.nodes.mlp(layer)
+        heads = ((self.senders >= first) & (self.senders < mlp)).any()
+        return [*(["z"] if heads else []), *(["mlp_out"] if (self.senders == mlp).any() else [])]
+
+    def hear_embedding(self, delta: Tensor) -> None:
+        """Keep what `input` says: delta is [source token, d_model]."""
+        self._said = delta.new_zeros(self.shapes.n_tokens, len(self.senders), self.spec.d_model)
+        if len(self.senders) and self.senders[0] == 0:
+            self._said[:, 0] = self._of_base(delta)
+
+    def hear(self, number: int, layer: Layer, deltas: dict[str, Tensor]) -> None:
+        """Keep what the senders of a layer say.
+
+        Args:
+            number: of the layer.
+            layer: in the precision of the base runs.
+            deltas: "z" and "mlp_out", (source - base), [source token, ...].
+        """
+        assert self._said is not None
+        first, mlp = self.nodes.attention(number), self.nodes.mlp(number)
+        slots = slice(*np.searchsorted(self.senders, [first, mlp]))
+        heads = self.senders[slots] - first
+        if len(heads):
+            z = self._of_base(deltas["z"])[:, heads]  # [base token, head, d_head]
+            out = layer.weights.out.values.unflatten(1, (-1, self.spec.d_head))[:, heads]
+            raw = torch.einsum("thc,dhc->thd", z, out).flatten(0, 1)
+            step = BlockStep(layer, self.shapes.segments(len(heads)), {})
+            said = step.spoken("attn_out", Scaled(raw, None))
+            assert said is not None
+            self._said[:, slots] = said.plain().view(len(z), len(heads), -1)
+        if slots.stop < len(self.senders) and self.senders[slots.stop] == mlp:
+            self._said[:, slots.stop] = self._of_base(deltas["mlp_out"])
+
+    def _of_base(self, delta: Tensor) -> Tensor:
+        """A source's difference at every base token, of [source token, ...]."""
+        return delta[upload(self._source, delta.device)]
+
+    def message(self, pair: int, row: int, positions: int, slots: slice) -> Tensor:
+        """What some senders say to a row, [position, sender, d_model], at the last positions of its run."""
+        assert self._said is not None
+        run, base = self.shapes.runs[pair], int(self.shapes.base[pair])
+        length, prompt = run.length, run.prompt
+        start, first = int(self.rows.start[row]), length - positions
+        end = prompt if self.of_row.together[row] else start + 1
+        said = self._said[base : base + length, slots]
+        out = said.new_zeros(positions, *said.shape[1:])
+        if max(start, first) < end:
+            out[max(start, first) - first : end - first] = said[max(start, first) : end]
+        return out
+
+    # How rows enter ---------------------------------------------------------------------------------------
+
+    def entering(self, layer: int) -> Iterator[np.ndarray]:
+        """Ids of the rows whose receiver is in a layer: those that start at one position together."""
+        ids = np.flatnonzero(self.of_row.layer == layer)
+        length = self.shapes.length[self.rows.pair[ids]]
+        cuts = np.flatnonzero((np.diff(self.rows.start[ids]) != 0) | (np.diff(length) != 0)) + 1
+        return (some for some in np.split(ids, cuts) if len(some))
+
+    def heard(self, layer: Layer, ids: np.ndarray) -> Heard:
+        """What the heads of a layer hear of the senders before it, for rows that start at one position."""
+        mine = ids[self.of_row.stage[ids] == HEADS]
+        if not len(mine):
+            return Heard({})
+        number = int(self.of_row.layer[mine[0]])
+        n = int(np.searchsorted(self.senders, self.nodes.attention(number)))
+        by = np.unique(self.of_row.reads[mine]).tolist()
+        pairs, first = np.unique(self.rows.pair[mine], return_index=True)
+        z: dict[tuple[int, int], Tensor] = {}
+        work: list[tuple[int, int, slice]] = []
+        for pair, row in zip(pairs.tolist(), mine[first].tolist(), strict=True):
+            positions = int(self.shapes.length[pair] - self.rows.start[row])
+            seen = int(self.shapes.reads[pair]) if layer.last else positions
+            assert self._said is not None
+            for reads in by:
+                z[reads, pair] = self._said.new_empty(seen, n, self.spec.n_heads * self.spec.d_head)
+            ops, tokens = self.setup.ops, n * positions
+            count = min(n, how_many_blocks(tokens, ops.block_tokens, spread=self.setup.on_cpu))
+            edges = np.linspace(0, n, count + 1).astype(int).tolist()
+            work += [(pair, row, slice(a, b)) for a, b in pairwise(edges)]
+
+        def listen(item: tuple[int, int, slice]) -> None:
+            pair, row, slots = item
+            run = self.shapes.runs[pair]
+            positions = run.length - int(self.rows.start[row])
+            message = self.message(pair, row, positions, slots)
+            segment = Segment(0, 1, positions, message.shape[1], int(self.shapes.base[pair]), run.length,
+                              run.reads, run.fork)  # fmt: skip
+            found = BlockStep(layer, [segment], {}).heard(message.flatten(0, 1), by)
+            for reads, d in zip(by, found, strict=True):
+                there = z[reads, pair]
+                there[:, slots] = d[: len(there) * message.shape[1]].view(len(there), message.shape[1], -1)
+
+        self.setup.pool(listen, work)
+        return Heard(z)
+
+    def brought(self, layout: Layout, block: Block, heard: Heard, *, reads_only: bool) -> Tensor:
+        """What the rows of a block bring where they enter, [token, width].
+
+        It is the difference of z, of what the MLP reads, or of what the logits read: one of these for all.
+
+        Args:
+            heard: in their layer.
+            reads_only: just at the positions that are read.
+        """
+        assert self._said is not None
+        ids, rows = layout.rows[block.rows], self.of_row
+        heads = bool(rows.stage[ids[0]] == HEADS)
+        width = self.spec.n_heads * self.spec.d_head if heads else self.spec.d_model
+        segments = [s.read(0) if reads_only else s for s in block.segments]
+        out = self._said.new_zeros(sum(s.n_tokens for s in segments), width)
+        token, done = 0, 0
+        for segment, pair in zip(segments, block.first_pairs, strict=True):
+            there = out[token : token + segment.n_tokens].view(
+                segment.pairs, segment.positions, segment.rows, width
+            )
+            token += segment.n_tokens
+            for i in range(segment.pairs):
+                mine = ids[done : done + segment.rows]
+                done += segment.rows
+                for a, b in _alike(rows.reads[mine], rows.head[mine]):
+                    slots = np.searchsorted(self.senders, rows.sender[mine[a:b]])
+                    which = _adjoining(slots)
+                    if not heads:
+                        lo, hi = int(slots.min()), int(slots.max()) + 1
+                        said = self.message(pair + i, int(mine[a]), segment.positions, slice(lo, hi))
+                        there[i, :, a:b] = said if isinstance(which, slice) else said[:, slots - lo]
+                        continue
+                    reads, head = int(rows.reads[mine[a]]), int(rows.head[mine[a]])
+                    group = self.nodes.group(reads, head)
+                    columns = slice(group.start * self.spec.d_head, group.stop * self.spec.d_head)
+                    z = heard.z[reads, pair + i][-segment.positions :]
+                    there[i, :, a:b, columns] = z[:, which, columns]
+        return out
+
+
+def _alike(reads: np.ndarray, head: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Runs of rows whose receiver is the same."""
+    edges = [0, *(np.flatnonzero((np.diff(reads) != 0) | (np.diff(head) != 0)) + 1).tolist(), len(reads)]
+    return pairwise(edges)
+
+
+def _adjoining(slots: np.ndarray) -> slice | np.ndarray:
+    """Slots as a slice, where each is next to the one before."""
+    if slots[-1] - slots[0] == len(slots) - 1 and (np.diff(slots) == 1).all():
+        return slice(int(slots[0]), int(slots[-1]) + 1)
+    return slots

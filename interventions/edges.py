@@ -1,0 +1,219 @@
+"""Edges: what a sweep of edges patches, as axes, and the edges of one pair as arrays, never as objects.
+
+An edge sends one sender's change (source - base) into what one receiver reads, and into nothing else. Its
+total effect is what follows when everything behind the receiver reacts; its direct effect what follows when
+what the receiver then says goes to the logits alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.grid import Grid
+from deltapatch.interventions.nodes import LOGITS, MLP, READS, Nodes, Q
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.runs import RunShape
+from deltapatch.interventions.sources import DIFFERING
+from deltapatch.interventions.table import EDIT, PLACE, TOGETHER, PatchTable, row_tokens
+from deltapatch.models.spec import ModelSpec
+
+Effect = Literal["total", "direct"]
+EFFECTS: dict[str, tuple[Effect, ...]] = {
+    "total": ("total",),
+    "direct": ("direct",),
+    "both": ("total", "direct"),
+}
+SETTINGS = ("nodes", "senders", "receivers", "positions", "effect", "keys")
+_MOST = 1 << 10  # layers and heads of a model
+
+
+@dataclass(frozen=True)
+class EdgeGrid:
+    """What a sweep of edges patches. Effects are an array [pair, effect, position, edge], counted flat.
+
+    DeltapatchError where there is no edge at all.
+
+    Attributes:
+        nodes: of the model.
+        senders: their numbers.
+        receivers: their names.
+        positions: as given; just TOGETHER for all of a prompt at once.
+        effects: which are measured.
+        differs: whether patches bring nothing where both prompts are the same up to a position.
+        n_pairs: of prompts.
+    """
+
+    nodes: Nodes
+    senders: list[int]
+    receivers: list[str]
+    positions: list[int | str]
+    effects: tuple[Effect, ...]
+    differs: bool
+    n_pairs: int
+
+    def __post_init__(self) -> None:
+        if not len(self.edges):
+            raise DeltapatchError(
+                "there is no edge between these senders and receivers: a sender comes before what it sends to"
+            )
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """[edge, (sender, receiver)], as `Nodes.edges` gives them."""
+        return self.nodes.edges(self.senders, self.receivers)
+
+    @property
+    def sender_names(self) -> list[str]:
+        """Of the senders, in order."""
+        return [self.nodes.senders[i] for i in self.senders]
+
+    @property
+    def together(self) -> bool:
+        """Whether edges are patched at all positions of a prompt at once."""
+        return self.positions == [TOGETHER]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[pair, effect, position, edge]."""
+        return self.n_pairs, len(self.effects), len(self.positions), len(self.edges)
+
+    @property
+    def n_effects(self) -> int:
+        """How many numbers there are, those that a pair does not have with them."""
+        return int(np.prod(self.shape))
+
+    @property
+    def places(self) -> frozenset[str]:
+        """What of the source runs is looked at."""
+        return frozenset(("z", "mlp_out"))
+
+    @property
+    def acted(self) -> list[int]:
+        """The pairs that are patched: all of them."""
+        return list(range(self.n_pairs))
+
+    def settings(self) -> dict[str, Any]:
+        """What tells it from others, by the names of SETTINGS."""
+        effect = "both" if len(self.effects) > 1 else self.effects[0]
+        shape = asdict(self.nodes)
+        keys = shape.pop("keys")
+        found = (shape, self.sender_names, self.receivers, self.positions, effect, keys)
+        return dict(zip(SETTINGS, found, strict=True))
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any], n_pairs: int) -> "EdgeGrid":
+        """What `settings` told. ValueError, KeyError or TypeError where it makes no sense."""
+        shape, senders, receivers, positions, effect, keys = (settings[name] for name in SETTINGS)
+        nodes = Nodes(**shape, keys=keys)
+        sizes = (nodes.n_layers, nodes.n_heads, nodes.n_kv_heads)
+        if any(type(n) is not int or not 0 < n < _MOST for n in sizes) or nodes.n_heads % nodes.n_kv_heads:
+            raise ValueError("nodes")
+        if type(nodes.parallel) is not bool or keys not in ("query", "kv"):
+            raise ValueError("nodes")
+        order = {name: i for i, name in enumerate(nodes.receivers)}
+        number = {name: i for i, name in enumerate(nodes.senders)}
+        sends, reads = [number[name] for name in senders], [order[name] for name in receivers]
+        if not sends or not reads or sends != sorted(set(sends)) or reads != sorted(set(reads)):
+            raise ValueError("senders or receivers")
+        if not isinstance(positions, list) or not positions or {type(p) for p in positions} - {int, str}:
+            raise ValueError("positions")
+        differs = settings["source"] in DIFFERING
+        return cls(nodes, sends, list(receivers), positions, EFFECTS[effect], differs, n_pairs)
+
+    def _starts(self, pair: EncodedPair) -> tuple[np.ndarray, np.ndarray]:
+        """The positions that a pair has: which they are among `positions`, and where."""
+        if self.together:
+            return np.zeros(1, np.int64), np.array([pair.first_difference if self.differs else 0])
+        spots = [(i, p) for i, at in enumerate(self.positions) if (p := pair.resolve(at)) is not None]
+        return np.array([i for i, _ in spots], np.int64), np.array([p for _, p in spots], np.int64)
+
+    def table(self, number: int, pair: EncodedPair) -> tuple[PatchTable, np.ndarray]:
+        """One pair's edges, each a row of one patch, and where their effects go: [row]."""
+        which, start = self._starts(pair)
+        sender, receiver = self.edges.T
+        found = [self.nodes.receivers[name] for name in self.receivers]
+        layer, reads, head = np.array(found, dtype=np.int64).T[:, receiver]
+        index = code(self.nodes, sender, layer, head)
+        place = PLACE[READS[0]] + reads
+        shape = (len(self.effects), len(start), len(sender))
+        last = self.nodes.n_layers - 1
+        layers = np.stack(
+            [layer if effect == "total" else np.full_like(layer, last) for effect in self.effects]
+        )
+        kind = "together" if self.together else "one"
+        edit = np.array([EDIT[f"{effect} {kind}"] for effect in self.effects])
+        out = number * np.prod(self.shape[1:]) + (
+            np.arange(shape[0])[:, None, None] * self.shape[2] + which[:, None]
+        ) * self.shape[3] + np.arange(shape[2])  # fmt: skip
+        columns = (layers[:, None], place, start[:, None], edit[:, None, None], index)
+        flat = [np.broadcast_to(column, shape).ravel() for column in columns]
+        n = len(flat[0])
+        return PatchTable(n, np.zeros(n, np.int64), np.arange(n), *flat), out.ravel().astype(np.int64)
+
+    def n_rows(self, number: int, pair: EncodedPair) -> int:
+        """How many interventions of a pair there are."""
+        return len(self.effects) * len(self._starts(pair)[0]) * len(self.edges)
+
+    def row_sizes(self, number: int, pair: EncodedPair, run: RunShape) -> tuple[np.ndarray, np.ndarray]:
+        """[row] twice, the tokens and the layer of each intervention of a pair, in the order of `table`."""
+        table, _ = self.table(number, pair)
+        return row_tokens(table, run), table.layer
+
+    def entering(self, number: int, pair: EncodedPair, run: RunShape, n_layers: int) -> np.ndarray:
+        """[1 + layer], the row tokens of a pair that enter at the embedding and in each layer."""
+        tokens, layers = self.row_sizes(number, pair, run)
+        return np.bincount(1 + layers, tokens, 1 + n_layers).astype(np.int64)
+
+    def own_flops(self, spec: ModelSpec, number: int, pair: EncodedPair, run: RunShape) -> int:
+        """FLOPs that the edges of a pair need in the layer of their receiver, messages included."""
+        _, starts = self._starts(pair)
+        tokens = np.where(starts < run.prompt, run.length - starts, 0)
+        seen = int(tokens.sum())  # row tokens of an edge that is patched at each of its places
+        patched = seen if self.together else int((tokens > 0).sum())  # of these, where its sender speaks
+        mlp = 2 * (3 if spec.gated else 2) * spec.d_model * spec.d_mlp
+        qkv = 2 * spec.d_model * spec.d_head * (spec.n_heads + 2 * spec.n_kv_heads)
+        total = 0
+        for i, name in enumerate(self.receivers):
+            receiver = self.nodes.receivers[name]
+            n = int((self.edges[:, 1] == i).sum())
+            if receiver.reads == LOGITS:
+                continue
+            group = self.nodes.group(receiver.reads, receiver.head)
+            out = 2 * spec.d_model * spec.d_head * (group.stop - group.start)
+            if receiver.reads == MLP:
+                total += n * (patched if "total" in self.effects else 1) * mlp
+                continue
+            there = patched if receiver.reads == Q else seen
+            total += n * there * (out + (0 if spec.parallel or "total" not in self.effects else mlp))
+        layers = {self.nodes.receivers[name].layer for name in self.receivers}
+        earlier = [sum(s < self.nodes.attention(l) for s in self.senders) for l in layers]
+        return total + patched * qkv * sum(earlier)
+
+    def describe(self, effect: int) -> str:
+        """Which edge an effect belongs to, in words."""
+        pair, kind, position, edge = np.unravel_index(effect, self.shape)
+        sender, receiver = self.edges[edge]
+        where = f"position {self.positions[position]}" if not self.together else "all positions"
+        name = f"{self.nodes.senders[sender]} -> {self.receivers[receiver]}"
+        return f"pair {pair}, {self.effects[kind]} effect of {name}, {where}"
+
+
+def grid_of(settings: Mapping[str, Any], n_pairs: int) -> Grid | EdgeGrid:
+    """The grid that the settings of a run tell, of sites or of edges."""
+    return (EdgeGrid if "senders" in settings else Grid).of_settings(settings, n_pairs)
+
+
+def code(nodes: Nodes, sender: np.ndarray, layer: np.ndarray, head: np.ndarray) -> np.ndarray:
+    """What a patch table has as the `index` of an edge: its sender, its receiver's layer and head."""
+    return (sender * nodes.n_layers + layer) * nodes.n_heads + head
+
+
+def decode(nodes: Nodes, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sender, layer and head of `code`."""
+    rest, head = np.divmod(index, nodes.n_heads)
+    sender, layer = np.divmod(rest, nodes.n_layers)
+    return sender, layer, head
