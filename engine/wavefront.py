@@ -5,18 +5,18 @@ At each layer it (1) advances the base run and, as a difference of its own, the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.block import BlockStep, Edits, Layer, block_norms
+from deltapatch.engine.block import BlockStep, Edits, Layer
 from deltapatch.engine.edges import Edges, Heard
+from deltapatch.engine.layers import Layers, Ready
 from deltapatch.engine.layout import Block, Layout, first_tokens, how_many_blocks, lay_out
-from deltapatch.engine.products import narrow_layer, taken_in
-from deltapatch.engine.prompts import Prompts, source_differences
+from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.reads import Reads, RowReads
 from deltapatch.engine.rows import (
@@ -34,17 +34,12 @@ from deltapatch.engine.rows import (
 from deltapatch.engine.setup import Setup
 from deltapatch.engine.unpatched import Unpatched
 from deltapatch.interventions.nodes import Nodes
-from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.table import EDIT, PLACE, PatchTable
-from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.edits import Edit, Swap
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.segments import read_segments
-from deltapatch.models import forward
 from deltapatch.models.model_weights import PassWeights
-from deltapatch.models.spec import RopeSpec
-from deltapatch.models.weights import Converter
 from deltapatch.results.metrics import Direction, Reference
 
 _ENTRY_STAGES = (ATTENTION, MIDDLE, END)
@@ -60,22 +55,6 @@ class PassResult:
     def reference(self, direction: Direction) -> Reference:
         """The unpatched runs as a reader of the results knows them: clean and corrupted."""
         return self.unpatched.runs([1, 0] if direction == "denoise" else [0, 1])
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A layer, ready for its rows.
-
-    Attributes:
-        here: what they meet.
-        deltas: place -> (source - base), [source token, ...].
-        x, dx: [base token, d_model] and [source token, d_model], the unpatched runs after the layer.
-    """
-
-    here: Layer
-    deltas: dict[str, Tensor]
-    x: Tensor
-    dx: Tensor
 
 
 class Wavefront:
@@ -146,16 +125,12 @@ class Wavefront:
         if self.edges is not None:
             self.edges.hear_embedding(prompts.delta(x, dx))
         rows, layout = self._enter_embedding(x, dx, flight[1])  # [row token, d_model], those in flight
-        convert = Converter(self.model.device, self.dtype)
-        rotary = {rope: self._rotary(rope) for rope in spec.all_ropes()}
-        prepare = partial(self._prepare, read=read, rotaries=rotary, convert=convert)
-        ahead = self.pool.ahead(partial(prepare, 0, x, dx))
+        layers = Layers(self.setup, prompts, self.unpatched)
+        ready_for = layers.of(read, x, dx, self._places, self._passing, self._hear)
         for l in range(spec.n_layers):
             # (1) The unpatched runs after this layer; those of the next one are begun meanwhile.
-            ready = ahead()
+            ready = next(ready_for)
             x, dx = ready.x, ready.dx
-            if l + 1 < spec.n_layers:
-                ahead = self.pool.ahead(partial(prepare, l + 1, x, dx))
             # (2) Rows in flight, and those that enter here at each stage, go side by side, block by block.
             # After the last layer only what is read goes on, packed as it is read.
             after = None if ready.here.last else self._layout(self.rows.before(l + 1))
@@ -172,49 +147,9 @@ class Wavefront:
             del ready  # before the next layer is asked for: a streamed one takes its place
         return x, dx, rows
 
-    def _prepare(
-        self,
-        l: int,
-        x: Tensor,
-        dx: Tensor,
-        read: PassWeights,
-        rotaries: dict[RopeSpec, Rotary],
-        convert: Converter,
-    ) -> "Ready":
-        """Everything that rows meet in a layer: its weights, and the unpatched runs, x and dx before it."""
-        stored = read.layer(l)
-        exact = convert(stored)
-        places = self.patched.places(l) if self.edges is None else self.edges.places(l)
-        rotary = rotaries[self.spec.rope_of(l)]
-        base = self.unpatched.base(x, exact, l, rotary, places)
-        products = narrow_layer(exact, self.exact)
-        down = exact.down.weight if "mlp_post" in places else None
-        here = Layer(
-            spec=self.spec,
-            rope=self.spec.rope_of(l),
-            scores=self.spec.scores(l),
-            ops=self.ops,
-            precision=self.exact,
-            weights=products,
-            norms=block_norms(exact, self.spec),
-            down=down,
-            base=base,
-            rotary=rotary,
-            last=False,
-        )
-        dx, captured = self.unpatched.sources(dx, here, places)
-        deltas = source_differences(self.prompts, base, captured)
-        if self.edges is not None:
-            self.edges.hear(l, here, deltas)
-        passing = self._n_tokens(self.rows.before(l + 1))  # or entering
-        precision = taken_in(self.precision, passing, self.model.device)
-        if precision is not self.exact:
-            here = replace(here, precision=precision, weights=narrow_layer(stored, precision))
-        return Ready(replace(here, last=l == self.spec.n_layers - 1), deltas, base.resid_post, dx)
-
     def _advance(
         self,
-        ready: "Ready",
+        ready: Ready,
         l: int,
         parts: list[tuple[int, Layout]],
         rows: Tensor,
@@ -277,6 +212,18 @@ class Wavefront:
 
             self.pool(enter, work)
 
+    def _places(self, l: int) -> list[str]:
+        """What of a layer's source runs is needed."""
+        return self.patched.places(l) if self.edges is None else self.edges.places(l)
+
+    def _passing(self, l: int) -> int:
+        """Row tokens that pass through a layer, or enter in it."""
+        return self._n_tokens(self.rows.before(l + 1))
+
+    def _hear(self, l: int, layer: Layer, deltas: dict[str, Tensor]) -> None:
+        if self.edges is not None:
+            self.edges.hear(l, layer, deltas)
+
     # Rows and swaps --------------------------------------------------------------------------------------
 
     def _n_tokens(self, rows: np.ndarray) -> int:
@@ -286,20 +233,6 @@ class Wavefront:
         """Pack rows."""
         n_blocks = how_many_blocks(self._n_tokens(rows), self.ops.block_tokens, spread=self.setup.on_cpu)
         return lay_out(rows, self.rows.pair, self.rows.start, self.shapes, n_blocks)
-
-    def _rope_tables(self, run: RunShape, rope: RopeSpec) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, [token of the run, rope.dim // 2]."""
-        position = run.positions
-        cos, sin = forward.rope_tables(rope, int(position.max()) + 1, self.dtype, "cpu")
-        cos, sin = (table.numpy()[position] for table in (cos, sin))
-        return upload(cos, self.model.device), upload(sin, self.model.device)
-
-    def _rotary(self, rope: RopeSpec) -> Rotary:
-        """A line of cosines and sines for every base token."""
-        tables = {run: self._rope_tables(run, rope) for run in dict.fromkeys(self.shapes.runs)}
-        parts = [tables[run] for run in self.shapes.runs]
-        cos, sin = (torch.cat([part[i] for part in parts]) for i in range(2))
-        return Rotary(cos, sin, rope.interleaved)
 
     def _enter_embedding(self, x: Tensor, dx: Tensor, room: Tensor) -> tuple[Tensor, Layout]:
         """Rows patched at the embedding enter before the first layer; `room` is where they go."""

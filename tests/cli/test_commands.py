@@ -27,6 +27,8 @@ def test_every_help_has_an_example(command):
         "demo",
         "pairs",
         "sweep",
+        "edges",
+        "circuit",
         "effects",
         "plot",
         "info",

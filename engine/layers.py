@@ -1,0 +1,120 @@
+"""The layers of a pass, one after the other, each with its unpatched runs and ready for rows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from deltapatch.engine.block import Layer, block_norms
+from deltapatch.engine.products import narrow_layer, taken_in
+from deltapatch.engine.prompts import Prompts, source_differences
+from deltapatch.engine.setup import Setup
+from deltapatch.engine.unpatched import Unpatched
+from deltapatch.interventions.runs import RunShape
+from deltapatch.kernels.attention import Rotary
+from deltapatch.kernels.device import upload
+from deltapatch.models import forward
+from deltapatch.models.model_weights import PassWeights
+from deltapatch.models.spec import RopeSpec
+from deltapatch.models.weights import Converter
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A layer, ready for its rows.
+
+    Attributes:
+        here: what they meet.
+        deltas: place -> (source - base), [source token, ...].
+        x, dx: [base token, d_model] and [source token, d_model], the unpatched runs after the layer.
+    """
+
+    here: Layer
+    deltas: dict[str, Tensor]
+    x: Tensor
+    dx: Tensor
+
+
+class Layers:
+    """Prepares layers, one ahead of those who use them.
+
+    Args:
+        setup: what the pass is carried out with.
+        prompts: the pairs.
+        unpatched: advances their runs.
+    """
+
+    def __init__(self, setup: Setup, prompts: Prompts, unpatched: Unpatched) -> None:
+        self.setup, self.prompts, self.unpatched = setup, prompts, unpatched
+        self.spec, self.device = setup.model.spec, setup.model.device
+
+    def of(
+        self,
+        read: PassWeights,
+        x: Tensor,
+        dx: Tensor,
+        places: Callable[[int], Sequence[str]],
+        passing: Callable[[int], int],
+        hear: Callable[[int, Layer, dict[str, Tensor]], None] = lambda l, layer, deltas: None,
+    ) -> Iterator[Ready]:
+        """Every layer in turn.
+
+        Args:
+            read: the weights.
+            x, dx: [base token, d_model] and [source token, d_model], the unpatched runs before the first one.
+            places: what of a layer's source runs is needed.
+            passing: how many row tokens pass through a layer.
+            hear: is given each layer, in the precision of the base runs, and its (source - base).
+        """
+        convert = Converter(self.device, self.setup.precision.base)
+        rotaries = {rope: self._rotary(rope) for rope in self.spec.all_ropes()}
+
+        def prepare(l: int, x: Tensor, dx: Tensor) -> Ready:
+            stored = read.layer(l)
+            exact = convert(stored)
+            rope = self.spec.rope_of(l)
+            base = self.unpatched.base(x, exact, l, rotaries[rope], places(l))
+            here = Layer(
+                spec=self.spec,
+                rope=rope,
+                scores=self.spec.scores(l),
+                ops=self.setup.ops,
+                precision=self.setup.precision.exact,
+                weights=narrow_layer(exact, self.setup.precision.exact),
+                norms=block_norms(exact, self.spec),
+                down=exact.down.weight if "mlp_post" in places(l) else None,
+                base=base,
+                rotary=rotaries[rope],
+                last=False,
+            )
+            dx, captured = self.unpatched.sources(dx, here, places(l))
+            deltas = source_differences(self.prompts, base, captured)
+            hear(l, here, deltas)
+            precision = taken_in(self.setup.precision, passing(l), self.device)
+            if precision is not here.precision:
+                here = replace(here, precision=precision, weights=narrow_layer(stored, precision))
+            return Ready(replace(here, last=l == self.spec.n_layers - 1), deltas, base.resid_post, dx)
+
+        ahead = self.setup.pool.ahead(partial(prepare, 0, x, dx))
+        for l in range(self.spec.n_layers):
+            ready = ahead()
+            if l + 1 < self.spec.n_layers:
+                ahead = self.setup.pool.ahead(partial(prepare, l + 1, ready.x, ready.dx))
+            yield ready
+            del ready  # before the next layer is asked for: a streamed one takes its place
+
+    def _rope_tables(self, run: RunShape, rope: RopeSpec) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [token of the run, rope.dim // 2]."""
+        position = run.positions
+        cos, sin = forward.rope_tables(rope, int(position.max()) + 1, self.setup.precision.base, "cpu")
+        cos, sin = (table.numpy()[position] for table in (cos, sin))
+        return upload(cos, self.device), upload(sin, self.device)
+
+    def _rotary(self, rope: RopeSpec) -> Rotary:
+        """A line of cosines and sines for every base token."""
+        tables = {run: self._rope_tables(run, rope) for run in dict.fromkeys(self.prompts.shapes.runs)}
+        parts = [tables[run] for run in self.prompts.shapes.runs]
+        cos, sin = (torch.cat([part[i] for part in parts]) for i in range(2))
+        return Rotary(cos, sin, rope.interleaved)
