@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deltapatch.analysis.acdc import acdc
+    from deltapatch.analysis.circuit import Circuit
+    from deltapatch.analysis.circuit_runs import circuit_curve, faithfulness, path_effects
     from deltapatch.engine.sweep import run, sweep, sweep_edges
     from deltapatch.errors import DeltapatchError
     from deltapatch.interventions.given import Intervention, Patch
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Circuit": "analysis.circuit",
     "DeltapatchError": "errors",
     "EdgeEffects": "results.edge_effects",
     "Effects": "results.effects",
@@ -29,17 +33,22 @@ _HOME = {
     "Outcome": "results.outcome",
     "Patch": "interventions.given",
     "PromptPair": "interventions.pairs",
+    "acdc": "analysis.acdc",
+    "circuit_curve": "analysis.circuit_runs",
+    "faithfulness": "analysis.circuit_runs",
     "from_transformers": "models.load",
     "load_edges": "results.reading",
     "load_effects": "results.reading",
     "load_model": "models.load",
     "load_outcome": "results.reading",
+    "path_effects": "analysis.circuit_runs",
     "run": "engine.sweep",
     "sweep": "engine.sweep",
     "sweep_edges": "engine.sweep",
 }
 
 __all__ = [
+    "Circuit",
     "DeltapatchError",
     "EdgeEffects",
     "Effects",
@@ -48,11 +57,15 @@ __all__ = [
     "Outcome",
     "Patch",
     "PromptPair",
+    "acdc",
+    "circuit_curve",
+    "faithfulness",
     "from_transformers",
     "load_edges",
     "load_effects",
     "load_model",
     "load_outcome",
+    "path_effects",
     "run",
     "sweep",
     "sweep_edges",

@@ -151,8 +151,9 @@ class BlockStep:
             by: 0 for their queries, 1 for keys, 2 for values: one result each, of all heads, none of which
                 hears what another does. In the last layer where it is read.
         """
-        (normed,) = self._read_by_attention([Part(Scaled(message, None), [])], message, None)
-        changes, _ = self._changes(normed)
+        changes, _ = self._changes(
+            self._read_by_attention([Part(Scaled(message, None), [])], message, None)[0]
+        )
         out = []
         for which in by:
             q, k, v = (d if i == which else self._zeros(d) for i, d in enumerate(changes[:3]))
@@ -167,12 +168,33 @@ class BlockStep:
             stage: HEADS or MLP.
         """
         self.segments = read_segments(self.segments)
-        if stage == HEADS:
-            found = self._said_by_attention(narrow(dx, self.layer.precision))
-        else:
-            found = self.spoken("mlp_out", self._mlp(self._read_by_mlp(dx)))
+        if stage != HEADS:
+            return self.said_by_mlp(dx)
+        found = self._said_by_attention(narrow(dx, self.layer.precision))
         assert found is not None
         return found.plain()
+
+    def said_by_mlp(self, dx: Tensor) -> Tensor:
+        """What the MLP adds to the residual stream, [token, d_model], where it alone reads dx, likewise."""
+        found = self.spoken("mlp_out", self._mlp(self._read_by_mlp(dx)))
+        assert found is not None
+        return found.plain()
+
+    def read_by_attention(self, dx: Tensor) -> Tensor:
+        """Difference behind the norm of what attention reads, [token, d_model]."""
+        return self._read_by_attention([Part(Scaled(dx, None), [])], dx, None)[0].plain()
+
+    def before_rotary(self, place: str, d: Tensor, heads: Tensor | None = None) -> Tensor:
+        """Difference of queries or keys as they turn, [token, head, d_head], from that of their projection.
+
+        Args:
+            place: "q" or "k".
+            heads: [head], which of the base run's each belongs to; by default as there.
+        """
+        base = getattr(self.layer.base, place)
+        if base is not None and heads is not None:
+            base = base[:, heads]
+        return self._before_rotary(place, d, None, base, getattr(self.layer.norms, f"{place}_norm"))
 
     def _read_by_attention(self, stream: list[Part], dx: Tensor, second: Tensor | None) -> list[Scaled]:
         """Differences behind the norm of what attention reads, dx, and behind a second norm of it."""

@@ -3,20 +3,24 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
 from deltapatch.engine.limit import Limit
 from deltapatch.engine.memory import Costs
+from deltapatch.engine.passresult import PassResult
 from deltapatch.engine.planner import Pass, cut
 from deltapatch.engine.pool import Pool, workers
 from deltapatch.engine.prompts import prompts_of
 from deltapatch.engine.question import Decided, Question, Tables
 from deltapatch.engine.setup import Setup
-from deltapatch.engine.wavefront import PassResult, Wavefront
+from deltapatch.engine.wavefront import Wavefront
+from deltapatch.engine.wired import WiredPass, wired_workspace
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.table import row_layers
+from deltapatch.interventions.wirings import Wirings
 from deltapatch.kernels.product import Precision
 from deltapatch.models.surroundings import undisturbed
 from deltapatch.results.measured import PassEffects
@@ -48,18 +52,30 @@ def passes(question: Question, decided: Decided, pool: Pool, tables: Tables | No
 
 def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
     """What things cost in memory, with so many blocks at once."""
-    return Costs.of(
+    asked, spec = question.interventions, question.model.spec
+    senders = 0
+    if isinstance(asked, EdgeGrid):
+        senders = len(asked.senders)
+    elif isinstance(asked, Wirings):
+        senders = asked.nodes.n_senders
+    found = Costs.of(
         question.model,
         decided.precision,
         question.backend.block_tokens,
         question.n_sources,
         max(run.length for run in question.runs),
         threads,
-        question.interventions.places,
+        asked.places,
         question.options.source in ("zero", "mean"),
         stream=decided.stream,
-        n_senders=len(edges.senders) if (edges := edges_of(question)) else 0,
+        n_senders=senders,
     )
+    if isinstance(asked, Wirings):  # a row keeps what every sender says
+        row = senders * spec.d_model * decided.precision.base.itemsize
+        found = replace(
+            found, row_token=row, fixed=found.fixed + threads * wired_workspace(decided.precision)
+        )
+    return found
 
 
 def edges_of(question: Question) -> EdgeGrid | None:
@@ -82,7 +98,9 @@ def carry(
     """Carry a pass out."""
     setup = Setup(question.model, precision, question.backend, pool)
     prompts = prompts_of(question, part.pairs)
-    edges = edges_of(question)
+    wirings, edges = question.interventions, edges_of(question)
+    if isinstance(wirings, Wirings):
+        return WiredPass(setup, prompts, part.table, wirings, question.measured, tick).run()
     return Wavefront(
         setup, prompts, part.table, question.measured, nodes=None if edges is None else edges.nodes, tick=tick
     ).run()

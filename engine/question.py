@@ -4,7 +4,7 @@ Nothing changes it. What is left open (`precision="auto"`, no memory budget) is 
 is a record of its own: a run that is resumed takes the decisions of the run.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -25,13 +25,15 @@ from deltapatch.interventions.pairs_file import Pairs, as_pairs
 from deltapatch.interventions.runs import Continuation, RunShape, check_length, check_rotary, continuation
 from deltapatch.interventions.sources import DIFFERING, check_source, partners
 from deltapatch.interventions.table import PatchTable
+from deltapatch.interventions.wirings import Wirings
 from deltapatch.kernels.backend import Backend, choose_backend
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.memory import available
 from deltapatch.models.model import Model
+from deltapatch.models.spec import ModelSpec
 from deltapatch.results.metrics import measured_for
 
-Interventions: TypeAlias = Grid | EdgeGrid | Listed
+Interventions: TypeAlias = Grid | EdgeGrid | Listed | Wirings
 Tables: TypeAlias = Iterable[tuple[int, PatchTable, np.ndarray]]
 
 _TOKENS = 4096  # whose embeddings are looked at together
@@ -185,13 +187,14 @@ def ask(
     model: Model,
     pairs: Pairs,
     options: Options,
-    interventions: Sequence[Intervention] | None = None,
+    interventions: Sequence[Intervention] | Callable[[ModelSpec, int], Wirings] | None = None,
 ) -> Question:
     """Check a question.
 
     Args:
         options: with the grid of a sweep, `SweepOptions`, where no interventions are given.
-        interventions: as `checked` gives them.
+        interventions: as `checked` gives them; or what makes wired runs of the model's spec and the number of
+            pairs.
 
     Raises:
         DeltapatchError: an option, a pair or an intervention is wrong.
@@ -214,8 +217,10 @@ def ask(
         for rope in spec.all_ropes():
             check_rotary(pair, number, rope)
         check_length(pair, number, spec)
-    if interventions is not None:
-        patched: Interventions = listed_interventions(interventions, encoded, spec)
+    if callable(interventions):
+        patched: Interventions = interventions(spec, len(encoded))
+    elif interventions is not None:
+        patched = listed_interventions(interventions, encoded, spec)
     elif isinstance(options, EdgeOptions):
         nodes = Nodes.of(spec, options.keys)
         patched = EdgeGrid(

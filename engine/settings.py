@@ -100,6 +100,7 @@ def meta_of(question: Question, decided: Decided, fingerprint: str | None) -> di
         "commit": model.commit,
         "fingerprint": fingerprint,
         "architecture": model.spec.architecture,
+        "d_model": model.spec.d_model,
         **own,
         "answer_tokens": max(pair.answer_tokens for pair in question.pairs),
         "precision": decided.precision.name,

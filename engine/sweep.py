@@ -4,7 +4,7 @@ A sweep patches a grid, each activation alone; a run carries out given intervent
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,12 @@ from deltapatch.engine.settings import (
     settings_of,
     settings_of_run,
 )
+from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Intervention, Listed, checked
 from deltapatch.interventions.pairs_file import Pairs
+from deltapatch.interventions.wirings import Wirings
 from deltapatch.models.model import Model
+from deltapatch.models.spec import ModelSpec
 from deltapatch.models.surroundings import undisturbed
 from deltapatch.results.checkpoint import Unfinished, tidy, unfinished
 from deltapatch.results.edge_effects import EdgeEffects
@@ -37,6 +40,7 @@ from deltapatch.results.measured import Found, Gathered, with_axes
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.reading import read_run
 from deltapatch.results.truth import Truth
+from deltapatch.results.wired_outcome import WiredOutcome
 
 
 @takes(SweepOptions)
@@ -86,6 +90,33 @@ def sweep_edges(model: Model, pairs: Pairs, **options: Any) -> EdgeEffects:
     return found
 
 
+@undisturbed()
+def run_wired(
+    model: Model, pairs: Pairs, wirings: Callable[[ModelSpec, int], Wirings], **options: Any
+) -> WiredOutcome:
+    """Carry out runs in which every receiver reads a stream of its own.
+
+    Args:
+        model, pairs: as of `sweep`.
+        wirings: makes them, of the model's spec and the number of pairs.
+        options: of `run`, but for those of a run folder.
+
+    Raises:
+        DeltapatchError: bad input, one clear sentence.
+    """
+    asked = Options(**options)
+    if asked.out is not None or asked.resume:
+        raise DeltapatchError(
+            "circuits, paths and patches into some receivers write no run folder: leave out `out`"
+        )
+    question = ask(model, pairs, asked, wirings)
+    assert isinstance(question.interventions, Wirings)
+    gathered, meta = _in_memory(question)
+    return WiredOutcome(
+        gathered.measured, question.interventions, question.pairs, gathered.reference, asked.direction, meta
+    )
+
+
 @takes(Options)
 @undisturbed()
 def run(
@@ -121,7 +152,10 @@ def _answer(
         check_output(options.out)
     question = ask(model, pairs, options, interventions)
     if options.out is None:
-        return _in_memory(question)
+        gathered, meta = _in_memory(question)
+        found = _with_axes(question, gathered, meta)
+        found._fingerprint = question.model.fingerprint_later()
+        return found
     path = Path(options.out)
     if joins and (path / RUN).is_file():
         return _finished(question)
@@ -140,7 +174,8 @@ def _answer(
     return found
 
 
-def _in_memory(question: Question) -> Found:
+def _in_memory(question: Question) -> tuple[Gathered, dict[str, Any]]:
+    """What the passes of a question find, and what is said of them; nothing is kept."""
     began = time.perf_counter()
     with _bar(question) as tick, at_work(question) as pool:
         audit = Audit(question, pool)
@@ -151,9 +186,7 @@ def _in_memory(question: Question) -> Found:
         truth = audit.truth_for(decided.precision)
         why = audit.left_out(decided.precision) if truth is None else None
     meta = meta_of(question, decided, None) | {"noise_floor_left_out": why}
-    found = _found(question, decided, gathered, truth, meta, time.perf_counter() - began)
-    found._fingerprint = question.model.fingerprint_later()
-    return found
+    return gathered, meta | _told(question, decided, gathered, truth, time.perf_counter() - began)
 
 
 def _in_folder(question: Question, decided: Decided, kept: Unfinished) -> Found:
@@ -178,7 +211,7 @@ def _in_folder(question: Question, decided: Decided, kept: Unfinished) -> Found:
     seconds = manifest.meta["seconds"] + time.perf_counter() - began + of_others
     meta = meta_of(question, decided, manifest.settings["model"])
     meta["noise_floor_left_out"] = manifest.meta["noise_floor_left_out"] if kept.whole else None
-    return _found(question, decided, gathered, truth, meta, seconds)
+    return _with_axes(question, gathered, meta | _told(question, decided, gathered, truth, seconds))
 
 
 def _bar(question: Question) -> Any:
@@ -190,24 +223,25 @@ def _gathered(question: Question, decided: Decided) -> Gathered:
     return Gathered(question.measured, dtype, question.interventions.n_effects, len(question.pairs))
 
 
-def _found(
-    question: Question,
-    decided: Decided,
-    gathered: Gathered,
-    truth: Truth | None,
-    meta: dict[str, Any],
-    seconds: float,
-) -> Found:
-    direction, floor = question.options.direction, None
+def _told(
+    question: Question, decided: Decided, gathered: Gathered, truth: Truth | None, seconds: float
+) -> dict[str, Any]:
+    """What a run says of itself when it is done."""
+    floor = None
     if truth is not None:
+        direction = question.options.direction
         floor = truth.noise_floor(decided.precision.name, gathered.measured, direction)
-    meta |= {
+    return {
         "noise_floor": floor,
         "passes": gathered.passes,
         "rows": gathered.rows,
         "seconds": round(seconds, 3),
     }
-    return with_axes(question.interventions, gathered, question.pairs, direction, meta)
+
+
+def _with_axes(question: Question, gathered: Gathered, meta: dict[str, Any]) -> Found:
+    assert not isinstance(question.interventions, Wirings)
+    return with_axes(question.interventions, gathered, question.pairs, question.options.direction, meta)
 
 
 def plan(question: Question, budget: int | None = None) -> Manifest:

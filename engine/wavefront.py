@@ -5,7 +5,6 @@ At each layer it (1) advances the base run and, as a difference of its own, the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,6 +15,7 @@ from deltapatch.engine.block import BlockStep, Edits, Layer
 from deltapatch.engine.edges import Edges, Heard
 from deltapatch.engine.layers import Layers, Ready
 from deltapatch.engine.layout import Block, Layout, first_tokens, how_many_blocks, lay_out
+from deltapatch.engine.passresult import PassResult
 from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.reads import Reads, RowReads
@@ -40,21 +40,8 @@ from deltapatch.kernels.edits import Edit, Swap
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.segments import read_segments
 from deltapatch.models.model_weights import PassWeights
-from deltapatch.results.metrics import Direction, Reference
 
 _ENTRY_STAGES = (ATTENTION, MIDDLE, END)
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """What a pass measured, and the pairs' unpatched runs."""
-
-    measured: dict[str, np.ndarray]  # name -> [intervention]
-    unpatched: Reference  # its runs are base and source
-
-    def reference(self, direction: Direction) -> Reference:
-        """The unpatched runs as a reader of the results knows them: clean and corrupted."""
-        return self.unpatched.runs([1, 0] if direction == "denoise" else [0, 1])
 
 
 class Wavefront:
