@@ -9,11 +9,12 @@ from deltapatch.analysis.significance import POOLED_FROM, benjamini_hochberg, ou
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.analysis.tables import Table, check_groups, collect, medians
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import Effects
 
 
 def magnitudes(
-    effects: Effects,
+    effects: Effects | EdgeEffects,
     metrics: str | Sequence[str],
     by: Iterable[str],
     sites: Sequence[str] | None = None,
@@ -77,7 +78,9 @@ def discoveries(table: Table, rate: float, draws: int = 1000) -> Table:
     """
     if not 0 < rate <= 1:
         raise DeltapatchError(f"a false-discovery rate lies between 0 and 1, as 0.05 does, not {rate}")
-    _, rows = np.unique(table.columns.get("site", np.zeros(len(table))), return_counts=True)
+    _, rows = np.unique(
+        table.columns.get("site", table.columns.get("effect", np.zeros(len(table)))), return_counts=True
+    )
     pooled = bool((rows >= POOLED_FROM).any())
     said = (
         out_of_reach(int(table.columns["pairs"].max(initial=0)), rate, draws, pooled) if len(table) else None

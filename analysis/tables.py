@@ -9,10 +9,12 @@ from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.analysis.statistics import mean_over, mean_over_pairs, median_over_pairs
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.sites import COUNTED, SITES
+from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import AXES, Effects, is_labelled, position_column
 from deltapatch.results.metrics import METRICS, check_metric, quotient
 
-BY = ("pair", "layer", "position", "class", "index", *COUNTED)
+OF_EDGES = ("pair", "sender", "receiver", "position")
+BY = ("pair", "layer", "position", "class", "index", *COUNTED, "sender", "receiver")
 Numbers = Callable[[str, np.ndarray, np.ndarray | None], dict[str, np.ndarray]]
 
 
@@ -37,13 +39,27 @@ class Table:
         return Table({name: column[order] for name, column in self.columns.items()}, self.metric)
 
 
-def cells(effects: Effects, metrics: str | Sequence[str], sites: Sequence[str] | None = None) -> Table:
-    """Every cell: columns pair, site, layer, position, index (-1 where a site has none) and the metrics."""
+def cells(
+    effects: Effects | EdgeEffects, metrics: str | Sequence[str], sites: Sequence[str] | None = None
+) -> Table:
+    """Every cell: columns pair, site, layer, position, index (-1 where a site has none) and the metrics.
+
+    Of edges: pair, effect, sender, receiver, position and the metrics; `sites` are "total" and "direct".
+    """
+    if isinstance(effects, EdgeEffects):
+        parts = []
+        for effect in sites or effects.grid.effects:
+            columns = effects.columns(metrics, effect)
+            pair = columns.pop("pair")
+            parts.append({"pair": pair, "effect": np.full(len(pair), effect, dtype=object)} | columns)
+        return Table(
+            {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, as_names(metrics)[0]
+        )
     return Table(effects.columns(metrics, sites), as_names(metrics)[0])
 
 
 def averages(
-    effects: Effects,
+    effects: Effects | EdgeEffects,
     metrics: str | Sequence[str],
     by: Iterable[str],
     sites: Sequence[str] | None = None,
@@ -94,7 +110,7 @@ def medians(metric: str, values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def collect(
-    effects: Effects,
+    effects: Effects | EdgeEffects,
     metrics: str | Sequence[str],
     by: tuple[str, ...],
     sites: Sequence[str] | None,
@@ -106,6 +122,8 @@ def collect(
         numbers: gets a metric and its terms (see `Effects.terms`), averaged within each pair, and gives the
             metric's own column, the columns beside it and pairs.
     """
+    if isinstance(effects, EdgeEffects):
+        return _collect_edges(effects, as_names(metrics), by, list(sites or effects.grid.effects), numbers)
     metrics, sites = as_names(metrics), list(sites or effects.sites)
     labelled = "class" in by or any(is_labelled(effects.positions(site)) for site in sites)
     parts = []
@@ -113,10 +131,7 @@ def collect(
         columns: dict[str, np.ndarray] = {}
         for metric in metrics:
             values, over, axes, coordinates = _grouped(effects, metric, by, site, labelled)
-            found = numbers(metric, values, over)
-            pairs = {"pairs": found.pop("pairs")} if "pairs" in found else {}
-            if len(metrics) > 1:
-                found = {name if name == metric else f"{metric}_{name}": n for name, n in found.items()}
+            found, pairs = _beside(metric, numbers(metric, values, over), alone=len(metrics) == 1)
             columns |= found
         exists = ~np.isnan(values)
         if "pair" in by:
@@ -129,6 +144,73 @@ def collect(
         part |= {name: at[_AXIS.get(name, name)] for name in by}
         parts.append(part | {name: np.atleast_1d(n)[where] for name, n in (columns | pairs).items()})
     return Table({name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, metrics[0])
+
+
+def _beside(
+    metric: str, found: dict[str, np.ndarray], *, alone: bool
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The columns of one metric, named so that those of several can stand side by side; and those of all."""
+    pairs = {"pairs": found.pop("pairs")} if "pairs" in found else {}
+    if not alone:
+        found = {name if name == metric else f"{metric}_{name}": n for name, n in found.items()}
+    return found, pairs
+
+
+def _collect_edges(
+    edges: EdgeEffects, metrics: list[str], by: tuple[str, ...], effects: list[str], numbers: Numbers
+) -> Table:
+    """As `collect`, of edges: columns effect, the names in `by`, the numbers."""
+    wrong = [name for name in by if name not in OF_EDGES]
+    if wrong:
+        raise DeltapatchError(f"edges have no {wrong[0]}: group by {', '.join(OF_EDGES)}")
+    if "position" in by and edges.grid.together:
+        raise DeltapatchError("these edges were patched at all positions together: leave position out")
+    # Every edge and position is a column of its own until it is known which go together.
+    names = np.array(edges.edges, dtype=object)  # [edge, (sender, receiver)]
+    positions = position_column(edges.positions, is_labelled(edges.positions))
+    edge, at = (a.ravel() for a in np.indices((len(names), len(positions))))
+    coordinates = {"sender": names[edge, 0], "receiver": names[edge, 1], "position": positions[at]}
+    kept = [name for name in by if name != "pair"]
+    keys = (
+        np.stack([_numbered(coordinates[name]) for name in kept]) if kept else np.zeros((1, len(edge)), int)
+    )
+    _, first, group = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # groups in the order in which they come
+    group = np.argsort(order)[group.ravel()]
+    first = first[order]
+    parts = []
+    for effect in effects:
+        columns: dict[str, np.ndarray] = {}
+        for metric in metrics:
+            values, over = edges.terms(metric, effect)
+            grouped = _group_means(values.reshape(len(values), -1), group, len(first))
+            found, pairs = _beside(metric, numbers(metric, grouped, over), alone=len(metrics) == 1)
+            columns |= found
+        exists = ~np.isnan(grouped)
+        where = np.nonzero(exists if "pair" in by else exists.any(0))
+        column = first[where[-1]]
+        part: dict[str, np.ndarray] = {"effect": np.full(len(column), effect, dtype=object)}
+        for name in by:
+            part[name] = where[0] if name == "pair" else coordinates[name][column]
+        parts.append(part | {name: n[where] for name, n in (columns | pairs).items()})
+    return Table({name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, metrics[0])
+
+
+def _numbered(values: np.ndarray) -> np.ndarray:
+    """The same as numbers, equal where they are equal."""
+    found: np.ndarray = np.unique(values.astype(str), return_inverse=True)[1]
+    return found
+
+
+def _group_means(values: np.ndarray, group: np.ndarray, n: int) -> np.ndarray:
+    """Means of [pair, cell] over the cells of each group, [pair, group]; NaN where a pair has none."""
+    out = np.full((len(values), n), np.nan)
+    for pair, row in enumerate(values):
+        there = ~np.isnan(row)
+        count = np.bincount(group[there], minlength=n)
+        total = np.bincount(group[there], row[there], minlength=n)
+        out[pair, count > 0] = total[count > 0] / count[count > 0]
+    return out
 
 
 _AXIS = {"class": "position"} | dict.fromkeys(COUNTED, "index")

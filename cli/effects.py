@@ -12,6 +12,7 @@ from deltapatch.cli.options import SEED, read_names
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
+    from deltapatch.results.edge_effects import EdgeEffects
     from deltapatch.results.effects import Effects
 
 EXAMPLES = """\b
@@ -22,6 +23,7 @@ Examples:
   deltapatch effects RUN --site z --by head,position --format json
   deltapatch effects RUN --site mlp_post --by neuron --fdr 0.05 --format csv
   deltapatch effects RUN --site mlp_out --format csv > effects.csv
+  deltapatch effects EDGES --by sender,receiver --top 50
 """
 _LONG, _CUT = 200, 40  # a table of more rows than the first is cut to the second
 
@@ -32,6 +34,7 @@ _LONG, _CUT = 200, 40  # a table of more rows than the first is cut to the secon
     "--site",
     help="A site, or several with commas; unless given all that were swept, and that have the index of --by.",
 )
+@click.option("--effect", help="Of a run of edges: total or direct; what was measured unless given.")
 @click.option(
     "--metric",
     multiple=True,
@@ -41,8 +44,9 @@ _LONG, _CUT = 200, 40  # a table of more rows than the first is cut to the secon
 @click.option(
     "--by",
     help="Average over pairs and over everything but these: pair, layer, position, class (of the position), "
-    "index, or head, neuron, coordinate for the index of such sites, layers apart. 'none' lists every cell. "
-    "By layer, position and index unless told; but csv, json and parquet of a whole run list every cell.",
+    "index, or head, neuron, coordinate for the index of such sites, layers apart; of edges sender, "
+    "receiver, position. 'none' lists every cell. By layer, position and index (edges by sender and "
+    "receiver) unless told; but csv, json and parquet of a whole run list every cell.",
 )
 @click.option(
     "--mean-of-ratios",
@@ -80,6 +84,7 @@ def effects(
     *,
     run: str,
     site: str | None,
+    effect: str | None,
     metric: tuple[str, ...],
     by: str | None,
     mean_of_ratios: bool,
@@ -103,13 +108,24 @@ def effects(
     from deltapatch.analysis.magnitudes import discoveries, magnitudes
     from deltapatch.analysis.render import render
     from deltapatch.analysis.tables import averages, cells, having
+    from deltapatch.results.edge_effects import EdgeEffects
     from deltapatch.results.metrics import default_metric
-    from deltapatch.results.reading import load_effects
+    from deltapatch.results.reading import load_effects, read_run
 
-    found = load_effects(run)
+    found = read_run(run)
+    edges = isinstance(found, EdgeEffects)
+    if not isinstance(found, EdgeEffects):
+        found = load_effects(run)
+    for given, option, has in (
+        (site and edges, "--site", "edges"),
+        (effect and not edges, "--effect", "sites"),
+    ):
+        if given:
+            raise DeltapatchError(f"{run} is a run of {has}: leave out {option}")
     if caveat := found.caveat():
         warnings.warn(caveat, stacklevel=1)
-    sites = read_names(site) if site else list(found.sites)
+    there: list[str] = [*found.grid.effects] if isinstance(found, EdgeEffects) else [*found.sites]
+    sites = read_names(chosen) if (chosen := site or effect) else there
     names = (
         [name for text in metric for name in read_names(text)] if metric else [default_metric(found.metrics)]
     )
@@ -127,7 +143,7 @@ def effects(
         table = cells(found, names, sites)
     else:
         groups = _default_groups(found, sites) if by is None else read_names(by)
-        if site is None:
+        if site is None and not edges:
             sites = having(groups, sites)
         if tested:
             table = magnitudes(found, names, groups, sites, draws=draws, seed=seed)
@@ -149,8 +165,12 @@ def effects(
         sys.stdout.buffer.write(data)
 
 
-def _default_groups(found: "Effects", sites: list[str]) -> list[str]:
+def _default_groups(found: "Effects | EdgeEffects", sites: list[str]) -> list[str]:
     """What means are told by unless --by says."""
+    from deltapatch.results.edge_effects import EdgeEffects
+
+    if isinstance(found, EdgeEffects):
+        return ["sender", "receiver", *([] if found.grid.together else ["position"])]
     indexed = [found.site(name).axes[-1] == "index" for name in sites]
     if any(indexed) and not all(indexed):
         raise DeltapatchError("name one site: whole vectors and sites with an index do not share a table")

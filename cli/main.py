@@ -5,6 +5,7 @@ import click
 from deltapatch import __version__
 from deltapatch.cli.app import App
 from deltapatch.cli.bench import bench
+from deltapatch.cli.circuit import circuit
 from deltapatch.cli.convert import convert
 from deltapatch.cli.demo import demo
 from deltapatch.cli.effects import effects
@@ -33,7 +34,7 @@ def cli() -> None:
     """Exact activation patching of language models: thousands of interventions in one pass."""
 
 
-for command in (demo, pairs, sweep, edges, merge, effects, plot, info, convert, reproduce, bench):
+for command in (demo, pairs, sweep, edges, merge, effects, plot, circuit, info, convert, reproduce, bench):
     cli.add_command(command)
 
 

@@ -25,18 +25,25 @@ Examples:
 def plot(run: str, out: str | None, metric: str | None, as_json: bool) -> None:
     """Draw the run folder RUN as PNG and PDF, and print the files' paths.
 
-    Heatmaps of layer by position, curves by layer at the last token, heads, and rankings of neurons, whatever
-    the run has. Figures of the same name are replaced.
+    Heatmaps of layer by position, curves by layer at the last token, heads, and rankings of neurons; of edges
+    sender by receiver, and the largest as a graph. Figures of the same name are replaced.
     """
-    from deltapatch.analysis.plots import plot_run
+    from deltapatch.analysis.plots import plot_edges, plot_run
+    from deltapatch.results.edge_effects import EdgeEffects
     from deltapatch.results.metrics import default_metric
-    from deltapatch.results.reading import load_effects
+    from deltapatch.results.reading import load_effects, read_run
 
-    effects = load_effects(run)
+    found = read_run(run)
+    effects = found if isinstance(found, EdgeEffects) else load_effects(run)
     if caveat := effects.caveat():
         warnings.warn(caveat, stacklevel=1)
     metric = metric or default_metric(effects.metrics)
-    paths = [str(path) for path in plot_run(effects, out or Path(run) / "plots", metric)]
+    folder = out or Path(run) / "plots"
+    if isinstance(effects, EdgeEffects):
+        drawn = plot_edges(effects, folder, metric)
+    else:
+        drawn = plot_run(effects, folder, metric)
+    paths = [str(path) for path in drawn]
     if as_json:
         print_json({"run": run, "metric": metric, "figures": paths})
     else:

@@ -1,0 +1,145 @@
+"""Figures of edges: sender by receiver, and a circuit as a graph in layers."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch
+
+from deltapatch.analysis.circuit import Circuit
+from deltapatch.analysis.heatmaps import colour_scale
+from deltapatch.analysis.style import COLOURS, figure_style, metric_label
+from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.nodes import Nodes
+from deltapatch.results.edge_effects import EdgeEffects
+from deltapatch.results.folder import plain_errors
+
+_MOST_TICKS = 48
+DRAWN = 60  # edges of a graph, where no circuit says which
+_READS = {"q": COLOURS[0], "k": COLOURS[2], "v": COLOURS[1], "m": COLOURS[3], "l": COLOURS[6]}
+_WHAT = {"q": "queries", "k": "keys", "v": "values", "m": "MLP", "l": "logits"}
+_NODE = re.compile(r"([am])(\d+)(?:\.(?:h|kv)(\d+))?")
+
+
+def edge_heatmap(edges: EdgeEffects, metric: str, effect: str) -> Figure:
+    """Senders by receivers, mean over pairs; edges that there are not are grey. Lines part the layers.
+
+    Of edges at single positions each cell is the sum over positions.
+    """
+    mean = edges.mean(metric, effect)
+    if not edges.grid.together:
+        mean = np.nansum(mean, axis=1)
+    grid = edges.by_node(mean[None] if edges.grid.together else mean[None, :, None])[0]
+    grid = grid if grid.ndim == 2 else grid[..., 0]
+    colours, norm = colour_scale([grid], metric)
+    height, width = (max(3.0, min(9.0, 0.11 * n + 1.5)) for n in grid.shape)
+    figure, axes = plt.subplots(figsize=(max(4.5, width), height))
+    image = axes.pcolormesh(grid, cmap=colours, norm=norm, rasterized=grid.size > 10_000)
+    for which, names in (("y", edges.senders), ("x", edges.receivers)):
+        starts = _layer_starts(names)
+        if len(names) <= _MOST_TICKS:
+            at, labels = np.arange(len(names)) + 0.5, list(names)
+        else:
+            at, labels = np.array([start + 0.5 for start, _ in starts]), [name for _, name in starts]
+        if which == "y":
+            axes.set_yticks(at, labels)
+        else:
+            axes.set_xticks(at, labels, rotation=90)
+        for start, _ in starts[1:]:
+            (axes.axhline if which == "y" else axes.axvline)(start, color="0.6", linewidth=0.4)
+    axes.tick_params(length=0, labelsize=6)
+    axes.set_ylabel("sender")
+    axes.set_xlabel("receiver")
+    axes.set_title(f"{effect} effects of edges, {edges.direction}, mean of {len(edges.pairs)} pairs")
+    figure.colorbar(image, ax=axes, label=metric_label(metric, wide=False, most=44))
+    return figure
+
+
+def _layer_starts(names: Sequence[str]) -> list[tuple[int, str]]:
+    """Where each layer's nodes begin, and what is written there."""
+    out: list[tuple[int, str]] = []
+    for i, name in enumerate(names):
+        match = _NODE.match(name)
+        label = f"layer {match[2]}" if match else name
+        if not out or out[-1][1] != label:
+            out.append((i, label))
+    return out
+
+
+def circuit_graph(circuit: Circuit, title: str = "") -> Figure:
+    """A circuit from the input at the bottom to the logits at the top; the width of an edge is its score.
+
+    Colours tell what reads: queries, keys, values, MLP or logits; dashed edges speak against.
+    """
+    nodes = circuit.nodes
+    where = _places(nodes, {name for edge in circuit.edges for name in (edge[0], edge[1].split("<")[0])})
+    figure, axes = plt.subplots(
+        figsize=(max(5.0, min(11.0, 0.55 * nodes.n_heads + 3)), 1.2 + 0.75 * nodes.n_layers)
+    )
+    kept = np.argwhere(circuit.kept)
+    scores = np.array([circuit.scores[s, r] for s, r in kept])
+    largest = np.abs(scores).max(initial=0) or 1.0
+    receivers = list(nodes.receivers)
+    for (s, r), score in sorted(zip(kept.tolist(), scores.tolist(), strict=True), key=lambda e: abs(e[1])):
+        sender, receiver = nodes.senders[s], receivers[r]
+        kind = receiver[-2] if receiver.endswith(">") else receiver[0]
+        share = abs(score) / largest
+        arrow = FancyArrowPatch(
+            where[sender], where[receiver.split("<")[0]], connectionstyle=f"arc3,rad={_bend(receiver)}",
+            arrowstyle="-|>", mutation_scale=5, shrinkA=7, shrinkB=7, color=_READS[kind],
+            linewidth=0.4 + 2.6 * share, alpha=0.35 + 0.6 * share, linestyle="--" if score < 0 else "-",
+        )  # fmt: skip
+        axes.add_patch(arrow)
+    for name, (x, y) in where.items():
+        axes.text(
+            x, y, name, ha="center", va="center", fontsize=6.5, zorder=3,
+            bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "0.3", "linewidth": 0.6},
+        )  # fmt: skip
+    xs, ys = zip(*where.values(), strict=True)
+    axes.set_xlim(min(xs) - 0.8, max(xs) + 0.8)
+    axes.set_ylim(min(ys) - 0.6, max(ys) + 0.6)
+    axes.axis("off")
+    handles = [Line2D([], [], color=_READS[kind], label=_WHAT[kind], linewidth=2) for kind in _READS]
+    handles.append(Line2D([], [], color="0.4", linestyle="--", label="against", linewidth=1.2))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    axes.set_title(title or f"{len(circuit)} of {nodes.n_edges:,} edges")
+    return figure
+
+
+def _places(nodes: Nodes, names: set[str]) -> dict[str, tuple[float, float]]:
+    """Where the nodes of a graph are drawn: heads of a layer side by side, its MLP above and to the right."""
+    middle = (nodes.n_heads - 1) / 2
+    out = {"input": (middle, -1.0), "logits": (middle, 2.0 * nodes.n_layers)}
+    for name in nodes.senders[1:]:
+        match = _NODE.fullmatch(name)
+        if match is None or name not in names:
+            continue
+        layer = int(match[2])
+        if match[1] == "a":
+            out[name] = float(match[3]), 2.0 * layer
+        else:
+            out[name] = nodes.n_heads + 0.3, 2.0 * layer + (0.0 if nodes.parallel else 1.0)
+    return out
+
+
+def _bend(receiver: str) -> float:
+    """How an arrow bends, so that those between the same nodes for q, k and v lie apart."""
+    return {"q": -0.16, "k": 0.0, "v": 0.16}.get(receiver[-2] if receiver.endswith(">") else "", 0.08)
+
+
+def draw_circuit(circuit: Circuit, path: Path) -> None:
+    """Write a circuit's graph as .png or .pdf.
+
+    Raises:
+        DeltapatchError: the circuit is empty, or the file cannot be written.
+    """
+    if not len(circuit):
+        raise DeltapatchError("the circuit has no edges to draw: keep more of them")
+    with figure_style(), plain_errors(path):
+        figure = circuit_graph(circuit)
+        figure.savefig(path)
+        plt.close(figure)
