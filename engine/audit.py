@@ -211,7 +211,7 @@ class Audit:
         measured = {name: np.full(n, np.nan) for name in question.measured}
         reference = Reference.empty(n)
         for part in passes(question, question.decided(precision), self.pool, self.sample):
-            result = carry(question, part, precision, self.pool)
+            result = carry(question, part, precision, self.pool, narrow_few=True)
             at = np.array([place[int(effect)] for effect in part.out])
             for name, values in result.measured.items():
                 measured[name][at] = values

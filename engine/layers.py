@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.block import Layer, block_norms
-from deltapatch.engine.products import narrow_layer, taken_in
+from deltapatch.engine.products import narrow_layer
 from deltapatch.engine.prompts import Prompts, source_differences
 from deltapatch.engine.setup import Setup
 from deltapatch.engine.unpatched import Unpatched
@@ -92,7 +92,7 @@ class Layers:
             dx, captured = self.unpatched.sources(dx, here, places(l))
             deltas = source_differences(self.prompts, base, captured)
             hear(l, here, deltas)
-            precision = taken_in(self.setup.precision, passing(l), self.device)
+            precision = self.setup.taken_in(passing(l))
             if precision is not here.precision:
                 here = replace(here, precision=precision, weights=narrow_layer(stored, precision))
             return Ready(replace(here, last=l == self.spec.n_layers - 1), deltas, base.resid_post, dx)

@@ -94,9 +94,11 @@ def carry(
     precision: Precision,
     pool: Pool,
     tick: Callable[[int], None] = lambda n: None,
+    *,
+    narrow_few: bool = False,
 ) -> PassResult:
-    """Carry a pass out."""
-    setup = Setup(question.model, precision, question.backend, pool)
+    """Carry a pass out; `narrow_few` as of `Setup`."""
+    setup = Setup(question.model, precision, question.backend, pool, narrow_few)
     prompts = prompts_of(question, part.pairs)
     wirings, edges = question.interventions, edges_of(question)
     if isinstance(wirings, Wirings):

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.layout import Block, PairShapes, how_many_blocks, lay_out
-from deltapatch.engine.products import taken_in
 from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.reads import RowReads
 from deltapatch.engine.setup import Setup
@@ -76,7 +75,7 @@ class ReadOut:
     """Reads what the rows of a pass did to the output distributions. See `Wavefront`."""
 
     def __init__(self, setup: Setup, prompts: Prompts) -> None:
-        self.model, self.prompts, self.on_cpu = setup.model, prompts, setup.on_cpu
+        self.setup, self.model, self.prompts, self.on_cpu = setup, setup.model, prompts, setup.on_cpu
         self.precision, self.ops, self.pool = setup.precision, setup.ops, setup.pool
         self.exact = setup.precision.exact
 
@@ -98,7 +97,7 @@ class ReadOut:
         """
         ends = ends._replace(norm=map_tensors(ends.norm, lambda t: t.to(x.dtype)))
         stored, reads = ends.unembedding.weight, row_reads.reads
-        precision = taken_in(self.precision, row_reads.n_tokens, self.model.device)
+        precision = self.setup.taken_in(row_reads.n_tokens)
         weight = self._as_products_take_it(stored, precision)
         found = [rows.new_empty(len(part.asked.names), len(part.rows)) for part in row_reads.parts]
         n_reads, (d_vocab, d_model) = len(reads.token), stored.shape

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from deltapatch.engine.pool import Pool
+from deltapatch.engine.products import taken_in
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.product import Precision
 from deltapatch.models.model import Model
@@ -17,14 +18,20 @@ class Setup:
         precision: of the products of differences; base and source runs are carried in its base dtype.
         ops: the operations.
         pool: does blocks, perhaps side by side.
+        narrow_few: take products of few rows in this precision too, as a sample must that judges it.
     """
 
     model: Model
     precision: Precision
     ops: Backend
     pool: Pool
+    narrow_few: bool = False
 
     @property
     def on_cpu(self) -> bool:
         """Whether cores share the blocks."""
         return self.model.device.type == "cpu"
+
+    def taken_in(self, n_tokens: int) -> Precision:
+        """The precision that products of so many rows are taken in."""
+        return self.precision if self.narrow_few else taken_in(self.precision, n_tokens, self.model.device)

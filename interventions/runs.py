@@ -14,11 +14,10 @@ import numpy as np
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
-from deltapatch.kernels.segments import Fork
-from deltapatch.models.forward import rope_depends_on_length
 from deltapatch.models.spec import ModelSpec, RopeSpec
 
 NONE = -1  # no token
+Fork = tuple[int, int]  # as in kernels/segments.py, which takes torch to import
 
 
 class RunShape(NamedTuple):
@@ -104,8 +103,8 @@ def check_rotary(pair: EncodedPair, number: int, rope: RopeSpec) -> None:
     """
     n_tokens = len(pair.clean) + pair.answer_tokens - 1
     # Longrope's frequencies are the same for all that is beyond the original context.
-    settled = rope.scaling == "longrope" and rope_depends_on_length(rope, len(pair.clean))
-    if pair.answer_tokens > 1 and rope_depends_on_length(rope, n_tokens) and not settled:
+    settled = rope.scaling == "longrope" and rope.depends_on_length(len(pair.clean))
+    if pair.answer_tokens > 1 and rope.depends_on_length(n_tokens) and not settled:
         raise DeltapatchError(
             f"pair {number} has an answer of {pair.answer_tokens} tokens and goes beyond the context of a "
             f"model with {rope.scaling} rotary scaling, where its tokens change all those before them: give "

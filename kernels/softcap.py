@@ -11,7 +11,7 @@ from torch import Tensor
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:
     """cap * tanh(x / cap); x itself where there is no cap."""
-    return x if cap is None else (x / cap).tanh_().mul_(cap)
+    return x if cap is None else (x / cap).tanh_() * cap  # gradients need the tangent
 
 
 def cap_difference(x: Tensor, d: Tensor, cap: float) -> Tensor:

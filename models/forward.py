@@ -79,21 +79,16 @@ def rope_tables(
     They are computed in float64 and then rounded, without the attention factor (see `rotate`). `n_positions`
     is the length of the prompt: dynamic scaling and longrope have other frequencies for prompts beyond the
     original context, so there the tables of a longer prompt do not begin with those of a shorter one (see
-    `rope_depends_on_length`).
+    `RopeSpec.depends_on_length`).
     """
     position = torch.arange(n_positions, dtype=torch.float64)
     angle = position[:, None] * _frequencies(rope, n_positions)  # [n_positions, dim/2]
     return angle.cos().to(device=device, dtype=dtype), angle.sin().to(device=device, dtype=dtype)
 
 
-def rope_depends_on_length(rope: RopeSpec, n_positions: int) -> bool:
-    """Whether a prompt of that length has other tables than one within the original context."""
-    return rope.scaling in ("dynamic", "longrope") and n_positions > rope.original_context
-
-
 def _frequencies(rope: RopeSpec, n_positions: int) -> Tensor:
     """Radians a position, [dim/2]."""
-    base, beyond = rope.base, rope_depends_on_length(rope, n_positions)
+    base, beyond = rope.base, rope.depends_on_length(n_positions)
     if rope.scaling == "dynamic" and beyond:
         stretch = rope.factor * n_positions / rope.original_context - (rope.factor - 1)
         base *= stretch ** (rope.dim / (rope.dim - 2))

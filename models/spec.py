@@ -45,6 +45,10 @@ class RopeSpec:
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
 
+    def depends_on_length(self, n_positions: int) -> bool:
+        """Whether a prompt of that length has other tables than one within the original context."""
+        return self.scaling in ("dynamic", "longrope") and n_positions > self.original_context
+
 
 class Scores(NamedTuple):
     """How one layer's products of queries and keys become probabilities.

@@ -13,6 +13,7 @@ from deltapatch.engine.memory import Costs
 from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.pool import Pool
 from deltapatch.engine.question import ask
+from deltapatch.kernels.product import PRECISIONS
 from deltapatch.models.model import Model, Origin
 from deltapatch.models.model_weights import Streamed
 from deltapatch.results.metrics import METRICS
@@ -287,3 +288,12 @@ def test_few_tokens_are_not_worth_narrowing_for(model, monkeypatch):
     values = {p: e.values("logit_diff", "mlp_out") for p, e in effects.items()}
     assert np.array_equal(values["bf16"], values["fp32"])
     assert not np.array_equal(values["fp16"], values["fp32"])
+
+
+def test_a_sample_that_judges_a_precision_is_taken_in_it(model, monkeypatch):
+    """However few its tokens: else any precision would be good enough."""
+    monkeypatch.setattr("deltapatch.engine.products.FEW", 1 << 20)
+    question = ask(model, pairs(VARIANT, [6]), SweepOptions(noise_sample=3, progress=False))
+    sample = audit.Audit(question, Pool())
+    narrow, exact = (sample._recompute(PRECISIONS[name]).measured for name in ("bf16", "fp32"))
+    assert not np.array_equal(narrow["logit_diff"], exact["logit_diff"])
