@@ -12,6 +12,7 @@ from deltapatch.arguments import several
 from deltapatch.engine.sweep import run_wired
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.nodes import Nodes
+from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.interventions.sources import DIFFERING
 from deltapatch.interventions.wirings import Wiring, Wirings, all_own, existing
@@ -193,8 +194,8 @@ def wired(
     """Run every wiring of every pair: a metric, [wiring, pair], and what was run."""
     n = len(wirings)
 
-    def made(spec: ModelSpec, n_pairs: int) -> Wirings:
-        each = np.repeat(np.arange(n_pairs), n), np.tile(np.arange(n), n_pairs)
+    def made(spec: ModelSpec, found: list[EncodedPair]) -> Wirings:
+        each = np.repeat(np.arange(len(found)), n), np.tile(np.arange(n), len(found))
         return Wirings(
             Nodes.of(spec), wirings, *each, differs=options.get("source", "counterpart") in DIFFERING
         )

@@ -25,7 +25,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.models.header import check_file
 
 FORMAT = "deltapatch bench"
-KINDS = ("compare", "growth", "precision", "stream")
+KINDS = ("compare", "growth", "precision", "stream", "edges")
 
 
 def stamp(kind: str, result: dict[str, Any]) -> dict[str, Any]:

@@ -187,14 +187,13 @@ def ask(
     model: Model,
     pairs: Pairs,
     options: Options,
-    interventions: Sequence[Intervention] | Callable[[ModelSpec, int], Wirings] | None = None,
+    interventions: Sequence[Intervention] | Callable[[ModelSpec, list[EncodedPair]], Wirings] | None = None,
 ) -> Question:
     """Check a question.
 
     Args:
         options: with the grid of a sweep, `SweepOptions`, where no interventions are given.
-        interventions: as `checked` gives them; or what makes wired runs of the model's spec and the number of
-            pairs.
+        interventions: as `checked` gives them; or what makes wired runs of the model's spec and the pairs.
 
     Raises:
         DeltapatchError: an option, a pair or an intervention is wrong.
@@ -218,7 +217,7 @@ def ask(
             check_rotary(pair, number, rope)
         check_length(pair, number, spec)
     if callable(interventions):
-        patched: Interventions = interventions(spec, len(encoded))
+        patched: Interventions = interventions(spec, encoded)
     elif interventions is not None:
         patched = listed_interventions(interventions, encoded, spec)
     elif isinstance(options, EdgeOptions):

@@ -25,9 +25,10 @@ from deltapatch.engine.settings import (
     settings_of_run,
 )
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.given import Intervention, Listed, checked
+from deltapatch.interventions.given import Intervention, Listed, checked, listed_interventions
+from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
-from deltapatch.interventions.wirings import Wirings
+from deltapatch.interventions.wirings import Wirings, seen_by_all, wired_interventions
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.surroundings import undisturbed
@@ -37,7 +38,7 @@ from deltapatch.results.effects import Effects
 from deltapatch.results.folder import RUN, check_output
 from deltapatch.results.manifest import Manifest
 from deltapatch.results.measured import Found, Gathered, with_axes
-from deltapatch.results.outcome import Outcome
+from deltapatch.results.outcome import Outcome, PartlySeen
 from deltapatch.results.reading import read_run
 from deltapatch.results.truth import Truth
 from deltapatch.results.wired_outcome import WiredOutcome
@@ -92,13 +93,13 @@ def sweep_edges(model: Model, pairs: Pairs, **options: Any) -> EdgeEffects:
 
 @undisturbed()
 def run_wired(
-    model: Model, pairs: Pairs, wirings: Callable[[ModelSpec, int], Wirings], **options: Any
+    model: Model, pairs: Pairs, wirings: Callable[[ModelSpec, list[EncodedPair]], Wirings], **options: Any
 ) -> WiredOutcome:
     """Carry out runs in which every receiver reads a stream of its own.
 
     Args:
         model, pairs: as of `sweep`.
-        wirings: makes them, of the model's spec and the number of pairs.
+        wirings: makes them, of the model's spec and the pairs.
         options: of `run`, but for those of a run folder.
 
     Raises:
@@ -130,14 +131,25 @@ def run(
         {options}
 
     Returns:
-        Outcome: one number for each intervention and metric.
+        Outcome: one number for each intervention and metric. Where patches have `into`, no run folder can be
+        written of it.
 
     Raises:
         DeltapatchError: bad input; also an intervention without patches, or with one patch twice.
     """
-    found = _answer(model, pairs, Options(**options), checked(interventions))
-    assert isinstance(found, Outcome)
-    return found
+    given = checked(interventions)
+    if any(patch.into is not None for one in given for patch in one.patches):
+        source = Options(**options).source
+
+        def wirings(spec: ModelSpec, encoded: list[EncodedPair]) -> Wirings:
+            return wired_interventions(given, encoded, spec, source)
+
+        found = run_wired(model, pairs, wirings, **options)
+        listed = listed_interventions(seen_by_all(given), found.pairs, model.spec)
+        return PartlySeen(found.measured, listed, found.pairs, found.reference, found.direction, found.meta)
+    outcome = _answer(model, pairs, Options(**options), given)
+    assert isinstance(outcome, Outcome)
+    return outcome
 
 
 def _answer(

@@ -36,12 +36,16 @@ class Patch:
         layer: from 0; the same as in the site's name where that has one (``blocks.3.attn.hook_z``).
         position: from 0, negative from the end, or one of the pair's labels.
         index: head, neuron or coordinate, for the sites that have one.
+        into: receivers that alone see the change, named as in `sweep_edges`; None: all do. Where any patch of
+            a run has it, all are at what nodes say: `z` of a head, `attn_out`, `mlp_out`, or `resid_pre` of
+            layer 0.
     """
 
     site: str
     layer: int
     position: int | str
     index: int | None = None
+    into: str | Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,10 @@ def listed_interventions(
         if not intervention.patches:
             raise DeltapatchError(f"intervention {i} has no patches: give at least one")
         where = f"intervention {i}"
+        if any(patch.into is not None for patch in intervention.patches):
+            raise DeltapatchError(
+                f"{where}: patches with `into` are for `run` in one process, without a cluster"
+            )
         own = [_patch(p, where, pairs[pair], spec, known[pair]) for p in intervention.patches]
         if len(set(own)) < len(own):
             raise DeltapatchError(f"intervention {i} patches the same activation twice")

@@ -7,16 +7,21 @@ other edges carry the base; a patch that only some receivers see one whose other
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.given import Intervention, Patch, listed_interventions
 from deltapatch.interventions.nodes import READS, Nodes
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.runs import RunShape
+from deltapatch.interventions.sites import find_site
+from deltapatch.interventions.sources import DIFFERING
 from deltapatch.interventions.table import EDIT, PLACE, PatchTable, row_tokens
+from deltapatch.models.spec import ModelSpec
 
 
 class At(NamedTuple):
@@ -138,3 +143,61 @@ def existing(nodes: Nodes) -> np.ndarray:
     before = np.array([nodes.before(receiver) for receiver in nodes.receivers.values()])
     found: np.ndarray = np.arange(nodes.n_senders)[:, None] < before
     return found
+
+
+def wired_interventions(
+    interventions: Sequence[Intervention], pairs: Sequence[EncodedPair], spec: ModelSpec, source: str
+) -> Wirings:
+    """Given interventions some of whose patches only some receivers see.
+
+    Args:
+        interventions: as `checked` gives them.
+        source: where patches come from.
+
+    Raises:
+        DeltapatchError: a patch is not at what a node says, or names what is not there; or as of
+            `listed_interventions`.
+    """
+    listed_interventions(seen_by_all(interventions), pairs, spec)  # which finds all other mistakes
+    nodes, whole = Nodes.of(spec), all_own(Nodes.of(spec))
+    order = {name: i for i, name in enumerate(nodes.receivers)}
+    wirings = []
+    for number, intervention in enumerate(interventions):
+        at: list[At] = []
+        for patch in intervention.patches:
+            senders = _senders(nodes, patch, f"intervention {number}")
+            chosen = list(order) if patch.into is None else nodes.choose_receivers(patch.into)
+            position = pairs[intervention.pair].resolve(patch.position)
+            assert position is not None
+            found = [At(position, s, order[r]) for s in senders for r in chosen if whole.own[s, order[r]]]
+            if not found:
+                raise DeltapatchError(
+                    f"intervention {number}: {patch.site} of layer {patch.layer} does not come before "
+                    f"{shown(patch.into)}"
+                )
+            at += found
+        wirings.append(replace(whole, at=tuple(at)))
+    pair = np.array([intervention.pair for intervention in interventions])
+    return Wirings(nodes, wirings, pair, np.arange(len(wirings)), differs=source in DIFFERING)
+
+
+def seen_by_all(interventions: Sequence[Intervention]) -> list[Intervention]:
+    """The same patches, without `into`."""
+    return [Intervention(i.pair, [replace(patch, into=None) for patch in i.patches]) for i in interventions]
+
+
+def _senders(nodes: Nodes, patch: Patch, where: str) -> list[int]:
+    """The nodes whose saying a patch replaces. DeltapatchError where it is at something else."""
+    site, first = find_site(patch.site)[0].name, nodes.attention(patch.layer)
+    if site == "z" and patch.index is not None:
+        return [first + patch.index]
+    if site == "attn_out":
+        return list(range(first, first + nodes.n_heads))
+    if site == "mlp_out":
+        return [nodes.mlp(patch.layer)]
+    if site == "resid_pre" and patch.layer == 0:
+        return [0]
+    raise DeltapatchError(
+        f"{where}: where patches have `into`, all are at what nodes say (z, attn_out, mlp_out, or resid_pre "
+        f"of layer 0), not {site} of layer {patch.layer}"
+    )

@@ -1,5 +1,7 @@
 """Wired runs against the oracle of edges: any edge carries its own, the source's or the base's, at random."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,9 @@ from engine_oracle import METRICS
 from engine_tiny import FAMILIES, VARIANTS, hf_model, pairs, true_model, with_long_answers
 
 import deltapatch
+from deltapatch import Intervention, Patch
+from deltapatch.engine.options import Options
+from deltapatch.engine.question import ask
 from deltapatch.engine.sweep import run_wired
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.wirings import At, Wiring, Wirings, all_own, existing
@@ -22,8 +27,8 @@ def run(variant, drawn, wirings, precision="fp64", **options):
     given = [deltapatch.PromptPair(**pair._asdict()) for pair in drawn]
     n = len(wirings)
 
-    def made(spec, n_pairs):
-        both = np.repeat(np.arange(n_pairs), n), np.tile(np.arange(n), n_pairs)
+    def made(spec, pairs):
+        both = np.repeat(np.arange(len(pairs)), n), np.tile(np.arange(n), len(pairs))
         differs = options.get("source", "counterpart") == "counterpart"
         return Wirings(Nodes.of(spec), wirings, *both, differs)
 
@@ -112,3 +117,74 @@ def test_a_small_budget_cuts_and_changes_nothing():
     with pytest.raises(deltapatch.DeltapatchError, match="at least"):
         run("llama", drawn, wirings, memory_budget=1)
     assert np.allclose(run("llama", drawn, wirings, memory_budget="360MB")["kl"], whole["kl"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["neox-parallel", "llama-grouped", "gemma2", "olmo2"])
+def test_patches_that_only_some_see(variant):
+    """Alone, jointly, and beside patches that all see."""
+    true, rng = true_model(variant), np.random.default_rng(1)
+    drawn = pairs(true, (5, 4), seed=6)
+    model = deltapatch.from_transformers(hf_model(variant, torch.float64))
+    last, heads = true.n_layers - 1, [f"a0.h{h}" for h in range(true.shape.n_heads)]
+    own = {
+        ("z", 0, 1): ["a0.h1"], ("attn_out", 0, None): heads, ("mlp_out", 0, None): ["m0"],
+        ("resid_pre", 0, None): ["input"],
+    }  # fmt: skip
+    intos = [f"a{last}.h0<k>", [f"m{last}", "logits"], f"a{last}<v>", "logits", None]
+    interventions, told = [], []
+    for i in range(14):
+        pair = i % 2
+        length, wiring, patches = len(drawn[pair].clean), {}, []
+        for which in rng.choice(4, 2 if i > 7 else 1, replace=False):
+            site, layer, index = list(own)[which]
+            into, position = intos[int(rng.integers(5))], int(rng.integers(length))
+            patches.append(Patch(site, layer, position, index, into=into))
+            names = receivers(true) if into is None else [into] if isinstance(into, str) else into
+            for edge in edges(true):
+                wide = [n for n in names if edge[1] == n or (n.endswith("<v>") and "h" not in n and
+                        edge[1].startswith(f"a{last}.") and edge[1].endswith("<v>"))]  # fmt: skip
+                if edge[0] in own[site, layer, index] and wide:
+                    wiring.setdefault(edge, np.full(length, OWN))[position] = SOURCE
+        if all(p.into is None for p in patches):
+            patches[0] = dataclasses.replace(patches[0], into="all")
+        interventions.append(Intervention(pair, patches))
+        told.append(wiring)
+    given = [deltapatch.PromptPair(**pair._asdict()) for pair in drawn]
+    found = deltapatch.run(model, given, interventions, precision="fp64", progress=False)
+    for name in METRICS:
+        want = np.array([effects(true, drawn[i % 2], [w])[name][0] for i, w in enumerate(told)])
+        got = found.values(name)
+        error, scale = np.linalg.norm(got - want), np.linalg.norm(want)
+        assert error <= 2e-8 * max(scale, 1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("patches", "said"),
+    [
+        ([Patch("mlp_post", 0, 1, 2, into="logits")], "at what nodes say"),
+        ([Patch("z", 0, 1, 2, into="logits"), Patch("q", 0, 1, 1)], "at what nodes say"),
+        ([Patch("resid_pre", 1, 1, into="logits")], "at what nodes say"),
+        ([Patch("mlp_out", 1, 1, into="a0.h0<q>")], "does not come before"),
+        ([Patch("mlp_out", 1, 1, into="nowhere")], "unknown receiver"),
+        ([Patch("mlp_out", 9, 1, into="logits")], "layer 9 does not exist"),
+        ([Patch("z", 0, 1, into="logits")], "needs an index"),
+    ],
+)
+def test_an_into_that_cannot_be(patches, said):
+    drawn = pairs(true_model("llama"), (4,))
+    model = deltapatch.from_transformers(hf_model("llama"))
+    given = [deltapatch.PromptPair(**pair._asdict()) for pair in drawn]
+    with pytest.raises(deltapatch.DeltapatchError, match=said):
+        deltapatch.run(model, given, Intervention(0, patches), progress=False)
+
+
+def test_into_is_never_passed_over():
+    """Where interventions are listed, as on a cluster, a patch with `into` is refused."""
+    model = deltapatch.from_transformers(hf_model("llama"))
+    (pair,) = pairs(true_model("llama"), (4,))
+    given = [Intervention(0, [Patch("mlp_out", 0, 1, into="logits")])]
+    with pytest.raises(deltapatch.DeltapatchError, match="without a cluster"):
+        ask(model, [deltapatch.PromptPair(**pair._asdict())], Options(), given)
+    found = deltapatch.run(model, [deltapatch.PromptPair(**pair._asdict())], given, progress=False)
+    with pytest.raises(deltapatch.DeltapatchError, match="writes no run folder"):
+        found.save("nowhere")
