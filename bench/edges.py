@@ -11,9 +11,9 @@ transformers' own matrices and PyTorch's attention, in float32, with the logits 
               before it kept: about the work that deltapatch does
     two-runs  EAP-IG's way: two forwards for every edge, with the logits of all positions
 
-What each edge's query, key or value becomes is prepared once for all and not timed. Of each a few batches are
-timed in every layer, at the best of some batch sizes, and the time of all edges follows from their number in that
-layer; deltapatch does all. First the effects of a sample are held to float64.
+What each edge's query, key or value becomes is prepared once for all and not timed. Of each a few batches
+are timed in every layer, at the best of some batch sizes, and the time of all edges follows from their
+number in that layer; deltapatch does all. First the effects of a sample are held to float64.
 """
 
 import argparse
