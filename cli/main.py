@@ -8,6 +8,7 @@ from deltapatch.cli.bench import bench
 from deltapatch.cli.convert import convert
 from deltapatch.cli.demo import demo
 from deltapatch.cli.effects import effects
+from deltapatch.cli.explore import explore
 from deltapatch.cli.info import info
 from deltapatch.cli.merge import merge
 from deltapatch.cli.pairs import pairs
@@ -22,6 +23,7 @@ Examples:
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_out,attn_out --out RUN
   deltapatch effects RUN --site mlp_out --by layer,class
   deltapatch plot RUN
+  deltapatch explore RUN
   deltapatch reproduce --model MODEL --out STUDY
 """
 
@@ -32,7 +34,7 @@ def cli() -> None:
     """Exact activation patching of language models: thousands of interventions in one pass."""
 
 
-for command in (demo, pairs, sweep, merge, effects, plot, info, convert, reproduce, bench):
+for command in (demo, pairs, sweep, merge, effects, plot, explore, info, convert, reproduce, bench):
     cli.add_command(command)
 
 
