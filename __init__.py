@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deltapatch.analysis.joint import faithfulness_curve
     from deltapatch.engine.sweep import run, sweep
     from deltapatch.errors import DeltapatchError
     from deltapatch.interventions.given import Intervention, Patch
     from deltapatch.interventions.pairs import PromptPair
+    from deltapatch.interventions.pairs_file import load_pairs
     from deltapatch.models.load import from_transformers, load_model
     from deltapatch.models.model import Model
     from deltapatch.results.effects import Effects
@@ -27,10 +29,12 @@ _HOME = {
     "Outcome": "results.outcome",
     "Patch": "interventions.given",
     "PromptPair": "interventions.pairs",
+    "faithfulness_curve": "analysis.joint",
     "from_transformers": "models.load",
     "load_effects": "results.reading",
     "load_model": "models.load",
     "load_outcome": "results.reading",
+    "load_pairs": "interventions.pairs_file",
     "run": "engine.sweep",
     "sweep": "engine.sweep",
 }
@@ -43,10 +47,12 @@ __all__ = [
     "Outcome",
     "Patch",
     "PromptPair",
+    "faithfulness_curve",
     "from_transformers",
     "load_effects",
     "load_model",
     "load_outcome",
+    "load_pairs",
     "run",
     "sweep",
 ]

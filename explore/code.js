@@ -11,10 +11,7 @@ function pythonOf(content, patches) {
     `model = dp.load_model(${JSON.stringify(String(about.model ?? "MODEL"))}` +
       ["revision", "adapter"].filter((k) => about[k]).map((k) => `, ${k}=${JSON.stringify(String(about[k]))}`).join("") + ")",
     `effects = dp.load_effects(${JSON.stringify(content.run)})`,
-    "pairs = [",
-    "    dp.PromptPair(p.clean, p.corrupted, p.clean_answer, p.corrupted_answer, p.labels, p.meta)",
-    "    for p in effects.pairs",
-    "]",
+    "pairs = effects.pairs",
     "",
     "def patches(pair):",
     "    return [",

@@ -77,7 +77,7 @@ def test_type_checkers_see_every_package():
     links = ROOT / ".typing" / "deltapatch"
     for part in PARTS:
         assert (links / part).resolve() == ROOT / part
-    for file in ("__init__.py", "__main__.py", "arguments.py", "errors.py", "py.typed"):
+    for file in ("__init__.py", "__main__.py", "arguments.py", "errors.py", "markup.py", "py.typed"):
         assert (links / file).resolve() == ROOT / file
 
 
@@ -98,6 +98,7 @@ def test_the_wheel_has_the_code_and_the_built_in_models(tmp_path):
         "__main__.py",
         "arguments.py",
         "errors.py",
+        "markup.py",
     )
     kept += ("py.typed",)
     for name in (*kept, *PARTS):
