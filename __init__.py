@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from deltapatch.analysis.acdc import acdc
     from deltapatch.analysis.circuit import Circuit
     from deltapatch.analysis.circuit_runs import circuit_curve, faithfulness, path_effects
+    from deltapatch.analysis.joint import faithfulness_curve
     from deltapatch.engine.sweep import run, sweep, sweep_edges
     from deltapatch.errors import DeltapatchError
     from deltapatch.interventions.given import Intervention, Patch
     from deltapatch.interventions.pairs import PromptPair
+    from deltapatch.interventions.pairs_file import load_pairs
     from deltapatch.models.load import from_transformers, load_model
     from deltapatch.models.model import Model
     from deltapatch.results.edge_effects import EdgeEffects
@@ -36,12 +38,14 @@ _HOME = {
     "acdc": "analysis.acdc",
     "circuit_curve": "analysis.circuit_runs",
     "faithfulness": "analysis.circuit_runs",
+    "faithfulness_curve": "analysis.joint",
     "from_transformers": "models.load",
     "load_edges": "results.reading",
     "load_effects": "results.reading",
     "load_model": "models.load",
     "load_outcome": "results.reading",
     "path_effects": "analysis.circuit_runs",
+    "load_pairs": "interventions.pairs_file",
     "run": "engine.sweep",
     "sweep": "engine.sweep",
     "sweep_edges": "engine.sweep",
@@ -60,11 +64,13 @@ __all__ = [
     "acdc",
     "circuit_curve",
     "faithfulness",
+    "faithfulness_curve",
     "from_transformers",
     "load_edges",
     "load_effects",
     "load_model",
     "load_outcome",
+    "load_pairs",
     "path_effects",
     "run",
     "sweep",

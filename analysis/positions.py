@@ -93,19 +93,28 @@ def aligned(
         labels; [pair, layer, label, ...]; and [pair] or None, what a mean over pairs is measured by.
     """
     values, over = effects.terms(metric, site)
+    labels, table = columns(effects, site)
+    return labels, values if table is None else by_class(values, labels, table), over
+
+
+def columns(effects: Effects, site: str | None = None) -> tuple[list[str], list[list[str | None]] | None]:
+    """The labels of a figure's position axis, and under which each position of each pair stands.
+
+    Returns:
+        labels; [pair][position], None where a pair has no such position, or None for it all where every
+        swept position is a column of its own.
+    """
     positions = effects.positions(site)
     if len(effects.pairs) > 1 and has_classes(effects):
-        classes, table = class_table(effects, site)
-        return classes, by_class(values, classes, table), over
+        return class_table(effects, site)
     lengths = {len(pair.clean) for pair in effects.pairs}
     if len(lengths) == 1 or all(isinstance(p, str) or p < 0 for p in positions):
-        return token_labels(effects, site), values, over
+        return token_labels(effects, site), None
     ends: list[list[str | None]] = []
     for pair in effects.pairs:
         places = [pair.resolve(position) for position in positions]
         ends.append([None if place is None else str(place - len(pair.clean)) for place in places])
-    names = sorted({name for row in ends for name in row if name is not None}, key=int)
-    return names, by_class(values, names, ends), over
+    return sorted({name for row in ends for name in row if name is not None}, key=int), ends
 
 
 def peaks(effects: Effects, metric: str, site: str | None = None) -> np.ndarray | None:

@@ -1,6 +1,7 @@
 """How figures look, and how they are written: the same bytes for the same effects, as PNG and as PDF."""
 
 import math
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Literal
 import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")  # files only: no display is needed
+if "matplotlib.pyplot" not in sys.modules and "ipykernel" not in sys.modules:
+    matplotlib.use("Agg")  # files need no display; who draws figures of their own has chosen already
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes

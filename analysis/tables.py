@@ -2,23 +2,26 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from deltapatch import markup
 from deltapatch.analysis.positions import by_class, class_table
 from deltapatch.analysis.statistics import mean_over, mean_over_pairs, median_over_pairs
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.sites import COUNTED, SITES
 from deltapatch.results.edge_effects import EdgeEffects
-from deltapatch.results.effects import AXES, Effects, is_labelled, position_column
+from deltapatch.results.effects import AXES, Effects, import_pandas, is_labelled, position_column
 from deltapatch.results.metrics import METRICS, check_metric, quotient
 
 OF_EDGES = ("pair", "sender", "receiver", "position")
 BY = ("pair", "layer", "position", "class", "index", *COUNTED, "sender", "receiver")
+_SHOWN = 60  # rows that Python prints
 Numbers = Callable[[str, np.ndarray, np.ndarray | None], dict[str, np.ndarray]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """Named columns of equal length, and what they are about."""
 
@@ -27,6 +30,28 @@ class Table:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
+
+    def __repr__(self) -> str:
+        rows = [tuple(self.columns), *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(text.rjust(n) for text, n in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([*lines, *self._left()])
+
+    def _repr_html_(self) -> str:
+        return markup.table(f"{len(self):,} rows", self._rows(), tuple(self.columns), self._left())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """The first rows as text."""
+        columns = [column[:_SHOWN].tolist() for column in self.columns.values()]
+        shown = ([f"{v:.4g}" if isinstance(v, float) else str(v) for v in column] for column in columns)
+        return list(zip(*shown, strict=True))
+
+    def _left(self) -> list[str]:
+        return [f"and {len(self) - _SHOWN:,} more rows"] if len(self) > _SHOWN else []
+
+    def to_pandas(self) -> Any:
+        """A DataFrame of the columns. DeltapatchError where pandas is not installed."""
+        return import_pandas().DataFrame(self.columns)
 
     def top(self, k: int | None) -> "Table":
         """The k rows whose metric is largest in magnitude, largest first; all rows as they are for None."""

@@ -9,6 +9,7 @@ from deltapatch.cli.circuit import circuit
 from deltapatch.cli.convert import convert
 from deltapatch.cli.demo import demo
 from deltapatch.cli.effects import effects
+from deltapatch.cli.explore import explore
 from deltapatch.cli.info import info
 from deltapatch.cli.merge import merge
 from deltapatch.cli.pairs import pairs
@@ -24,6 +25,7 @@ Examples:
   deltapatch effects RUN --site mlp_out --by layer,class
   deltapatch edges --model MODEL --pairs pairs.jsonl --out EDGES
   deltapatch plot RUN
+  deltapatch explore RUN
   deltapatch reproduce --model MODEL --out STUDY
 """
 
@@ -34,7 +36,9 @@ def cli() -> None:
     """Exact activation patching of language models: thousands of interventions in one pass."""
 
 
-for command in (demo, pairs, sweep, edges, merge, effects, plot, circuit, info, convert, reproduce, bench):
+for command in (
+    demo, pairs, sweep, edges, merge, effects, plot, explore, circuit, info, convert, reproduce, bench
+):  # fmt: skip
     cli.add_command(command)
 
 

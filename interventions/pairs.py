@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from deltapatch import markup
 from deltapatch.arguments import check_label, label_name, whole
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.tokens import Tokens, after, around, pieces, text_before, tokenise
@@ -32,6 +33,13 @@ class PromptPair:
     corrupted_answer: str | int | list[int]
     labels: dict[str, int] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("clean", self.clean, self.clean_answer),
+            ("corrupted", self.corrupted, self.corrupted_answer),
+        ]
+        return markup.table("PromptPair", rows, ("", "prompt", "answer"), _notes(self.labels))
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,26 @@ class EncodedPair:
         both = enumerate(zip(self.clean, self.corrupted, strict=True))
         return next((i for i, (a, b) in both if a != b), len(self.clean) - 1)
 
+    def _repr_html_(self) -> str:
+        changed = [a != b for a, b in zip(self.clean, self.corrupted, strict=True)]
+        rows = [
+            ("position", *range(len(changed)), "answer"),
+            ("clean", *self.clean_text, self.clean_answer_text),
+            ("corrupted", *self.corrupted_text, self.corrupted_answer_text),
+            ("", *("changed" if differs else "" for differs in changed), ""),
+        ]
+        return markup.table("EncodedPair", rows, notes=_notes(self.labels))
+
     def resolve(self, position: int | str) -> int | None:
         """The place, from 0, of an int (from the end where negative) or a label; None where there is none."""
         if isinstance(position, str):
             return len(self.clean) - 1 if position == "last" else self.labels.get(position)
         place = position + len(self.clean) if position < 0 else position
         return place if 0 <= place < len(self.clean) else None
+
+
+def _notes(labels: Mapping[str, int]) -> list[str]:
+    return ["labels: " + ", ".join(f"{name} {place}" for name, place in labels.items())] if labels else []
 
 
 def encode_pairs(

@@ -17,7 +17,7 @@ _REQUIRED = ("clean", "corrupted", "clean_answer", "corrupted_answer")
 _FIELDS = tuple(f.name for f in fields(PromptPair))
 
 
-def read_pairs(path: str | os.PathLike[str]) -> list[PromptPair]:
+def load_pairs(path: str | os.PathLike[str]) -> list[PromptPair]:
     """Read a pairs file. Empty lines are skipped.
 
     Raises:
@@ -27,8 +27,11 @@ def read_pairs(path: str | os.PathLike[str]) -> list[PromptPair]:
     return [pair for _, pair in read_named_pairs(path)]
 
 
+read_pairs = load_pairs  # its name in 0.1
+
+
 def read_named_pairs(path: str | os.PathLike[str]) -> list[tuple[str, PromptPair]]:
-    """As `read_pairs`, each pair with its name for errors, for example "pairs.jsonl, line 7"."""
+    """As `load_pairs`, each pair with its name for errors, for example "pairs.jsonl, line 7"."""
     path = path_of(path, "a pairs file")
     try:
         check_file(path)

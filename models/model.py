@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltapatch import markup
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.forward import block, contexts, readout
 from deltapatch.models.model_weights import ModelWeights, PassWeights
@@ -76,6 +77,24 @@ class Model:
             f"Model({self.title!r}, {s.architecture}, {s.n_layers} layers, d_model {s.d_model}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}{', streamed' if self.stream else ''})"
         )
+
+    def _repr_html_(self) -> str:
+        s = self.spec
+        rows = [
+            ("architecture", s.architecture),
+            ("layers", s.n_layers),
+            ("d_model", s.d_model),
+            (
+                "heads",
+                s.n_heads if s.n_heads == s.n_kv_heads else f"{s.n_heads}, keys and values {s.n_kv_heads}",
+            ),
+            ("neurons of an MLP", s.d_mlp),
+            ("vocabulary", s.d_vocab),
+            ("context", s.context),
+            ("weights", f"{self.n_bytes / 1e6:,.1f} MB, {str(self.dtype).removeprefix('torch.')}"),
+            ("device", f"{self.device}{', streamed' if self.stream else ''}"),
+        ]
+        return markup.table(self.title, rows)
 
     def __copy__(self) -> "Model":
         twin = object.__new__(type(self))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deltapatch import markup
 from deltapatch.arguments import several
 from deltapatch.errors import DeltapatchError, path_of
 from deltapatch.interventions.pairs import EncodedPair
@@ -207,6 +208,57 @@ class Effects:
             {"site": swept.site, "direction": self.direction},
         )
 
+    def plot(self, metric: str | None = None) -> Any:
+        """A matplotlib Figure: layer by position of all whole vectors, mean over pairs, on one colour scale.
+
+        Of a run without whole vectors, the `heatmap` of its first site.
+
+        Args:
+            metric: `recovered` by default, or the first that the run can answer.
+
+        Raises:
+            DeltapatchError: an unknown metric, or one that was not measured.
+        """
+        return _looking().plot(self, metric)
+
+    def heatmap(self, site: str | None = None, metric: str | None = None, *, pair: int | None = None) -> Any:
+        """A matplotlib Figure of one site: whole vectors by position, heads by position and head.
+
+        Of neurons and coordinates, the strongest with their intervals.
+
+        Args:
+            site: which; it may be left out when only one site was swept.
+            metric: as of `plot`.
+            pair: the number of a pair; the mean over pairs by default.
+
+        Raises:
+            DeltapatchError: an unknown site, metric or pair, or one that was not swept.
+        """
+        return _looking().heatmap(self, site, metric, pair=pair)
+
+    def top(self, n: int = 10, metric: str | None = None, site: str | None = None) -> Any:
+        """The n means over pairs that are largest in magnitude, as a table: `columns` has its arrays.
+
+        Args:
+            metric: as of `plot`.
+            site: which; all by default, unless only some of them have an index.
+
+        Raises:
+            DeltapatchError: an unknown site or metric; sites that do not share a ranking.
+        """
+        return _looking().top(self, n, metric, site)
+
+    def explore(self, metrics: str | Sequence[str] | None = None) -> Any:
+        """The page of `deltapatch explore`: a notebook shows it, and `.save(path)` writes it.
+
+        Args:
+            metrics: that the page can show; all that the run can answer by default.
+
+        Raises:
+            DeltapatchError: plotly is not installed; an unknown metric or one that was not measured.
+        """
+        return _looking().Explorer(self, metrics)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write a run folder. DeltapatchError where the path is taken or cannot be written."""
         if self.meta.get("fingerprint") is None and self._fingerprint is not None:
@@ -247,6 +299,14 @@ class Effects:
             return swept.measured
         row = swept.layer_row(layer)
         return {name: array[:, row : row + 1] for name, array in swept.measured.items()}
+
+    def _repr_html_(self) -> str:
+        said = repr(self).split("\n")
+        header = ("site", *AXES)
+        rows = [
+            (name, *swept.shape, *[""] * (len(AXES) - len(swept.shape))) for name, swept in self.sites.items()
+        ]
+        return markup.table(said[0], rows, header, said[1 + len(rows) :])
 
     def _find(self, name: str | None) -> tuple[SiteEffects, int | None]:
         swept = _listing(list(self.sites))
@@ -291,6 +351,11 @@ def is_labelled(positions: Sequence[int | str]) -> bool:
 def position_column(positions: Sequence[int | str], labelled: bool) -> np.ndarray:
     """Positions as an array of one type: integers, or text where labels are among them."""
     return np.array([str(p) for p in positions], dtype=object) if labelled else np.array(positions, np.int64)
+
+
+def _looking() -> Any:
+    """The part that draws effects, and so stands above them: found by its name, as the face finds its own."""
+    return import_module("deltapatch.explore.looking")
 
 
 def import_pandas() -> Any:

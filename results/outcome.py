@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from deltapatch import markup
 from deltapatch.errors import DeltapatchError, path_of
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import import_pandas
 from deltapatch.results.folder import Record, reference_tensors, write_run
 from deltapatch.results.metrics import METRICS, Direction, Reference, asked_of, compute, terms
+
+_SHOWN = 10  # interventions in a notebook
 
 
 @dataclass(repr=False)
@@ -106,6 +109,12 @@ class Outcome:
         about = {**self.meta, "direction": self.direction, "interventions": about}
         return Record(about, self.pairs, tensors, axes, self.interventions.arrays())
 
+    def _repr_html_(self) -> str:
+        said, columns = repr(self).split("\n"), self.columns()
+        rows = list(zip(*(_plain(column[:_SHOWN]) for column in columns.values()), strict=True))
+        left = [f"and {len(self) - _SHOWN:,} more"] if len(self) > _SHOWN else []
+        return markup.table(said[0], rows, tuple(columns), [*left, *said[1:]])
+
     def __repr__(self) -> str:
         known = ("model", "precision", "backend")
         what = "".join(f", {self.meta[key]}" for key in known if key in self.meta)
@@ -123,3 +132,7 @@ class PartlySeen(Outcome):
     def save(self, path: str | os.PathLike[str]) -> None:
         """DeltapatchError."""
         raise DeltapatchError("a run whose patches have `into` writes no run folder: keep its values")
+
+
+def _plain(column: np.ndarray) -> list[str]:
+    return [f"{value:.4g}" if isinstance(value, float) else str(value) for value in column.tolist()]

@@ -20,11 +20,13 @@ PARTS = (
     "engine",
     "tasks",
     "analysis",
+    "explore",
     "study",
     "bench",
     "cli",
 )
 # cli -> bench -> study -> analysis, tasks -> engine -> results -> interventions -> models -> kernels
+# cli -> explore -> analysis
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "models": {"models", "kernels"},
@@ -34,9 +36,10 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["tasks"] = MAY_IMPORT["engine"] | {"tasks"}
 MAY_IMPORT["analysis"] = MAY_IMPORT["engine"] | {"analysis"}
+MAY_IMPORT["explore"] = MAY_IMPORT["analysis"] | {"explore"}
 MAY_IMPORT["study"] = MAY_IMPORT["tasks"] | MAY_IMPORT["analysis"] | {"study"}
 MAY_IMPORT["bench"] = MAY_IMPORT["study"] | {"bench"}
-MAY_IMPORT["cli"] = MAY_IMPORT["bench"] | {"cli"}
+MAY_IMPORT["cli"] = MAY_IMPORT["bench"] | {"explore", "cli"}
 
 
 def python(code: str, **more) -> str:
@@ -74,7 +77,7 @@ def test_type_checkers_see_every_package():
     links = ROOT / ".typing" / "deltapatch"
     for part in PARTS:
         assert (links / part).resolve() == ROOT / part
-    for file in ("__init__.py", "__main__.py", "arguments.py", "errors.py", "py.typed"):
+    for file in ("__init__.py", "__main__.py", "arguments.py", "errors.py", "markup.py", "py.typed"):
         assert (links / file).resolve() == ROOT / file
 
 
@@ -95,6 +98,7 @@ def test_the_wheel_has_the_code_and_the_built_in_models(tmp_path):
         "__main__.py",
         "arguments.py",
         "errors.py",
+        "markup.py",
     )
     kept += ("py.typed",)
     for name in (*kept, *PARTS):
@@ -112,7 +116,9 @@ def test_the_wheel_has_the_code_and_the_built_in_models(tmp_path):
     names = set(zipfile.ZipFile(tmp_path / run.stdout.split()[-1]).namelist())
     for part in PARTS:
         for path in (ROOT / part).rglob("*"):
-            if path.suffix == ".py" or (path.is_file() and path.parent.parent == ROOT / "models" / "builtin"):
+            if path.suffix in (".py", ".css", ".html", ".js") or (
+                path.is_file() and path.parent.parent == ROOT / "models" / "builtin"
+            ):
                 assert f"deltapatch/{path.relative_to(ROOT)}" in names
     assert "deltapatch/py.typed" in names
     assert not any(name.startswith(("deltapatch/tests", "tests")) for name in names)

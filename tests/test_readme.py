@@ -81,7 +81,18 @@ def named() -> list[tuple[str, str]]:
     found = []
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("models/builtin/*/*.md")]:
         found += [(path.name, text) for text in _lines(path.read_text(encoding="utf-8"))]
-    for part in ("analysis", "bench", "cli", "engine", "kernels", "models", "scripts", "study", "tasks"):
+    for part in (
+        "analysis",
+        "bench",
+        "cli",
+        "engine",
+        "explore",
+        "kernels",
+        "models",
+        "scripts",
+        "study",
+        "tasks",
+    ):
         for path in (ROOT / part).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):

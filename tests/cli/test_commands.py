@@ -31,6 +31,7 @@ def test_every_help_has_an_example(command):
         "circuit",
         "effects",
         "plot",
+        "explore",
         "info",
         "convert",
         "bench",

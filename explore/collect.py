@@ -1,0 +1,251 @@
+"""What the explorer's page holds of a run: every cell of its heatmaps, and the strongest heads and neurons.
+
+A run may have half a million effects a pair, and a page should open at once: what is too much is left out
+here, when the page is made, and `notes` says so.
+"""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deltapatch.analysis.positions import by_class, columns
+from deltapatch.analysis.significance import POOLED_FROM, benjamini_hochberg, out_of_reach, sign_flip_test
+from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.sites import SITES
+from deltapatch.results.effects import Effects
+from deltapatch.results.metrics import METRICS, default_metric, quotient
+
+RATE = 0.05  # false-discovery rate from which on an effect counts as an accident of the pairs
+_NUMBERS = 400_000  # of the page, about; each takes five letters
+_PAIRS = 48  # that are shown one by one, at most
+_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The position axis of a site.
+
+    Attributes:
+        labels: [column].
+        table: [pair][position] -> label, as of `positions.columns`; None where columns are positions.
+        kept: [kept column], which of the columns the page has.
+    """
+
+    labels: list[str]
+    table: list[list[str | None]] | None
+    kept: np.ndarray
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """[pair, layer, position, ...] -> [pair, layer, kept column, ...]."""
+        whole = values if self.table is None else by_class(values, self.labels, self.table)
+        return whole[:, :, self.kept]
+
+
+def collect(effects: Effects, metrics: Sequence[str], run: str = "RUN") -> dict[str, Any]:
+    """The page's content, ready for JSON; arrays are base64 of little-endian float32 or int32.
+
+    Args:
+        metrics: what the page can show.
+        run: the run folder, as the copied Python names it.
+    """
+    share = _NUMBERS // (len(effects.sites) * len(metrics))  # numbers that a metric of a site may take
+    largest = max(
+        len(s.layers) * (0 if SITES[name].index.counts else len(s.positions))
+        for name, s in effects.sites.items()
+    )
+    n_pairs = min(len(effects.pairs), _PAIRS, max(1, share // (2 * largest)) if largest else _PAIRS)
+    notes: list[str] = []
+    if n_pairs < len(effects.pairs):
+        notes.append(
+            f"Means are over {len(effects.pairs)} pairs; the first {n_pairs} can be seen one by one."
+        )
+    out_of = out_of_reach(len(effects.pairs), RATE, _DRAWS, pooled=True)
+    if out_of:
+        notes.append(f"No effect is marked as significant or not: {out_of}.")
+    if caveat := effects.caveat():
+        notes.append(f"Mind: {caveat}.")
+    sites = [
+        _site(effects, name, metrics, share=share, n_pairs=n_pairs, notes=notes, tested=not out_of)
+        for name in effects.sites
+    ]
+    known = ("model", "revision", "adapter", "source", "seed", "readout", "noise_scale", "precision", "date")
+    return {
+        "run": run,
+        "about": {key: effects.meta[key] for key in known if effects.meta.get(key) is not None},
+        "direction": effects.direction,
+        "metrics": [_metric(name) for name in metrics],
+        "default": default_metric(list(metrics)),
+        "rate": RATE,
+        "n_pairs": len(effects.pairs),
+        "pairs": [_pair(pair) for pair in effects.pairs[:n_pairs]],
+        "sites": sites,
+        "notes": notes,
+    }
+
+
+def _site(
+    effects: Effects,
+    name: str,
+    metrics: Sequence[str],
+    *,
+    share: int,
+    n_pairs: int,
+    notes: list[str],
+    tested: bool,
+) -> dict[str, Any]:
+    """A site: its axes, and every metric on them."""
+    swept, kind = effects.sites[name], SITES[name].index
+    axis = _axis(effects, name, metrics, max(1, share // (8 * len(swept.layers))), notes)
+    n_index = swept.shape[3] if kind.counts else 0
+    total = len(swept.layers) * len(axis.kept) * n_index
+    room = min(total, share // (7 + n_pairs))
+    if room < total:
+        notes.append(
+            f"Of {total:,} {kind.counts}s of {name} (each layer, position and {kind.counts}) the {room:,} "
+            "strongest of each metric are here, some of every cell; a cell shows the strongest of all."
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for metric in metrics:
+        values, over = effects.terms(metric, name)
+        cells = axis.of(values)
+        each = quotient(metric, cells, over)[:n_pairs]
+        if kind.counts:
+            found[metric] = _strongest(cells, over, each, room, tested)
+        else:
+            found[metric] = _tested(cells, over, tested) | {
+                "pairs": _f32(quotient(metric, values, over)[:n_pairs])
+            }
+        found[metric]["floor"] = _floor(effects, metric, cells, over)
+    return {
+        "name": name,
+        "counts": kind.counts,
+        "letter": kind.letter,
+        "layers": swept.layers.tolist(),
+        "columns": [axis.labels[c] for c in axis.kept.tolist()],
+        "places": _places(effects, name, axis),
+        "swept": [[pair.resolve(p) for p in swept.positions] for pair in effects.pairs[:n_pairs]],
+        "metrics": found,
+    }
+
+
+def _axis(effects: Effects, site: str, metrics: Sequence[str], most: int, notes: list[str]) -> _Axis:
+    """The position axis; of more columns than `most` those with the largest effects, and a note."""
+    labels, table = columns(effects, site)
+    axis = _Axis(labels, table, np.arange(len(labels)))
+    if len(labels) > most:
+        metric = default_metric(list(metrics))
+        values, over = effects.terms(metric, site)
+        mean = np.abs(np.nan_to_num(mean_over_pairs(axis.of(values), over)[0]))
+        size = mean.reshape(*mean.shape[:2], -1).max(axis=(0, 2))
+        kept = np.sort(np.argsort(-size, kind="stable")[:most])
+        notes.append(f"{site}: {most} of {len(labels)} positions, those with the largest {metric}.")
+        return _Axis(labels, table, kept)
+    return axis
+
+
+def _tested(cells: np.ndarray, over: np.ndarray | None, tested: bool) -> dict[str, Any]:
+    """[pair, ...] -> mean, 95% interval and false-discovery rate of each cell."""
+    mean = mean_over_pairs(cells, over)[0]
+    low, high = bootstrap(cells, draws=_DRAWS, over=over)
+    return {"mean": _f32(mean), "low": _f32(low), "high": _f32(high), "q": _f32(_rates(cells, tested))}
+
+
+def _strongest(
+    cells: np.ndarray, over: np.ndarray | None, each: np.ndarray, room: int, tested: bool
+) -> dict[str, Any]:
+    """[pair, layer, column, index] -> each cell's strongest index, and the entries that the page lists.
+
+    Half of the room goes to the cells, each the same number; what is left to the strongest of all.
+    """
+    mean = mean_over_pairs(cells, over)[0]  # [layer, column, index]
+    size = np.abs(np.nan_to_num(mean, nan=-0.0)).reshape(-1, mean.shape[-1])  # [cell, index]
+    own = max(1, min(size.shape[1], room // (2 * len(size))))
+    best = np.argpartition(-size, own - 1, axis=1)[:, :own] + np.arange(len(size))[:, None] * size.shape[1]
+    everywhere = np.argpartition(-size.ravel(), room - 1)[:room]
+    others = np.setdiff1d(everywhere, best)
+    others = others[np.argsort(-size.ravel()[others], kind="stable")][: max(0, room - best.size)]
+    chosen = np.concatenate([best.ravel(), others])
+    chosen = chosen[~np.isnan(mean.ravel()[chosen])]
+    chosen = chosen[np.argsort(-size.ravel()[chosen], kind="stable")]
+    layer, column, index = np.unravel_index(chosen, mean.shape)
+    low, high = bootstrap(cells.reshape(len(cells), -1)[:, chosen], draws=_DRAWS, over=over)
+    return {
+        "layer": _i32(layer),
+        "column": _i32(column),
+        "index": _i32(index),
+        "mean": _f32(mean.ravel()[chosen]),
+        "low": _f32(low),
+        "high": _f32(high),
+        "q": _f32(_rates(cells, tested).ravel()[chosen]),
+        "pairs": _f32(each.reshape(len(each), -1)[:, chosen]),
+    }
+
+
+def _rates(cells: np.ndarray, tested: bool) -> np.ndarray:
+    """The false-discovery rate of every cell of a site; NaN where no test can tell."""
+    if not tested:
+        return np.full(cells.shape[1:], np.nan)
+    pooled = cells[0].size >= POOLED_FROM
+    return benjamini_hochberg(sign_flip_test(cells, _DRAWS, pooled=pooled))
+
+
+def _floor(effects: Effects, metric: str, cells: np.ndarray, over: np.ndarray | None) -> float | None:
+    """How far rounding moves an effect: the run's error against float64, which is relative to the norm."""
+    known = effects.meta.get("noise_floor")
+    errors = known.get("relative_error", {}) if isinstance(known, dict) else {}
+    # A pair's ratio is as far off as the number that it is made of.
+    error = errors.get(metric, errors.get("logit_diff") if metric == "recovered" else None)
+    if not isinstance(error, int | float) or not np.isfinite(error):
+        return None
+    each = quotient(metric, cells, over)
+    size = float(np.sqrt(np.nanmean(each**2))) if np.isfinite(each).any() else 0.0
+    return float(error) * size
+
+
+def _places(effects: Effects, site: str, axis: _Axis) -> list[Any]:
+    """Of each column what a `Patch` says: one position for all pairs, or a list of positions for each."""
+    positions = effects.positions(site)
+    if axis.table is None:
+        return [positions[c] for c in axis.kept.tolist()]
+    out: list[Any] = []
+    for c in axis.kept.tolist():
+        label = axis.labels[c]
+        each = [
+            [pair.resolve(p) for p, name in zip(positions, row, strict=True) if name == label]
+            for pair, row in zip(effects.pairs, axis.table, strict=True)
+        ]
+        one = int(label) if label.lstrip("-").isdigit() else label
+        same = all(place == [pair.resolve(one)] for pair, place in zip(effects.pairs, each, strict=True))
+        out.append(one if same else each)
+    return out
+
+
+def _pair(pair: EncodedPair) -> dict[str, Any]:
+    return {
+        "clean": pair.clean_text,
+        "corrupted": pair.corrupted_text,
+        "answers": [pair.clean_answer_text, pair.corrupted_answer_text],
+    }
+
+
+def _metric(name: str) -> dict[str, Any]:
+    metric = METRICS[name]
+    return {
+        "name": name,
+        "label": metric.label,
+        "equation": metric.equation,
+        "from_zero": metric.never_negative,
+        "skewed": metric.skewed,
+    }
+
+
+def _f32(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
+
+
+def _i32(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype="<i4").tobytes()).decode()

@@ -1,0 +1,123 @@
+"""What `Effects` shows of itself in Python: figures, the strongest, and the explorer's page in a notebook.
+
+`Effects` calls these by name (see `results.effects`): they read results, and so stand above them.
+"""
+
+import html
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from deltapatch.analysis.curves import neuron_ranking
+from deltapatch.analysis.heatmaps import head_heatmaps, position_heatmaps
+from deltapatch.analysis.select import select
+from deltapatch.analysis.style import figure_style
+from deltapatch.analysis.tables import Table, averages
+from deltapatch.arguments import whole
+from deltapatch.errors import DeltapatchError
+from deltapatch.explore.page import page, write_page
+from deltapatch.interventions.sites import SITES
+from deltapatch.results.effects import Effects
+from deltapatch.results.metrics import check_metric, default_metric
+
+
+def plot(effects: Effects, metric: str | None = None) -> Figure:
+    """Layer by position of all whole vectors; of a run without any, its first site: see `Effects.plot`."""
+    whole_vectors = [site for site in effects.sites if not SITES[site].index.counts]
+    if not whole_vectors:
+        return heatmap(effects, next(iter(effects.sites)), metric)
+    metric = _metric(effects, metric)
+    return _made(lambda: position_heatmaps(effects, metric, whole_vectors))
+
+
+def heatmap(
+    effects: Effects, site: str | None = None, metric: str | None = None, *, pair: int | None = None
+) -> Figure:
+    """One site, of a pair or the mean: see `Effects.heatmap`."""
+    metric = _metric(effects, metric)
+    name = effects.site(site).site
+    shown = select(effects, sites=[name])
+    if pair is not None:
+        shown = of_pair(shown, pair)
+    if SITES[name].index.few:
+        return _made(lambda: head_heatmaps(shown, metric, name))
+    if SITES[name].index.counts:
+        return _made(lambda: neuron_ranking(shown, metric, name))
+    return _made(lambda: position_heatmaps(shown, metric, [name]))
+
+
+def of_pair(effects: Effects, pair: int) -> Effects:
+    """The effects of one pair. DeltapatchError where there is no such pair."""
+    pair = whole(pair, "pair must be a whole number")
+    if not 0 <= pair < len(effects.pairs):
+        raise DeltapatchError(f"there is no pair {pair}: pairs are 0 to {len(effects.pairs) - 1}")
+    return select(effects, pairs=np.array([pair]))
+
+
+def top(effects: Effects, n: int = 10, metric: str | None = None, site: str | None = None) -> Table:
+    """The n strongest means over pairs: see `Effects.top`."""
+    metric = _metric(effects, metric)
+    if site is not None:
+        sites = [effects.site(site).site]
+    elif len(indexed := [name for name in effects.sites if SITES[name].index.counts]) in (
+        0,
+        len(effects.sites),
+    ):
+        sites = list(effects.sites)
+    else:
+        raise DeltapatchError(
+            f"whole vectors and {', '.join(indexed)} do not share a ranking: name one site, such as "
+            f"top({n}, site={indexed[0]!r})"
+        )
+    by = ["layer", "position", *(["index"] if SITES[sites[0]].index.counts else [])]
+    return averages(effects, metric, by, sites).top(n)
+
+
+@dataclass(frozen=True, repr=False)
+class Explorer:
+    """The explorer's page of some effects: shown in a notebook, or saved to open it in a browser."""
+
+    effects: Effects
+    metrics: Sequence[str] | str | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page. DeltapatchError where the path is taken or cannot be written."""
+        return write_page(self.effects, path, self.metrics)
+
+    def __repr__(self) -> str:
+        return "The explorer's page: a notebook shows it, and .save('page.html') writes it for a browser"
+
+    def _repr_html_(self) -> str:
+        inside = html.escape(page(self.effects, self.metrics))
+        return (
+            f'<iframe srcdoc="{inside}" style="width:100%;height:900px;border:0" title="explorer"></iframe>'
+        )
+
+
+def _metric(effects: Effects, metric: str | None) -> str:
+    metric = default_metric(effects.metrics) if metric is None else metric
+    check_metric(metric)
+    return metric
+
+
+def _made(draw: Any) -> Figure:
+    """A figure in the house style that a notebook shows once, whatever its backend does with open figures."""
+    with figure_style():
+        figure = draw()
+    plt.close(figure)  # it is the caller's now, and not among pyplot's
+    figure._repr_png_ = lambda: _png(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    with figure_style():
+        figure.savefig(out, format="png", dpi=120)
+    return out.getvalue()
