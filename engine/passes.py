@@ -19,6 +19,7 @@ from deltapatch.engine.wavefront import Wavefront
 from deltapatch.engine.wired import WiredPass, wired_workspace
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.edges import EdgeGrid
+from deltapatch.interventions.given import Listed
 from deltapatch.interventions.table import row_layers
 from deltapatch.interventions.wirings import Wirings
 from deltapatch.kernels.product import Precision
@@ -104,7 +105,13 @@ def carry(
     if isinstance(wirings, Wirings):
         return WiredPass(setup, prompts, part.table, wirings, question.measured, tick).run()
     return Wavefront(
-        setup, prompts, part.table, question.measured, nodes=None if edges is None else edges.nodes, tick=tick
+        setup,
+        prompts,
+        part.table,
+        question.measured,
+        nodes=None if edges is None else edges.nodes,
+        vectors=question.interventions.vectors if isinstance(question.interventions, Listed) else None,
+        tick=tick,
     ).run()
 
 

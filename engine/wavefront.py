@@ -35,8 +35,9 @@ from deltapatch.engine.setup import Setup
 from deltapatch.engine.unpatched import Unpatched
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.table import EDIT, PLACE, PatchTable
+from deltapatch.interventions.vectors import Vectors, decode
 from deltapatch.kernels.device import upload
-from deltapatch.kernels.edits import Edit, Swap
+from deltapatch.kernels.edits import Add, Along, Edit, Swap
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.segments import read_segments
 from deltapatch.models.model_weights import PassWeights
@@ -53,6 +54,7 @@ class Wavefront:
         table: the interventions, with pairs counted within the pass.
         measured: which of `metrics.MEASURED` to return.
         nodes: of the model, where the interventions are edges.
+        vectors: that patches are given.
         tick: called with the row-layers done, block by block.
     """
 
@@ -63,12 +65,13 @@ class Wavefront:
         table: PatchTable,
         measured: tuple[str, ...],
         nodes: Nodes | None = None,
+        vectors: Vectors | None = None,
         tick: Callable[[int], None] = lambda n: None,
     ) -> None:
         self.setup, self.model, self.spec = setup, setup.model, setup.model.spec
         self.prompts, self.measured = prompts, measured
         self.ops, self.pool, self.tick = setup.ops, setup.pool, tick
-        self.table, self.n_interventions = table, table.n_rows
+        self.table, self.n_interventions, self.given = table, table.n_rows, vectors
         self.shapes = prompts.shapes
         self.rows: Rows = make_rows(table, self.shapes.prompt, self.spec)
         self.edges = None if nodes is None else Edges(setup, prompts, self.rows, nodes)
@@ -251,14 +254,30 @@ class Wavefront:
             source = self.prompts.source_token(self.shapes.base[self.rows.pair[row]] + position)
             for kind in np.unique(edit).tolist():
                 mine = np.flatnonzero(edit == kind)
-                swap = Swap(
-                    self._tensor(token[mine]),
-                    self._tensor(source[mine]),
-                    None if kind == EDIT["whole"] else self._tensor(index[mine]),
-                    deltas[name],
-                    on_host=token[mine],
-                )
-                out.setdefault(name, []).append(swap)
+                at = token[mine], source[mine], index[mine]
+                out.setdefault(name, []).extend(self._edits(name, kind, *at, deltas[name]))
+        return out
+
+    def _edits(
+        self, place: str, kind: int, token: np.ndarray, source: np.ndarray, index: np.ndarray, delta: Tensor
+    ) -> list[Edit]:
+        """The edits of one kind at one place."""
+        to = self._tensor
+        if kind in (EDIT["whole"], EDIT["one"]):
+            at = None if kind == EDIT["whole"] else to(index)
+            return [Swap(to(token), to(source), at, delta, on_host=token)]
+        heads = {"q": self.spec.n_heads, "z": self.spec.n_heads, "k": self.spec.n_kv_heads}
+        heads["v"] = heads["k"]
+        number, head = decode(index, heads.get(place, 0))
+        given = [upload(array, delta.device).to(delta.dtype) for array in (self.given or Vectors()).arrays]
+        if kind == EDIT["add"]:
+            rows = torch.stack([given[i][0] for i in number.tolist()])
+            return [Add(to(token), to(head) if place in heads else None, rows, on_host=token)]
+        out: list[Edit] = []
+        for i in np.unique(number).tolist():
+            mine = number == i
+            at = to(head[mine]) if place in heads else None
+            out.append(Along(to(token[mine]), to(source[mine]), at, delta, given[i], on_host=token[mine]))
         return out
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from deltapatch.interventions.table import (
     place_of,
     row_tokens,
 )
+from deltapatch.interventions.vectors import Vectors, VectorsMade, code
 from deltapatch.models.spec import ModelSpec
 
 
@@ -39,6 +40,9 @@ class Patch:
         into: receivers that alone see the change, named as in `sweep_edges`; None: all do. Where any patch of
             a run has it, all are at what nodes say: `z` of a head, `attn_out`, `mlp_out`, or `resid_pre` of
             layer 0.
+        along: [width] or [k, width]: only the part along these directions is replaced. Of sites that are
+            vectors: whole ones, of d_model numbers, and heads, of d_head.
+        add: [width]: is added to what is there (steering), and nothing is replaced.
     """
 
     site: str
@@ -46,6 +50,8 @@ class Patch:
     position: int | str
     index: int | None = None
     into: str | Sequence[str] | None = None
+    along: Any = None
+    add: Any = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class Listed:
     """
 
     table_of_all: PatchTable
+    vectors: Vectors = field(default_factory=Vectors)
 
     @property
     def n_effects(self) -> int:
@@ -136,7 +143,8 @@ class Listed:
     def arrays(self) -> dict[str, np.ndarray]:
         """As a file keeps them: `pair` [intervention], the others [patch]; places and edits are numbers."""
         names = ("pair", "row", *COLUMNS)
-        return {name: getattr(self.table_of_all, name).astype(np.int64) for name in names}
+        columns = {name: getattr(self.table_of_all, name).astype(np.int64) for name in names}
+        return columns | self.vectors.as_file()
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray], pairs: Sequence[EncodedPair]) -> "Listed":
@@ -156,7 +164,7 @@ class Listed:
             inside &= (columns[name] >= 0) & (columns[name] < len(known))
         if not inside.all():
             raise ValueError("interventions")
-        return cls(PatchTable(len(pair), **columns))
+        return cls(PatchTable(len(pair), **columns), Vectors.of_file(arrays))
 
 
 def listed_interventions(
@@ -172,6 +180,7 @@ def listed_interventions(
             pair or the model does not have.
     """
     patches: list[tuple[int, ...]] = []
+    vectors = VectorsMade()
     known: list[dict[tuple[str, int, int | str], _Place]] = [{} for _ in pairs]
     for i, intervention in enumerate(interventions):
         pair = intervention.pair
@@ -184,14 +193,15 @@ def listed_interventions(
             raise DeltapatchError(
                 f"{where}: patches with `into` are for `run` in one process, without a cluster"
             )
-        own = [_patch(p, where, pairs[pair], spec, known[pair]) for p in intervention.patches]
+        own = [_patch(p, where, pairs[pair], spec, known[pair], vectors) for p in intervention.patches]
         if len(set(own)) < len(own):
             raise DeltapatchError(f"intervention {i} patches the same activation twice")
         patches += own
     n = len(interventions)
     row = np.repeat(np.arange(n), [len(one.patches) for one in interventions])
     columns = np.array(patches, dtype=np.int64).T
-    return Listed(PatchTable(n, np.array([one.pair for one in interventions]), row, *columns))
+    table = PatchTable(n, np.array([one.pair for one in interventions]), row, *columns)
+    return Listed(table, vectors.done())
 
 
 class _Place(NamedTuple):
@@ -202,6 +212,7 @@ class _Place(NamedTuple):
     position: int
     site: str
     size: int  # indices of the site, 0 for none
+    width: int  # of the vector there, of one head where it has heads; 0 where it is no vector
 
 
 def _patch(
@@ -210,11 +221,13 @@ def _patch(
     pair: EncodedPair,
     spec: ModelSpec,
     places: dict[tuple[str, int, int | str], _Place],
+    vectors: VectorsMade,
 ) -> tuple[int, int, int, int, int]:
     """The table's COLUMNS of a patch. There may be very many: where each is is looked up once.
 
     Args:
         places: of the pair that are known, by the patch's site, layer and position.
+        vectors: of all patches.
     """
     # Checked before they are looked up: 1.0 and True are equal to 1.
     site, layer, at, index = patch.site, patch.layer, patch.position, patch.index
@@ -230,13 +243,24 @@ def _patch(
     size = place.size
     if not size and index is not None:
         raise DeltapatchError(f"{where}: site {place.site} takes no index, but {shown(index)} was given")
-    if not size:
-        return place.layer, place.place, place.position, EDIT["whole"], 0
-    needs = f"{where}: site {place.site} needs an index from 0 to {size - 1}"
-    index = whole(index, needs)
-    if not 0 <= index < size:
-        raise DeltapatchError(f"{needs}, not {index}")
-    return place.layer, place.place, place.position, EDIT["one"], index
+    if size:
+        needs = f"{where}: site {place.site} needs an index from 0 to {size - 1}"
+        index = whole(index, needs)
+        if not 0 <= index < size:
+            raise DeltapatchError(f"{needs}, not {index}")
+    there = place.layer, place.place, place.position
+    if patch.along is None and patch.add is None:
+        return *there, EDIT["one" if size else "whole"], index or 0
+    if patch.along is not None and patch.add is not None:
+        raise DeltapatchError(f"{where}: along and add are two patches: give each its own")
+    if not place.width:
+        raise DeltapatchError(
+            f"{where}: site {place.site} is no vector: along and add are for whole sites and heads"
+        )
+    if patch.along is not None:
+        number = vectors.along(patch.along, place.width, where)
+        return *there, EDIT["along"], code(number, index or 0, size)
+    return *there, EDIT["add"], code(vectors.add(patch.add, place.width, where), index or 0, size)
 
 
 def _find(name: str, layer: int, at: int | str, where: str, pair: EncodedPair, spec: ModelSpec) -> _Place:
@@ -257,4 +281,6 @@ def _find(name: str, layer: int, at: int | str, where: str, pair: EncodedPair, s
             f"the prompt has {len(pair.clean)} tokens and labels {sorted(pair.labels) or 'none'}"
         )
     number, shift = place_of(site.name, 0)
-    return _Place(layer + int(shift), number, place, site.name, site.n_indices(spec))
+    counts = site.index.counts
+    width = {"": spec.d_model, "head": spec.d_head}.get(counts, 0) if site.place != "pattern" else 0
+    return _Place(layer + int(shift), number, place, site.name, site.n_indices(spec), width)

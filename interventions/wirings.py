@@ -189,6 +189,10 @@ def seen_by_all(interventions: Sequence[Intervention]) -> list[Intervention]:
 def _senders(nodes: Nodes, patch: Patch, where: str) -> list[int]:
     """The nodes whose saying a patch replaces. DeltapatchError where it is at something else."""
     site, first = find_site(patch.site)[0].name, nodes.attention(patch.layer)
+    if patch.along is not None or patch.add is not None:
+        raise DeltapatchError(
+            f"{where}: where patches have `into`, all swap a whole node: leave out along and add"
+        )
     if site == "z" and patch.index is not None:
         return [first + patch.index]
     if site == "attn_out":

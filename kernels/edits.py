@@ -1,8 +1,8 @@
 """Edits: what a patch does to the difference d that arrives at its site, d <- d + P (v - d).
 
-v is the source's difference (source - base), and P says what of it is replaced. A kind of edit is a class
-here and a number in interventions/table.py. The Triton kernels carry out those that are `fused`; a block with
-others among its edits goes through the reference (see backend.py).
+v is the source's difference (source - base), and P says what of it is replaced; or a given vector is added.
+A kind of edit is a class here and a number in interventions/table.py. The Triton kernels carry out those
+that are `fused`; a block with others among its edits goes through the reference (see backend.py).
 """
 
 from abc import ABC, abstractmethod
@@ -71,6 +71,52 @@ class Swap(Edit):
             d[self.token] = self.delta[self.source]
         else:
             d[self.token, self.at] = self.delta[self.source, self.at]
+
+
+@dataclass(frozen=True)
+class Along(Edit):
+    """P is the part along some directions, U^T U: what arrived there is replaced in their span alone.
+
+    Attributes:
+        source: [patch] int64, row of `delta`.
+        at: [patch] int64, head; None: the whole vector.
+        delta: as of `Swap`.
+        basis: [k, width], orthonormal rows.
+    """
+
+    source: Tensor
+    at: Tensor | None
+    delta: Tensor
+    basis: Tensor
+    by_patch = ("token", "source", "at")
+
+    def apply(self, d: Tensor) -> None:
+        """Move what arrived there towards what the source says."""
+        there = self.token if self.at is None else (self.token, self.at)
+        theirs = self.delta[self.source if self.at is None else (self.source, self.at)]
+        off = theirs - d[there]
+        d[there] += (off @ self.basis.T) @ self.basis
+
+
+@dataclass(frozen=True)
+class Add(Edit):
+    """d <- d + a: steering, whatever arrived there.
+
+    Attributes:
+        at: [patch] int64, head; None: the whole vector.
+        vector: [patch, width], a.
+    """
+
+    at: Tensor | None
+    vector: Tensor
+    by_patch = ("token", "at", "vector")
+
+    def apply(self, d: Tensor) -> None:
+        """Add it."""
+        # One row may be steered in several ways at one place.
+        d.index_put_(
+            (self.token,) if self.at is None else (self.token, self.at), self.vector, accumulate=True
+        )
 
 
 def within(edits: Iterable[Edit], tokens: slice) -> list[Edit]:

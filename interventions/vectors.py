@@ -1,0 +1,122 @@
+"""Vectors that patches are given: directions along which they swap, and what they add."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deltapatch.errors import DeltapatchError, shown
+
+_DEPENDENT = 1e-6  # a singular value so small beside the largest says that directions depend on each other
+_POOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Those of a run's patches, each once, in the order in which they come.
+
+    Attributes:
+        arrays: each [k, width] float64; of directions orthonormal rows, of what is added one row.
+    """
+
+    arrays: tuple[np.ndarray, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def as_file(self) -> dict[str, np.ndarray]:
+        """As a file keeps them: all numbers in a row, and their shapes."""
+        if not self.arrays:
+            return {}
+        shapes = np.array([array.shape for array in self.arrays], dtype=np.int64)
+        return {"vectors": np.concatenate([array.ravel() for array in self.arrays]), "vector_shapes": shapes}
+
+    @classmethod
+    def of_file(cls, arrays: Mapping[str, np.ndarray]) -> "Vectors":
+        """What `as_file` gave. ValueError where it makes no sense."""
+        if "vectors" not in arrays and "vector_shapes" not in arrays:
+            return cls()
+        flat, shapes = arrays["vectors"], arrays["vector_shapes"]
+        right = flat.dtype == np.float64 and flat.ndim == 1 and bool(np.isfinite(flat).all())
+        right &= shapes.dtype == np.int64 and shapes.ndim == 2 and shapes.shape[1] == 2
+        if not right or (shapes < 1).any() or int(shapes.prod(1).sum()) != len(flat):
+            raise ValueError("vectors")
+        parts = np.split(flat, np.cumsum(shapes.prod(1))[:-1])
+        return cls(tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
+
+
+class VectorsMade:
+    """Collects the vectors of patches; the same one is kept once."""
+
+    def __init__(self) -> None:
+        self._number: dict[bytes, int] = {}
+        self.arrays: list[np.ndarray] = []
+
+    def along(self, given: Any, width: int, where: str) -> int:
+        """The number of directions, [width] or [k, width], made orthonormal.
+
+        Raises:
+            DeltapatchError: they have another width, are not finite, or depend on each other.
+
+        Warns:
+            where they nearly depend on each other.
+        """
+        rows = _rows(given, width, f"{where}: along")
+        _, sizes, basis = np.linalg.svd(rows, full_matrices=False)
+        if len(rows) > width or sizes[-1] <= _DEPENDENT * sizes[0] or not sizes[0]:
+            raise DeltapatchError(
+                f"{where}: the {len(rows)} directions of along are zero or depend on each other: give a basis"
+            )
+        if sizes[-1] < _POOR * sizes[0]:
+            warnings.warn(
+                f"{where}: the directions of along are nearly dependent (condition "
+                f"{sizes[0] / sizes[-1]:.0e}): their span is uncertain by that much",
+                stacklevel=4,
+            )
+        return self._keep(basis)
+
+    def add(self, given: Any, width: int, where: str) -> int:
+        """The number of a vector, [width], that is added. DeltapatchError where it has another shape."""
+        rows = _rows(given, width, f"{where}: add")
+        if len(rows) != 1:
+            raise DeltapatchError(f"{where}: add takes one vector of {width} numbers, not {len(rows)}")
+        return self._keep(rows)
+
+    def _keep(self, array: np.ndarray) -> int:
+        key = repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()
+        if key not in self._number:
+            self._number[key] = len(self.arrays)
+            self.arrays.append(array)
+        return self._number[key]
+
+    def done(self) -> Vectors:
+        """All of them."""
+        return Vectors(tuple(self.arrays))
+
+
+def _rows(given: Any, width: int, what: str) -> np.ndarray:
+    """[k, width] float64 of numbers, arrays or tensors. DeltapatchError where they are something else."""
+    if hasattr(given, "detach"):  # a tensor, of any device and dtype
+        given = given.detach().cpu().double().numpy()
+    try:
+        rows = np.atleast_2d(np.asarray(given, dtype=np.float64))
+    except (TypeError, ValueError):
+        raise DeltapatchError(f"{what} must be a vector of {width} numbers, not {shown(given)}") from None
+    if rows.ndim != 2 or rows.shape[1] != width or not len(rows):
+        raise DeltapatchError(f"{what} must be vectors of {width} numbers, not of shape {list(rows.shape)}")
+    if not np.isfinite(rows).all():
+        raise DeltapatchError(f"{what} holds numbers that are not finite")
+    return rows
+
+
+def code(number: int, head: int, heads: int) -> int:
+    """What a patch table has as the `index` of a given vector at a head; `heads` is 0 for whole vectors."""
+    return number * max(1, heads) + head
+
+
+def decode(index: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Number and head of `code`."""
+    number, head = np.divmod(index, max(1, heads))
+    return number, head
