@@ -15,8 +15,9 @@ TOGETHER = "together"  # in the place of positions: all those of a prompt at onc
 PLACE = {place: i for i, place in enumerate((*PLACES, *READS))}
 
 # Kinds of edits, in the order in which those at one place are carried out: the whole vector is replaced, or
-# one head, neuron or coordinate of it, or its part along given directions; or a given vector is added. Then those
-# of edges, whose effect is total or direct, at one position or at this and all after it in the prompt together.
+# one head, neuron or coordinate of it, or its part along given directions; or a given vector is added. Then
+# those of edges, whose effect is total or direct, at one position or at this and all after it in the prompt
+# together.
 SITE_EDITS = ("whole", "one", "along", "add")
 EDGE_EDITS = ("total one", "total together", "direct one", "direct together")
 EDITS = (*SITE_EDITS, *EDGE_EDITS)
