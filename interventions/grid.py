@@ -1,6 +1,7 @@
 """Grids: what a sweep patches, as axes, and the patches of one pair as arrays, never as objects."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -211,6 +212,21 @@ def listed(names: str | Sequence[str]) -> list[str]:
     return list(several(names, "sites", "names such as ['mlp_out', 'z']"))  # type: ignore[arg-type]
 
 
+def _spread(given: Sequence[object], pairs: list[EncodedPair]) -> list[object]:
+    """Positions, those of a label's every token (subject[:]) one by one."""
+    out: list[object] = []
+    for item in given:
+        if not isinstance(item, str) or not item.endswith("[:]"):
+            out.append(item)
+            continue
+        every = re.compile(re.escape(item[:-3]) + r"\[(\d+)\]")
+        found = {
+            int(match[1]) for pair in pairs for label in pair.labels if (match := every.fullmatch(label))
+        }
+        out += [f"{item[:-3]}[{i}]" for i in sorted(found)] or [item]
+    return out
+
+
 def _layers(layers: Layers, spec: ModelSpec) -> list[int]:
     if isinstance(layers, str) and layers != "all":
         raise DeltapatchError(f"layers must be 'all' or a list of numbers, not {layers!r}")
@@ -254,7 +270,7 @@ def positions_of(positions: Positions, pairs: list[EncodedPair]) -> list[int | s
             raise DeltapatchError("'together' means all positions of a prompt at once, and stands alone")
         return [TOGETHER]
     out: list[int | str] = []
-    for item in given:
+    for item in _spread(given, pairs):
         at = position(item)
         if isinstance(at, str) and at != "last" and not any(at in p.labels for p in pairs):
             known = sorted({label for p in pairs for label in p.labels})

@@ -22,8 +22,10 @@ class PromptPair:
         clean, corrupted: text, or a list of token ids.
         clean_answer, corrupted_answer: text (tokenised in context, to one token or several), a token id, or a
             list of them.
-        labels: name -> position, for example ``{"op1": 4, "subject": -3}``. A word of the tool, as
-            `last`, names only what it means without a label.
+        labels: name -> position, for example ``{"op1": 4, "subject": -3}``; or a text of the clean prompt,
+            ``{"subject": "Eiffel Tower"}``, whose tokens are then `subject[0]`, `subject[1]` and so on,
+            `subject[-1]` and just `subject` the last. A word of the tool, as `last`, names only what it means
+            without a label.
         meta: anything else that should travel with the pair (template, operands, ...).
     """
 
@@ -31,7 +33,7 @@ class PromptPair:
     corrupted: str | list[int]
     clean_answer: str | int | list[int]
     corrupted_answer: str | int | list[int]
-    labels: dict[str, int] = field(default_factory=dict)
+    labels: Mapping[str, int | str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
@@ -95,7 +97,7 @@ class EncodedPair:
         return place if 0 <= place < len(self.clean) else None
 
 
-def _notes(labels: Mapping[str, int]) -> list[str]:
+def _notes(labels: Mapping[str, int | str]) -> list[str]:
     return ["labels: " + ", ".join(f"{name} {place}" for name, place in labels.items())] if labels else []
 
 
@@ -179,9 +181,16 @@ class _Encoder:
         for field_, value in (("labels", pair.labels), ("meta", pair.meta)):
             if not isinstance(value, Mapping):
                 raise DeltapatchError(f"{name}: {field_} must be a dictionary, not {shown(value)}")
-        labels = {
-            label_name(label, name): _place(label, p, len(clean), name) for label, p in pair.labels.items()
-        }
+        labels: dict[str, int] = {}
+        for label, at in pair.labels.items():
+            if not isinstance(at, str):
+                labels[label_name(label, name)] = _place(label, at, len(clean), name)
+                continue
+            found = self._tokens_of(at, pair.clean, clean, f"{name}: label {shown(label)}")
+            spots = {f"{label}[{i}]": p for i, p in enumerate(found)}
+            spots |= {f"{label}[{i}]": found[i] for i in range(-len(found), 0)} | {label: found[-1]}
+            for own, place in spots.items():
+                labels[label_name(own, name)] = _place(own, place, len(clean), name)
         return EncodedPair(
             clean=clean,
             corrupted=corrupted,
@@ -220,6 +229,26 @@ class _Encoder:
         if not ids:
             raise DeltapatchError(f"{name}: the {which} prompt is empty.")
         return ids
+
+    def _tokens_of(self, text: str, prompt: str | list[int], ids: list[int], where: str) -> list[int]:
+        """The positions of a text's tokens in a prompt.
+
+        Raises:
+            DeltapatchError: the prompt is no text, or the text is not there, or more than once.
+        """
+        if not isinstance(prompt, str) or self.tokenizer is None:
+            raise DeltapatchError(f"{where} is a text, and the clean prompt is token ids: give its position")
+        count = prompt.count(text) if text.strip() else 0
+        if count != 1:
+            there = "not in the clean prompt" if not count else f"{count} times in the clean prompt"
+            raise DeltapatchError(
+                f"{where}: {shown(text)} is {there}: give a text that is there once, or a position"
+            )
+        begin = prompt.index(text)
+        end = begin + len(text.rstrip())
+        begin += len(text) - len(text.lstrip())
+        found = tokenise(self.tokenizer, prompt, offsets=True)
+        return [i for i, (a, b) in enumerate(found.offsets) if a < end and b > begin]
 
     def _check_ends(self, ids: list[int], which: str, name: str) -> None:
         """Check that a prompt of ids has no end token, and note where it begins twice."""

@@ -132,8 +132,10 @@ def _pair(line: str, name: str) -> PromptPair:
                 f"{name}: {field!r} must be text, a token id or a list of them, not {kind}."
             )
     labels = found.get("labels", {})
-    if not isinstance(labels, dict) or not all(_is_int(p) for p in labels.values()):
-        raise DeltapatchError(f"{name}: 'labels' must be an object of positions, for example {{\"op1\": 4}}.")
+    if not isinstance(labels, dict) or not all(_is_int(p) or isinstance(p, str) for p in labels.values()):
+        raise DeltapatchError(
+            f"{name}: 'labels' must be an object of positions or texts, for example {{\"op1\": 4}}."
+        )
     if not isinstance(found.get("meta", {}), dict):
         raise DeltapatchError(f"{name}: 'meta' must be an object, not {_kind(found['meta'])}.")
     return PromptPair(**found)

@@ -2,10 +2,12 @@
 
 import re
 
+import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import deltapatch
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair, encode_pairs
 
@@ -133,7 +135,9 @@ MISTAKES = [
     ),
     (pair(labels={"op1": 3}), "label 'op1' is at position 3, but the prompt has 3 tokens"),
     (pair(labels={"op1": -4}), "label 'op1' is at position -4"),
-    (pair(labels={"op1": "2"}), "label 'op1' must be a position"),
+    (pair(labels={"op1": 2.5}), "label 'op1' must be a position"),
+    (pair(labels={"op1": "nowhere"}), "label 'op1': 'nowhere' is not in the clean prompt"),
+    (pair(labels={"op1": " "}), "label 'op1': ' ' is not in the clean prompt"),
 ]
 
 
@@ -172,3 +176,37 @@ def test_an_unknown_word_is_no_answer() -> None:
     assert encode_pairs([PromptPair("a", "b", "a", "b")], words, 3)[0].clean_answer == [1]
     with pytest.raises(DeltapatchError, match="' c' is unknown to the tokenizer"):
         encode_pairs([PromptPair("a", "b", " c", "b")], words, 3)
+
+
+def test_labels_by_text() -> None:
+    """Each token of the text has a name; all of them are a list; what is there twice is refused."""
+    model = deltapatch.load_model("builtin:gpt-neox-arithmetic")
+    clean, corrupted = "Q: How much is 12 plus 6? A:", "Q: How much is 38 plus 4? A:"
+    labels = {"sum": "12 plus 6", "op": "plus", "at": 3}
+    given = PromptPair(clean, corrupted, " 18", " 42", labels)
+    (encoded,) = encode_pairs([given], model.tokenizer, model.spec.d_vocab)
+    tokens = [encoded.clean_text[encoded.labels[f"sum[{i}]"]] for i in range(3)]
+    assert [t.strip() for t in tokens] == ["12", "plus", "6"]
+    assert encoded.labels["sum[-3]"] == encoded.labels["sum[0]"]
+    assert encoded.labels["sum"] == encoded.labels["sum[-1]"] == encoded.labels["sum[2]"]
+    assert encoded.labels["op"] == encoded.labels["op[0]"] == encoded.labels["sum[1]"]
+    assert encoded.labels["at"] == 3
+    found = deltapatch.sweep(model, [given], sites="attn_out", positions=["sum[:]", "op"], progress=False)
+    assert found.positions() == ["sum[0]", "sum[1]", "sum[2]", "op"]
+    values = found.values("logit_diff")
+    assert np.allclose(values[..., 1], values[..., 3], rtol=1e-4)
+    for text, said in (
+        ("1", "is not in|times in"),
+        ("is", "not in|times"),
+        ("o", "2 times|3 times"),
+        ("", "not in"),
+    ):
+        wrong = PromptPair(clean, corrupted, " 18", " 42", {"x": text})
+        if clean.count(text) != 1:
+            with pytest.raises(DeltapatchError, match=said):
+                encode_pairs([wrong], model.tokenizer, model.spec.d_vocab)
+    ids = PromptPair(encoded.clean, encoded.corrupted, 1, 2, {"x": "plus"})
+    with pytest.raises(DeltapatchError, match="the clean prompt is token ids: give its position"):
+        encode_pairs([ids], model.tokenizer, model.spec.d_vocab)
+    with pytest.raises(DeltapatchError, match=r"no pair has a position labelled 'none\[:\]'"):
+        deltapatch.sweep(model, [given], positions="none[:]", progress=False)

@@ -86,7 +86,7 @@ MISTAKES = [
     (changed(corrupted_answer=True), "'corrupted_answer' must be .*, not true or false"),
     (changed(corrupted_answer={}), "not an object"),
     (changed(labels=[1]), "'labels' must be an object of positions"),
-    (changed(labels={"last": "end"}), "'labels' must be an object of positions"),
+    (changed(labels={"last": 1.5}), "'labels' must be an object of positions"),
     (changed(meta="note"), "'meta' must be an object, not text"),
 ]
 
