@@ -20,7 +20,7 @@ const ints = (text) => array(text, Int32Array);
 const plain = (text) => String(text).replace(/[&<>$]/g, (c) => `&#${c.charCodeAt(0)};`);
 const told = (x) => (Number.isNaN(x) ? "none" : x === 0 ? "0" : Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5
   ? x.toExponential(2) : String(Number(x.toPrecision(3))));
-const seen = (token) => token.replaceAll("\n", "\\n").replaceAll("\t", "\\t").replaceAll(" ", "\u2423") || "''";
+const seen = (token) => token.replaceAll("\n", "\\n").replaceAll("\t", "\\t").replaceAll(" ", "\u2423") ;
 const dark = () => document.documentElement.dataset.theme === "dark";
 const site = () => content.sites[at.site];
 const metric = () => content.metrics.find((m) => m.name === at.metric);
@@ -46,7 +46,7 @@ function grid(s) { // what the heatmap shows: column labels, and a cell each of 
     const cols = places.map((p, i) => i).filter((i) => places[i] !== null);
     const values = floats(found.pairs), width = places.length, from = at.pair * layers * width;
     return {
-      labels: cols.map((i) => `${seen(pair.clean[places[i]])} ${places[i]}`),
+      labels: cols.map((i) => `${places[i]} '${seen(pair.clean[places[i]])}'`),
       cells: s.layers.map((_, l) => cols.map((i) => ({ value: values[from + l * width + i], q: NaN }))),
       columns: cols,
     };
@@ -74,7 +74,7 @@ const columnLabel = (s) => (label, c) => {
   if (at.pair < 0 || Array.isArray(places)) return label;
   const pair = content.pairs[at.pair], swept = s.swept[at.pair];
   const place = s.columns.length === swept.length ? swept[c] : null;
-  return place === null || place === undefined ? label : `${seen(pair.clean[place])} ${place}`;
+  return place === null || place === undefined ? label : `${place} '${seen(pair.clean[place])}'`;
 };
 
 function entries(s) { // every cell of whole vectors, or every listed head, neuron, coordinate

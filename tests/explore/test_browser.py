@@ -130,7 +130,7 @@ def test_every_site_metric_and_pair_is_drawn(open_page, make_effects):
         assert tab.inner_text("#equation").startswith(metric)
     tab.select_option("#site", "0")
     axis = tab.locator("#map .xtick text").all_text_contents()
-    assert axis[:3] == ["␣and 0", "␣and 1", "Q: 2"]
+    assert axis[:3] == ["0 '␣and'", "1 '␣and'", "2 'Q:'"]
     assert tab.locator("#prompts mark").count() >= 2
 
 
