@@ -120,13 +120,15 @@ def _site(
                 "pairs": _f32(quotient(metric, values, over)[:n_pairs])
             }
         found[metric]["floor"] = _floor(effects, metric, cells, over)
+    where = _where(effects, name, axis)
     return {
         "name": name,
         "counts": kind.counts,
         "letter": kind.letter,
         "layers": swept.layers.tolist(),
         "columns": [axis.labels[c] for c in axis.kept.tolist()],
-        "places": _places(effects, name, axis),
+        "places": _places(effects, name, axis, where),
+        "where": where[:n_pairs],
         "swept": [[pair.resolve(p) for p in swept.positions] for pair in effects.pairs[:n_pairs]],
         "metrics": found,
     }
@@ -206,18 +208,28 @@ def _floor(effects: Effects, metric: str, cells: np.ndarray, over: np.ndarray | 
     return float(error) * size
 
 
-def _places(effects: Effects, site: str, axis: _Axis) -> list[Any]:
-    """Of each column what a `Patch` says: one position for all pairs, or a list of positions for each."""
+def _where(effects: Effects, site: str, axis: _Axis) -> list[list[list[int]]]:
+    """[pair][column] -> the positions, from 0, that the column stands for."""
     positions = effects.positions(site)
-    if axis.table is None:
-        return [positions[c] for c in axis.kept.tolist()]
-    out: list[Any] = []
-    for c in axis.kept.tolist():
-        label = axis.labels[c]
-        each = [
-            [pair.resolve(p) for p, name in zip(positions, row, strict=True) if name == label]
-            for pair, row in zip(effects.pairs, axis.table, strict=True)
+    out = []
+    for i, pair in enumerate(effects.pairs):
+        at = [pair.resolve(position) for position in positions]
+        columns = axis.table[i] if axis.table is not None else range(len(at))
+        names = axis.labels if axis.table is not None else list(range(len(at)))
+        row = [
+            [p for p, own in zip(at, columns, strict=True) if own == name and p is not None] for name in names
         ]
+        out.append([row[c] for c in axis.kept.tolist()])
+    return out
+
+
+def _places(effects: Effects, site: str, axis: _Axis, where: list[list[list[int]]]) -> list[Any]:
+    """Of each column what a `Patch` says: one position for all pairs, or a list of positions for each."""
+    if axis.table is None:
+        return [effects.positions(site)[c] for c in axis.kept.tolist()]
+    out: list[Any] = []
+    for k, c in enumerate(axis.kept.tolist()):
+        label, each = axis.labels[c], [row[k] for row in where]
         one = int(label) if label.lstrip("-").isdigit() else label
         same = all(place == [pair.resolve(one)] for pair, place in zip(effects.pairs, each, strict=True))
         out.append(one if same else each)

@@ -65,8 +65,11 @@ def test_columns_say_what_a_patch_says(make_effects):
     places = dict(zip(site["columns"], site["places"], strict=True))
     assert [places[name] for name in ("op1", "op2", "last")] == ["op1", "op2", "last"]
     assert places["early"] == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    assert site["where"][1][0] == [0, 1, 2, 3, 4]
     plain = collect(make_effects(lengths=(8, 10), labels=False), ["kl"])["sites"][0]
-    assert plain["places"] == [*range(-10, 0)] or plain["places"][-1] == -1
+    assert plain["places"][-8:] == [*range(-8, 0)]
+    assert plain["places"][0] == [[], [0]]  # only the second pair is so long
+    assert plain["where"][0][-1] == [7]
 
 
 def test_one_pair_has_no_tests_and_says_so(make_effects):
