@@ -78,6 +78,22 @@ def test_one_pair_has_no_tests_and_says_so(make_effects):
     assert any("significant" in note for note in found["notes"])
 
 
+def test_what_few_pairs_cannot_tell_is_not_called_an_accident(make_effects):
+    """All pairs agree on one head, but among 200 cells the p of 6 pairs, 1/32, is no discovery."""
+    effects = make_effects(lengths=(8,) * 6)
+    measured = {"logit_diff": np.random.default_rng(0).normal(size=(6, 5, 1, 40)).astype(np.float32)}
+    measured["logit_diff"][:, 2, 0, 7] = np.linspace(8, 9, 6)
+    effects.sites = {"z": SiteEffects("z", np.arange(5), [-1], measured)}
+    content = collect(effects, ["logit_diff"])
+    found = content["sites"][0]["metrics"]["logit_diff"]
+    assert (ints(found["layer"])[0], ints(found["index"])[0]) == (2, 7)
+    rates = floats(found["q"])
+    assert np.isnan(rates[0])
+    assert np.nanmin(rates) > 0.05
+    assert (rates > 0.05).sum() > 150
+    assert any("With 6 pairs the test" in note for note in content["notes"])
+
+
 def test_the_noise_floor_is_that_of_the_run(make_effects):
     effects = make_effects()
     assert collect(effects, ["kl"])["sites"][0]["metrics"]["kl"]["floor"] is None
