@@ -77,7 +77,11 @@ def layer_curves(effects: Effects, metric: str, sites: Sequence[str], seed: int 
     axes.set_ylabel(metric_label(metric, wide, 36))
     several = len(effects.pairs) > 1
     left = [site for site in sites if site not in {name for name, *_ in lines}]
-    title = "last token" + (", mean and 95% interval over pairs" if several else "")
+    title = (
+        f"last token, mean and 95% interval over {len(effects.pairs):,} pairs"
+        if several
+        else "last token, 1 pair"
+    )
     axes.set_title(title + (f"\nnot swept there: {', '.join(left)}" if left else ""), loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the lines, never on them
     return figure
@@ -100,7 +104,9 @@ def neuron_ranking(effects: Effects, metric: str, site: str, top: int = 20, seed
     if len(labels) > 1:
         names = [f"{name}, {labels[p]}" for name, p in zip(names, place, strict=True)]
     ends = flat[best], low, high
-    return ranking_figure(f"{site}: top {len(best)} of {len(order):,}", names, *ends, flat[order], metric)
+    n = len(effects.pairs)
+    title = f"{site}: top {len(best)} of {len(order):,}, {n:,} pair{'s' if n > 1 else ''}"
+    return ranking_figure(title, names, *ends, flat[order], metric)
 
 
 def ranking_figure(
@@ -123,9 +129,10 @@ def ranking_figure(
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.0, height), width_ratios=(1.25, 1))
     y = np.arange(len(names))
     colours = [POSITIVE if m >= 0 else NEGATIVE for m in mean]
-    left.hlines(y, 0, mean, color=colours, lw=1.0, alpha=0.5)
-    left.hlines(y, low, high, color=colours, lw=2.4, alpha=0.45)
-    left.scatter(mean, y, s=16, color=colours, zorder=3)
+    left.hlines(y, low, high, color=colours, lw=1.2)  # the interval; its ends have caps
+    for end in (low, high):
+        left.scatter(end, y, s=26, color=colours, marker="|", lw=1.2)
+    left.scatter(mean, y, s=18, color=colours, zorder=3)
     left.axvline(0, color=QUIET, lw=0.7, zorder=0)
     left.set_yticks(y, names, parse_math=False)
     left.tick_params(axis="y", length=0)

@@ -25,12 +25,13 @@ _WHAT = {"q": "queries", "k": "keys", "v": "values", "m": "MLP", "l": "logits"}
 _NODE = re.compile(r"([am])(\d+)(?:\.(?:h|kv)(\d+))?")
 
 
-def edge_heatmap(edges: EdgeEffects, metric: str, effect: str) -> Figure:
-    """Senders by receivers, mean over pairs; edges that there are not are grey. Lines part the layers.
+def edge_heatmap(edges: EdgeEffects, metric: str, effect: str, pair: int | None = None) -> Figure:
+    """Senders by receivers, mean over pairs or of one; edges that are not there are grey. Lines part layers.
 
     Of edges at single positions each cell is the sum over positions.
     """
-    mean = edges.mean(metric, effect)
+    mean = edges.mean(metric, effect) if pair is None else edges.flat(metric, effect)[pair]
+    of = f"mean of {len(edges.pairs)} pairs" if pair is None else f"pair {pair}"
     if not edges.grid.together:
         mean = np.nansum(mean, axis=1)
     grid = edges.by_node(mean[None] if edges.grid.together else mean[None, :, None])[0]
@@ -54,7 +55,7 @@ def edge_heatmap(edges: EdgeEffects, metric: str, effect: str) -> Figure:
     axes.tick_params(length=0, labelsize=6)
     axes.set_ylabel("sender")
     axes.set_xlabel("receiver")
-    axes.set_title(f"{effect} effects of edges, {edges.direction}, mean of {len(edges.pairs)} pairs")
+    axes.set_title(f"{effect} effects of edges, {edges.direction}, {of}")
     figure.colorbar(image, ax=axes, label=metric_label(metric, wide=False, most=44))
     return figure
 

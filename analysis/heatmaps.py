@@ -20,6 +20,7 @@ Panel = tuple[str, list[str], np.ndarray, np.ndarray]  # title, column labels, [
 
 _MOST_TICKS = 32  # beyond, only every second, third, ... label is drawn
 _MOST_PANELS = 8
+_FAINT = 0.02  # of the largest effect: panels of several sites that stay below it would look blank
 _LETTER = 0.07  # inches that one takes in a label
 _HIDDEN = 0.1  # of the largest effect that is drawn: what a mean over positions may hide without a word
 
@@ -34,28 +35,64 @@ def group_heatmaps(named: Mapping[str, Effects], metric: str, site: str) -> Figu
     return _by_position({name: (effects, site) for name, effects in named.items()}, metric)
 
 
-def head_heatmaps(effects: Effects, metric: str, site: str) -> Figure:
-    """One panel a position: layer by head, mean over pairs.
+def head_heatmaps(effects: Effects, metric: str, sites: str | Sequence[str]) -> Figure:
+    """A panel a position and site, the sites of a position together: layer by head, mean over pairs.
 
-    Of many positions, those where a head has the largest effects, and a line that says what is left out.
+    Of many positions, those where a head has the largest effects, and lines that say what is left out.
     """
-    labels, values, over = aligned(effects, metric, site)
-    mean = mean_over_pairs(values, over)[0]  # [layer, position, head]
-    largest = np.abs(np.nan_to_num(mean)).max(axis=(0, 2))  # [position]
-    chosen, notes = np.arange(len(labels)), []
-    if len(labels) > _MOST_PANELS:
-        most = min(_MOST_PANELS, max(1, int((largest > 0).sum())))
-        # Where nothing has an effect, the last position stands for all.
-        chosen = np.sort(np.argsort(-largest[::-1], kind="stable")[:most] * -1 + len(labels) - 1)
-        left = np.delete(largest, chosen).max()
-        notes.append(
-            f"{most} of {len(labels)} positions, those with the largest effects; at the other "
-            f"{len(labels) - most} they are {f'at most {left:.2g}' if left else 'exactly 0'}"
-        )
-    notes += _within_classes({site: (labels, mean, peaks(effects, metric, site))})
-    heads = [str(head) for head in range(mean.shape[-1])]
-    panels = [(f"{site}, {labels[i]}", heads, mean[:, i], effects.layers_of(site)) for i in chosen.tolist()]
+    sites = [sites] if isinstance(sites, str) else list(sites)
+    grids: dict[tuple[str, str], np.ndarray] = {}  # position, site -> [layer, head]
+    classes = {}
+    for site in sites:
+        labels, values, over = aligned(effects, metric, site)
+        mean = mean_over_pairs(values, over)[0]  # [layer, position, head]
+        grids |= {(label, site): mean[:, i] for i, label in enumerate(labels)}
+        classes[site] = labels, mean, peaks(effects, metric, site)
+    size = {at: float(np.abs(np.nan_to_num(grid)).max()) for at, grid in grids.items()}
+    chosen, notes = _positions_of_heads(
+        size, _MOST_PANELS if len(sites) == 1 else 2 * _MOST_PANELS // len(sites)
+    )
+    least = _FAINT * max(size.values()) if len(sites) > 1 else 0.0
+    here = [(at, site) for at in chosen for site in sites if (at, site) in size]
+    drawn = [at for at in here if size[at] > least] or here[-1:]
+    blank = [f"{site} at {at}" for at, site in here if (at, site) not in drawn]
+    if blank:
+        share = f"below {_FAINT:.0%} of the largest" if least else "exactly 0"
+        notes.append(f"Not drawn, {share} everywhere: {', '.join(blank)}")
+    heads = [[str(head) for head in range(grids[at].shape[1])] for at in drawn]
+    panels = [
+        (f"{site}, {at}", names, grids[at, site], effects.layers_of(site))
+        for (at, site), names in zip(drawn, heads, strict=True)
+    ]
+    notes = [how_many(effects), *notes, *_within_classes(classes)]
     return layer_panels(panels, metric, "head", rotate=False, note="\n".join(notes))
+
+
+def _positions_of_heads(size: Mapping[tuple[str, str], float], most: int) -> tuple[list[str], list[str]]:
+    """The positions that are drawn, in order, and a line on those that are not.
+
+    Args:
+        size: position, site -> the largest magnitude there.
+    """
+    labels = list(dict.fromkeys(label for label, _ in size))
+    largest = np.array([max(n for (at, _), n in size.items() if at == label) for label in labels])
+    if len(labels) <= most:
+        return labels, []
+    most = min(most, max(1, int((largest > 0).sum())))
+    # Where nothing has an effect, the last position stands for all.
+    chosen = np.sort(np.argsort(-largest[::-1], kind="stable")[:most] * -1 + len(labels) - 1)
+    left = np.delete(largest, chosen).max()
+    note = (
+        f"{most} of {len(labels)} positions, those with the largest effects; at the other "
+        f"{len(labels) - most} they are {f'at most {left:.2g}' if left else 'exactly 0'}"
+    )
+    return [labels[i] for i in chosen.tolist()], [note]
+
+
+def how_many(effects: Effects) -> str:
+    """What a figure says of its pairs."""
+    n = len(effects.pairs)
+    return "1 pair" if n == 1 else f"Mean over {n:,} pairs"
 
 
 def _by_position(named: Mapping[str, tuple[Effects, str]], metric: str) -> Figure:
@@ -66,7 +103,15 @@ def _by_position(named: Mapping[str, tuple[Effects, str]], metric: str) -> Figur
         mean = mean_over_pairs(values, over)[0]
         panels.append((name, labels, mean, effects.layers_of(site)))
         classes[name] = labels, mean, peaks(effects, metric, site)
-    return layer_panels(panels, metric, "position", rotate=True, note="\n".join(_within_classes(classes)))
+    counts = {name: how_many(effects) for name, (effects, _) in named.items()}
+    same = len(set(counts.values())) == 1
+    said = (
+        next(iter(counts.values()))
+        if same
+        else "; ".join(f"{name}: {n.lower()}" for name, n in counts.items())
+    )
+    note = "\n".join([said, *_within_classes(classes)])
+    return layer_panels(panels, metric, "position", rotate=True, note=note)
 
 
 def _within_classes(named: Mapping[str, tuple[list[str], np.ndarray, np.ndarray | None]]) -> list[str]:
@@ -121,14 +166,20 @@ def layer_panels(
     across = max(1, min(len(panels), int(7.2 // panel_width)))
     down = -(-len(panels) // across)
     across = -(-len(panels) // down)  # rows of one length, where that can be
+    even = [n for n in range(across, (across - 1) // 2, -1) if len(panels) % n == 0]
+    across = even[0] if even else across  # better one row more than a place that stays blank
+    down = -(-len(panels) // across)
     longest = max(len(label) for _, labels, _, _ in panels for label in labels) if rotate else 1
-    height, width = down * (panel_height + 0.65 + 0.055 * longest), across * panel_width + 1.6
+    colours, norm = colour_scale([mean for _, _, mean, _ in panels], metric)
+    wide = isinstance(norm, AsinhNorm)
+    said_of = metric_label(metric, wide) if label is None else label + (" (asinh scale)" if wide else "")
+    height = down * (panel_height + 0.65 + 0.055 * longest) + 0.6  # with the colour bar
+    width = max(across * panel_width + 0.8, min(7.2, _LETTER * len(said_of) + 0.8))
     said = [line for part in note.split("\n") for line in textwrap.wrap(part, int(14 * width))]
     same_layers = all(np.array_equal(panels[0][3], p[3]) for p in panels)
     figure, grid = plt.subplots(
         down, across, figsize=(width, height + 0.17 * len(said)), squeeze=False, sharey=same_layers
     )
-    colours, norm = colour_scale([mean for _, _, mean, _ in panels], metric)
     for axes, (title, labels, mean, numbers) in zip(grid.flat, panels, strict=False):
         image = axes.imshow(
             np.ma.masked_invalid(mean),
@@ -145,19 +196,19 @@ def layer_panels(
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("layer")
-    bar = figure.colorbar(image, ax=list(grid.flat), shrink=0.9, pad=0.02, aspect=0.9 * height / 0.14)
-    wide = isinstance(norm, AsinhNorm)
+    bar = figure.colorbar(
+        image,
+        ax=list(grid.flat),
+        location="top",
+        shrink=0.9,
+        pad=0.02,
+        aspect=0.9 * across * panel_width / 0.12,
+    )
     if wide:
         ticks, names = wide_ticks(float(norm.vmin or 0), float(norm.vmax or 0))
         bar.set_ticks(ticks, labels=names)
         bar.minorticks_off()
-    bar_height = height - 0.35 - 0.055 * longest  # without what stands above and below the panels
-    most = max(12, int(bar_height / _LETTER))
-    bar.set_label(
-        metric_label(metric, wide, most)
-        if label is None
-        else folded(label + (" (asinh scale)" if wide else ""), most)
-    )
+    bar.set_label(folded(said_of, int((width - 0.7) / _LETTER)))
     bar.outline.set_linewidth(0.5)
     if said:
         figure.supxlabel("\n".join(said), fontsize=8, parse_math=False)

@@ -1,12 +1,16 @@
 """All figures of a run, written to a folder."""
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from deltapatch.analysis.circuit import Circuit
 from deltapatch.analysis.curves import layer_curves, neuron_ranking
 from deltapatch.analysis.edge_plots import DRAWN, circuit_graph, edge_heatmap
 from deltapatch.analysis.heatmaps import head_heatmaps, position_heatmaps
+from deltapatch.analysis.select import one_pair
 from deltapatch.analysis.style import figure_style, save
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.sites import SITES
@@ -15,15 +19,27 @@ from deltapatch.results.effects import Effects
 from deltapatch.results.metrics import check_metric, default_metric
 
 
-def plot_edges(edges: EdgeEffects, folder: str | PathLike[str], metric: str | None = None) -> list[Path]:
+def plot_edges(
+    edges: EdgeEffects,
+    folder: str | PathLike[str],
+    metric: str | None = None,
+    *,
+    pair: int | None = None,
+    dpi: int = 300,
+) -> list[Path]:
     """Draw a run of edges: sender by receiver, and the largest as a graph where it has all; PNG and PDF each.
 
     Args:
         metric: what to draw; `recovered` by default, or the first that the run can answer.
+        pair: of which; the mean over all by default, which the graph always is of.
+        dpi: of the PNG files.
 
     Raises:
-        DeltapatchError: an unknown metric or one that was not measured, or a folder that cannot be written.
+        DeltapatchError: an unknown metric or one that was not measured, no such pair, or a folder that cannot
+            be written.
     """
+    if pair is not None and not 0 <= pair < len(edges.pairs):
+        raise DeltapatchError(f"pair {pair} does not exist: this run has 0 to {len(edges.pairs) - 1}")
     metric = default_metric(edges.metrics) if metric is None else metric
     check_metric(metric)
     folder, paths, grid = Path(folder), list[Path](), edges.grid
@@ -31,50 +47,69 @@ def plot_edges(edges: EdgeEffects, folder: str | PathLike[str], metric: str | No
         folder.mkdir(parents=True, exist_ok=True)
         with figure_style():
             for effect in grid.effects:
-                figure = edge_heatmap(edges, metric, effect)
-                paths += save(figure, folder / f"edges_{effect}_{metric}")
+                figure = edge_heatmap(edges, metric, effect, pair)
+                paths += save(figure, folder / f"edges_{effect}_{metric}", dpi)
             if grid.together and grid.nodes.keys == "query" and len(edges.edges) == grid.nodes.n_edges:
                 circuit = Circuit.top(edges, min(DRAWN, len(edges.edges)), metric)
                 title = f"the {DRAWN} largest edges by {metric}, those that reach the logits: {len(circuit)}"
-                if len(circuit):
-                    paths += save(circuit_graph(circuit, title), folder / f"graph_{metric}")
+                if len(circuit) and pair is None:
+                    paths += save(circuit_graph(circuit, title), folder / f"graph_{metric}", dpi)
     except OSError as error:
         raise DeltapatchError(f"cannot write figures to {folder}: {error.strerror or error}") from error
     return paths
 
 
-def plot_run(effects: Effects, folder: str | PathLike[str], metric: str | None = None) -> list[Path]:
+def plot_run(
+    effects: Effects,
+    folder: str | PathLike[str],
+    metric: str | None = None,
+    *,
+    sites: Sequence[str] | None = None,
+    pair: int | None = None,
+    dpi: int = 300,
+) -> list[Path]:
     """Draw what a run has: heatmaps and curves of whole vectors, heads, neuron rankings; PNG and PDF each.
 
     Args:
         metric: what to draw; `recovered` by default, or the first that the run can answer.
+        sites: all that were swept by default.
+        pair: the number of a pair, rather than the mean over pairs.
+        dpi: dots an inch of the PNG files.
 
     Returns:
-        The files, in the order in which a reader wants them. Files of the same names are replaced.
+        The files, in the order in which a reader wants them. Files of the same names are replaced; those of a
+        pair are called so.
 
     Raises:
-        DeltapatchError: an unknown metric or one that was not measured, or a folder that cannot be written.
+        DeltapatchError: an unknown metric, site or pair, or one that was not measured or swept; a folder that
+            cannot be written.
     """
     metric = default_metric(effects.metrics) if metric is None else metric
     check_metric(metric)
     folder = Path(folder)
-    kinds = {site: SITES[site].index for site in effects.sites}
-    vectors = [site for site, kind in kinds.items() if not kind.counts]
+    names = [effects.site(name).site for name in sites] if sites else list(effects.sites)
+    end = metric if pair is None else f"{metric}_pair{pair}"
+    effects = effects if pair is None else one_pair(effects, pair)
+    kinds = {name: SITES[name].index for name in names}
+    vectors = [name for name, kind in kinds.items() if not kind.counts]
+    heads = sorted((name for name, kind in kinds.items() if kind.few), key=list(SITES).index)
     paths: list[Path] = []
+
+    def keep(figure: Figure | None, name: str) -> None:
+        if figure is not None:
+            paths.extend(save(figure, folder / f"{name}_{end}", dpi))
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with figure_style():
             if vectors:
-                paths += save(position_heatmaps(effects, metric, vectors), folder / f"heatmap_{metric}")
-                curves = layer_curves(effects, metric, vectors)
-                paths += save(curves, folder / f"layers_{metric}") if curves else []
-            for site, kind in kinds.items():
-                if kind.few:
-                    figure = head_heatmaps(effects, metric, site)
-                    paths += save(figure, folder / f"heads_{site}_{metric}")
-                elif kind.counts:
-                    figure = neuron_ranking(effects, metric, site)
-                    paths += save(figure, folder / f"neurons_{site}_{metric}")
+                keep(position_heatmaps(effects, metric, vectors), "heatmap")
+                keep(layer_curves(effects, metric, vectors), "layers")
+            if heads:
+                keep(head_heatmaps(effects, metric, heads), f"heads_{'-'.join(heads)}")
+            for name, kind in kinds.items():
+                if kind.counts and not kind.few:
+                    keep(neuron_ranking(effects, metric, name), f"neurons_{name}")
     except OSError as error:
         raise DeltapatchError(f"cannot write figures to {folder}: {error.strerror or error}") from error
     return paths

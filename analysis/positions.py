@@ -153,7 +153,7 @@ def by_class(
 
 
 def token_labels(effects: Effects, site: str | None = None) -> list[str]:
-    """One label a position, `token_index` where all prompts have the same token there, else its number.
+    """One label a position: its number, and the token where all prompts have the same one there.
 
     With one pair, where clean and corrupted prompts differ, the clean token stands for both.
     """
@@ -165,7 +165,7 @@ def token_labels(effects: Effects, site: str | None = None) -> list[str]:
             texts = (pair.clean_text,) if len(effects.pairs) == 1 else (pair.clean_text, pair.corrupted_text)
             tokens |= {text[place] for text in texts} if place is not None else set()
         token = _visible(tokens.pop()) if len(tokens) == 1 else ""
-        labels.append(f"{token}_{position}" if token and isinstance(position, int) else str(position))
+        labels.append(f"{position} '{token}'" if token and isinstance(position, int) else str(position))
     return labels
 
 

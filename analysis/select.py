@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from deltapatch.arguments import whole
+from deltapatch.errors import DeltapatchError
 from deltapatch.results.effects import Effects, SiteEffects
 
 
@@ -29,6 +31,14 @@ def select(
         found[name] = SiteEffects(site.site, site.layers[rows], site.positions, measured)
     own = [effects.pairs[i] for i in np.arange(len(effects.pairs))[which]]
     return replace(effects, sites=found, pairs=own, reference=effects.reference.of(which))
+
+
+def one_pair(effects: Effects, pair: int) -> Effects:
+    """The effects of one pair. DeltapatchError where there is no such pair."""
+    pair = whole(pair, "pair must be a whole number")
+    if not 0 <= pair < len(effects.pairs):
+        raise DeltapatchError(f"there is no pair {pair}: pairs are 0 to {len(effects.pairs) - 1}")
+    return select(effects, pairs=np.array([pair]))
 
 
 def _indices(numbers: np.ndarray | None) -> slice | np.ndarray:

@@ -85,16 +85,22 @@ def pooled_null(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> Poole
     return PooledNull(np.cumsum(counts[::-1])[::-1], n)
 
 
+def least_p(pairs: int, draws: int, pooled: bool = False) -> float:
+    """The smallest p that `sign_flip_test` can give a cell whose pairs all agree; pooled, about none."""
+    return 1 / len(_all_signs(pairs)) if pairs <= _EXACT else 0.0 if pooled else 1 / (draws + 1)
+
+
 def out_of_reach(pairs: int, rate: float, draws: int, pooled: bool = False) -> str | None:
     """A sentence where tests over so few pairs, or with so few draws, can find nothing at a rate; or None.
 
     With up to 12 pairs every p is at least one in the number of sign patterns. So is every q of a pooled test
     then, since the patterns of each cell, that of its own signs among them, are in the pool.
     """
+    least = least_p(pairs, draws, pooled)
     if pairs <= _EXACT:
-        least, more = 1 / len(_all_signs(pairs)), f"{1 + math.ceil(math.log2(1 / rate))} pairs"
+        more = f"{1 + math.ceil(math.log2(1 / rate))} pairs"
     else:
-        least, more = 0.0 if pooled else 1 / (draws + 1), f"{math.ceil(1 / rate) - 1:,} draws"
+        more = f"{math.ceil(1 / rate) - 1:,} draws"
     if least <= rate:
         return None
     number = f"{pairs} pair{'' if pairs == 1 else 's'}"

@@ -6,12 +6,14 @@ from pathlib import Path
 import click
 
 from deltapatch.cli.metrics import MetricHelp
-from deltapatch.cli.options import as_json, print_json
+from deltapatch.cli.options import as_json, print_json, read_names
+from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
 Examples:
   deltapatch plot RUN
   deltapatch plot RUN --metric logit_diff --out figures
+  deltapatch plot RUN --site mlp_out,attn_out --pair 3
 """
 
 
@@ -21,8 +23,26 @@ Examples:
     "--out", type=click.Path(file_okay=False), help="A folder for the figures; RUN/plots unless given."
 )
 @click.option("--metric", help="What to draw, see below; recovered unless given, or what the run has.")
+@click.option("--site", help="A site, or several with commas; all that were swept unless given.")
+@click.option("--pair", type=int, help="A pair, by its number from 0; the mean over pairs unless given.")
+@click.option(
+    "--dpi",
+    type=click.IntRange(50, 1200),
+    default=300,
+    show_default=True,
+    help="Dots an inch of the PNG files.",
+)
 @as_json
-def plot(run: str, out: str | None, metric: str | None, as_json: bool) -> None:
+def plot(
+    *,
+    run: str,
+    out: str | None,
+    metric: str | None,
+    site: str | None,
+    pair: int | None,
+    dpi: int,
+    as_json: bool,
+) -> None:
     """Draw the run folder RUN as PNG and PDF, and print the files' paths.
 
     Heatmaps of layer by position, curves by layer at the last token, heads, and rankings of neurons; of edges
@@ -40,10 +60,13 @@ def plot(run: str, out: str | None, metric: str | None, as_json: bool) -> None:
     metric = metric or default_metric(effects.metrics)
     folder = out or Path(run) / "plots"
     if isinstance(effects, EdgeEffects):
-        drawn = plot_edges(effects, folder, metric)
+        if site:
+            raise DeltapatchError(f"{run} is a run of edges: leave out --site")
+        made = plot_edges(effects, folder, metric, pair=pair, dpi=dpi)
     else:
-        drawn = plot_run(effects, folder, metric)
-    paths = [str(path) for path in drawn]
+        sites = read_names(site) if site else None
+        made = plot_run(effects, folder, metric, sites=sites, pair=pair, dpi=dpi)
+    paths = [str(path) for path in made]
     if as_json:
         print_json({"run": run, "metric": metric, "figures": paths})
     else:

@@ -31,9 +31,9 @@ function pythonOf(content, patches) {
   return lines.concat([
     "    ]",
     "",
-    "together = [dp.Intervention(i, patches(i)) for i in range(len(pairs))]",
+    `together = [dp.Intervention(i, patches(i)) for i in ${content.pair < 0 ? "range(len(pairs))" : `[${content.pair}]`}]`,
     `outcome = dp.run(model, pairs, together, ${options.join(", ")})`,
-    `print(outcome.values(${JSON.stringify(content.metric)}))  # [pair]`,
+    `print(outcome.values(${JSON.stringify(content.metric)}))  # [intervention]`,
   ]).join("\n") + "\n";
 }
 

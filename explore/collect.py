@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from deltapatch.analysis.positions import by_class, columns
-from deltapatch.analysis.significance import POOLED_FROM, benjamini_hochberg, out_of_reach, sign_flip_test
+from deltapatch.analysis.significance import (
+    POOLED_FROM,
+    benjamini_hochberg,
+    least_p,
+    out_of_reach,
+    sign_flip_test,
+)
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.sites import SITES
@@ -22,7 +28,9 @@ from deltapatch.results.metrics import METRICS, default_metric, quotient
 RATE = 0.05  # false-discovery rate from which on an effect counts as an accident of the pairs
 _NUMBERS = 400_000  # of the page, about; each takes five letters
 _PAIRS = 48  # that are shown one by one, at most
-_DRAWS = 1000
+_FEW = 12  # pairs; with so few, p is coarse
+_DRAWS = 1000  # of intervals, and of the test of many cells, which share them
+_TEST_DRAWS = 10_000  # of the test of few cells
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,11 @@ def collect(effects: Effects, metrics: Sequence[str], run: str = "RUN") -> dict[
     out_of = out_of_reach(len(effects.pairs), RATE, _DRAWS, pooled=True)
     if out_of:
         notes.append(f"No effect is marked as significant or not: {out_of}.")
+    elif len(effects.pairs) <= _FEW:
+        notes.append(
+            f"With {len(effects.pairs)} pairs the test of many cells is coarse: it cannot tell of an effect "
+            "that has neither a mark nor a q."
+        )
     if caveat := effects.caveat():
         notes.append(f"Mind: {caveat}.")
     sites = [
@@ -120,13 +133,15 @@ def _site(
                 "pairs": _f32(quotient(metric, values, over)[:n_pairs])
             }
         found[metric]["floor"] = _floor(effects, metric, cells, over)
+    where = _where(effects, name, axis)
     return {
         "name": name,
         "counts": kind.counts,
         "letter": kind.letter,
         "layers": swept.layers.tolist(),
         "columns": [axis.labels[c] for c in axis.kept.tolist()],
-        "places": _places(effects, name, axis),
+        "places": _places(effects, name, axis, where),
+        "where": where[:n_pairs],
         "swept": [[pair.resolve(p) for p in swept.positions] for pair in effects.pairs[:n_pairs]],
         "metrics": found,
     }
@@ -186,11 +201,19 @@ def _strongest(
 
 
 def _rates(cells: np.ndarray, tested: bool) -> np.ndarray:
-    """The false-discovery rate of every cell of a site; NaN where no test can tell."""
+    """The false-discovery rate of every cell of a site; NaN where no test can tell.
+
+    So it is with a cell whose p is as small as so few pairs can make it, if among so many cells that is not
+    small enough: it may well be no accident.
+    """
     if not tested:
         return np.full(cells.shape[1:], np.nan)
     pooled = cells[0].size >= POOLED_FROM
-    return benjamini_hochberg(sign_flip_test(cells, _DRAWS, pooled=pooled))
+    draws = _DRAWS if pooled else _TEST_DRAWS
+    p = sign_flip_test(cells, draws, pooled=pooled)
+    q = benjamini_hochberg(p)
+    q[(q > RATE) & (p <= least_p(len(cells), draws, pooled) * (1 + 1e-9))] = np.nan
+    return q
 
 
 def _floor(effects: Effects, metric: str, cells: np.ndarray, over: np.ndarray | None) -> float | None:
@@ -206,18 +229,28 @@ def _floor(effects: Effects, metric: str, cells: np.ndarray, over: np.ndarray | 
     return float(error) * size
 
 
-def _places(effects: Effects, site: str, axis: _Axis) -> list[Any]:
-    """Of each column what a `Patch` says: one position for all pairs, or a list of positions for each."""
+def _where(effects: Effects, site: str, axis: _Axis) -> list[list[list[int]]]:
+    """[pair][column] -> the positions, from 0, that the column stands for."""
     positions = effects.positions(site)
-    if axis.table is None:
-        return [positions[c] for c in axis.kept.tolist()]
-    out: list[Any] = []
-    for c in axis.kept.tolist():
-        label = axis.labels[c]
-        each = [
-            [pair.resolve(p) for p, name in zip(positions, row, strict=True) if name == label]
-            for pair, row in zip(effects.pairs, axis.table, strict=True)
+    out = []
+    for i, pair in enumerate(effects.pairs):
+        at = [pair.resolve(position) for position in positions]
+        columns = axis.table[i] if axis.table is not None else range(len(at))
+        names = axis.labels if axis.table is not None else list(range(len(at)))
+        row = [
+            [p for p, own in zip(at, columns, strict=True) if own == name and p is not None] for name in names
         ]
+        out.append([row[c] for c in axis.kept.tolist()])
+    return out
+
+
+def _places(effects: Effects, site: str, axis: _Axis, where: list[list[list[int]]]) -> list[Any]:
+    """Of each column what a `Patch` says: one position for all pairs, or a list of positions for each."""
+    if axis.table is None:
+        return [effects.positions(site)[c] for c in axis.kept.tolist()]
+    out: list[Any] = []
+    for k, c in enumerate(axis.kept.tolist()):
+        label, each = axis.labels[c], [row[k] for row in where]
         one = int(label) if label.lstrip("-").isdigit() else label
         same = all(place == [pair.resolve(one)] for pair, place in zip(effects.pairs, each, strict=True))
         out.append(one if same else each)

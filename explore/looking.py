@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 
 from deltapatch.analysis.curves import neuron_ranking
 from deltapatch.analysis.heatmaps import head_heatmaps, position_heatmaps
-from deltapatch.analysis.select import select
+from deltapatch.analysis.select import one_pair, select
 from deltapatch.analysis.style import figure_style
 from deltapatch.analysis.tables import Table, averages
-from deltapatch.arguments import whole
 from deltapatch.errors import DeltapatchError
 from deltapatch.explore.page import page, write_page
 from deltapatch.interventions.sites import SITES
@@ -45,20 +43,12 @@ def heatmap(
     name = effects.site(site).site
     shown = select(effects, sites=[name])
     if pair is not None:
-        shown = of_pair(shown, pair)
+        shown = one_pair(shown, pair)
     if SITES[name].index.few:
         return _made(lambda: head_heatmaps(shown, metric, name))
     if SITES[name].index.counts:
         return _made(lambda: neuron_ranking(shown, metric, name))
     return _made(lambda: position_heatmaps(shown, metric, [name]))
-
-
-def of_pair(effects: Effects, pair: int) -> Effects:
-    """The effects of one pair. DeltapatchError where there is no such pair."""
-    pair = whole(pair, "pair must be a whole number")
-    if not 0 <= pair < len(effects.pairs):
-        raise DeltapatchError(f"there is no pair {pair}: pairs are 0 to {len(effects.pairs) - 1}")
-    return select(effects, pairs=np.array([pair]))
 
 
 def top(effects: Effects, n: int = 10, metric: str | None = None, site: str | None = None) -> Table:

@@ -20,7 +20,7 @@ const ints = (text) => array(text, Int32Array);
 const plain = (text) => String(text).replace(/[&<>$]/g, (c) => `&#${c.charCodeAt(0)};`);
 const told = (x) => (Number.isNaN(x) ? "none" : x === 0 ? "0" : Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5
   ? x.toExponential(2) : String(Number(x.toPrecision(3))));
-const seen = (token) => token.replaceAll("\n", "\\n").replaceAll("\t", "\\t").replaceAll(" ", "\u2423") || "''";
+const seen = (token) => token.replaceAll("\n", "\\n").replaceAll("\t", "\\t").replaceAll(" ", "\u2423") ;
 const dark = () => document.documentElement.dataset.theme === "dark";
 const site = () => content.sites[at.site];
 const metric = () => content.metrics.find((m) => m.name === at.metric);
@@ -46,7 +46,7 @@ function grid(s) { // what the heatmap shows: column labels, and a cell each of 
     const cols = places.map((p, i) => i).filter((i) => places[i] !== null);
     const values = floats(found.pairs), width = places.length, from = at.pair * layers * width;
     return {
-      labels: cols.map((i) => `${seen(pair.clean[places[i]])} ${places[i]}`),
+      labels: cols.map((i) => `${places[i]} '${seen(pair.clean[places[i]])}'`),
       cells: s.layers.map((_, l) => cols.map((i) => ({ value: values[from + l * width + i], q: NaN }))),
       columns: cols,
     };
@@ -69,12 +69,9 @@ function grid(s) { // what the heatmap shows: column labels, and a cell each of 
   return out;
 }
 
-const columnLabel = (s) => (label, c) => {
-  const places = s.places[c];
-  if (at.pair < 0 || Array.isArray(places)) return label;
-  const pair = content.pairs[at.pair], swept = s.swept[at.pair];
-  const place = s.columns.length === swept.length ? swept[c] : null;
-  return place === null || place === undefined ? label : `${seen(pair.clean[place])} ${place}`;
+const columnLabel = (s) => (label, c) => { // of a pair, the token where the column stands for a single one
+  const places = at.pair < 0 ? [] : s.where[at.pair][c];
+  return places.length === 1 ? `${places[0]} '${seen(content.pairs[at.pair].clean[places[0]])}'` : label;
 };
 
 function entries(s) { // every cell of whole vectors, or every listed head, neuron, coordinate
@@ -112,20 +109,11 @@ function overPairs(s, row, col, entry) { // one number a pair, where the page ha
   }
   const width = s.swept[0].length, layers = s.layers.length;
   return Array.from({ length: n }, (_, p) => {
-    const places = placesOf(s, col, p);
+    const places = s.where[p][col];
     const found = s.swept[p].map((place, i) => (places.includes(place) ? i : -1)).filter((i) => i >= 0);
     const values = found.map((i) => each[(p * layers + row) * width + i]).filter((x) => !Number.isNaN(x));
     return values.length ? values.reduce((a, b) => a + b) / values.length : NaN;
   });
-}
-
-function placesOf(s, col, p) {
-  const places = s.places[col];
-  if (Array.isArray(places)) return places[p];
-  if (s.columns.length === s.swept[p].length && s.swept[p][col] !== null) return [s.swept[p][col]];
-  const length = content.pairs[p].clean.length;
-  if (typeof places === "number") return [places < 0 ? places + length : places];
-  return places === "last" ? [length - 1] : [];
 }
 
 const below = (cell, s) => s.metrics[at.metric].floor !== null && Math.abs(cell.value) <= s.metrics[at.metric].floor;
@@ -215,7 +203,7 @@ function drawCell(g) {
   const place = JSON.stringify(byToken(s) ? s.swept[at.pair][column] : null);
   const here = content.sites.filter((o) => o.counts).flatMap((o) => entries(o).filter((e) =>
     o.layers[e.row] === layer && (o === s ? e.col === at.col : byToken(s)
-      ? JSON.stringify(placesOf(o, e.col, at.pair)) === `[${place}]` : same(o, e.col, s, at.col))));
+      ? JSON.stringify(o.where[at.pair][e.col]) === `[${place}]` : same(o, e.col, s, at.col))));
   here.sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
   const top = here.slice(0, 16).reverse();
   if (top.length) {
@@ -233,8 +221,7 @@ function drawCell(g) {
   }
 }
 
-const same = (a, i, b, j) => JSON.stringify(a.places[i]) === JSON.stringify(b.places[j]) ||
-  content.pairs.every((_, p) => JSON.stringify(placesOf(a, i, p)) === JSON.stringify(placesOf(b, j, p)));
+const same = (a, i, b, j) => JSON.stringify(a.where.map((row) => row[i])) === JSON.stringify(b.where.map((row) => row[j]));
 
 function bars(names, rows, intervals) {
   el("cell").style.minHeight = "";
@@ -327,9 +314,9 @@ function drawCode() {
   const g = grid(site()), cell = g.cells[at.row]?.[at.col] ?? {};
   const own = patchOf({ site: site(), row: at.row, col: at.col, column: g.columns[at.col], index: cell.index ?? null })[1];
   const patches = chosen.size ? [...chosen.values()] : [own];
-  el("joint").textContent = chosen.size ? `${chosen.size} patch${chosen.size > 1 ? "es" : ""}, all at once, in every pair.`
+  el("joint").textContent = chosen.size ? `${chosen.size} patch${chosen.size > 1 ? "es" : ""}, all at once, in ${at.pair < 0 ? "every pair" : `pair ${at.pair}`}.`
     : "The cell that is chosen above. Tick rows of the ranking to patch several at once.";
-  const code = pythonOf({ ...content, metric: at.metric }, patches);
+  const code = pythonOf({ ...content, metric: at.metric, pair: at.pair }, patches);
   el("code").textContent = code;
   return code;
 }
@@ -389,6 +376,7 @@ function start() {
     el(id).onchange = () => {
       at[id] = id === "metric" ? el(id).value : Number(el(id).value);
       if (id !== "metric") toStrongest(); // the columns are others now
+      if (id === "pair") chosen.clear(); // what is patched in one pair may be elsewhere in another
       draw();
     };
   }

@@ -16,7 +16,7 @@ from deltapatch.interventions.sites import HEAD, SITES, WHOLE, Index, Site
 from deltapatch.results.effects import SiteEffects
 from deltapatch.results.metrics import METRICS, Metric
 
-STEMS = [f"{kind}_recovered" for kind in ("heatmap", "layers", "neurons_mlp_post", "heads_z")]
+STEMS = [f"{kind}_recovered" for kind in ("heatmap", "layers", "heads_z", "neurons_mlp_post")]
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def test_heads_are_drawn_where_their_effects_are(heads_everywhere):
     )  # [layer, position, head]
     drawn = panels(figure)
     assert len(drawn) == 8
-    places = [int(title.split("_")[-1].split(", ")[-1]) for title in drawn]
+    places = [int(title.split(", ")[1].split()[0]) for title in drawn]
     assert places == sorted(places)
     assert 4 in places
     size = np.abs(mean).max(axis=(0, 2))
@@ -147,12 +147,12 @@ def test_positions_of_heads_without_any_effect_are_not_drawn(heads_everywhere):
     measured = heads_everywhere.sites["z"].measured["logit_diff"]
     measured[:, :, np.arange(16) != 4] = 0
     figure = head_heatmaps(heads_everywhere, "recovered", "z")
-    assert [title.split("_")[-1] for title in panels(figure)] == ["4"]
+    assert [title.split(", ")[1].split()[0] for title in panels(figure)] == ["4"]
     assert "at the other 15 they are exactly 0" in " ".join(" ".join(texts(figure)).split())
     plt.close(figure)
     measured[:] = 0
     figure = head_heatmaps(heads_everywhere, "recovered", "z")
-    assert [title.split("_")[-1] for title in panels(figure)] == ["15"]
+    assert [title.split(", ")[1].split()[0] for title in panels(figure)] == ["15"]
     plt.close(figure)
 
 
@@ -302,3 +302,47 @@ def test_a_new_site_and_a_new_metric_have_their_figures_and_tables(make_effects,
         assert np.isfinite(rows.columns["twice"]).any()
         assert component("new", 3, 2) == (f"L3.{kind.letter}2" if kind.counts else "L3")
     sites._find.cache_clear()
+
+
+def test_heads_of_several_sites_share_a_grid_without_blank_panels(make_effects, tmp_path):
+    effects = make_effects()
+    z = effects.sites["z"]
+    silent = {name: np.zeros_like(array) for name, array in z.measured.items()}
+    effects.sites = {
+        name: SiteEffects(name, z.layers, z.positions, silent if name == "k" else z.measured)
+        for name in ("z", "q", "v", "k")
+    }
+    figure = head_heatmaps(effects, "kl", ["q", "k", "v", "z"])
+    assert [title.split(",")[0] for title in panels(figure)] == ["q", "v", "z"]
+    said = " ".join(texts(figure))
+    assert "Not drawn, below 2% of the largest everywhere: k at" in said
+    assert "Mean over 5 pairs" in said
+    assert all(axes.get_visible() for axes in figure.axes)
+    plt.close(figure)
+    assert plot_run(effects, tmp_path, "kl")[0].name == "heads_q-k-v-z_kl.png"
+
+
+def test_figures_of_a_pair_and_of_some_sites(make_effects, tmp_path):
+    effects = make_effects()
+    paths = plot_run(effects, tmp_path, "kl", sites=["mlp_out"], pair=2, dpi=50)
+    assert [p.name for p in paths[::2]] == ["heatmap_kl_pair2.png", "layers_kl_pair2.png"]
+    small = plt.imread(paths[0]).shape
+    plot_run(effects, tmp_path, "kl", sites=["mlp_out"], pair=2, dpi=100)
+    assert plt.imread(paths[0]).shape[0] == pytest.approx(2 * small[0], abs=2)
+    with pytest.raises(DeltapatchError, match="no pair 5"):
+        plot_run(effects, tmp_path, pair=5)
+    with pytest.raises(DeltapatchError, match="was not swept"):
+        plot_run(effects, tmp_path, sites=["resid_pre"])
+
+
+def test_every_figure_says_of_how_many_pairs_it_is(make_effects):
+    for n, said in ((5, "5 pairs"), (1, "1 pair")):
+        effects = make_effects(lengths=(8,) * n)
+        for figure in (
+            head_heatmaps(effects, "kl", "z"),
+            position_heatmaps(effects, "kl", ["mlp_out"]),
+            layer_curves(effects, "kl", ["mlp_out"]),
+            neuron_ranking(effects, "kl", "mlp_post"),
+        ):
+            assert said in " ".join(texts(figure))
+            plt.close(figure)

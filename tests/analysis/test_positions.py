@@ -60,8 +60,8 @@ def test_a_class_is_the_mean_of_its_positions():
 def test_one_pair_is_labelled_by_token(make_effects):
     effects = make_effects(lengths=(8,))
     labels, values, _ = aligned(effects, "ie", "mlp_out")
-    assert labels[0] == "Q:_0"
-    assert labels[4] == "plus_4"
+    assert labels[0] == "0 'Q:'"
+    assert labels[4] == "4 'plus'"
     assert values.shape == (1, 3, 8)
 
 
@@ -74,9 +74,9 @@ def test_pairs_with_labels_are_aligned_by_class(make_effects):
 def test_pairs_of_one_length_keep_their_positions_and_common_tokens(make_effects):
     effects = make_effects(labels=False)
     labels, *_ = aligned(effects, "ie", "mlp_out")
-    assert labels[4] == "plus_4"
+    assert labels[4] == "4 'plus'"
     assert labels[3] == "3"  # the operands differ
-    assert token_labels(effects, "mlp_post") == ["A:_-1"]
+    assert token_labels(effects, "mlp_post") == ["-1 'A:'"]
 
 
 def test_pairs_of_several_lengths_are_aligned_from_the_end(make_effects):

@@ -130,8 +130,27 @@ def test_every_site_metric_and_pair_is_drawn(open_page, make_effects):
         assert tab.inner_text("#equation").startswith(metric)
     tab.select_option("#site", "0")
     axis = tab.locator("#map .xtick text").all_text_contents()
-    assert axis[:3] == ["␣and 0", "␣and 1", "Q: 2"]
+    assert axis[:3] == ["0 '␣and'", "1 '␣and'", "2 'Q:'"]
     assert tab.locator("#prompts mark").count() >= 2
+
+
+def test_columns_of_a_pair_are_named_by_their_own_token(open_page, make_effects):
+    """Labels are swept in another order than the axis has."""
+    effects = make_effects(lengths=(8, 10))
+    z = effects.sites["z"]
+    measured = {name: np.repeat(array, 2, axis=2) for name, array in z.measured.items()}
+    measured["kl"][:, :, 1] = 7
+    effects.sites["z"] = SiteEffects("z", z.layers, ["last", "op1"], measured)
+    tab = open_page(effects, ["kl"])
+    tab.select_option("#site", label="z")
+    assert tab.locator("#map .xtick text").all_text_contents() == ["op1", "last"]
+    tab.select_option("#pair", "1")
+    (word,) = effects.pairs[1].clean_text[5:6]
+    own = [f"5 '{word.replace(' ', chr(0x2423))}'", "9 '\u2423A:'"]
+    assert tab.locator("#map .xtick text").all_text_contents() == own
+    assert tab.inner_text("#cell-title").endswith(own[0])
+    assert 'dp.Patch("z", 0, "op1", ' in tab.inner_text("#code")
+    assert "for i in [1]]" in tab.inner_text("#code")
 
 
 @pytest.mark.parametrize("width", [1280, 390])

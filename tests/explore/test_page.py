@@ -65,14 +65,33 @@ def test_columns_say_what_a_patch_says(make_effects):
     places = dict(zip(site["columns"], site["places"], strict=True))
     assert [places[name] for name in ("op1", "op2", "last")] == ["op1", "op2", "last"]
     assert places["early"] == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    assert site["where"][1][0] == [0, 1, 2, 3, 4]
     plain = collect(make_effects(lengths=(8, 10), labels=False), ["kl"])["sites"][0]
-    assert plain["places"] == [*range(-10, 0)] or plain["places"][-1] == -1
+    assert plain["places"][-8:] == [*range(-8, 0)]
+    assert plain["places"][0] == [[], [0]]  # only the second pair is so long
+    assert plain["where"][0][-1] == [7]
 
 
 def test_one_pair_has_no_tests_and_says_so(make_effects):
     found = collect(make_effects(lengths=(8,)), ["kl"])
     assert np.isnan(floats(found["sites"][0]["metrics"]["kl"]["q"])).all()
     assert any("significant" in note for note in found["notes"])
+
+
+def test_what_few_pairs_cannot_tell_is_not_called_an_accident(make_effects):
+    """All pairs agree on one head, but among 200 cells the p of 6 pairs, 1/32, is no discovery."""
+    effects = make_effects(lengths=(8,) * 6)
+    measured = {"logit_diff": np.random.default_rng(0).normal(size=(6, 5, 1, 40)).astype(np.float32)}
+    measured["logit_diff"][:, 2, 0, 7] = np.linspace(8, 9, 6)
+    effects.sites = {"z": SiteEffects("z", np.arange(5), [-1], measured)}
+    content = collect(effects, ["logit_diff"])
+    found = content["sites"][0]["metrics"]["logit_diff"]
+    assert (ints(found["layer"])[0], ints(found["index"])[0]) == (2, 7)
+    rates = floats(found["q"])
+    assert np.isnan(rates[0])
+    assert np.nanmin(rates) > 0.05
+    assert (rates > 0.05).sum() > 150
+    assert any("With 6 pairs the test" in note for note in content["notes"])
 
 
 def test_the_noise_floor_is_that_of_the_run(make_effects):
