@@ -177,9 +177,9 @@ class EdgeGrid:
         mlp = 2 * (3 if spec.gated else 2) * spec.d_model * spec.d_mlp
         qkv = 2 * spec.d_model * spec.d_head * (spec.n_heads + 2 * spec.n_kv_heads)
         total = 0
-        for i, name in enumerate(self.receivers):
+        count = np.bincount(self.edges[:, 1], minlength=len(self.receivers)).tolist()
+        for name, n in zip(self.receivers, count, strict=True):
             receiver = self.nodes.receivers[name]
-            n = int((self.edges[:, 1] == i).sum())
             if receiver.reads == LOGITS:
                 continue
             group = self.nodes.group(receiver.reads, receiver.head)

@@ -9,6 +9,8 @@ from engine_tiny import FAMILIES, VARIANTS, hf_model, pairs, true_model, with_lo
 
 import deltapatch
 from deltapatch import DeltapatchError
+from deltapatch.interventions.edges import EdgeGrid
+from deltapatch.interventions.nodes import Nodes
 from deltapatch.results.merge import merge
 
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-8}
@@ -235,3 +237,22 @@ def test_together_survives_a_run_folder(tmp_path):
     found = deltapatch.load_effects(tmp_path / "run")
     assert np.array_equal(found.values("kl", "z"), whole.values("kl", "z"))
     assert set(found.columns(sites="z")["position"]) == {"together"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "n"),
+    [
+        ((12, 12, 12), "query", 32_491),  # GPT-2 small
+        ((24, 14, 2), "query", 179_749),  # Qwen2.5-0.5B
+        ((26, 8, 4), "query", 74_218),  # Gemma-2-2B
+        ((32, 32, 8), "query", 1_592_881),  # Llama-3.1-8B
+        ((32, 32, 8), "kv", 805_681),
+    ],
+)
+def test_as_many_edges_as_are_published(shape, keys, n):
+    """By MIB's benchmark."""
+    nodes = Nodes(*shape, False, keys)
+    grid = EdgeGrid(
+        nodes, nodes.choose_senders("all"), nodes.choose_receivers("all"), ["together"], ("total",), True, 1
+    )
+    assert nodes.n_edges == len(grid.edges) == n
