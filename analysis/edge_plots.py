@@ -78,9 +78,9 @@ def circuit_graph(circuit: Circuit, title: str = "") -> Figure:
     """
     nodes = circuit.nodes
     where = _places(nodes, {name for edge in circuit.edges for name in (edge[0], edge[1].split("<")[0])})
-    figure, axes = plt.subplots(
-        figsize=(max(5.0, min(11.0, 0.55 * nodes.n_heads + 3)), 1.2 + 0.75 * nodes.n_layers)
-    )
+    levels = len({y for _, y in where.values()})
+    size = max(5.0, min(11.0, 0.55 * nodes.n_heads + 3)), max(3.0, min(11.0, 1.2 + 0.42 * levels))
+    figure, axes = plt.subplots(figsize=size)
     kept = np.argwhere(circuit.kept)
     scores = np.array([circuit.scores[s, r] for s, r in kept])
     largest = np.abs(scores).max(initial=0) or 1.0
@@ -112,18 +112,19 @@ def circuit_graph(circuit: Circuit, title: str = "") -> Figure:
 
 
 def _places(nodes: Nodes, names: set[str]) -> dict[str, tuple[float, float]]:
-    """Where the nodes of a graph are drawn: heads of a layer side by side, its MLP above and to the right."""
+    """Where the nodes of a graph are drawn: heads of a layer side by side, its MLP above and to the right.
+
+    Layers that have none take no room.
+    """
+    there = [match for name in nodes.senders[1:] if name in names and (match := _NODE.fullmatch(name))]
+    above = not nodes.parallel
+    levels = sorted({(int(match[2]), above and match[1] == "m") for match in there})
+    height = {level: 1.0 + i for i, level in enumerate(levels)}
     middle = (nodes.n_heads - 1) / 2
-    out = {"input": (middle, -1.0), "logits": (middle, 2.0 * nodes.n_layers)}
-    for name in nodes.senders[1:]:
-        match = _NODE.fullmatch(name)
-        if match is None or name not in names:
-            continue
-        layer = int(match[2])
-        if match[1] == "a":
-            out[name] = float(match[3]), 2.0 * layer
-        else:
-            out[name] = nodes.n_heads + 0.3, 2.0 * layer + (0.0 if nodes.parallel else 1.0)
+    out = {"input": (middle, 0.0), "logits": (middle, 1.0 + len(levels))}
+    for match in there:
+        x = float(match[3]) if match[1] == "a" else nodes.n_heads + 0.3
+        out[match[0]] = x, height[int(match[2]), above and match[1] == "m"]
     return out
 
 

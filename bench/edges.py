@@ -33,6 +33,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import deltapatch
 from deltapatch.analysis.attribution import SplitForward
 from deltapatch.bench.results import check_free, stamp, write
+from deltapatch.engine.costs import layer_parameters
+from deltapatch.engine.options import EdgeOptions
+from deltapatch.engine.question import ask
+from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.nodes import LOGITS, MLP, Nodes
 from deltapatch.models.forward import activation
 from deltapatch.results.folder import environment
@@ -207,7 +211,7 @@ def measure(config: GPT2Config, length: int, first: int, batches: int, seed: int
         for way in WAYS:
             best = min(_all_edges(plain, by_layer, way, size, batches, rng) for size in BATCHES)
             seconds.setdefault(way, []).append(best)
-    question_flops = _necessary(model, pair)
+    question_flops = necessary(model, pair)
     rate = float(np.median(rates))
     median = {name: float(np.median(times)) for name, times in seconds.items()}
     return {
@@ -223,11 +227,23 @@ def measure(config: GPT2Config, length: int, first: int, batches: int, seed: int
     }  # fmt: skip
 
 
-def _necessary(model: deltapatch.Model, pair: deltapatch.PromptPair) -> int:
-    from deltapatch.engine.options import EdgeOptions
-    from deltapatch.engine.question import ask
+def necessary(model: deltapatch.Model, pair: deltapatch.PromptPair) -> int:
+    """FLOPs that all edges of a pair need, with two logits read of each row.
 
-    return ask(model, [pair], EdgeOptions(direction="noise", metrics="logit_diff")).flops
+    In the last layer keys and values of all tokens are needed, and all else of the last one alone.
+    """
+    question = ask(model, [pair], EdgeOptions(direction="noise", metrics="logit_diff"))
+    spec, entered = model.spec, question.entering
+    grid, run = question.interventions, question.runs[0]
+    assert isinstance(grid, EdgeGrid)
+    own = grid.own_flops(spec, 0, question.pairs[0], run)
+    flying = np.cumsum(entered)[:-1]  # [layer], row tokens that pass through each
+    last = int(flying[-1])
+    rows = last // (run.length - question.pairs[0].first_difference)
+    keys = 2 * spec.d_model * 2 * spec.n_kv_heads * spec.d_head
+    rest = 2 * layer_parameters(spec) - keys
+    before = 2 * layer_parameters(spec) * int(flying[:-1].sum())
+    return own + before + last * keys + rows * rest
 
 
 def _agreement(

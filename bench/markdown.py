@@ -77,9 +77,28 @@ def growth(result: dict[str, Any]) -> str:
     return as_table(rows)
 
 
+_WAYS = {
+    "deltapatch": "deltapatch",
+    "prefix": "a row a patched edge, over cached keys and values",
+    "layer": "the same, whole prompts from the receiver's layer on",
+    "full": "the same, whole forwards",
+    "two-runs": "two forwards an edge, all logits (EAP-IG's way)",
+}
+
+
+def edges(result: dict[str, Any]) -> str:
+    """Every way to patch all edges: seconds, and how many times as long as deltapatch."""
+    rows = [["", "seconds", "times as long", "error against float64"]]
+    for way, what in _WAYS.items():
+        times, error = sorted(result["seconds"][way]), result["agreement"][way]
+        ratio = result["times_as_long"][way]
+        rows.append([what, f"{times[len(times) // 2]:,.0f}", f"{ratio:.1f}", f"{error:.0e}"])
+    return as_table(rows)
+
+
 def table(result: dict[str, Any]) -> str:
     """The table of a result."""
-    tables = {"compare": rates, "growth": growth, "precision": precision, "stream": stream}
+    tables = {"compare": rates, "growth": growth, "precision": precision, "stream": stream, "edges": edges}
     return tables[result["kind"]](result)
 
 

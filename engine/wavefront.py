@@ -71,7 +71,7 @@ class Wavefront:
         self.setup, self.model, self.spec = setup, setup.model, setup.model.spec
         self.prompts, self.measured = prompts, measured
         self.ops, self.pool, self.tick = setup.ops, setup.pool, tick
-        self.table, self.n_interventions, self.given = table, table.n_rows, vectors
+        self.table, self.n_interventions = table, table.n_rows
         self.shapes = prompts.shapes
         self.rows: Rows = make_rows(table, self.shapes.prompt, self.spec)
         self.edges = None if nodes is None else Edges(setup, prompts, self.rows, nodes)
@@ -79,6 +79,8 @@ class Wavefront:
         self.row_reads = RowReads(Reads(self.shapes, prompts.targets), self.rows.pair, measured)
         self.precision, self.dtype = setup.precision, setup.precision.base
         self.exact = setup.precision.exact
+        of_patches = () if vectors is None else vectors.arrays
+        self.vectors = [upload(array, self.model.device).to(self.dtype) for array in of_patches]
         self.unpatched = Unpatched(setup, prompts)
 
     @torch.no_grad()
@@ -269,15 +271,16 @@ class Wavefront:
         heads = {"q": self.spec.n_heads, "z": self.spec.n_heads, "k": self.spec.n_kv_heads}
         heads["v"] = heads["k"]
         number, head = decode(index, heads.get(place, 0))
-        given = [upload(array, delta.device).to(delta.dtype) for array in (self.given or Vectors()).arrays]
         if kind == EDIT["add"]:
-            rows = torch.stack([given[i][0] for i in number.tolist()])
+            rows = torch.stack([self.vectors[i][0] for i in number.tolist()])
             return [Add(to(token), to(head) if place in heads else None, rows, on_host=token)]
         out: list[Edit] = []
         for i in np.unique(number).tolist():
             mine = number == i
             at = to(head[mine]) if place in heads else None
-            out.append(Along(to(token[mine]), to(source[mine]), at, delta, given[i], on_host=token[mine]))
+            out.append(
+                Along(to(token[mine]), to(source[mine]), at, delta, self.vectors[i], on_host=token[mine])
+            )
         return out
 
     def _tensor(self, array: np.ndarray) -> Tensor:

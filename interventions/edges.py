@@ -182,12 +182,15 @@ class EdgeGrid:
             receiver = self.nodes.receivers[name]
             if receiver.reads == LOGITS:
                 continue
+            # In the last layer what is read alone goes on from the heads.
+            ends = receiver.layer == self.nodes.n_layers - 1
+            at_end = int((tokens > 0).sum()) * run.reads
             group = self.nodes.group(receiver.reads, receiver.head)
             out = 2 * spec.d_model * spec.d_head * (group.stop - group.start)
             if receiver.reads == MLP:
-                total += n * (patched if "total" in self.effects else 1) * mlp
+                total += n * (patched if "total" in self.effects and not ends else at_end) * mlp
                 continue
-            there = patched if receiver.reads == Q else seen
+            there = at_end if ends else patched if receiver.reads == Q else seen
             total += n * there * (out + (0 if spec.parallel or "total" not in self.effects else mlp))
         layers = {self.nodes.receivers[name].layer for name in self.receivers}
         earlier = [sum(s < self.nodes.attention(l) for s in self.senders) for l in layers]

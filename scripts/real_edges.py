@@ -189,6 +189,11 @@ def main(work: Path) -> None:
     print(json.dumps({k: result[k] for k in ("seconds", "estimates", "curves", "subtraction")}, indent=1))
 
 
+def _both(a: np.ndarray, b: np.ndarray) -> str:
+    found = correlations(a, b)
+    return f"Pearson {found['pearson']:.2f}, Spearman {found['spearman']:.2f}"
+
+
 def figures(
     edges: dp.EdgeEffects,
     scores: dict[str, np.ndarray],
@@ -199,19 +204,21 @@ def figures(
 ) -> None:
     """The page's figures."""
     with figure_style():
-        figure, axes = plt.subplots(1, 3, figsize=(10, 3.2))
+        figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
         for panel, method in zip(axes[:2], ("eap", "eap-ig"), strict=True):
             a, b = (np.nan_to_num(scores[m]).mean(0)[there] for m in ("exact", method))
             panel.plot(a, b, ".", markersize=1.5, color=COLOURS[0], rasterized=True)
-            panel.set_title(f"{METHODS[method]}: Pearson {np.corrcoef(a, b)[0, 1]:.2f}")
+            panel.set_title(f"{METHODS[method]}: {_both(a, b)}")
             panel.set_ylabel("estimate, mean of 3 pairs")
         axes[2].plot(own, rough, ".", markersize=2, color=COLOURS[1], rasterized=True)
-        axes[2].set_title(f"bfloat16, by subtraction: Pearson {np.corrcoef(own, rough)[0, 1]:.2f}")
+        axes[2].set_title(f"bfloat16, by subtraction: {_both(own, rough)}")
         axes[2].set_ylabel("difference of two runs, one pair")
         for panel in axes:
-            low, high = panel.get_xlim()
-            panel.axline((0, 0), slope=1, color="0.7", linewidth=0.7, zorder=0)
-            panel.set_xlim(low, high)
+            panel.plot([-20, 20], [-20, 20], color="0.7", linewidth=0.7, zorder=0)
+            for axis in ("x", "y"):
+                getattr(panel, f"set_{axis}scale")("symlog", linthresh=0.01)
+                getattr(panel, f"set_{axis}lim")(-20, 20)
+                getattr(panel, f"set_{axis}ticks")([-10, -1, -0.1, 0, 0.1, 1, 10])
             panel.set_xlabel("exact effect on the logit difference")
         save(figure, FIGURES / "real_edges_estimates")
         figure, panel = plt.subplots(figsize=(5, 3.2))

@@ -123,11 +123,13 @@ def effects(
     wirings: Sequence[Wiring],
     direction: str = "denoise",
     source: str = "counterpart",
+    runs_of: Sequence[Sequence[int]] = (),
 ) -> dict[str, np.ndarray]:
     """Every metric of wired runs of one pair: name -> [row].
 
     Args:
         wirings: what each edge that is told carries: a number, or one for each position of the prompt.
+        source: "counterpart", "zero", or "mean" over the runs of `runs_of`, prompts of one length.
     """
     prompt, other = (pair.corrupted, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupted)
     runs = []
@@ -137,6 +139,11 @@ def effects(
         theirs = unpatched(true, [*other, *after])
         if source == "zero":
             theirs = {name: np.zeros_like(value) for name, value in theirs.items()}
+        elif source == "mean":
+            every = [unpatched(true, [*p, *after]) for p in runs_of]
+            theirs = {name: np.mean([run[name] for run in every], axis=0) for name in theirs}
+        elif runs_of:
+            theirs = unpatched(true, [*runs_of[0], *after])
         together: dict[tuple[str, str], np.ndarray] = {}
         for row, wiring in enumerate(wirings):
             for edge, kind in wiring.items():

@@ -110,6 +110,22 @@ def test_long_answers_and_zeros(variant):
         assert_close(got.flat, want, "fp64", source)
 
 
+@pytest.mark.parametrize("variant", FEW)
+def test_other_sources(variant):
+    """The mean over all prompts of one length, and another pair's source run."""
+    true = true_model(variant)
+    drawn = [*pairs(true, (4, 4), seed=5), *pairs(true, (3,), seed=8), *pairs(true, (3,), seed=9)]
+    wirings = [total(e) for e in edges(true)]
+    same = [[p for q in drawn if len(q.clean) == len(d.clean) for p in (q.clean, q.corrupted)] for d in drawn]
+    partner = [drawn[i] for i in (1, 0, 3, 2)]  # the only other one of its length
+    for source, runs_of in (("mean", same), ("resample", [[p.clean] for p in partner])):
+        got = sweep(variant, drawn, "fp64", source=source)
+        found = [
+            effects(true, d, wirings, source=source, runs_of=r) for d, r in zip(drawn, runs_of, strict=True)
+        ]
+        assert_close(got.flat, {m: np.stack([f[m] for f in found]) for m in METRICS}, "fp64", source)
+
+
 def test_key_value_heads_read_for_their_group():
     true, drawn = true_model("llama-grouped"), pairs(true_model("llama-grouped"), (5,), seed=6)
     got = sweep("llama-grouped", drawn, "fp64", keys="kv", receivers=["a1<k>", "a1<v>"])

@@ -125,7 +125,16 @@ def _outcome(folder: Path, seed: Callable[[str], Path]) -> None:
     model = deltapatch.load_model(seed("gpt_neox"), device="cpu")
     pairs = [deltapatch.PromptPair([1, 2, 3], [1, 5, 3 + i], 7, 8) for i in range(2)]
     patches = [deltapatch.Intervention(i, [deltapatch.Patch("mlp_out", 0, 1)]) for i in (0, 1, 1)]
+    steer = [0.1] * model.spec.d_model
+    patches.append(deltapatch.Intervention(0, [deltapatch.Patch("attn_out", 0, 2, add=steer)]))
     deltapatch.run(model, pairs, patches, progress=False, precision="fp32", out=folder)
+
+
+def _edges(folder: Path, seed: Callable[[str], Path]) -> None:
+    model = deltapatch.load_model(seed("gpt_neox"), device="cpu")
+    pairs = [deltapatch.PromptPair([1, 2, 3], [1, 5, 3 + i], 7, 8) for i in range(2)]
+    options = {"positions": [1, -1], "effect": "both", "precision": "fp32", "progress": False}
+    deltapatch.sweep_edges(model, pairs, senders="input,m0", out=folder, **options)  # type: ignore[arg-type]
 
 
 def _begun(folder: Path, seed: Callable[[str], Path]) -> None:
@@ -162,6 +171,7 @@ MAKERS: dict[str, Callable[[Path, Callable[[str], Path]], None]] = {
     "pairs": _pairs,
     "run": _sweep,
     "outcome": _outcome,
+    "edges": _edges,
     "begun": _begun,
     "bin": _bin,
     "tasks": _tasks,

@@ -71,6 +71,14 @@ def outcome(path: Path) -> bytes:
     ).encode()
 
 
+def edges(path: Path) -> bytes:
+    found = deltapatch.load_edges(path)
+    told = [found.edges, found.positions, found.direction, found.accuracy(), found.pairs]
+    numbers = [found.values(m, e).tobytes() for m in found.metrics for e in found.grid.effects]
+    found.columns(found.metrics)
+    return repr((told, numbers)).encode()
+
+
 def merged(path: Path) -> bytes:
     merge(path)
     return (path / "effects.safetensors").read_bytes() + (path / "pairs.jsonl").read_bytes()
@@ -88,6 +96,7 @@ TARGETS: dict[str, Callable[[Path], bytes]] = {
     "pairs": pairs,
     "run": run,
     "outcome": outcome,
+    "edges": edges,
     "merge": merged,
     "convert": converted,
     "facts": lambda path: repr(read_facts(path / "facts.jsonl", None)).encode(),

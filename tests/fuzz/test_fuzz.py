@@ -110,7 +110,7 @@ def broken_run(data, seed):
 
 @fuzz
 def run_folder(data, hunter, seeds):
-    what = data.draw(st.sampled_from(["run", "outcome"]))
+    what = data.draw(st.sampled_from(["run", "outcome", "edges"]))
     name, broken = broken_run(data, seeds(what))
     hunter.check(what, seeds(what), {name: broken}, right=hunter.ask(what, seeds(what))["text"])
 
@@ -120,7 +120,7 @@ def signed_run_folder(data, hunter, seeds):
     """Broken by somebody who knows how to make a checksum."""
     seed = hunter.folder / "signed"
     shutil.rmtree(seed, ignore_errors=True)
-    what = data.draw(st.sampled_from(["run", "outcome"]))
+    what = data.draw(st.sampled_from(["run", "outcome", "edges"]))
     shutil.copytree(seeds(what), seed)
     name, broken = broken_run(data, seed)
     (seed / name).write_bytes(broken)
