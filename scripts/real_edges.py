@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from real_model import folder
 from transformers import AutoModelForCausalLM
 
@@ -208,10 +209,10 @@ def figures(
         for panel, method in zip(axes[:2], ("eap", "eap-ig"), strict=True):
             a, b = (np.nan_to_num(scores[m]).mean(0)[there] for m in ("exact", method))
             panel.plot(a, b, ".", markersize=1.5, color=COLOURS[0], rasterized=True)
-            panel.set_title(f"{METHODS[method]}: {_both(a, b)}")
+            panel.set_title(f"{METHODS[method]}\n{_both(a, b)}")
             panel.set_ylabel("estimate, mean of 3 pairs")
         axes[2].plot(own, rough, ".", markersize=2, color=COLOURS[1], rasterized=True)
-        axes[2].set_title(f"bfloat16, by subtraction: {_both(own, rough)}")
+        axes[2].set_title(f"bfloat16 by subtraction\n{_both(own, rough)}")
         axes[2].set_ylabel("difference of two runs, one pair")
         for panel in axes:
             panel.plot([-20, 20], [-20, 20], color="0.7", linewidth=0.7, zorder=0)
@@ -220,7 +221,7 @@ def figures(
                 getattr(panel, f"set_{axis}lim")(-20, 20)
                 getattr(panel, f"set_{axis}ticks")([-10, -1, -0.1, 0, 0.1, 1, 10])
             panel.set_xlabel("exact effect on the logit difference")
-        save(figure, FIGURES / "real_edges_estimates")
+        _keep(figure, "estimates")
         figure, panel = plt.subplots(figsize=(5, 3.2))
         for colour, (method, curve) in zip(COLOURS, curves.items(), strict=False):
             label = f"{METHODS[method]}: CPR {curve['cpr']:.2f}, CMD {curve['cmd']:.2f}"
@@ -230,13 +231,17 @@ def figures(
         panel.set_xlabel("share of edges that are kept")
         panel.set_ylabel("faithfulness, ratio of means of 3 pairs")
         panel.legend()
-        save(figure, FIGURES / "real_edges_curves")
+        _keep(figure, "curves")
         circuit = dp.Circuit.top(edges, 80)
         if len(circuit):
-            save(
-                circuit_graph(circuit, f"{len(circuit)} of the 80 largest edges reach the logits"),
-                FIGURES / "real_edges_circuit",
-            )
+            title = f"{len(circuit)} of the 80 largest edges reach the logits"
+            _keep(circuit_graph(circuit, title), "circuit")
+
+
+def _keep(figure: Figure, name: str) -> None:
+    """As PNG alone."""
+    _, pdf = save(figure, FIGURES / f"real_edges_{name}")
+    pdf.unlink()
 
 
 if __name__ == "__main__":
