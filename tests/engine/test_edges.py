@@ -272,3 +272,21 @@ def test_as_many_edges_as_are_published(shape, keys, n):
         nodes, nodes.choose_senders("all"), nodes.choose_receivers("all"), ["together"], ("total",), True, 1
     )
     assert nodes.n_edges == len(grid.edges) == n
+
+
+@pytest.mark.parametrize("variant", FEW)
+def test_a_streamed_model_has_the_same_edges(variant, tmp_path):
+    """Bit for bit: its weights are read in every pass. Circuits too."""
+    hf_model(variant).save_pretrained(tmp_path / "model")
+    given = as_pairs(pairs(true_model(variant), (5, 4), seed=13))
+    options = {"precision": "fp32", "progress": False, "noise_sample": 0, "metrics": "logit_diff"}
+    found, shares = [], []
+    for stream in (False, True):
+        model = deltapatch.load_model(tmp_path / "model", stream=stream)
+        assert model.stream == stream
+        edges_found = deltapatch.sweep_edges(model, given, direction="noise", **options)
+        found.append(edges_found.flat("logit_diff"))
+        circuit = deltapatch.Circuit.top(edges_found, 40)
+        shares.append(deltapatch.faithfulness(model, given, circuit, progress=False, precision="fp32").raw)
+    assert np.array_equal(*found)
+    assert np.array_equal(*shares)

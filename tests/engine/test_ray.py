@@ -12,7 +12,7 @@ from engine_survivor import budget, cut_off, make_hf_model, make_pairs, passes_o
 import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine.cluster import team as ray_team
-from deltapatch.engine.cluster.sweep import Cluster, ray_sweep
+from deltapatch.engine.cluster.sweep import Cluster, ray_sweep, ray_sweep_edges
 from deltapatch.engine.cluster.worker import Worker
 from deltapatch.engine.pool import threads
 from deltapatch.results.kept import KeptPasses
@@ -98,6 +98,22 @@ def test_one_of_two_workers_is_killed_halfway(folder, options, alone, tmp_path, 
     assert found.meta["passes"] == 10
     assert found.meta["model"] == str(folder)
     assert found.values("ie", "z").shape == (10, 2, 2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cluster")
+def test_edges_go_there_too(folder, tmp_path):
+    options = {"receivers": "m,a<v>", "effect": "both", "precision": "fp32", "progress": False}
+    with threads(1):
+        model = deltapatch.load_model(folder, device="cpu")
+        deltapatch.sweep_edges(model, PAIRS, out=tmp_path / "alone", memory_budget="40MB", **options)
+    found = ray_sweep_edges(
+        folder, PAIRS, Cluster(cpus=1), out=tmp_path / "run", memory_budget="40MB", **options
+    )
+    assert same(tmp_path / "run", tmp_path / "alone")
+    assert found.edges == deltapatch.load_edges(tmp_path / "alone").edges
+    with pytest.raises(DeltapatchError, match="load_edges reads it"):
+        ray_sweep_edges(folder, PAIRS, Cluster(cpus=1), out=tmp_path / "run", **options)
 
 
 @pytest.mark.slow
