@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
@@ -19,6 +20,8 @@ from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.folder import plain_errors
 
 _MOST_TICKS = 48
+_MOST_NODES = 150  # of senders or receivers; beyond, the heads of a layer share a cell
+_LINEAR = 50  # of the largest effect, up to which the scale is linear
 DRAWN = 60  # edges of a graph, where no circuit says which
 _READS = {"q": COLOURS[0], "k": COLOURS[2], "v": COLOURS[1], "m": COLOURS[3], "l": COLOURS[6]}
 _WHAT = {"q": "queries", "k": "keys", "v": "values", "m": "MLP", "l": "logits"}
@@ -28,19 +31,29 @@ _NODE = re.compile(r"([am])(\d+)(?:\.(?:h|kv)(\d+))?")
 def edge_heatmap(edges: EdgeEffects, metric: str, effect: str, pair: int | None = None) -> Figure:
     """Senders by receivers, mean over pairs or of one; edges that are not there are grey. Lines part layers.
 
-    Of edges at single positions each cell is the sum over positions.
+    Of edges at single positions each cell is the sum over positions. Of many nodes heads of a layer share a
+    cell, which is the effect of the edge between them that is largest in magnitude. The scale is linear near
+    zero and logarithmic beyond: a few edges are far larger than all others.
     """
     mean = edges.mean(metric, effect) if pair is None else edges.flat(metric, effect)[pair]
-    of = f"mean of {len(edges.pairs)} pairs" if pair is None else f"pair {pair}"
+    title = f"{effect} effects of edges, {edges.direction}, "
+    title += f"mean of {len(edges.pairs)} pairs" if pair is None else f"pair {pair}"
     if not edges.grid.together:
         mean = np.nansum(mean, axis=1)
-    grid = edges.by_node(mean[None] if edges.grid.together else mean[None, :, None])[0]
-    grid = grid if grid.ndim == 2 else grid[..., 0]
-    colours, norm = colour_scale([grid], metric)
+    grid = np.full((len(edges.senders), len(edges.receivers)), np.nan)
+    sender, receiver = edges.grid.edges.T
+    grid[np.searchsorted(edges.grid.senders, sender), receiver] = mean
+    rows, columns = edges.senders, edges.receivers
+    if max(grid.shape) > _MOST_NODES:
+        grid, rows, columns = _by_layer(grid, rows, columns)
+        title += "\neach cell the largest effect of its heads"
+    colours, linear = colour_scale([grid], metric)
+    most = float(np.nanmax(np.abs(grid))) or 1.0
+    norm = AsinhNorm(most / _LINEAR, linear.vmin, linear.vmax)
     height, width = (max(3.0, min(9.0, 0.11 * n + 1.5)) for n in grid.shape)
     figure, axes = plt.subplots(figsize=(max(4.5, width), height))
     image = axes.pcolormesh(grid, cmap=colours, norm=norm, rasterized=grid.size > 10_000)
-    for which, names in (("y", edges.senders), ("x", edges.receivers)):
+    for which, names in (("y", rows), ("x", columns)):
         starts = _layer_starts(names)
         if len(names) <= _MOST_TICKS:
             at, labels = np.arange(len(names)) + 0.5, list(names)
@@ -55,9 +68,33 @@ def edge_heatmap(edges: EdgeEffects, metric: str, effect: str, pair: int | None 
     axes.tick_params(length=0, labelsize=6)
     axes.set_ylabel("sender")
     axes.set_xlabel("receiver")
-    axes.set_title(f"{effect} effects of edges, {edges.direction}, {of}")
-    figure.colorbar(image, ax=axes, label=metric_label(metric, wide=False, most=44))
+    axes.set_title(title)
+    bar = figure.colorbar(image, ax=axes, label=metric_label(metric, wide=True, most=44))
+    powers = [most * 10.0**-p for p in range(2)]
+    ticks = [0.0, *powers, *(-t for t in powers)]
+    bar.set_ticks([t for t in ticks if (linear.vmin or 0.0) <= t], labels=[
+        f"{t:.2g}" for t in ticks if (linear.vmin or 0.0) <= t
+    ])  # fmt: skip
     return figure
+
+
+def _by_layer(
+    grid: np.ndarray, rows: Sequence[str], columns: Sequence[str]
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """The same with the heads of a layer together: of each cell what is largest in magnitude."""
+    row_names, column_names = (
+        [re.sub(r"\.(h|kv)\d+", "", name) for name in names] for names in (rows, columns)
+    )
+    of_row, of_column = (list(dict.fromkeys(names)) for names in (row_names, column_names))
+    out = np.full((len(of_row), len(of_column)), np.nan)
+    row = np.array([of_row.index(name) for name in row_names])
+    column = np.array([of_column.index(name) for name in column_names])
+    there = np.argwhere(~np.isnan(grid))
+    values = grid[tuple(there.T)]
+    for at in np.argsort(np.abs(values), kind="stable"):  # the largest is written last
+        i, j = there[at]
+        out[row[i], column[j]] = values[at]
+    return out, of_row, of_column
 
 
 def _layer_starts(names: Sequence[str]) -> list[tuple[int, str]]:

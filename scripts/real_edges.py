@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import deltapatch as dp
 from deltapatch.analysis.attribution import SplitForward, attribute_edges
 from deltapatch.analysis.circuit_runs import SHARES
-from deltapatch.analysis.edge_plots import circuit_graph
+from deltapatch.analysis.edge_plots import circuit_graph, edge_heatmap
 from deltapatch.analysis.style import COLOURS, figure_style, save
 from deltapatch.interventions.nodes import LOGITS, MLP, Nodes
 from deltapatch.interventions.pairs import encode_pairs
@@ -232,6 +232,7 @@ def figures(
         panel.set_ylabel("faithfulness, ratio of means of 3 pairs")
         panel.legend()
         _keep(figure, "curves")
+        _keep(edge_heatmap(edges, "logit_diff", "total"), "total")
         circuit = dp.Circuit.top(edges, 80)
         if len(circuit):
             title = f"{len(circuit)} of the 80 largest edges reach the logits"
