@@ -16,6 +16,7 @@ from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.wirings import Wiring, existing
 from deltapatch.results.edge_effects import EdgeEffects
+from deltapatch.results.effects import looking
 from deltapatch.results.folder import plain_errors
 from deltapatch.results.metrics import METRICS
 from deltapatch.results.wholefile import write_new
@@ -164,6 +165,13 @@ class Circuit:
     def wiring(self) -> Wiring:
         """As runs take it."""
         return Wiring(self.kept, existing(self.nodes) & ~self.kept)
+
+    def plot(self, title: str = "") -> Any:
+        """A matplotlib Figure: the circuit from the input at the bottom to the logits at the top.
+
+        DeltapatchError where it is empty.
+        """
+        return looking().plot_circuit(self, title)
 
     def __repr__(self) -> str:
         return f"Circuit of {len(self):,} of {self.nodes.n_edges:,} edges between {len(self.parts)} senders"

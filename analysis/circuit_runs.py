@@ -22,7 +22,7 @@ from deltapatch.models.spec import ModelSpec
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the edges, in MIB's curve
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Faithfulness:
     """What circuits keep of the model's behaviour. The clean run is the base: direction noise.
 
@@ -43,8 +43,12 @@ class Faithfulness:
     source: str
     meta: dict[str, Any]
 
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{share:.3f}" for share in self.share)
+        return f"Faithfulness by {self.metric}, {self.source}, {len(self.empty)} pair(s): {shares}"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Curve:
     """Faithfulness over the share of edges that are kept.
 
@@ -60,6 +64,12 @@ class Curve:
     faithfulness: Faithfulness
     cpr: float
     cmd: float
+
+    def __repr__(self) -> str:
+        f = self.faithfulness.share
+        points = zip(self.shares, self.circuits, f, strict=True)
+        lines = [f"{s:>8.1%} {len(c):>9,} edges {x:>8.3f}" for s, c, x in points]
+        return "\n".join([*lines, f"CPR {self.cpr:.3f}, CMD {self.cmd:.3f}"])
 
 
 def faithfulness(

@@ -142,8 +142,7 @@ def circuit(
         points = [(s, len(c), x) for s, c, x in zip(line.shares, line.circuits, f, strict=True)]
         about["curve"] = [dict(zip(("share", "edges", "faithfulness"), p, strict=True)) for p in points]
         about |= {"cpr": line.cpr, "cmd": line.cmd}
-        lines += [f"{s:>8.1%} {n:>9,} edges {x:>8.3f}" for s, n, x in points]
-        lines.append(f"CPR {line.cpr:.3f}, CMD {line.cmd:.3f}")
+        lines.append(repr(line))
     if figure:
         from deltapatch.analysis.edge_plots import draw_circuit
 

@@ -14,7 +14,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from deltapatch.analysis.circuit import Circuit
 from deltapatch.analysis.curves import neuron_ranking
+from deltapatch.analysis.edge_plots import circuit_graph, edge_heatmap
 from deltapatch.analysis.heatmaps import head_heatmaps, position_heatmaps
 from deltapatch.analysis.select import one_pair, select
 from deltapatch.analysis.style import figure_style
@@ -22,6 +24,7 @@ from deltapatch.analysis.tables import Table, averages
 from deltapatch.errors import DeltapatchError
 from deltapatch.explore.page import page, write_page
 from deltapatch.interventions.sites import SITES
+from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import Effects
 from deltapatch.results.metrics import check_metric, default_metric
 
@@ -68,6 +71,33 @@ def top(effects: Effects, n: int = 10, metric: str | None = None, site: str | No
         )
     by = ["layer", "position", *(["index"] if SITES[sites[0]].index.counts else [])]
     return averages(effects, metric, by, sites).top(n)
+
+
+def plot_edges(
+    edges: EdgeEffects, metric: str | None = None, effect: str | None = None, *, pair: int | None = None
+) -> Figure:
+    """Senders by receivers: see `EdgeEffects.plot`."""
+    metric = default_metric(edges.metrics) if metric is None else metric
+    check_metric(metric)
+    chosen = effect or edges.grid.effects[0]
+    if pair is not None and not 0 <= pair < len(edges.pairs):
+        raise DeltapatchError(f"pair {pair} does not exist: this run has 0 to {len(edges.pairs) - 1}")
+    edges.flat(metric, chosen)  # which says what is wrong
+    return _made(lambda: edge_heatmap(edges, metric, chosen, pair))
+
+
+def top_edges(edges: EdgeEffects, n: int = 10, metric: str | None = None, effect: str | None = None) -> Table:
+    """The n strongest means over pairs: see `EdgeEffects.top`."""
+    metric = default_metric(edges.metrics) if metric is None else metric
+    by = ["sender", "receiver", *([] if edges.grid.together else ["position"])]
+    return averages(edges, metric, by, [effect or edges.grid.effects[0]]).top(n)
+
+
+def plot_circuit(circuit: Circuit, title: str = "") -> Figure:
+    """A graph in layers: see `Circuit.plot`."""
+    if not len(circuit):
+        raise DeltapatchError("the circuit has no edges to draw: keep more of them")
+    return _made(lambda: circuit_graph(circuit, title))
 
 
 @dataclass(frozen=True, repr=False)

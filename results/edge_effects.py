@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from deltapatch import markup
 from deltapatch.errors import DeltapatchError, path_of
 from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.pairs import EncodedPair
-from deltapatch.results.effects import import_pandas, is_labelled, position_column
+from deltapatch.results.effects import import_pandas, is_labelled, looking, position_column
 from deltapatch.results.folder import Record, reference_tensors, write_run
 from deltapatch.results.metrics import METRICS, Direction, Reference, asked_of, compute, terms
 
@@ -153,6 +154,33 @@ class EdgeEffects:
     def caveat(self) -> str | None:
         """What a reader has to know beside effects: that the model answers nothing right; None otherwise."""
         return self.reference.caveat()
+
+    def plot(self, metric: str | None = None, effect: str | None = None, *, pair: int | None = None) -> Any:
+        """A matplotlib Figure, senders by receivers.
+
+        Args:
+            metric: `recovered` by default, or the first that the run can answer.
+            effect: "total" or "direct"; the first that was measured by default.
+            pair: the number of a pair; the mean over pairs by default.
+
+        Raises:
+            DeltapatchError: an unknown metric, effect or pair, or one that was not measured.
+        """
+        return looking().plot_edges(self, metric, effect, pair=pair)
+
+    def top(self, n: int = 10, metric: str | None = None, effect: str | None = None) -> Any:
+        """The n means over pairs that are largest in magnitude, as a table: `columns` has its arrays.
+
+        Arguments and errors are those of `plot`.
+        """
+        return looking().top_edges(self, n, metric, effect)
+
+    def _repr_html_(self) -> str:
+        title, *lines = repr(self).split("\n")
+        best = self.top(5)
+        rows = zip(*(column.tolist() for column in best.columns.values()), strict=True)
+        shown = [[f"{v:.4g}" if isinstance(v, float) else v for v in row] for row in rows]
+        return markup.table(title, shown, tuple(best.columns), [line.strip() for line in lines])
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a run folder, which `load_edges` reads.

@@ -219,7 +219,7 @@ class Effects:
         Raises:
             DeltapatchError: an unknown metric, or one that was not measured.
         """
-        return _looking().plot(self, metric)
+        return looking().plot(self, metric)
 
     def heatmap(self, site: str | None = None, metric: str | None = None, *, pair: int | None = None) -> Any:
         """A matplotlib Figure of one site: whole vectors by position, heads by position and head.
@@ -234,7 +234,7 @@ class Effects:
         Raises:
             DeltapatchError: an unknown site, metric or pair, or one that was not swept.
         """
-        return _looking().heatmap(self, site, metric, pair=pair)
+        return looking().heatmap(self, site, metric, pair=pair)
 
     def top(self, n: int = 10, metric: str | None = None, site: str | None = None) -> Any:
         """The n means over pairs that are largest in magnitude, as a table: `columns` has its arrays.
@@ -246,7 +246,7 @@ class Effects:
         Raises:
             DeltapatchError: an unknown site or metric; sites that do not share a ranking.
         """
-        return _looking().top(self, n, metric, site)
+        return looking().top(self, n, metric, site)
 
     def explore(self, metrics: str | Sequence[str] | None = None) -> Any:
         """The page of `deltapatch explore`: a notebook shows it, and `.save(path)` writes it.
@@ -257,7 +257,7 @@ class Effects:
         Raises:
             DeltapatchError: plotly is not installed; an unknown metric or one that was not measured.
         """
-        return _looking().Explorer(self, metrics)
+        return looking().Explorer(self, metrics)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a run folder. DeltapatchError where the path is taken or cannot be written."""
@@ -353,7 +353,7 @@ def position_column(positions: Sequence[int | str], labelled: bool) -> np.ndarra
     return np.array([str(p) for p in positions], dtype=object) if labelled else np.array(positions, np.int64)
 
 
-def _looking() -> Any:
+def looking() -> Any:
     """The part that draws effects, and so stands above them: found by its name, as the face finds its own."""
     return import_module("deltapatch.explore.looking")
 

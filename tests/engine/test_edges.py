@@ -290,3 +290,28 @@ def test_a_streamed_model_has_the_same_edges(variant, tmp_path):
         shares.append(deltapatch.faithfulness(model, given, circuit, progress=False, precision="fp32").raw)
     assert np.array_equal(*found)
     assert np.array_equal(*shares)
+
+
+def test_they_show_themselves():
+    """Figures, rankings and the tables of notebooks; texts of a run stay text."""
+    drawn = pairs(true_model("llama"), (5, 4), seed=14)
+    found = sweep("llama", drawn, effect="both", direction="noise")
+    assert found.plot("logit_diff").axes
+    assert found.plot("kl", "direct", pair=1).axes
+    top = found.top(4, "logit_diff")
+    assert len(top) == 4
+    assert (np.diff(np.abs(top.columns["logit_diff"])) <= 0).all()
+    assert "<table>" in found._repr_html_()
+    apart = sweep("llama", drawn, positions="all", senders="input")
+    assert "position" in apart.top(3).columns
+    assert apart.plot("logit_diff").axes
+    circuit = deltapatch.Circuit.top(found, 30)
+    assert circuit.plot().axes
+    for call, said in (
+        (lambda: found.plot("magic"), "unknown metric"),
+        (lambda: found.plot("kl", "half"), "was not measured"),
+        (lambda: found.plot("kl", pair=7), "pair 7 does not exist"),
+        (lambda: deltapatch.Circuit.top(found, 0).plot(), "no edges to draw"),
+    ):
+        with pytest.raises(DeltapatchError, match=said):
+            call()
