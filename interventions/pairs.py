@@ -183,14 +183,15 @@ class _Encoder:
                 raise DeltapatchError(f"{name}: {field_} must be a dictionary, not {shown(value)}")
         labels: dict[str, int] = {}
         for label, at in pair.labels.items():
+            own = label_name(label, name)
             if not isinstance(at, str):
-                labels[label_name(label, name)] = _place(label, at, len(clean), name)
+                labels[own] = _place(own, at, len(clean), name)
                 continue
             found = self._tokens_of(at, pair.clean, clean, f"{name}: label {shown(label)}")
-            spots = {f"{label}[{i}]": p for i, p in enumerate(found)}
-            spots |= {f"{label}[{i}]": found[i] for i in range(-len(found), 0)} | {label: found[-1]}
-            for own, place in spots.items():
-                labels[label_name(own, name)] = _place(own, place, len(clean), name)
+            spots = {f"{own}[{i}]": p for i, p in enumerate(found)}
+            spots |= {f"{own}[{i}]": found[i] for i in range(-len(found), 0)} | {own: found[-1]}
+            for spot, place in spots.items():
+                labels[spot] = _place(spot, place, len(clean), name)
         return EncodedPair(
             clean=clean,
             corrupted=corrupted,

@@ -61,7 +61,7 @@ def correlations(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 @torch.no_grad()
 def by_subtraction(path: Path, model: dp.Model, pair: Any, edges: list[tuple[int, str]]) -> np.ndarray:
     """Effects of some edges as the difference of two runs of transformers' model in bfloat16, with hooks."""
-    hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, trust_remote_code=False).eval()
     nodes, split = Nodes.of(model.spec), SplitForward(model, torch.float32)
     answers = pair.clean_answer[0], pair.corrupted_answer[0]
     runs = [split.run(split.embed(tokens), answers) for tokens in (pair.clean, pair.corrupted)]

@@ -61,7 +61,8 @@ def test_edges_keep_it(sweeps, precision, spare):
     found = of(sweeps, precision, "edges", spare)
     assert found["passes"] > 1, "the budget did not have to cut anything"
     assert found["growth"] - found["results"] <= found["budget"], found
-    assert found["growth"] > found["budget"] / 8, f"the estimate is so high that it tests nothing: {found}"
+    # The blocks of so small a model are far from what a block may take.
+    assert found["growth"] > found["budget"] / 20, f"the estimate is so high that it tests nothing: {found}"
 
 
 def test_each_thread_has_its_part_of_the_budget(sweeps):
