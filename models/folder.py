@@ -16,6 +16,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LARGEST_JSON = 100_000_000  # characters, as safetensors allows a header
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
+_LONGEST_NAME = 255  # bytes of a file's name, on all file systems that are in use
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -146,7 +147,8 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index:
         raise DeltapatchError(f"{path} has no 'weight_map'")
     for file in index.values():
-        # A name that leaves the folder has no business in an index.
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+        # A name that leaves the folder, or that no folder can hold, has no business in an index.
+        named = isinstance(file, str) and Path(file).name == file and file not in ("", "..")
+        if not named or len(file.encode(errors="replace")) > _LONGEST_NAME:
             raise DeltapatchError(f"{path}: {shown(file)} is not the name of a file in the same folder")
     return index

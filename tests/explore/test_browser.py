@@ -199,7 +199,9 @@ def test_the_copied_python_makes_the_joint_patch(open_page, tmp_path):
 
     def copied(button):
         tab.click(button)
-        tab.wait_for_function("document.getElementById('copied').textContent.includes('copied')")
+        tab.locator(
+            "#copied", has_text="copied"
+        ).wait_for()  # the page lets no text be run, a predicate's neither
         return tab.evaluate("navigator.clipboard.readText()")
 
     def said(code):

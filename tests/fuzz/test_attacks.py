@@ -110,7 +110,7 @@ def test_headers_that_lie(hunter, seeds, tmp_path, make, target):
 
 
 @pytest.mark.parametrize(
-    "name", ["../stolen.safetensors", "/etc/passwd", "..", "", "a/b", "nothing", "\x00", 5]
+    "name", ["../stolen.safetensors", "/etc/passwd", "..", "", "a/b", "nothing", "\x00", "x" * 5000, 5]
 )
 def test_an_index_does_not_lead_out_of_its_folder(hunter, seeds, tmp_path, name):
     folder = changed(seeds, tmp_path, "sharded", INDEX)
