@@ -18,7 +18,7 @@ from deltapatch.analysis.circuit_runs import wired
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.pairs_file import Pairs
-from deltapatch.interventions.wirings import Wiring, existing
+from deltapatch.interventions.wirings import existing, keeping
 from deltapatch.models.model import Model
 from deltapatch.results.metrics import check_metric
 
@@ -92,9 +92,7 @@ def acdc(
 
     def losses(circuits: Sequence[np.ndarray], **other: Any) -> np.ndarray:
         """Of circuits: mean over pairs."""
-        found, _ = wired(
-            model, pairs, [Wiring(kept, every & ~kept) for kept in circuits], metric, **options | other
-        )
+        found, _ = wired(model, pairs, [keeping(nodes, kept) for kept in circuits], metric, **options | other)
         return sign * found.mean(1)
 
     left = order(nodes)

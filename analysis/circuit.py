@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deltapatch.arguments import whole
-from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.arguments import choice, whole
+from deltapatch.errors import DeltapatchError, path_of
 from deltapatch.interventions.nodes import Nodes
-from deltapatch.interventions.wirings import Wiring, existing
+from deltapatch.interventions.wirings import Wiring, existing, keeping
 from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import looking
 from deltapatch.results.folder import plain_errors
@@ -80,8 +80,7 @@ class Circuit:
     ) -> "Circuit":
         """The edges whose mean effect is at least a threshold; else as `top`."""
         nodes, scores, d_model = cls._scored(edges, metric)
-        judged = np.abs(scores) if by == "magnitude" else scores
-        found = cls(nodes, existing(nodes) & (judged >= threshold), scores, d_model)
+        found = cls(nodes, existing(nodes) & (_judged(scores, by) >= threshold), scores, d_model)
         return found.pruned() if prune else found
 
     @classmethod
@@ -117,9 +116,7 @@ class Circuit:
         n = whole(n, "a circuit's number of edges must be a whole number")
         if not 0 <= n <= there.sum():
             raise DeltapatchError(f"a circuit of {n:,} edges cannot be had: the model has {there.sum():,}")
-        if by not in ("magnitude", "sign"):
-            raise DeltapatchError(f"unknown way of choosing {shown(by)}: choose from magnitude, sign")
-        judged = np.where(there, np.abs(scores) if by == "magnitude" else scores, -np.inf)
+        judged = np.where(there, _judged(scores, by), -np.inf)
         if greedy:
             kept = _greedy(nodes, judged, n)
         else:
@@ -164,7 +161,7 @@ class Circuit:
 
     def wiring(self) -> Wiring:
         """As runs take it."""
-        return Wiring(self.kept, existing(self.nodes) & ~self.kept)
+        return keeping(self.nodes, self.kept)
 
     def plot(self, title: str = "") -> Any:
         """A matplotlib Figure: the circuit from the input at the bottom to the logits at the top.
@@ -233,6 +230,11 @@ class Circuit:
                 raise ValueError(f"edge {name}")
             kept[at], scores[at] = bool(told["in_graph"]), told["score"]
         return cls(nodes, kept, scores, int(cfg.get("d_model", 0)))
+
+
+def _judged(scores: np.ndarray, by: By) -> np.ndarray:
+    """What edges are ranked by. DeltapatchError where that is unknown."""
+    return np.abs(scores) if choice(by, ("magnitude", "sign"), "way of choosing") == "magnitude" else scores
 
 
 def _owners(nodes: Nodes) -> np.ndarray:

@@ -15,7 +15,7 @@ from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.interventions.sources import DIFFERING
-from deltapatch.interventions.wirings import Wiring, Wirings, all_own, existing
+from deltapatch.interventions.wirings import Wiring, Wirings, all_own, keeping
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 
@@ -104,7 +104,7 @@ def faithfulness(
     for circuit in chosen:
         if circuit.nodes != Nodes.of(model.spec):
             raise DeltapatchError(f"{circuit!r} is of another model than {model!r}")
-    nothing = Wiring(np.zeros_like(chosen[0].kept), existing(chosen[0].nodes))
+    nothing = keeping(chosen[0].nodes, np.zeros_like(chosen[0].kept))
     wirings = [nothing, *(circuit.wiring() for circuit in chosen)]
     options |= {"direction": "noise", "source": source, "metrics": metric}
     found, meta = wired(model, pairs, wirings, metric, **options)

@@ -28,6 +28,12 @@ _WHAT = {"q": "queries", "k": "keys", "v": "values", "m": "MLP", "l": "logits"}
 _NODE = re.compile(r"([am])(\d+)(?:\.(?:h|kv)(\d+))?")
 
 
+def check_pair(edges: EdgeEffects, pair: int | None) -> None:
+    """Raise DeltapatchError where a run has no such pair."""
+    if pair is not None and not 0 <= pair < len(edges.pairs):
+        raise DeltapatchError(f"pair {pair} does not exist: this run has 0 to {len(edges.pairs) - 1}")
+
+
 def edge_heatmap(edges: EdgeEffects, metric: str, effect: str, pair: int | None = None) -> Figure:
     """Senders by receivers, mean over pairs or of one; edges that are not there are grey. Lines part layers.
 
@@ -35,6 +41,7 @@ def edge_heatmap(edges: EdgeEffects, metric: str, effect: str, pair: int | None 
     cell, which is the effect of the edge between them that is largest in magnitude. The scale is linear near
     zero and logarithmic beyond: a few edges are far larger than all others.
     """
+    check_pair(edges, pair)
     mean = edges.mean(metric, effect) if pair is None else edges.flat(metric, effect)[pair]
     title = f"{effect} effects of edges, {edges.direction}, "
     title += f"mean of {len(edges.pairs)} pairs" if pair is None else f"pair {pair}"

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from deltapatch.analysis.circuit import Circuit
 from deltapatch.analysis.curves import layer_curves, neuron_ranking
-from deltapatch.analysis.edge_plots import DRAWN, circuit_graph, edge_heatmap
+from deltapatch.analysis.edge_plots import DRAWN, check_pair, circuit_graph, edge_heatmap
 from deltapatch.analysis.heatmaps import head_heatmaps, position_heatmaps
 from deltapatch.analysis.select import one_pair
 from deltapatch.analysis.style import figure_style, save
@@ -38,8 +38,7 @@ def plot_edges(
         DeltapatchError: an unknown metric or one that was not measured, no such pair, or a folder that cannot
             be written.
     """
-    if pair is not None and not 0 <= pair < len(edges.pairs):
-        raise DeltapatchError(f"pair {pair} does not exist: this run has 0 to {len(edges.pairs) - 1}")
+    check_pair(edges, pair)
     metric = default_metric(edges.metrics) if metric is None else metric
     check_metric(metric)
     folder, paths, grid = Path(folder), list[Path](), edges.grid

@@ -9,14 +9,13 @@ a row takes the part of its head. (3) A message to the MLP, or to the logits, is
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deltapatch.engine.block import BlockStep, Layer
-from deltapatch.engine.layout import Block, Layout, how_many_blocks
+from deltapatch.engine.layout import Block, Layout, adjoining, how_many_blocks
 from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.rows import DIRECT, HEADS, LOGITS, MLP, Rows, is_together
 from deltapatch.engine.setup import Setup
@@ -28,11 +27,8 @@ from deltapatch.kernels.device import upload
 from deltapatch.kernels.product import Scaled
 from deltapatch.kernels.segments import Segment
 
-
-class Heard(NamedTuple):
-    """What the heads of a layer hear: (what they read, pair) -> [position, sender, n_heads * d_head]."""
-
-    z: dict[tuple[int, int], Tensor]
+# What the heads of a layer hear: (what they read, pair) -> [position, sender, n_heads * d_head].
+Heard = dict[tuple[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -148,12 +144,12 @@ class Edges:
         """What the heads of a layer hear of the senders before it, for rows that start at one position."""
         mine = ids[self.of_row.stage[ids] == HEADS]
         if not len(mine):
-            return Heard({})
+            return {}
         number = int(self.of_row.layer[mine[0]])
         n = int(np.searchsorted(self.senders, self.nodes.attention(number)))
         by = np.unique(self.of_row.reads[mine]).tolist()
         pairs, first = np.unique(self.rows.pair[mine], return_index=True)
-        z: dict[tuple[int, int], Tensor] = {}
+        z: Heard = {}
         work: list[tuple[int, int, slice]] = []
         for pair, row in zip(pairs.tolist(), mine[first].tolist(), strict=True):
             positions = int(self.shapes.length[pair] - self.rows.start[row])
@@ -179,7 +175,7 @@ class Edges:
                 there[:, slots] = d[: len(there) * message.shape[1]].view(len(there), message.shape[1], -1)
 
         self.setup.pool(listen, work)
-        return Heard(z)
+        return z
 
     def brought(self, layout: Layout, block: Block, heard: Heard, *, reads_only: bool) -> Tensor:
         """What the rows of a block bring where they enter, [token, width].
@@ -207,7 +203,7 @@ class Edges:
                 done += segment.rows
                 for a, b in _alike(rows.reads[mine], rows.head[mine]):
                     slots = np.searchsorted(self.senders, rows.sender[mine[a:b]])
-                    which = _adjoining(slots)
+                    which = adjoining(slots)
                     if not heads:
                         lo, hi = int(slots.min()), int(slots.max()) + 1
                         said = self.message(pair + i, int(mine[a]), segment.positions, slice(lo, hi))
@@ -216,7 +212,7 @@ class Edges:
                     reads, head = int(rows.reads[mine[a]]), int(rows.head[mine[a]])
                     group = self.nodes.group(reads, head)
                     columns = slice(group.start * self.spec.d_head, group.stop * self.spec.d_head)
-                    z = heard.z[reads, pair + i][-segment.positions :]
+                    z = heard[reads, pair + i][-segment.positions :]
                     there[i, :, a:b, columns] = z[:, which, columns]
         return out
 
@@ -225,10 +221,3 @@ def _alike(reads: np.ndarray, head: np.ndarray) -> Iterator[tuple[int, int]]:
     """Runs of rows whose receiver is the same."""
     edges = [0, *(np.flatnonzero((np.diff(reads) != 0) | (np.diff(head) != 0)) + 1).tolist(), len(reads)]
     return pairwise(edges)
-
-
-def _adjoining(slots: np.ndarray) -> slice | np.ndarray:
-    """Slots as a slice, where each is next to the one before."""
-    if slots[-1] - slots[0] == len(slots) - 1 and (np.diff(slots) == 1).all():
-        return slice(int(slots[0]), int(slots[-1]) + 1)
-    return slots

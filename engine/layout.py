@@ -104,6 +104,13 @@ def spread(segments: list[Segment], first: np.ndarray, stride: np.ndarray) -> np
     return np.concatenate(parts)
 
 
+def adjoining(places: np.ndarray) -> slice | np.ndarray:
+    """Places as a slice, where each is next to the one before."""
+    if places[-1] - places[0] == len(places) - 1 and (np.diff(places) == 1).all():
+        return slice(int(places[0]), int(places[-1]) + 1)
+    return places
+
+
 def first_tokens(segments: list[Segment]) -> np.ndarray:
     """[row], the first token of each row of segments."""
     return np.concatenate(

@@ -79,11 +79,6 @@ def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
     return found
 
 
-def edges_of(question: Question) -> EdgeGrid | None:
-    """The edges that a question is about, if it is about edges."""
-    return question.interventions if isinstance(question.interventions, EdgeGrid) else None
-
-
 def work_limit(question: Question, threads: int) -> Limit:
     """How much work a pass may be."""
     return Limit.of(question.model, threads, 1 + question.n_sources)
@@ -101,16 +96,16 @@ def carry(
     """Carry a pass out; `narrow_few` as of `Setup`."""
     setup = Setup(question.model, precision, question.backend, pool, narrow_few)
     prompts = prompts_of(question, part.pairs)
-    wirings, edges = question.interventions, edges_of(question)
-    if isinstance(wirings, Wirings):
-        return WiredPass(setup, prompts, part.table, wirings, question.measured, tick).run()
+    asked = question.interventions
+    if isinstance(asked, Wirings):
+        return WiredPass(setup, prompts, part.table, asked, question.measured, tick).run()
     return Wavefront(
         setup,
         prompts,
         part.table,
         question.measured,
-        nodes=None if edges is None else edges.nodes,
-        vectors=question.interventions.vectors if isinstance(question.interventions, Listed) else None,
+        nodes=asked.nodes if isinstance(asked, EdgeGrid) else None,
+        vectors=asked.vectors if isinstance(asked, Listed) else None,
         tick=tick,
     ).run()
 

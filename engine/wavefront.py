@@ -14,7 +14,7 @@ from torch import Tensor
 from deltapatch.engine.block import BlockStep, Edits, Layer
 from deltapatch.engine.edges import Edges, Heard
 from deltapatch.engine.layers import Layers, Ready
-from deltapatch.engine.layout import Block, Layout, first_tokens, how_many_blocks, lay_out
+from deltapatch.engine.layout import Block, Layout, adjoining, first_tokens, how_many_blocks, lay_out
 from deltapatch.engine.passresult import PassResult
 from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.readout import ReadOut
@@ -160,7 +160,7 @@ class Wavefront:
             here = ready.here
             ids = layout.rows[block.rows]
             swaps = self._swaps(l, layout, block, ids, ready.deltas, here.last)
-            place = _adjoining((after or self.row_reads).places(block, ids))
+            place = adjoining((after or self.row_reads).places(block, ids))
             step = BlockStep(here, block.segments, swaps)
             dx = rows[block.tokens] if stage == WHOLE else None
             if isinstance(place, slice):
@@ -285,10 +285,3 @@ class Wavefront:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return upload(np.ascontiguousarray(array, dtype=np.int64), self.model.device)
-
-
-def _adjoining(to: np.ndarray) -> slice | np.ndarray:
-    """Places as a slice, where each is next to the one before."""
-    if to[-1] - to[0] == len(to) - 1 and (np.diff(to) == 1).all():
-        return slice(int(to[0]), int(to[-1]) + 1)
-    return to

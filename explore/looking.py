@@ -80,8 +80,6 @@ def plot_edges(
     metric = default_metric(edges.metrics) if metric is None else metric
     check_metric(metric)
     chosen = effect or edges.grid.effects[0]
-    if pair is not None and not 0 <= pair < len(edges.pairs):
-        raise DeltapatchError(f"pair {pair} does not exist: this run has 0 to {len(edges.pairs) - 1}")
     edges.flat(metric, chosen)  # which says what is wrong
     return _made(lambda: edge_heatmap(edges, metric, chosen, pair))
 

@@ -138,6 +138,11 @@ def all_own(nodes: Nodes) -> Wiring:
     return Wiring(own, np.zeros_like(own))
 
 
+def keeping(nodes: Nodes, kept: np.ndarray) -> Wiring:
+    """The wiring of a circuit: edges that are kept, [sender, receiver], carry their own, others source."""
+    return Wiring(kept, existing(nodes) & ~kept)
+
+
 def existing(nodes: Nodes) -> np.ndarray:
     """[sender, receiver] bool, whether there is an edge."""
     before = np.array([nodes.before(receiver) for receiver in nodes.receivers.values()])
