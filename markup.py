@@ -22,7 +22,11 @@ def table(
 
 def in_notebook() -> bool:
     """Whether this program is the kernel of a notebook."""
-    return "ipykernel" in sys.modules and "IPython" in sys.modules
+    if "IPython" not in sys.modules:
+        return False
+    from IPython.core.getipython import get_ipython
+
+    return hasattr(get_ipython(), "kernel")  # that ipykernel is imported says nothing: nbclient imports it
 
 
 def _cell(value: object) -> str:

@@ -9,8 +9,10 @@ from matplotlib import pyplot as plt
 
 import deltapatch as dp
 from deltapatch.analysis.faithfulness import ranking
+from deltapatch.engine import progress
 from deltapatch.engine.progress import progress_bar
 from deltapatch.errors import DeltapatchError
+from deltapatch.markup import in_notebook
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -127,9 +129,8 @@ def test_a_notebook_has_a_bar_that_goes(monkeypatch):
     fake = SimpleNamespace(
         HTML=lambda text: text, display=lambda html, display_id: shown.append(html) or place
     )
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=fake))
     monkeypatch.setitem(sys.modules, "IPython.display", fake)
-    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setattr(progress, "in_notebook", lambda: True)
     with progress_bar("patching <x>", 10, True) as advance:
         advance(5)
     assert shown[0] == "patching &lt;x&gt;"
@@ -139,3 +140,12 @@ def test_a_notebook_has_a_bar_that_goes(monkeypatch):
     with progress_bar("patching", 10, False) as advance:
         advance(5)
     assert not shown
+
+
+def test_only_a_kernel_is_a_notebook(monkeypatch):
+    getipython = pytest.importorskip("IPython.core.getipython")
+    pytest.importorskip("ipykernel")
+    assert not in_notebook()  # both are imported by who merely runs notebooks
+    for shell, kernel in ((SimpleNamespace(), False), (SimpleNamespace(kernel=object()), True)):
+        monkeypatch.setattr(getipython, "get_ipython", lambda shell=shell: shell)
+        assert in_notebook() is kernel
