@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from deltapatch.engine.sweep import run, sweep, sweep_edges
     from deltapatch.errors import DeltapatchError
     from deltapatch.interventions.given import Intervention, Patch
-    from deltapatch.interventions.pairs import PromptPair
+    from deltapatch.interventions.pairs import AnyOf, PromptPair
     from deltapatch.interventions.pairs_file import load_pairs
     from deltapatch.models.load import from_transformers, load_model
     from deltapatch.models.model import Model
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AnyOf": "interventions.pairs",
     "Circuit": "analysis.circuit",
     "DeltapatchError": "errors",
     "EdgeEffects": "results.edge_effects",
@@ -52,6 +53,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AnyOf",
     "Circuit",
     "DeltapatchError",
     "EdgeEffects",

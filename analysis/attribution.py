@@ -67,12 +67,15 @@ class SplitForward:
         positions = torch.arange(len(tokens)) if self.spec.learned_positions else None
         return self.model.embed(torch.tensor(tokens), self.dtype, positions=positions)
 
-    def run(self, x: Tensor, answers: tuple[int, int], added: dict[int, Tensor] | None = None) -> _Run:
+    def run(
+        self, x: Tensor, answers: tuple[list[int], list[int]], added: dict[int, Tensor] | None = None
+    ) -> _Run:
         """A run from its embeddings.
 
         Args:
             x: [T, d_model].
-            answers: tokens whose logits' difference at the last position is the metric.
+            answers: tokens whose logits' difference at the last position is the metric; of several that count
+                as one, log Σ exp(logit).
             added: receiver -> [T, d_model], what it reads beside the residual stream.
         """
         spec, heads, length = self.spec, self.spec.n_heads, len(x)
@@ -112,7 +115,7 @@ class SplitForward:
             said.append(mlp_out)
             x = x + attn_out + mlp_out
         logits = forward.readout((x + reading(1)[0])[-1], self.ends, spec)
-        metric = logits[answers[0]] - logits[answers[1]]
+        metric = logits[answers[0]].logsumexp(-1) - logits[answers[1]].logsumexp(-1)
         return _Run(torch.stack(said), raws, metric, read)
 
     def messages(self, base: _Run, source: _Run) -> Tensor:
@@ -175,7 +178,7 @@ def _estimates(
 ) -> np.ndarray:
     """[sender, receiver], where there is an edge or not."""
     base, source = (pair.corrupted, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupted)
-    answers = pair.clean_answer[0], pair.corrupted_answer[0]
+    answers = pair.clean_answer + pair.clean_others, pair.corrupted_answer + pair.corrupted_others
     x, other = (split.embed(tokens) for tokens in (base, source))
     with torch.no_grad():
         runs = [split.run(t, answers) for t in (x, other)]

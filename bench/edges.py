@@ -182,7 +182,7 @@ def measure(config: GPT2Config, length: int, first: int, batches: int, seed: int
     plains = {}
     for dtype in (torch.float32, torch.float64):
         split = SplitForward(model, dtype)
-        runs = [split.run(split.embed(t), (0, 1)) for t in (clean, corrupted)]
+        runs = [split.run(split.embed(t), ([0], [1])) for t in (clean, corrupted)]
         plains[dtype] = Plain(copy.deepcopy(hf).to(dtype), clean, first, split.messages(*runs))
     plain = plains[torch.float32]
 

@@ -84,6 +84,10 @@ def make_workload(
                 f"bench compares answers of one token, since its peers read one position, but pair {number} "
                 f"has one of {pair.answer_tokens}: make pairs with --answers one"
             )
+        if pair.clean_others or pair.corrupted_others:
+            raise DeltapatchError(
+                f"bench compares answers of one token, and pair {number} has any of several: give one"
+            )
     ids = one_length([(p.clean, p.corrupted, p.clean_answer[0], p.corrupted_answer[0]) for p in encoded])
     return Workload(str(path), *ids, metric=metric, device=device, batch=batch, threads=threads)
 

@@ -41,6 +41,9 @@ def shown_pairs(
         for which in ("clean_answer", "corrupted_answer"):
             ids = getattr(own, which)
             found[which] = {"tokens": pieces(tokenizer, ids), "ids": ids}
+            others = getattr(own, which.replace("_answer", "_others"))
+            if others:
+                found[which] |= {"or_tokens": pieces(tokenizer, others), "or_ids": others}
         bare = front and any(
             not isinstance(given, str) and ids[: len(front)] != front
             for given, ids in ((pair.clean, own.clean), (pair.corrupted, own.corrupted))
@@ -74,6 +77,7 @@ def _pair(found: dict[str, Any]) -> str:
     for which in ("clean_answer", "corrupted_answer"):
         tokens, head = found[which]["tokens"], f"{which.replace('_', ' '):<18}"
         text = " ".join(repr(token) for token in tokens)
+        text = " or ".join([text, *(repr(token) for token in found[which].get("or_tokens", []))])
         lines += wrap(head + text, _WIDTH, subsequent_indent=" " * len(head), drop_whitespace=False)
     return "\n".join(lines) + "\n"
 

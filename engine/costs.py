@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from deltapatch.interventions.grid import Grid
 from deltapatch.interventions.pairs import EncodedPair
-from deltapatch.interventions.runs import continuation
+from deltapatch.interventions.runs import continuation_of
 from deltapatch.interventions.sites import find_site
 from deltapatch.models.spec import ModelSpec
 
@@ -63,7 +63,7 @@ def sweep_cost(grid: Grid, pairs: Sequence[EncodedPair], spec: ModelSpec) -> tup
     """Rows and necessary FLOPs of a sweep over pairs of any lengths."""
     n_rows = needed = 0
     for pair in pairs:
-        continued = len(continuation(pair.clean_answer, pair.corrupted_answer).tokens)
+        continued = len(continuation_of(pair).tokens)
         for site in grid.sites:
             found = [place for p in site.positions if (place := pair.resolve(p)) is not None]
             layers = site.layers.tolist()

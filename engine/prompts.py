@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltapatch.engine.layout import PairShapes
 from deltapatch.engine.question import Question
+from deltapatch.interventions.runs import any_targets
 from deltapatch.interventions.sources import Source, check_source
 from deltapatch.kernels.device import upload
 from deltapatch.models.forward import Activations
@@ -25,7 +26,7 @@ class Prompts:
         noise: [base token, d_model] or None, added to the embeddings of the base run.
         source_noise: the same for the source run.
         shapes: of the pairs' runs, ordered by them.
-        targets: [read, 2], the next tokens of the clean and the corrupted answer (see continuation.py).
+        targets: [read, 2, token], the next tokens of the clean and the corrupted answer; see `any_targets`.
         kind: the source.
     """
 
@@ -125,7 +126,7 @@ def prompts_of(question: Question, numbers: Sequence[int]) -> Prompts:
         noise=noise if in_base else None,
         source_noise=None if in_base else noise,
         shapes=PairShapes([question.runs[i] for i in numbers]),
-        targets=np.concatenate([question.continued[i].targets for i in numbers]),
+        targets=any_targets([question.continued[i] for i in numbers]),
         kind=check_source(question.options.source),
     )
 

@@ -22,7 +22,7 @@ from deltapatch.interventions.grid import Grid, make_grid, positions_of
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.pairs import EncodedPair, encode_pairs, read_at
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
-from deltapatch.interventions.runs import Continuation, RunShape, check_length, check_rotary, continuation
+from deltapatch.interventions.runs import Continuation, RunShape, check_length, check_rotary, continuation_of
 from deltapatch.interventions.sources import DIFFERING, check_source, partners
 from deltapatch.interventions.table import PatchTable
 from deltapatch.interventions.wirings import Wirings
@@ -211,7 +211,7 @@ def ask(
     spec, (found, names) = model.spec, as_pairs(pairs)
     encoded = encode_pairs(found, model.tokenizer, spec.d_vocab, names)
     length = np.array([read_at(options.readout, i, p) + 1 for i, p in enumerate(encoded)])
-    continued = [continuation(pair.clean_answer, pair.corrupted_answer) for pair in encoded]
+    continued = [continuation_of(pair) for pair in encoded]
     for number, pair in enumerate(encoded):
         for rope in spec.all_ropes():
             check_rotary(pair, number, rope)

@@ -11,6 +11,7 @@ from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.reads import RowReads
 from deltapatch.engine.setup import Setup
 from deltapatch.interventions.runs import RunShape
+from deltapatch.kernels.answers import Answers
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.pieces import ForEach, in_turn, vocabulary_pieces
@@ -183,7 +184,7 @@ class ReadOut:
         Args:
             at, change: [read, d_model], the base run there, and the source run's difference.
             shapes: of these reads.
-            tokens: [read, 2], those of the answers.
+            tokens: [read, 2, token], those of the answers; NONE where an answer has fewer.
         """
         device = self.model.device
         stored, bias = ends.unembedding
@@ -221,24 +222,24 @@ class ReadOut:
             torch.mm(grown if slope is None else grown * slope, weight, out=parts[i])
 
         self.pool(multiply, range(len(pieces)))
-        answers = upload(tokens, device)
+        answers = Answers.of(upload(tokens, device))
         said = Said.empty(n, device)
         p = torch.empty(n, d_vocab, dtype=torch.float64, device=device)
 
         def tell(some: slice) -> None:
             runs = torch.stack([logits[some], logits[some] + changed[some]], 1).double()
-            which = answers[some].unsqueeze(1).expand(-1, 2, -1)  # [read, run, answer]
-            said.logit[some] = runs.gather(-1, which)
+            said.logit[some] = answers.total(runs, some)
             said.prediction[some] = runs.argmax(-1)
             logp = runs.log_softmax(-1)
-            said.logp[some] = logp.gather(-1, which)
+            said.logp[some] = answers.total(logp, some)
             torch.exp(logp[:, 0], out=p[some])
 
         self.pool(tell, [slice(i, i + _READS) for i in range(0, n, _READS)])
         share = (top - top.amax(0)).exp_()
         share /= (share * mass).sum(0)
         mean = parts.mul_(share.to(at.dtype)).sum(0)
-        return BaseReadout(logits, p, mean, answers, cap=cap, uncapped=uncapped), said
+        base = BaseReadout(logits, p, mean, answers.first, cap=cap, uncapped=uncapped, others=answers.others)
+        return base, said
 
     def _expanded(self, row_reads: RowReads, d_vocab: int, d_model: int, precision: Precision) -> np.ndarray:
         """[read], whether its rows take an expansion; see readout_tail.py."""

@@ -43,11 +43,11 @@ class Reads:
 
     Args:
         shapes: of its pairs.
-        targets: [read, (clean, corrupted)], as a `Continuation` has them.
+        targets: [read, (clean, corrupted), token], as `any_targets` has them.
     """
 
     def __init__(self, shapes: PairShapes, targets: np.ndarray) -> None:
-        self.targets = targets
+        self.any, self.targets = targets, targets[..., 0]  # [read, answer, token], [read, answer]
         self.pair = np.repeat(np.arange(len(shapes.runs)), shapes.reads)  # [read]
         self.first = np.concatenate([[0], np.cumsum(shapes.reads)[:-1]])  # [pair], its first read
         after = np.arange(len(self.pair)) - self.first[self.pair]  # tokens after the prompt
@@ -60,8 +60,9 @@ class Reads:
 
     @property
     def tokens(self) -> np.ndarray:
-        """[read, 2], the targets; where one answer alone goes on, its token twice."""
-        return np.where(self.targets == NONE, self.targets.max(1, keepdims=True), self.targets)
+        """[read, 2, token], the targets; where one answer alone goes on, its token twice."""
+        alone = (self.targets == NONE)[..., None]
+        return np.where(alone, self.any.max(1, keepdims=True), self.any)
 
     def asked(self, measured: Sequence[str]) -> list[Asked]:
         """What is asked of which reads, so that these numbers follow. The end of the prompt comes first."""
@@ -101,7 +102,7 @@ class Reads:
             alone = mine[~self.shared[mine]]
             np.add.at(out.logp[..., i], self.pair[mine], logp[mine, :, i])
             np.add.at(out.logit[..., i], self.pair[alone], logp[alone, :, i])
-            right = prediction[mine] == self.targets[mine, i, None]
+            right = (prediction[mine, :, None] == self.any[mine, i, None]).any(-1)
             np.logical_and.at(out.says[..., i], self.pair[mine], right)
         return out
 

@@ -12,6 +12,23 @@ from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.tokens import Tokens, after, around, pieces, text_before, tokenise
 
 _DEEPEST = 100  # that the meta of a pair may be nested
+_SHOWN = 4  # answers that count as one, in a text
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """Several answers that count as one: their probabilities add up.
+
+    `AnyOf([" yes", " Yes"])`, or all years above 45 against all below. Each is one token, as text or id.
+
+    Attributes:
+        any: the answers.
+    """
+
+    any: Sequence[str | int]
+
+
+Answer = str | int | list[int] | AnyOf
 
 
 @dataclass(frozen=True)
@@ -20,8 +37,8 @@ class PromptPair:
 
     Attributes:
         clean, corrupted: text, or a list of token ids.
-        clean_answer, corrupted_answer: text (tokenised in context, to one token or several), a token id, or a
-            list of them.
+        clean_answer, corrupted_answer: text (tokenised in context, to one token or several), a token id, a
+            list of them, or `AnyOf` several answers of one token.
         labels: name -> position, for example ``{"op1": 4, "subject": -3}``; or a text of the clean prompt,
             ``{"subject": "Eiffel Tower"}``, whose tokens are then `subject[0]`, `subject[1]` and so on,
             `subject[-1]` and just `subject` the last. A word of the tool, as `last`, names only what it means
@@ -31,8 +48,8 @@ class PromptPair:
 
     clean: str | list[int]
     corrupted: str | list[int]
-    clean_answer: str | int | list[int]
-    corrupted_answer: str | int | list[int]
+    clean_answer: Answer
+    corrupted_answer: Answer
     labels: Mapping[str, int | str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -55,6 +72,7 @@ class EncodedPair:
         meta: as in the `PromptPair`.
         clean_text, corrupted_text: one string a token; ``str(id)`` without a tokenizer.
         clean_answer_text, corrupted_answer_text: likewise, in one string.
+        clean_others, corrupted_others: tokens that count as the answer beside the one above (see `AnyOf`).
     """
 
     clean: list[int]
@@ -67,6 +85,8 @@ class EncodedPair:
     corrupted_text: list[str]
     clean_answer_text: str
     corrupted_answer_text: str
+    clean_others: list[int] = field(default_factory=list)
+    corrupted_others: list[int] = field(default_factory=list)
 
     @property
     def answer_tokens(self) -> int:
@@ -124,7 +144,8 @@ def encode_pairs(
         DeltapatchError: no pairs; text without a tokenizer; an empty prompt or answer; prompts of unequal
             length; a token id or a label position out of range; a label that says something else than the
             word of the tool that it is; an answer that changes the tokens of its prompt or is unknown to the
-            tokenizer; a prompt of ids that ends in an end token.
+            tokenizer; a prompt of ids that ends in an end token; `AnyOf` nothing, of answers that are not one
+            token each or come twice, or of one that the other answer, of several tokens, begins with.
 
     Warns:
         where a prompt's tokens are not those that the tokenizer itself would make of it.
@@ -174,10 +195,11 @@ class _Encoder:
                 f"{name}: the prompts must have the same number of tokens, but clean has {len(clean)} "
                 f"{self._pieces(clean)} and corrupted has {len(corrupted)} {self._pieces(corrupted)}."
             )
-        clean_answer = self._answer(pair.clean_answer, pair.clean, clean, "clean_answer", name)
-        corrupted_answer = self._answer(
+        clean_any = self._any_of(pair.clean_answer, pair.clean, clean, "clean_answer", name)
+        corrupted_any = self._any_of(
             pair.corrupted_answer, pair.corrupted, corrupted, "corrupted_answer", name
         )
+        _check_apart(clean_any, corrupted_any, name)
         for field_, value in (("labels", pair.labels), ("meta", pair.meta)):
             if not isinstance(value, Mapping):
                 raise DeltapatchError(f"{name}: {field_} must be a dictionary, not {shown(value)}")
@@ -195,14 +217,16 @@ class _Encoder:
         return EncodedPair(
             clean=clean,
             corrupted=corrupted,
-            clean_answer=clean_answer,
-            corrupted_answer=corrupted_answer,
+            clean_answer=clean_any[0],
+            corrupted_answer=corrupted_any[0],
             labels=labels,
             meta=_checked_meta(pair.meta, name),
             clean_text=self._pieces(clean),
             corrupted_text=self._pieces(corrupted),
-            clean_answer_text=self._as_one(clean_answer),
-            corrupted_answer_text=self._as_one(corrupted_answer),
+            clean_answer_text=self._any_text(clean_any),
+            corrupted_answer_text=self._any_text(corrupted_any),
+            clean_others=[token for (token,) in clean_any[1:]],
+            corrupted_others=[token for (token,) in corrupted_any[1:]],
         )
 
     def _prompt(self, prompt: str | list[int], which: str, name: str) -> list[int]:
@@ -271,6 +295,36 @@ class _Encoder:
         """What the tokenizer puts around a text."""
         return around(self.tokenizer)
 
+    def _any_of(
+        self, answer: Answer, prompt: str | list[int], ids: list[int], which: str, name: str
+    ) -> list[list[int]]:
+        """The tokens of an answer; those of each where any of several is one."""
+        if not isinstance(answer, AnyOf):
+            return [self._answer(answer, prompt, ids, which, name)]
+        several = answer.any
+        if isinstance(several, str) or not isinstance(several, Iterable) or not (several := list(several)):
+            raise DeltapatchError(
+                f"{name}: {which} is any of several answers: give a list of them, not {shown(several)}."
+            )
+        found = [self._answer(one, prompt, ids, which, name) for one in several]
+        for one, tokens in zip(several, found, strict=True):
+            if len(tokens) > 1:
+                raise DeltapatchError(
+                    f"{name}: {which} is any of several answers, and {shown(one)} has {len(tokens)} tokens: "
+                    "each must be one token."
+                )
+            if found.count(tokens) > 1:
+                raise DeltapatchError(
+                    f"{name}: {which} is any of several answers, and {shown(one)} is there twice: its "
+                    "probability would count twice."
+                )
+        return found
+
+    def _any_text(self, answers: list[list[int]]) -> str:
+        """An answer as one string, several with bars between."""
+        text = " | ".join(self._as_one(tokens) for tokens in answers[:_SHOWN])
+        return text if len(answers) <= _SHOWN else f"{text} | {len(answers) - _SHOWN} more"
+
     def _answer(
         self, answer: str | int | list[int], prompt: str | list[int], ids: list[int], which: str, name: str
     ) -> list[int]:
@@ -332,6 +386,16 @@ class _Encoder:
     def _as_one(self, ids: list[int]) -> str:
         """Tokens as one string."""
         return (" " if self.tokenizer is None else "").join(self._pieces(ids))
+
+
+def _check_apart(clean: list[list[int]], corrupted: list[list[int]], name: str) -> None:
+    """Refuse an answer of several tokens that begins with one that counts for the other."""
+    for several, other in ((clean, corrupted), (corrupted, clean)):
+        if len(several) > 1 and len(other[0]) > 1 and [other[0][0]] in several:
+            raise DeltapatchError(
+                f"{name}: one answer has {len(other[0])} tokens, and its first is one of the other answer's: "
+                "what such a run says would count for both. Leave that token out."
+            )
 
 
 def _place(label: str, at: Any, length: int, name: str) -> int:

@@ -7,13 +7,14 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from deltapatch.errors import DeltapatchError, path_of, shown
-from deltapatch.interventions.pairs import PromptPair
+from deltapatch.interventions.pairs import AnyOf, PromptPair
 from deltapatch.models.header import check_file
 
 # What may be given as the pairs of a sweep or run.
 Pairs = str | os.PathLike[str] | PromptPair | Mapping[str, Any] | Iterable[PromptPair | Mapping[str, Any]]
 
 _REQUIRED = ("clean", "corrupted", "clean_answer", "corrupted_answer")
+_ANSWERS = ("clean_answer", "corrupted_answer")
 _FIELDS = tuple(f.name for f in fields(PromptPair))
 
 
@@ -79,7 +80,7 @@ def as_pairs(pairs: Pairs) -> tuple[list[PromptPair], list[str]]:
             )
         if isinstance(one, Mapping):
             _check_fields(one, name)
-            one = PromptPair(**one)
+            one = _made(one)
         out.append(one)
     return out, [f"pair {i}" for i in range(len(out))]
 
@@ -124,9 +125,11 @@ def _pair(line: str, name: str) -> PromptPair:
     for field in ("clean", "corrupted"):
         if not isinstance(found[field], str) and not _is_ids(found[field]):
             raise DeltapatchError(f"{name}: {field!r} must be text or a list of token ids (whole numbers).")
-    for field in ("clean_answer", "corrupted_answer"):
+    for field in _ANSWERS:
         value = found[field]
-        if not isinstance(value, str) and not _is_int(value) and not _is_ids(value):
+        if isinstance(value, dict):
+            _check_any(value, field, name)
+        elif not isinstance(value, str) and not _is_int(value) and not _is_ids(value):
             kind = "a list of anything else" if isinstance(value, list) else _kind(value)
             raise DeltapatchError(
                 f"{name}: {field!r} must be text, a token id or a list of them, not {kind}."
@@ -138,7 +141,28 @@ def _pair(line: str, name: str) -> PromptPair:
         )
     if not isinstance(found.get("meta", {}), dict):
         raise DeltapatchError(f"{name}: 'meta' must be an object, not {_kind(found['meta'])}.")
-    return PromptPair(**found)
+    return _made(found)
+
+
+def _check_any(value: dict[str, Any], field: str, name: str) -> None:
+    """Check what stands for `AnyOf`."""
+    several = value.get("any")
+    if value.keys() != {"any"} or not isinstance(several, list):
+        raise DeltapatchError(
+            f"{name}: {field!r}, as an object, must be any of several answers, for example "
+            '{"any": [" yes", " Yes"]}.'
+        )
+    if not all(isinstance(one, str) or _is_int(one) for one in several):
+        raise DeltapatchError(f"{name}: each of {field!r} must be text or a token id.")
+
+
+def _made(found: Mapping[str, Any]) -> PromptPair:
+    """A pair of its fields, an object among the answers being any of several."""
+    fields_ = dict(found)
+    for field in _ANSWERS:
+        if isinstance(fields_[field], Mapping) and fields_[field].keys() == {"any"}:
+            fields_[field] = AnyOf(fields_[field]["any"])
+    return PromptPair(**fields_)
 
 
 def _check_fields(found: Mapping[str, Any], name: str) -> None:

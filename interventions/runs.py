@@ -61,11 +61,14 @@ class Continuation(NamedTuple):
         targets: for the end of the prompt and each of the tokens, the next token of the clean answer and of
             the corrupted one; NONE for an answer that does not go on from there. First come the reads that
             both answers share, the last of which is where they part; then those of one alone.
+        others: (of the clean answer, of the corrupted one), tokens at the end of the prompt that count as the
+            answer beside its target.
     """
 
     tokens: list[int]
     fork: tuple[int, int] | None
     targets: list[tuple[int, int]]
+    others: tuple[Sequence[int], Sequence[int]] = ((), ())
 
     def shape(self, prompt: int) -> RunShape:
         """Of the run, after a prompt of so many tokens."""
@@ -84,6 +87,28 @@ def continuation(clean: Sequence[int], corrupted: Sequence[int]) -> Continuation
     targets += [(NONE, token) for token in corrupted[shared + 1 :]]
     fork = (shared, shared + len(first)) if first and second else None
     return Continuation([*clean[:shared], *first, *second], fork, targets)
+
+
+def continuation_of(pair: EncodedPair) -> Continuation:
+    """What follows the prompts of a pair."""
+    found = continuation(pair.clean_answer, pair.corrupted_answer)
+    return found._replace(others=(pair.clean_others, pair.corrupted_others))
+
+
+def any_targets(continued: Sequence[Continuation]) -> np.ndarray:
+    """The targets of some pairs, [read, (clean, corrupted), token].
+
+    The first is the target, those after it count beside it; NONE where there are fewer.
+    """
+    most = 1 + max(len(some) for one in continued for some in one.others)
+    out = np.full((sum(len(one.targets) for one in continued), 2, most), NONE, dtype=np.int64)
+    read = 0
+    for one in continued:
+        out[read : read + len(one.targets), :, 0] = one.targets
+        for which, some in enumerate(one.others):
+            out[read, which, 1 : 1 + len(some)] = some
+        read += len(one.targets)
+    return out
 
 
 def check_length(pair: EncodedPair, number: int, spec: ModelSpec) -> None:

@@ -21,11 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.answers import Answers, CappedLogits, answer_change
 from deltapatch.kernels.pieces import ForEach, in_turn, vocabulary_pieces
 from deltapatch.kernels.product import NarrowedByPiece, Operand, Scaled, narrow, product
 from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.softcap import cap_difference, cap_slope
+from deltapatch.kernels.softcap import cap_difference
 
 CELLS = 1 << 20  # logit changes held at a time: few enough to stay in the cache
 # Of a row's likeliest token: whether it is not the base's, whether it is the clean or the corrupted answer's.
@@ -43,6 +44,15 @@ class BaseReadout(NamedTuple):
     tails: Mapping[int, Tail] = {}  # of the reads that have one; the others take every token as it is
     cap: float | None = None  # c of c tanh(x / c), where logits are capped
     uncapped: Tensor | None = None  # [read, d_vocab], what the cap is put on
+    others: Tensor | None = None  # [read, 2, other] int64, tokens that count as an answer too, -1 for none
+
+    def answer_change(self, dn: Tensor, read: int, unembedding: Tensor) -> tuple[Tensor, Tensor | None]:
+        """How a read's answers' logits change for some rows; see `answers.answer_change`."""
+        tokens = Answers(self.answers, self.others).all[read]
+        capped = None
+        if self.cap is not None and self.uncapped is not None:
+            capped = CappedLogits(self.cap, self.uncapped[read])
+        return answer_change(dn, unembedding, tokens, self.logits[read], capped)
 
     def capped(self, read: int | Tensor, tokens: slice | Tensor, change: Tensor) -> Tensor:
         """Changes of logits behind the cap, [row, token], for those before it; the same without one."""
@@ -104,10 +114,7 @@ def readout(
     out = {name: dn.new_empty(len(dn)) for name in measured}
     mean, answer = dn.new_empty(len(dn), 1), dn.new_empty(len(dn), 2)
     for some, read in spans:
-        columns = unembedding.exact[base.answers[read]].to(dn.dtype)  # [2, d_model]
-        beyond = None
-        if base.cap is not None:
-            columns, beyond = _linear_part(dn[some], columns, base, read)
+        columns, beyond = base.answer_change(dn[some], read, unembedding.exact)
         mean[some, 0] = dn[some] @ base.mean[read]
         answer[some] = dn[some] @ (columns - base.mean[read]).T
         if "logit_diff" in out:
@@ -129,24 +136,6 @@ def readout(
             for name, values in few.items():
                 out[name][left] = values
     return out
-
-
-def _linear_part(dn: Tensor, columns: Tensor, base: BaseReadout, read: int) -> tuple[Tensor, Tensor]:
-    """How the answers' capped logits change: by products with columns of their slope, and by what is beyond.
-
-    Args:
-        dn: [row, d_model], of one read.
-        columns: [2, d_model], the answers' unembedding.
-
-    Returns:
-        [2, d_model], and [row, 2].
-    """
-    assert base.uncapped is not None
-    assert base.cap is not None
-    slope = cap_slope(base.uncapped[read, base.answers[read]].double(), base.cap)  # [2]
-    change = (dn @ columns.T).double()
-    beyond = base.capped(read, base.answers[read], change) - slope * change
-    return columns * slope.to(columns.dtype).unsqueeze(1), beyond.to(dn.dtype)
 
 
 class _Changes(NamedTuple):
@@ -269,7 +258,7 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 class _Likeliest:
-    """Whether a row's likeliest token, of equal ones the first, is a certain one: the base's, or an answer's.
+    """Whether a row's likeliest token, of equal ones the first, is the base's, or one of an answer's.
 
     Args:
         base: of all reads.
@@ -288,16 +277,18 @@ class _Likeliest:
         lowest: Tensor,
     ) -> None:
         self.logits, self.pieces = base.logits, pieces
-        self.asked = [i for i, name in enumerate(_SAID) if name in out]
+        tokens = Answers(base.answers, base.others).all.flatten(1)  # [read, clean tokens and corrupted ones]
+        each = tokens.shape[1] // 2
+        self.of = [_SAID[0], *[_SAID[1]] * each, *[_SAID[2]] * each]  # what is said of each token looked at
+        self.asked = [i for i, name in enumerate(self.of) if name in out]
         if not self.asked:
             return
-        # [read][as _SAID]
-        self.tokens = {r: [int(base.logits[r].argmax()), *base.answers[r].tolist()] for _, r in spans}
+        self.tokens = {r: [int(base.logits[r].argmax()), *tokens[r].tolist()] for _, r in spans}
         # Of base logit - base's top logit + D - m: the highest of each piece; that of each token asked for,
         # the highest before it in its piece, and which piece that is.
         self.best = lowest.clone()
-        self.own, self.before = (lowest.new_empty(len(_SAID), lowest.shape[1]) for _ in range(2))
-        self.piece = torch.empty(self.own.shape, dtype=torch.int64, device=lowest.device)
+        self.own, self.before = (lowest[:1].expand(len(self.of), -1).clone() for _ in range(2))
+        self.piece = torch.zeros(self.own.shape, dtype=torch.int64, device=lowest.device)
 
     def take(self, i: int, change: Tensor, rows: slice, read: int) -> None:
         """Take in a piece of the vocabulary, [row, piece], of some rows of a read."""
@@ -318,7 +309,9 @@ class _Likeliest:
             return
         so_far = self.best.cummax(0).values  # [piece, row]
         earlier = torch.cat([torch.full_like(so_far[:1], -torch.inf), so_far[:-1]])
+        is_it = {name: torch.zeros_like(self.own[0], dtype=torch.bool) for name in _SAID}
         for j in self.asked:
             before = torch.maximum(earlier.gather(0, self.piece[j : j + 1])[0], self.before[j])
-            is_it = (self.own[j] > before) & (self.own[j] >= so_far[-1])
-            out[_SAID[j]].copy_(~is_it if j == 0 else is_it)
+            is_it[self.of[j]] |= (self.own[j] > before) & (self.own[j] >= so_far[-1])
+        for name in {self.of[j] for j in self.asked}:
+            out[name].copy_(~is_it[name] if name == "flip" else is_it[name])

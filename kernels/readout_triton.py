@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.answers import Answers
 from deltapatch.kernels.lang import expm1_minus, jit, on_device, tl
 from deltapatch.kernels.pieces import ForEach, in_turn
 from deltapatch.kernels.product import NarrowedByPiece, Operand, Scaled, narrow_triton, product
@@ -38,7 +39,7 @@ def readout_triton(
         return readout(rows, unembedding, base, measured=measured, pool=pool)
     dn, segments, first_reads = rows
     tiles = pair_tiles(segments, first_reads, _ROWS, dn.device)
-    columns = unembedding.exact[base.answers].to(dn.dtype)  # [read, 2, d_model]
+    columns, beyond = _answers(rows, unembedding.exact, base)
     # One product with the difference of the columns: their common part never enters.
     vectors = torch.stack(
         [base.mean, columns[:, 0] - base.mean, columns[:, 1] - base.mean, columns[:, 0] - columns[:, 1]], 1
@@ -56,6 +57,9 @@ def readout_triton(
             BLOCK_R=_ROWS,
             BLOCK_N=128,
         )
+    if beyond is not None:
+        dots[1:3] += beyond.T
+        dots[3] += beyond[:, 0] - beyond[:, 1]
     if all(name == "logit_diff" for name in measured):
         return dict.fromkeys(measured, dots[3])
     read = pair_of_rows(segments, first_reads, dn.device)
@@ -64,6 +68,17 @@ def readout_triton(
     found = _distribution(narrowed, dots, *made, entropy="entropy" in measured)
     found["logit_diff"] = dots[3]
     return {name: found[name].to(dn.dtype) for name in measured}
+
+
+def _answers(rows: ReadRows, unembedding: Tensor, base: BaseReadout) -> tuple[Tensor, Tensor | None]:
+    """How the answers' logits change: [read, 2, d_model], by products, and [row, 2] or None, beyond these."""
+    if base.others is None:
+        return unembedding[base.answers].to(rows.dn.dtype), None
+    columns = rows.dn.new_zeros(len(base.answers), 2, rows.dn.shape[1])
+    beyond = rows.dn.new_empty(len(rows.dn), 2)
+    for some, read in rows.spans():
+        columns[read], beyond[some] = base.answer_change(rows.dn[some], read, unembedding)  # type: ignore[assignment]
+    return columns, beyond
 
 
 def _distribution(
@@ -115,12 +130,13 @@ def _distribution(
     before = lead64.logsumexp(-1)
     lse = torch.where(direct, best + total.log() - before[read], mass.log1p())
     far = total.log() - fall / total - (before - own)[read]
+    said = Answers(base.answers, base.others).all[read]  # [row, 2, token]
     return {
         "entropy": torch.where(direct, far, lse - (turned + rest) / (1 + mass)),
         "kl": (lse - rest).clamp(min=0),
         "flip": likeliest != base.logits.argmax(-1)[read],
-        "says_clean": likeliest == base.answers[read, 0],
-        "says_corrupted": likeliest == base.answers[read, 1],
+        "says_clean": (likeliest.unsqueeze(1) == said[:, 0]).any(1),
+        "says_corrupted": (likeliest.unsqueeze(1) == said[:, 1]).any(1),
         "dlogp_clean": answer[0] - lse,
         "dlogp_corrupted": answer[1] - lse,
     }

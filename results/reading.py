@@ -45,6 +45,7 @@ _KINDS: dict[type, tuple[str, str]] = {
 }
 _MEND = "copy it again, or remove it and run the sweep again"
 _HINTS = get_type_hints(EncodedPair)
+_REQUIRED = _HINTS.keys() - {"clean_others", "corrupted_others"}  # which runs of 0.2 do not have
 _MOST = 2**50  # of anything that is counted
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
@@ -230,7 +231,7 @@ def _distinct(found: Any, *kinds: type) -> bool:
 
 
 def _pair(found: Any) -> EncodedPair:
-    _need(isinstance(found, dict) and found.keys() == _HINTS.keys(), f"a pair in {PAIRS}")
+    _need(isinstance(found, dict) and _REQUIRED <= found.keys() <= _HINTS.keys(), f"a pair in {PAIRS}")
     for name in ("clean_answer", "corrupted_answer"):
         _need(bool(found[name]), f"{name} of a pair in {PAIRS}")
     for name, value in found.items():

@@ -63,7 +63,7 @@ def by_subtraction(path: Path, model: dp.Model, pair: Any, edges: list[tuple[int
     """Effects of some edges as the difference of two runs of transformers' model in bfloat16, with hooks."""
     hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, trust_remote_code=False).eval()
     nodes, split = Nodes.of(model.spec), SplitForward(model, torch.float32)
-    answers = pair.clean_answer[0], pair.corrupted_answer[0]
+    answers = pair.clean_answer, pair.corrupted_answer
     runs = [split.run(split.embed(tokens), answers) for tokens in (pair.clean, pair.corrupted)]
     message = split.messages(*runs).to(torch.bfloat16)
     ids, d_head = torch.tensor([pair.clean]), model.spec.d_head

@@ -37,17 +37,23 @@ def answered(model: "Model", pairs: Pairs, among: str = "vocabulary") -> np.ndar
     encoded = [
         asked
         for pair in encode_pairs(given, model.tokenizer, model.spec.d_vocab, names)
-        for asked in ((pair.clean, pair.clean_answer), (pair.corrupted, pair.corrupted_answer))
+        for asked in (
+            (pair.clean, pair.clean_answer, pair.clean_others),
+            (pair.corrupted, pair.corrupted_answer, pair.corrupted_others),
+        )
     ]
-    some = np.array(sorted({token for _, answer in encoded for token in answer}))
-    known: dict[tuple[int, ...], bool] = {}
-    for prompt, answer in encoded:
-        key = (*prompt, -1, *answer)
+    some = np.array(sorted({token for _, answer, others in encoded for token in (*answer, *others)}))
+    known: dict[tuple[int, ...], list[int]] = {}  # prompt and answer -> the likeliest tokens
+    for prompt, answer, _ in encoded:
+        key = (*prompt, -1, *answer[:-1])
         if key not in known:
             logits = model.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :].cpu().numpy()  # [token, vocab]
             best = logits.argmax(-1) if among == "vocabulary" else some[logits[:, some].argmax(-1)]
-            known[key] = best.tolist() == answer
-    found = [known[(*prompt, -1, *answer)] for prompt, answer in encoded]
+            known[key] = best.tolist()
+    found = [
+        (said := known[(*prompt, -1, *answer[:-1])]) == answer or (len(said) == 1 and said[0] in others)
+        for prompt, answer, others in encoded
+    ]
     return np.array(found, dtype=bool).reshape(-1, 2)
 
 

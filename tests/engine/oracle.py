@@ -48,8 +48,8 @@ class Pair(NamedTuple):
 
     clean: list[int]
     corrupted: list[int]
-    clean_answer: int | list[int]
-    corrupted_answer: int | list[int]
+    clean_answer: int | list[int] | tuple[int, ...]
+    corrupted_answer: int | list[int] | tuple[int, ...]
     labels: dict[str, int] = {}  # noqa: RUF012  (never written to)
 
 
@@ -694,8 +694,10 @@ def _expm1_minus_x(x: np.ndarray) -> np.ndarray:
 
 
 def answers_of(pair: Pair) -> list[list[int]]:
-    """Clean and corrupted answer, as lists of tokens."""
-    return [[a] if isinstance(a, int) else list(a) for a in (pair.clean_answer, pair.corrupted_answer)]
+    """Clean and corrupted answer, as lists of tokens; a tuple is a token of which several count."""
+    return [
+        [a] if isinstance(a, int | tuple) else list(a) for a in (pair.clean_answer, pair.corrupted_answer)
+    ]
 
 
 def continuations(pair: Pair) -> list[list[int]]:
@@ -752,11 +754,18 @@ def metrics_of_answers(
     def logp_of(run: Sequence[np.ndarray]) -> list[np.ndarray]:
         """log P of the clean and of the corrupted answer, by the chain rule."""
         return [
-            sum(log_softmax(x[..., i, :])[..., token] for i, token in enumerate(answer))
+            sum(of_token(log_softmax(x[..., i, :]), token) for i, token in enumerate(answer))
             for x, answer in zip(run, answers, strict=True)
         ]
 
+    def of_token(logp: np.ndarray, token: int | tuple[int, ...]) -> np.ndarray:
+        return (
+            np.log(np.exp(logp[..., list(token)]).sum(-1)) if isinstance(token, tuple) else logp[..., token]
+        )
+
     def says(run: Sequence[np.ndarray], which: int) -> np.ndarray:
+        if isinstance(answers[which][0], tuple):
+            return np.isin(run[which].argmax(-1), answers[which][0]).all(-1)
         return (run[which].argmax(-1) == np.array(answers[which])).all(-1)
 
     def apart(run: Sequence[np.ndarray]) -> np.ndarray:

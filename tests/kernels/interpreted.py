@@ -340,13 +340,18 @@ def base_of(n_pairs, draw, weight, sure=0.0):
     return BaseReadout(logits, p, p.to(weight.dtype) @ weight, answers)
 
 
+@pytest.mark.parametrize("others", [False, True])
 @pytest.mark.parametrize(("scale", "pieces"), [*((scale, 1) for scale in SCALES), (1.0, 3)])
-def test_readout(scale, pieces, monkeypatch):
+def test_readout(scale, pieces, others, monkeypatch):
     packing = pack([(3, 2), (2, 1)], [(0, 0, 2, 1, 9), (1, 0, 1, 1, 3)])
     draw = drawer(7, torch.float32)
     weight = draw(2500 if pieces > 1 else 300, 37)
     monkeypatch.setattr("deltapatch.kernels.readout_triton.CELLS", 1024 if pieces > 1 else 1 << 20)
     base = base_of(3, draw, weight)
+    if others:  # tokens that count as the answers beside these; none in one read
+        some = torch.stack([torch.randperm(len(weight))[:8].view(2, 4) for _ in range(3)])
+        some[0, 1, 2:], some[1] = -1, -1
+        base = base._replace(others=some)
     dn = draw(packing.n_rows, 37, scale=scale)
     dn[1] = 0
     for precision, tolerance in (("fp32", 1e-5), ("fp16", 2e-3)):
