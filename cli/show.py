@@ -45,7 +45,7 @@ def shown_pairs(
             if others:
                 found[which] |= {"or_tokens": pieces(tokenizer, others), "or_ids": others}
         bare = front and any(
-            not isinstance(given, str) and ids[: len(front)] != front
+            _is_ids(given) and ids[: len(front)] != front
             for given, ids in ((pair.clean, own.clean), (pair.corrupted, own.corrupted))
         )
         found["missing_front"] = "".join(pieces(tokenizer, front)) if bare else None
@@ -56,6 +56,10 @@ def shown_pairs(
 def as_text(found: Sequence[dict[str, Any]]) -> str:
     """The same for people: a table a pair, in 80 columns."""
     return "\n".join(_pair(one) for one in found)
+
+
+def _is_ids(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and not any(isinstance(part, dict) for part in prompt)
 
 
 def _pair(found: dict[str, Any]) -> str:

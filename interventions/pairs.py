@@ -9,7 +9,15 @@ from typing import Any
 from deltapatch import markup
 from deltapatch.arguments import check_label, label_name, whole
 from deltapatch.errors import DeltapatchError, shown
-from deltapatch.interventions.tokens import Tokens, after, around, pieces, text_before, tokenise
+from deltapatch.interventions.tokens import (
+    Tokens,
+    after,
+    around,
+    conversation,
+    pieces,
+    text_before,
+    tokenise,
+)
 
 _DEEPEST = 100  # that the meta of a pair may be nested
 _SHOWN = 4  # answers that count as one, in a text
@@ -29,6 +37,7 @@ class AnyOf:
 
 
 Answer = str | int | list[int] | AnyOf
+Prompt = str | list[int] | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,8 @@ class PromptPair:
     """Two prompts of equal token length and their answers.
 
     Attributes:
-        clean, corrupted: text, or a list of token ids.
+        clean, corrupted: text, or a list of token ids, or a conversation, a list of messages as in
+            `[{"role": "user", "content": "..."}]`, of which the tokenizer's chat template makes the text.
         clean_answer, corrupted_answer: text (tokenised in context, to one token or several), a token id, a
             list of them, or `AnyOf` several answers of one token.
         labels: name -> position, for example ``{"op1": 4, "subject": -3}``; or a text of the clean prompt,
@@ -46,8 +56,8 @@ class PromptPair:
         meta: anything else that should travel with the pair (template, operands, ...).
     """
 
-    clean: str | list[int]
-    corrupted: str | list[int]
+    clean: Prompt
+    corrupted: Prompt
     clean_answer: Answer
     corrupted_answer: Answer
     labels: Mapping[str, int | str] = field(default_factory=dict)
@@ -132,7 +142,8 @@ def encode_pairs(
     more. It is tried as given and, where the prompt does not end in a space and the answer does not begin
     with one, with a space between them; what makes fewer tokens counts, as given where both make as many. The
     context of a prompt given as ids is the text that has these ids, or of its last token. An unknown-word
-    token is no answer.
+    token is no answer. A conversation is tokenised as `apply_chat_template` does: no special token is added
+    to those of the template.
 
     Args:
         pairs: at least one pair.
@@ -188,17 +199,17 @@ class _Encoder:
 
     def encode(self, pair: PromptPair, name: str) -> EncodedPair:
         """The checked form of a pair."""
-        clean = self._prompt(pair.clean, "clean", name)
-        corrupted = self._prompt(pair.corrupted, "corrupted", name)
+        texts = [self._text(p, w, name) for p, w in ((pair.clean, "clean"), (pair.corrupted, "corrupted"))]
+        clean, corrupted = (
+            self._prompt(p, w, name) for p, w in zip(texts, ("clean", "corrupted"), strict=True)
+        )
         if len(clean) != len(corrupted):
             raise DeltapatchError(
                 f"{name}: the prompts must have the same number of tokens, but clean has {len(clean)} "
                 f"{self._pieces(clean)} and corrupted has {len(corrupted)} {self._pieces(corrupted)}."
             )
-        clean_any = self._any_of(pair.clean_answer, pair.clean, clean, "clean_answer", name)
-        corrupted_any = self._any_of(
-            pair.corrupted_answer, pair.corrupted, corrupted, "corrupted_answer", name
-        )
+        clean_any = self._any_of(pair.clean_answer, texts[0], clean, "clean_answer", name)
+        corrupted_any = self._any_of(pair.corrupted_answer, texts[1], corrupted, "corrupted_answer", name)
         _check_apart(clean_any, corrupted_any, name)
         for field_, value in (("labels", pair.labels), ("meta", pair.meta)):
             if not isinstance(value, Mapping):
@@ -209,7 +220,7 @@ class _Encoder:
             if not isinstance(at, str):
                 labels[own] = _place(own, at, len(clean), name)
                 continue
-            found = self._tokens_of(at, pair.clean, clean, f"{name}: label {shown(label)}")
+            found = self._tokens_of(at, texts[0], clean, f"{name}: label {shown(label)}")
             spots = {f"{own}[{i}]": p for i, p in enumerate(found)}
             spots |= {f"{own}[{i}]": found[i] for i in range(-len(found), 0)} | {own: found[-1]}
             for spot, place in spots.items():
@@ -228,6 +239,18 @@ class _Encoder:
             clean_others=[token for (token,) in clean_any[1:]],
             corrupted_others=[token for (token,) in corrupted_any[1:]],
         )
+
+    def _text(self, prompt: Prompt, which: str, name: str) -> str | list[int]:
+        """A prompt as text or ids: a conversation as the text that the tokenizer makes of it."""
+        if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence) or not prompt:
+            return prompt  # type: ignore[return-value]  # ids, or what is refused as such
+        if not any(isinstance(part, Mapping) for part in prompt):
+            return prompt  # type: ignore[return-value]
+        self._need(which, name)
+        try:
+            return conversation(self.tokenizer, prompt)  # type: ignore[arg-type]  # which checks them
+        except DeltapatchError as error:
+            raise DeltapatchError(f"{name}: {which}: {error}.") from error.__cause__
 
     def _prompt(self, prompt: str | list[int], which: str, name: str) -> list[int]:
         """The token ids of a prompt, every one checked."""

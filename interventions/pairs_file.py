@@ -123,8 +123,11 @@ def _pair(line: str, name: str) -> PromptPair:
         )
     _check_fields(found, name)
     for field in ("clean", "corrupted"):
-        if not isinstance(found[field], str) and not _is_ids(found[field]):
-            raise DeltapatchError(f"{name}: {field!r} must be text or a list of token ids (whole numbers).")
+        if not isinstance(found[field], str) and not _is_ids(found[field]) and not _is_chat(found[field]):
+            raise DeltapatchError(
+                f"{name}: {field!r} must be text or a list of token ids (whole numbers), or of messages as "
+                '{"role": "user", "content": "..."}.'
+            )
     for field in _ANSWERS:
         value = found[field]
         if isinstance(value, dict):
@@ -187,6 +190,10 @@ def _is_int(value: Any) -> bool:
 
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(_is_int(i) for i in value)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _kind(value: Any) -> str:

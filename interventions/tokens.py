@@ -3,18 +3,29 @@
 Before a prompt come the special tokens that the tokenizer's template puts before a text, and they come once:
 a prompt that begins with them itself, as text, gets no second ones. What the template puts after a text (an
 end token) is left out, since the answer follows there. An answer is what prompt and answer together have more
-than the prompt alone, so that no token is one that the text does not have at this place.
+than the prompt alone, so that no token is one that the text does not have at this place. A conversation is
+the text that the tokenizer's own chat template makes of it, which has its special tokens already.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from deltapatch.errors import DeltapatchError, shown
 
+Message = Mapping[str, Any]  # of a conversation: "role" and "content"
 _SPACE = "▁"  # how tokenizers of LLaMA's kind write a space
 # What an answer may stand behind where a prompt of ids is no text of its own.
 _ANCHORS = (":", "\n", "a", "0", ".")
+
+
+class Templated(str):
+    """A text that has its special tokens already, as a chat template writes it."""
+
+    __slots__ = ()
+
+    def __add__(self, more: str) -> "Templated":
+        return Templated(super().__add__(more))
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,45 @@ def tokenise(tokenizer: Any, text: str, offsets: bool = False) -> Tokens:
     twice = bool(front) and own[:first] == front
     start = first if twice else 0
     return Tokens(ids[start:last], [] if twice else front, ids[last:], twice, tuple(places[start:last]))
+
+
+def conversation(tokenizer: Any, messages: Sequence[Message]) -> Templated:
+    """The text of a conversation, up to where the model's answer begins.
+
+    A last message of the assistant is one that it has begun, and the answer goes on with it.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        messages: each with "role" and "content", both text.
+
+    Raises:
+        DeltapatchError: a message is no such thing, or the tokenizer has no template, or one that refuses.
+    """
+    for number, message in enumerate(messages):
+        right = isinstance(message, Mapping) and {"role", "content"} <= message.keys()
+        if not right or not all(isinstance(message[key], str) for key in ("role", "content")):
+            raise DeltapatchError(
+                f'message {number} must be like {{"role": "user", "content": "..."}}, not {shown(message)}'
+            )
+    if not getattr(tokenizer, "chat_template", None):
+        raise DeltapatchError(
+            "a list of messages needs a tokenizer with a chat template, and this model's has none: give the "
+            "prompt as text"
+        )
+    begun = messages[-1]["role"] == "assistant"
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=not begun,
+            continue_final_message=begun,
+        )
+    except Exception as error:  # templates are programs and raise what they like
+        reason = str(error).strip().split("\n")[0]
+        raise DeltapatchError(
+            f"the tokenizer's chat template refuses the messages ({shown(reason)})"
+        ) from error
+    return Templated(text)
 
 
 def after(tokenizer: Any, prompt: str, ids: Sequence[int], answer: str) -> list[int] | str:
@@ -148,8 +198,9 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def _call(tokenizer: Any, text: str, offsets: bool) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """Token ids, which of them the template added, and where they lie."""
+    wanted = {"add_special_tokens": False} if isinstance(text, Templated) else {}
     try:
-        found = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=offsets)
+        found = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=offsets, **wanted)
         ids, added = list(found["input_ids"]), list(found["special_tokens_mask"])
         if len(ids) != len(added):
             raise ValueError("it does not say which special tokens it adds")

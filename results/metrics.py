@@ -43,7 +43,7 @@ class Reference:
     Attributes:
         logit: [pair, run, answer], float64: the logit of the answer's token at the position where the two
             answers part, plus the log-probabilities of its tokens after that. Their difference is that of
-            log P(answer). Of answers of one token it is the logit.
+            log P(answer). Of answers of one token it is the logit, of any of several log Σ exp(logit).
         logp: [pair, run, answer], float64, log P(answer).
         prediction: [pair, run], the likeliest token at the end of the prompt.
         says: [pair, run, answer], whether the answer is what the run says, token by token.
@@ -170,7 +170,7 @@ def _as_measured(name: str) -> tuple[tuple[str, ...], Formula]:
 # What equations are written in.
 NOTATION = (
     "P are probabilities of whole answers. D is logit(clean answer) - logit(corrupted answer), of answers "
-    "of several tokens log P(clean answer) - log P(corrupted answer). Those with * are of the patched "
+    "of several tokens, or any of several, log P(clean answer) - log P(corrupted answer). Those with * are of the patched "
     "run, P and D_base of the base run, which is the same prompt unpatched, and D_source of the pair's "
     "other run. The answers s and b are those of the source and the base prompt. The columns denoise and "
     "noise tell the sign, or value, of a patch that takes the base run towards the source run."

@@ -77,3 +77,17 @@ def test_what_is_called_gguf_and_is_none(tmp_path):
     with pytest.raises(DeltapatchError, match=r"model\.gguf (cannot be converted: |: reading GGUF needs)"):
         convert(file, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
+
+
+@pytest.mark.slow
+def test_a_conversation_is_what_its_own_template_makes_of_it(folder):
+    model = load_model(folder)
+    asked = [[{"role": "user", "content": f"What is the capital of {it}?"}] for it in ("France", "Italy")]
+    pair = PromptPair(*asked, "Paris", "Rome", {"country": "France"})
+    effects = sweep(model, pair, sites="resid_post", positions=["country", "last"], progress=False)
+    want = model.tokenizer.apply_chat_template(
+        asked[0], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert effects.pairs[0].clean == want
+    assert effects.values("recovered")[0, 0, 0] == pytest.approx(1, abs=1e-3)
+    assert effects.values("recovered")[0, -1, 1] == pytest.approx(1, abs=1e-3)
