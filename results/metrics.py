@@ -170,10 +170,11 @@ def _as_measured(name: str) -> tuple[tuple[str, ...], Formula]:
 # What equations are written in.
 NOTATION = (
     "P are probabilities of whole answers. D is logit(clean answer) - logit(corrupted answer), of answers "
-    "of several tokens, or any of several, log P(clean answer) - log P(corrupted answer). Those with * are "
-    "of the patched run, P and D_base of the base run, which is the same prompt unpatched, and D_source of the pair's "
-    "other run. The answers s and b are those of the source and the base prompt. The columns denoise and "
-    "noise tell the sign, or value, of a patch that takes the base run towards the source run."
+    "of several tokens, or any of several, log P(clean answer) - log P(corrupted answer). Those with * "
+    "are of the patched run, P and D_base of the base run, which is the same prompt unpatched, and "
+    "D_source of the pair's other run. The answers s and b are those of the source and the base prompt. "
+    "The columns denoise and noise tell the sign, or value, of a patch that takes the base run towards "
+    "the source run."
 )
 NOTHING = 1e-4  # below it, a difference between two runs' logit differences is mostly rounding
 _ANSWER = "the end of the prompt"
