@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from deltapatch.analysis.acdc import acdc
     from deltapatch.analysis.circuit import Circuit
     from deltapatch.analysis.circuit_runs import circuit_curve, faithfulness, path_effects
+    from deltapatch.analysis.features import sweep_features
     from deltapatch.analysis.joint import faithfulness_curve
     from deltapatch.engine.sweep import run, sweep, sweep_edges
     from deltapatch.errors import DeltapatchError
     from deltapatch.interventions.given import Intervention, Patch
     from deltapatch.interventions.pairs import AnyOf, PromptPair
     from deltapatch.interventions.pairs_file import load_pairs
+    from deltapatch.models.autoencoder import Autoencoder, load_sae
     from deltapatch.models.load import from_transformers, load_model
     from deltapatch.models.model import Model
     from deltapatch.results.edge_effects import EdgeEffects
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AnyOf": "interventions.pairs",
+    "Autoencoder": "models.autoencoder",
     "Circuit": "analysis.circuit",
     "DeltapatchError": "errors",
     "EdgeEffects": "results.edge_effects",
@@ -45,15 +48,18 @@ _HOME = {
     "load_effects": "results.reading",
     "load_model": "models.load",
     "load_outcome": "results.reading",
+    "load_sae": "models.autoencoder",
     "path_effects": "analysis.circuit_runs",
     "load_pairs": "interventions.pairs_file",
     "run": "engine.sweep",
     "sweep": "engine.sweep",
     "sweep_edges": "engine.sweep",
+    "sweep_features": "analysis.features",
 }
 
 __all__ = [
     "AnyOf",
+    "Autoencoder",
     "Circuit",
     "DeltapatchError",
     "EdgeEffects",
@@ -73,10 +79,12 @@ __all__ = [
     "load_model",
     "load_outcome",
     "load_pairs",
+    "load_sae",
     "path_effects",
     "run",
     "sweep",
     "sweep_edges",
+    "sweep_features",
 ]
 
 

@@ -3,7 +3,7 @@
 import shutil
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -12,8 +12,10 @@ from deltapatch.cli.options import SEED, read_names
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
+    from deltapatch.analysis.tables import Table
     from deltapatch.results.edge_effects import EdgeEffects
     from deltapatch.results.effects import Effects
+    from deltapatch.results.outcome import Outcome
 
 EXAMPLES = """\b
 Examples:
@@ -24,6 +26,7 @@ Examples:
   deltapatch effects RUN --site mlp_post --by neuron --fdr 0.05 --format csv
   deltapatch effects RUN --site mlp_out --format csv > effects.csv
   deltapatch effects EDGES --by sender,receiver --top 50
+  deltapatch effects FEATURES --by layer,feature --top 20
 """
 _LONG, _CUT = 200, 40  # a table of more rows than the first is cut to the second
 
@@ -45,8 +48,9 @@ _LONG, _CUT = 200, 40  # a table of more rows than the first is cut to the secon
     "--by",
     help="Average over pairs and over everything but these: pair, layer, position, class (of the position), "
     "index, or head, neuron, coordinate for the index of such sites, layers apart; of edges sender, "
-    "receiver, position. 'none' lists every cell. By layer, position and index (edges by sender and "
-    "receiver) unless told; but csv, json and parquet of a whole run list every cell.",
+    "receiver, position; of features sae, layer, position, feature. 'none' lists every cell. By layer, "
+    "position and index (edges by sender and receiver) unless told; but csv, json and parquet of a whole "
+    "run list every cell.",
 )
 @click.option(
     "--mean-of-ratios",
@@ -106,16 +110,25 @@ def effects(
     stands its median, since a few pairs can make most of such a mean.
     """
     from deltapatch.analysis.magnitudes import discoveries, magnitudes
-    from deltapatch.analysis.render import render
     from deltapatch.analysis.tables import averages, cells, having
     from deltapatch.results.edge_effects import EdgeEffects
     from deltapatch.results.metrics import default_metric
-    from deltapatch.results.reading import load_effects, read_run
+    from deltapatch.results.outcome import Outcome
+    from deltapatch.results.reading import read_run
 
     found = read_run(run)
+    names = (
+        [name for text in metric for name in read_names(text)] if metric else [default_metric(found.metrics)]
+    )
+    printed = _Printed(format_, out, top)
+    if isinstance(found, Outcome):
+        asked = {"--site": site, "--effect": effect, "--interval": interval, "--fdr": fdr}
+        for option, value in {**asked, "--mean-of-ratios": mean_of_ratios}.items():
+            if value:
+                raise DeltapatchError(f"{run} is a run of given interventions: leave out {option}")
+        printed.show(_of_interventions(found, names, by, whole=top is None and format_ != "table"))
+        return
     edges = isinstance(found, EdgeEffects)
-    if not isinstance(found, EdgeEffects):
-        found = load_effects(run)
     for given, option, has in (
         (site and edges, "--site", "edges"),
         (effect and not edges, "--effect", "sites"),
@@ -126,9 +139,6 @@ def effects(
         warnings.warn(caveat, stacklevel=1)
     there: list[str] = [*found.grid.effects] if isinstance(found, EdgeEffects) else [*found.sites]
     sites = read_names(chosen) if (chosen := site or effect) else there
-    names = (
-        [name for text in metric for name in read_names(text)] if metric else [default_metric(found.metrics)]
-    )
     tested = interval or fdr is not None
     for given, option in (
         (tested, "--interval and --fdr"),
@@ -152,17 +162,41 @@ def effects(
     if fdr is not None:
         n_rows, table = len(table), discoveries(table, fdr, draws)
         click.echo(f"{len(table):,} of {n_rows:,} rows have q <= {fdr:g}.", err=True)
-    cut = _CUT if top is None and format_ == "table" and len(table) > _LONG else None
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() and not out else 80
-    data = render(table.top(top if top is not None else cut), format_, width)
-    if cut:
-        click.echo(f"The top {cut} of {len(table):,} rows; --top K shows more.", err=True)
-    if out:
-        _write(out, data)
-    elif format_ == "parquet" and sys.stdout.isatty():
-        raise DeltapatchError("parquet is not text: give a file with --out, or redirect stdout")
-    else:
-        sys.stdout.buffer.write(data)
+    printed.show(table)
+
+
+class _Printed(NamedTuple):
+    """How a table is printed, or written."""
+
+    format: str
+    out: str | None
+    top: int | None
+
+    def show(self, table: "Table") -> None:
+        """Print a table, the top of it where that was asked for or it is long."""
+        from deltapatch.analysis.render import render
+
+        cut = _CUT if self.top is None and self.format == "table" and len(table) > _LONG else None
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() and not self.out else 80
+        data = render(table.top(self.top if self.top is not None else cut), self.format, width)
+        if cut:
+            click.echo(f"The top {cut} of {len(table):,} rows; --top K shows more.", err=True)
+        if self.out:
+            _write(self.out, data)
+        elif self.format == "parquet" and sys.stdout.isatty():
+            raise DeltapatchError("parquet is not text: give a file with --out, or redirect stdout")
+        else:
+            sys.stdout.buffer.write(data)
+
+
+def _of_interventions(found: "Outcome", metrics: list[str], by: str | None, whole: bool) -> "Table":
+    """The table of a run of given interventions: of features means over pairs, unless each is asked for."""
+    from deltapatch.analysis.outcomes import default_groups, outcome_averages, outcome_cells
+
+    groups = default_groups(found) if by is None else read_names(by)
+    if by == "none" or (by is None and (whole or not groups)):
+        return outcome_cells(found, metrics)
+    return outcome_averages(found, metrics, groups)
 
 
 def _default_groups(found: "Effects | EdgeEffects", sites: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from deltapatch.cli.convert import convert
 from deltapatch.cli.demo import demo
 from deltapatch.cli.effects import effects
 from deltapatch.cli.explore import explore
+from deltapatch.cli.features import features
 from deltapatch.cli.info import info
 from deltapatch.cli.merge import merge
 from deltapatch.cli.pairs import pairs
@@ -24,6 +25,7 @@ Examples:
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_out,attn_out --out RUN
   deltapatch effects RUN --site mlp_out --by layer,class
   deltapatch edges --model MODEL --pairs pairs.jsonl --out EDGES
+  deltapatch features --model MODEL --pairs pairs.jsonl --sae SAE --out FEATURES
   deltapatch plot RUN
   deltapatch explore RUN
   deltapatch reproduce --model MODEL --out STUDY
@@ -37,7 +39,8 @@ def cli() -> None:
 
 
 for command in (
-    demo, pairs, sweep, edges, merge, effects, plot, explore, circuit, info, convert, reproduce, bench
+    demo, pairs, sweep, edges, features, merge, effects, plot, explore, circuit, info, convert, reproduce,
+    bench,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -347,7 +347,7 @@ def takes(kind: type[Options]) -> Callable[[Callable[P, Result]], Callable[P, Re
 
     def documented(function: Callable[P, Result]) -> Callable[P, Result]:
         own = inspect.signature(function)
-        first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        first = [p for p in own.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         named = inspect.signature(kind).parameters.values()
         signature = own.replace(parameters=[*first, *named])
 

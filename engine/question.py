@@ -187,13 +187,15 @@ def ask(
     model: Model,
     pairs: Pairs,
     options: Options,
-    interventions: Sequence[Intervention] | Callable[[ModelSpec, list[EncodedPair]], Wirings] | None = None,
+    interventions: Sequence[Intervention]
+    | Callable[[ModelSpec, list[EncodedPair]], Wirings | Listed]
+    | None = None,
 ) -> Question:
     """Check a question.
 
     Args:
         options: with the grid of a sweep, `SweepOptions`, where no interventions are given.
-        interventions: as `checked` gives them; or what makes wired runs of the model's spec and the pairs.
+        interventions: as `checked` gives them; or what makes some of the model's spec and the pairs.
 
     Raises:
         DeltapatchError: an option, a pair or an intervention is wrong.

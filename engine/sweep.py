@@ -152,11 +152,30 @@ def run(
     return outcome
 
 
+@undisturbed()
+def run_listed(
+    model: Model, pairs: Pairs, make: Callable[[ModelSpec, list[EncodedPair]], Listed], **options: Any
+) -> Outcome:
+    """Carry out interventions that are made as arrays.
+
+    Args:
+        model, pairs: as of `sweep`.
+        make: makes them, of the model's spec and the pairs.
+        options: of `run`.
+
+    Raises:
+        DeltapatchError: bad input, one clear sentence.
+    """
+    outcome = _answer(model, pairs, Options(**options), make)
+    assert isinstance(outcome, Outcome)
+    return outcome
+
+
 def _answer(
     model: Model,
     pairs: Pairs,
     options: Options,
-    interventions: list[Intervention] | None,
+    interventions: list[Intervention] | Callable[[ModelSpec, list[EncodedPair]], Listed] | None,
 ) -> Found:
     """Ask, carry the passes out, and put what they found in order."""
     joins = options.resume or options.part is not None

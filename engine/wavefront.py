@@ -79,8 +79,8 @@ class Wavefront:
         self.row_reads = RowReads(Reads(self.shapes, prompts.targets), self.rows.pair, measured)
         self.precision, self.dtype = setup.precision, setup.precision.base
         self.exact = setup.precision.exact
-        of_patches = () if vectors is None else vectors.arrays
-        self.vectors = [upload(array, self.model.device).to(self.dtype) for array in of_patches]
+        self.vectors = Vectors() if vectors is None else vectors
+        self._lines: dict[int, tuple[Tensor, np.ndarray]] = {}  # as of `Vectors.lines`
         self.unpatched = Unpatched(setup, prompts)
 
     @torch.no_grad()
@@ -272,16 +272,26 @@ class Wavefront:
         heads["v"] = heads["k"]
         number, head = decode(index, heads.get(place, 0))
         if kind == EDIT["add"]:
-            rows = torch.stack([self.vectors[i][0] for i in number.tolist()])
+            array, scale = self.vectors.multiples(number)
+            lines, line = self._lines_of(delta.shape[-1])
+            rows = lines[to(line[array])]
+            if self.vectors.scale is not None:
+                rows = rows * upload(scale, rows.device).to(rows.dtype).unsqueeze(1)
             return [Add(to(token), to(head) if place in heads else None, rows, on_host=token)]
         out: list[Edit] = []
         for i in np.unique(number).tolist():
             mine = number == i
             at = to(head[mine]) if place in heads else None
-            out.append(
-                Along(to(token[mine]), to(source[mine]), at, delta, self.vectors[i], on_host=token[mine])
-            )
+            basis = upload(self.vectors.arrays[i], delta.device).to(self.dtype)
+            out.append(Along(to(token[mine]), to(source[mine]), at, delta, basis, on_host=token[mine]))
         return out
+
+    def _lines_of(self, width: int) -> tuple[Tensor, np.ndarray]:
+        """Given vectors of a width, [line, width], and which line each array is."""
+        if width not in self._lines:
+            rows, line = self.vectors.lines(width)
+            self._lines[width] = upload(rows, self.model.device).to(self.dtype), line
+        return self._lines[width]
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return upload(np.ascontiguousarray(array, dtype=np.int64), self.model.device)

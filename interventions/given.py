@@ -92,10 +92,13 @@ class Listed:
 
     Attributes:
         table_of_all: with the numbers of the pairs that they act on.
+        vectors: that their patches are given.
+        labels: name -> [intervention], what their maker says of each.
     """
 
     table_of_all: PatchTable
     vectors: Vectors = field(default_factory=Vectors)
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def n_effects(self) -> int:
@@ -144,7 +147,7 @@ class Listed:
         """As a file keeps them: `pair` [intervention], the others [patch]; places and edits are numbers."""
         names = ("pair", "row", *COLUMNS)
         columns = {name: getattr(self.table_of_all, name).astype(np.int64) for name in names}
-        return columns | self.vectors.as_file()
+        return columns | self.vectors.as_file() | {f"label/{k}": v for k, v in sorted(self.labels.items())}
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray], pairs: Sequence[EncodedPair]) -> "Listed":
@@ -164,7 +167,14 @@ class Listed:
             inside &= (columns[name] >= 0) & (columns[name] < len(known))
         if not inside.all():
             raise ValueError("interventions")
-        return cls(PatchTable(len(pair), **columns), Vectors.of_file(arrays))
+        labels = {name[len("label/") :]: a for name, a in arrays.items() if name.startswith("label/")}
+        if any(len(array) != len(pair) or array.ndim != 1 for array in labels.values()):
+            raise ValueError("labels")
+        vectors = Vectors.of_file(arrays)
+        given = np.isin(columns["edit"], [EDIT["along"], EDIT["add"]])
+        if given.any() and not len(vectors):
+            raise ValueError("vectors")
+        return cls(PatchTable(len(pair), **columns), vectors, labels)
 
 
 def listed_interventions(

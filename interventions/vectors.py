@@ -1,4 +1,7 @@
-"""Vectors that patches are given: directions along which they swap, and what they add."""
+"""Vectors that patches are given: directions along which they swap, and what they add.
+
+Many vectors may be multiples of few: those that features of an autoencoder write are its decoder's rows.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -19,19 +22,38 @@ class Vectors:
 
     Attributes:
         arrays: each [k, width] float64; of directions orthonormal rows, of what is added one row.
+        of, scale: [vector], where vectors are multiples of the arrays: which array, and how much of it.
     """
 
     arrays: tuple[np.ndarray, ...] = ()
+    of: np.ndarray | None = None
+    scale: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.arrays)
+        return len(self.arrays if self.of is None else self.of)
+
+    def multiples(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of some vectors: which array each is of, and how much of it."""
+        if self.of is None or self.scale is None:
+            return number, np.ones(len(number))
+        return self.of[number], self.scale[number]
+
+    def lines(self, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """The arrays of one row of that width: [line, width], and [array] the line of each, -1 for others."""
+        fits = np.array([array.shape == (1, width) for array in self.arrays], dtype=bool)
+        rows = [array for array, right in zip(self.arrays, fits, strict=True) if right]
+        return np.concatenate(rows or [np.empty((0, width))]), np.where(fits, np.cumsum(fits) - 1, -1)
 
     def as_file(self) -> dict[str, np.ndarray]:
         """As a file keeps them: all numbers in a row, and their shapes."""
         if not self.arrays:
             return {}
         shapes = np.array([array.shape for array in self.arrays], dtype=np.int64)
-        return {"vectors": np.concatenate([array.ravel() for array in self.arrays]), "vector_shapes": shapes}
+        flat = np.concatenate([array.ravel() for array in self.arrays])
+        out = {"vectors": flat, "vector_shapes": shapes}
+        if self.of is not None and self.scale is not None:
+            out |= {"vector_of": self.of, "vector_scale": self.scale}
+        return out
 
     @classmethod
     def of_file(cls, arrays: Mapping[str, np.ndarray]) -> "Vectors":
@@ -44,7 +66,14 @@ class Vectors:
         if not right or (shapes < 1).any() or int(shapes.prod(1).sum()) != len(flat):
             raise ValueError("vectors")
         parts = np.split(flat, np.cumsum(shapes.prod(1))[:-1])
-        return cls(tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
+        own = tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+        if "vector_of" not in arrays and "vector_scale" not in arrays:
+            return cls(own)
+        of, scale = arrays["vector_of"], arrays["vector_scale"]
+        right = (of.dtype, scale.dtype) == (np.int64, np.float64) and of.ndim == 1 and of.shape == scale.shape
+        if not right or not np.isfinite(scale).all() or ((of < 0) | (of >= len(own))).any():
+            raise ValueError("vectors")
+        return cls(own, of, scale)
 
 
 class VectorsMade:

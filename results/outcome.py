@@ -75,7 +75,7 @@ class Outcome:
         return terms(metric, self.measured, self.reference.of(self.pair), self.direction)
 
     def columns(self, metrics: str | Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """The long form: intervention (its number), pair, patches (how many) and the metrics.
+        """The long form: intervention (its number), pair, patches (how many), labels and the metrics.
 
         Args:
             metrics: `recovered` by default, or the first that the run can answer.
@@ -84,6 +84,7 @@ class Outcome:
             DeltapatchError: an unknown metric, or one that was not measured.
         """
         own = {"intervention": np.arange(len(self)), "pair": self.pair, "patches": self.patches}
+        own |= dict(self.interventions.labels)
         return own | {name: self.values(name) for name in asked_of(self.metrics, metrics)}
 
     def to_pandas(self, metrics: str | Sequence[str] | None = None) -> Any:

@@ -29,6 +29,7 @@ def test_every_help_has_an_example(command):
         "sweep",
         "edges",
         "circuit",
+        "features",
         "effects",
         "plot",
         "explore",
