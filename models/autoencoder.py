@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.models.builtin_models import BUILTIN, builtin_autoencoder_path
 from deltapatch.models.header import check_file, open_safetensors
 
 Activation = Literal["relu", "gated", "jumprelu", "topk"]
@@ -129,7 +130,8 @@ def load_sae(
 
     Args:
         path: a folder of SAELens (`cfg.json` and `sae_weights.safetensors`), or an archive of Gemma Scope
-            (`params.npz`), or the folder that it is in.
+            (`params.npz`), or the folder that it is in; "builtin:gpt-neox-arithmetic-features" ships with the
+            package.
         site: where it reads, a name of `sites.SITES` or a hook's; needed where its config does not say.
         layer: likewise.
 
@@ -138,6 +140,8 @@ def load_sae(
             one place and write another, those of a single head, activations scaled by an average that is not
             folded into the weights.
     """
+    if isinstance(path, str) and path.startswith(BUILTIN):
+        path = builtin_autoencoder_path(path[len(BUILTIN) :])
     path = path_of(path, "a sparse autoencoder")
     if path.is_dir() and not (path / CONFIG).is_file() and (path / GEMMA).is_file():
         path = path / GEMMA

@@ -14,6 +14,20 @@ ARITHMETIC_MODELS = {
 }
 STUDY_MODELS = ("gpt-neox-study", "llama-digits-study")
 BUILTIN_MODELS = (*ARITHMETIC_MODELS, *STUDY_MODELS)
+AUTOENCODERS = ("gpt-neox-arithmetic-features",)  # of the residual stream of a model of that name
+
+
+def builtin_autoencoder_path(name: str) -> Path:
+    """The folder of a built-in sparse autoencoder, as SAELens has it.
+
+    Raises:
+        DeltapatchError: there is none of this name.
+    """
+    if name not in AUTOENCODERS:
+        raise DeltapatchError(
+            f"There is no built-in autoencoder {name!r}; there is {', '.join(AUTOENCODERS)}."
+        )
+    return Path(__file__).parent / "builtin" / name
 
 
 def builtin_model_path(name: str = "gpt-neox-arithmetic") -> Path:

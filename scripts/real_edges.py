@@ -71,7 +71,7 @@ def by_subtraction(path: Path, model: dp.Model, pair: Any, edges: list[tuple[int
 
     def metric() -> torch.Tensor:
         logits = hf(ids).logits[0, -1]
-        return logits[answers[0]] - logits[answers[1]]
+        return logits[pair.clean_answer[0]] - logits[pair.corrupted_answer[0]]
 
     base, out = metric(), []
     for sender, name in edges:

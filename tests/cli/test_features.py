@@ -1,0 +1,80 @@
+"""`deltapatch features`, and what `deltapatch effects` says of its runs."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+import deltapatch as dp
+from deltapatch.interventions.pairs_file import write_pairs
+from deltapatch.tasks.arithmetic import arithmetic_pairs
+
+MODEL, SAE = "builtin:gpt-neox-arithmetic", "builtin:gpt-neox-arithmetic-features"
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    tokenizer = dp.load_model(MODEL).tokenizer
+    write_pairs(path, arithmetic_pairs(tokenizer, per_template=1, shots=0, operators=["+"])[0])
+    return path
+
+
+def features(command, pairs_file, *more):
+    return command("features", "--model", MODEL, "--pairs", str(pairs_file), "--sae", SAE, *more)
+
+
+def test_a_run_and_its_tables(command, pairs_file, tmp_path):
+    run = str(tmp_path / "run")
+    result = features(command, pairs_file, "--positions", "last", "--precision", "fp32", "--out", run)
+    assert result.code == 0
+    assert result.out == f"{run}\n"
+    assert "512 features (topk)" in result.err
+    table = command("effects", run, "--by", "feature", "--top", "3")
+    assert table.out.split()[:3] == ["feature", "recovered", "pairs"]
+    assert len(table.out.strip().splitlines()) in (4, 5)
+    each = list(csv.DictReader(io.StringIO(command("effects", run, "--format", "csv").out)))
+    outcome = dp.load_outcome(run)
+    assert [int(row["feature"]) for row in each] == outcome.columns()["feature"].tolist()
+    np.testing.assert_allclose([float(row["recovered"]) for row in each], outcome.values("recovered"), 1e-6)
+    for option in (["--site", "z"], ["--interval"], ["--mean-of-ratios"], ["--effect", "total"]):
+        refused = command("effects", run, *option)
+        assert refused.code == 2
+        assert f"leave out {option[0]}" in refused.err
+    refused = command("effects", run, "--by", "head")
+    assert "their labels are layer, position, feature" in refused.err
+
+
+def test_parts_and_resuming(command, pairs_file, tmp_path):
+    run = str(tmp_path / "run")
+    options = ("--positions", "last", "--precision", "fp32", "--least", "0.5", "--out", run)
+    for part in ("1/2", "2/2"):
+        assert features(command, pairs_file, *options, "--shard", part).code == 0
+    assert command("merge", run).code == 0
+    again = features(command, pairs_file, *options, "--resume", "--json")
+    assert again.code == 0
+    told = json.loads(again.out)
+    columns = dp.load_outcome(run).columns()
+    assert told["features"] == len(columns["feature"])
+    assert (np.abs(columns["after"] - columns["before"]) > 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--at", "resid_post.1", "--at", "resid_post.2"), "2 --at and 1 --sae"),
+        (("--at", "resid_post"), "no place such as resid_post.20"),
+        (("--at", "resid_post.9"), "is of layer 9"),
+        (("--at", "nowhere.1"), "unknown site 'nowhere'"),
+        (("--sae", "nothing"), "is no sparse autoencoder"),
+        (("--source", "mean"), "features have the sources"),
+        (("--least", "-1"), "least must be"),
+    ],
+)
+def test_mistakes(command, pairs_file, tmp_path, more, message):
+    result = features(command, pairs_file, *more, "--out", str(tmp_path / "run"))
+    assert result.code == 2
+    assert message in result.err
+    assert not (tmp_path / "run").exists()
