@@ -18,7 +18,7 @@ from deltapatch.interventions.wirings import Wiring, existing, keeping
 from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import looking
 from deltapatch.results.folder import plain_errors
-from deltapatch.results.metrics import METRICS
+from deltapatch.results.metrics import check_metric
 from deltapatch.results.wholefile import write_new
 
 By = Literal["magnitude", "sign"]
@@ -95,7 +95,8 @@ class Circuit:
         found = edges.by_node(edges.mean(metric))
         # In denoise the clean run is patched in, and what speaks for its answer raises the metric; in noise
         # it is taken away, and the metric falls.
-        towards = METRICS[metric].denoise if edges.direction == "denoise" else METRICS[metric].noise
+        sign = check_metric(metric)
+        towards = sign.denoise if edges.direction == "denoise" else sign.noise
         scores = np.nan_to_num(found) * (-1 if towards in ("-", "0") else 1)
         return nodes, scores, int(edges.meta.get("d_model") or 0)
 

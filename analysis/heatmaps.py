@@ -14,7 +14,7 @@ from deltapatch.analysis.positions import aligned, peaks
 from deltapatch.analysis.statistics import mean_over_pairs
 from deltapatch.analysis.style import MISSING, folded, is_wide, metric_label, wide_ticks
 from deltapatch.results.effects import Effects
-from deltapatch.results.metrics import METRICS
+from deltapatch.results.metrics import check_metric
 
 Panel = tuple[str, list[str], np.ndarray, np.ndarray]  # title, column labels, [layer, column], layers
 
@@ -137,7 +137,7 @@ def _within_classes(named: Mapping[str, tuple[list[str], np.ndarray, np.ndarray 
 def colour_scale(grids: Sequence[np.ndarray], metric: str) -> tuple[Colormap, Normalize]:
     """Diverging and centred on zero, asinh where wide; from zero up where nothing is negative."""
     largest = max((float(np.nanmax(np.abs(g))) for g in grids if not np.isnan(g).all()), default=0.0) or 1.0
-    if METRICS[metric].never_negative:
+    if check_metric(metric).never_negative:
         colours, low = plt.get_cmap("Reds"), 0.0
     else:
         colours, low = plt.get_cmap("RdBu_r"), -largest

@@ -21,7 +21,7 @@ from deltapatch.analysis.statistics import bootstrap, mean_over_pairs, median_ov
 from deltapatch.analysis.tables import Table, component
 from deltapatch.errors import DeltapatchError
 from deltapatch.results.effects import Effects, SiteEffects
-from deltapatch.results.metrics import METRICS
+from deltapatch.results.metrics import check_metric
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def strongest_table(
             values[:, here] = found[:, index[here]]
         low, high = bootstrap(values, level, draws, seed, over)
         columns[metric] = mean_over_pairs(values, over)[0]
-        if METRICS[metric].skewed:
+        if check_metric(metric).skewed:
             columns[f"{metric}_median"] = median_over_pairs(values)
         columns |= {f"{metric}_low": low, f"{metric}_high": high}
     columns |= {name: getattr(tested, name).ravel()[best] for name in ("p", "q")}

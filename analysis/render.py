@@ -10,7 +10,7 @@ import numpy as np
 
 from deltapatch.analysis.tables import Table
 from deltapatch.errors import DeltapatchError
-from deltapatch.results.metrics import METRICS
+from deltapatch.results.metrics import METRICS, OWN
 
 FORMATS = ("table", "csv", "json", "parquet")
 WIDTH = 80  # of a table of text, where nothing else is known
@@ -38,7 +38,7 @@ def as_text(table: Table, title: str | None = None, width: int = WIDTH) -> str:
         while n > 1 and sum(sizes[name] for name in (*names, *rest[:n])) >= width:
             n -= 1
         if n < len(rest):  # better between two metrics
-            n = next((i for i in range(n, 0, -1) if rest[i] in METRICS), n)
+            n = next((i for i in range(n, 0, -1) if rest[i] in {**METRICS, **OWN}), n)
         parts.append(_drawn({name: cells[name] for name in (*names, *rest[:n])}, shown, width))
         rest = rest[n:]
     text = "\n".join(parts)

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deltapatch.results.metrics import METRICS
+from deltapatch.results.metrics import check_metric
 
 STYLE = {
     "font.size": 9,
@@ -54,12 +54,12 @@ def is_wide(metric: str, largest: float) -> bool:
     The indirect effect divides by a probability: where a model is sure of its answer it reaches millions, and
     on a linear scale all but one cell would be white.
     """
-    return METRICS[metric].skewed and largest > 30
+    return check_metric(metric).skewed and largest > 30
 
 
 def metric_label(metric: str, wide: bool, most: int = 80) -> str:
     """What an axis or colour bar says, in lines of at most so many letters."""
-    return folded(METRICS[metric].label + (" (asinh scale)" if wide else ""), most)
+    return folded(check_metric(metric).label + (" (asinh scale)" if wide else ""), most)
 
 
 def folded(text: str, most: int) -> str:

@@ -131,7 +131,7 @@ def averages(
 
 def medians(metric: str, values: np.ndarray) -> dict[str, np.ndarray]:
     """The median over pairs, by its column's name, of metrics whose mean a few pairs can make."""
-    return {"median": median_over_pairs(values)} if METRICS[metric].skewed else {}
+    return {"median": median_over_pairs(values)} if check_metric(metric).skewed else {}
 
 
 def collect(

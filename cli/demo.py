@@ -123,7 +123,7 @@ def _report(effects: "Effects", components: dict[str, Any], neurons: dict[str, A
 
     from deltapatch.analysis.render import as_text
     from deltapatch.analysis.tables import Table
-    from deltapatch.results.metrics import METRICS
+    from deltapatch.results.metrics import check_metric
 
     neurons = {name: np.array(c, dtype=object) if name == "neuron" else c for name, c in neurons.items()}
     total = int(np.prod(effects.site("mlp_post").shape[1:]))
@@ -131,7 +131,7 @@ def _report(effects: "Effects", components: dict[str, Any], neurons: dict[str, A
         f"The model answers {effects.accuracy():.1%} of the {2 * len(effects.pairs)} prompts correctly.\n\n"
         + as_text(
             Table(components, METRIC),
-            f"Top components by {METRICS[METRIC].label}",
+            f"Top components by {check_metric(METRIC).label}",
         )
         + "\n"
         + as_text(

@@ -16,7 +16,7 @@ from deltapatch.interventions.table import PatchTable, take
 from deltapatch.kernels.device import fast_bfloat16
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.kernels.readout_tail import worth_a_tail
-from deltapatch.results.metrics import METRICS, Reference
+from deltapatch.results.metrics import Reference, check_metric
 from deltapatch.results.truth import Sampled, Truth, relative_errors
 
 TOLERANCE = 1e-2  # what "auto" allows, relative to the norm of the effects
@@ -221,5 +221,6 @@ class Audit:
     def _worst(self, got: Mapping[str, np.ndarray], truth: Sampled) -> float:
         """The largest error of all metrics that judge."""
         errors = relative_errors(got, truth.measured, truth.reference, self.question.options.direction)
-        judged = (e for name, e in errors.items() if METRICS[name].judges and not METRICS[name].yes_or_no)
+        known = {name: check_metric(name) for name in errors}
+        judged = (e for name, e in errors.items() if known[name].judges and not known[name].yes_or_no)
         return max(judged, default=0.0)

@@ -62,7 +62,7 @@ def _direction(value: Any) -> str:
     return str(value)
 
 
-def _metrics(value: Any) -> tuple[str, ...]:
+def _metrics(value: Any) -> tuple[Any, ...]:
     from deltapatch.results.metrics import metric_names
 
     return metric_names(value)
@@ -155,9 +155,11 @@ class Options:
             "read": lambda text: arguments.n_bytes(text, "--memory-budget"),
         },
     )
-    metrics: str | Sequence[str] = option(
+    metrics: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] = option(
         "all",
-        'which metrics will be asked for, or "all"; leaving out kl, entropy, flip and says_* is faster.',
+        'which metrics will be asked for, or "all"; leaving out kl, entropy, flip and says_* is faster. A '
+        "function (logits [row, d_vocab], base_logits [d_vocab], pair) -> [row] is one too, named after "
+        "itself: it is given the patched logits at the end of the prompt, some rows at a time.",
         check=_metrics,
         word="metrics",
         other="kl",

@@ -94,7 +94,8 @@ def carry(
     narrow_few: bool = False,
 ) -> PassResult:
     """Carry a pass out; `narrow_few` as of `Setup`."""
-    setup = Setup(question.model, precision, question.backend, pool, narrow_few)
+    ops = question.backend
+    setup = Setup(question.model, precision, ops, pool, question.functions, narrow_few=narrow_few)
     prompts = prompts_of(question, part.pairs)
     asked = question.interventions
     if isinstance(asked, Wirings):

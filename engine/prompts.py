@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltapatch.engine.layout import PairShapes
 from deltapatch.engine.question import Question
+from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.runs import any_targets
 from deltapatch.interventions.sources import Source, check_source
 from deltapatch.kernels.device import upload
@@ -28,6 +29,7 @@ class Prompts:
         shapes: of the pairs' runs, ordered by them.
         targets: [read, 2, token], the next tokens of the clean and the corrupted answer; see `any_targets`.
         kind: the source.
+        pairs: the pairs themselves.
     """
 
     tokens: np.ndarray
@@ -37,6 +39,7 @@ class Prompts:
     shapes: PairShapes
     targets: np.ndarray
     kind: Source
+    pairs: Sequence[EncodedPair] = ()
 
     @property
     def n_sources(self) -> int:
@@ -128,6 +131,7 @@ def prompts_of(question: Question, numbers: Sequence[int]) -> Prompts:
         shapes=PairShapes([question.runs[i] for i in numbers]),
         targets=any_targets([question.continued[i] for i in numbers]),
         kind=check_source(question.options.source),
+        pairs=[question.pairs[i] for i in numbers],
     )
 
 

@@ -31,7 +31,7 @@ from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.memory import available
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
-from deltapatch.results.metrics import measured_for
+from deltapatch.results.metrics import Function, functions_of, measured_for
 
 Interventions: TypeAlias = Grid | EdgeGrid | Listed | Wirings
 Tables: TypeAlias = Iterable[tuple[int, PatchTable, np.ndarray]]
@@ -104,6 +104,11 @@ class Question:
     def decided(self, precision: Precision) -> Decided:
         """What is decided here and now, with this precision."""
         return Decided(precision, self.memory_budget, self.threads, self.model.stream)
+
+    @cached_property
+    def functions(self) -> dict[str, Function]:
+        """The metrics that are functions, by name."""
+        return functions_of(self.options.metrics)  # type: ignore[arg-type]  # which its check made a tuple
 
     @cached_property
     def partner(self) -> np.ndarray | None:
@@ -238,7 +243,7 @@ def ask(
         source = check_source(options.source)
         patched = make_grid(options.sites, options.positions, options.layers, encoded, spec, source)
     backend = choose_backend(options.backend, model.device)
-    measured = measured_for(tuple(options.metrics))
+    measured = measured_for(options.metrics)  # type: ignore[arg-type]  # which its check made a tuple
     threads = torch.get_num_threads()
     question = Question(model, options, encoded, patched, backend, continued, length, measured, threads)
     _ = question.partner  # a pair may be alone with its length

@@ -1,5 +1,6 @@
 """The end of a pass: the final norm and the read-out of its rows and of the pairs' unpatched runs."""
 
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ from deltapatch.engine.layout import Block, PairShapes, how_many_blocks, lay_out
 from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.reads import RowReads
 from deltapatch.engine.setup import Setup
+from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.runs import RunShape
 from deltapatch.kernels.answers import Answers
 from deltapatch.kernels.device import upload
@@ -22,11 +25,13 @@ from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.softcap import cap_difference, cap_slope, softcap
 from deltapatch.models.forward import norm_scale, read_norm
 from deltapatch.models.weights import EndWeights, map_tensors
-from deltapatch.results.metrics import Reference
+from deltapatch.results.metrics import Function, Reference
 
 _PIECE, _PIECE_ON_CPU = 1 << 26, 1 << 22  # entries of the unembedding that base runs take at a time
 _HELD, _HELD_ON_CPU = 1 << 30, 1 << 27  # bytes of output distributions that are held at a time
 _READS = 4  # whose output distributions a thread looks at together
+_CELLS, _CELLS_ON_CPU = 1 << 25, 1 << 22  # logits that metrics of users are given at a time
+_ONE_AT_A_TIME = Lock()
 _BLOCKS = 4  # from which on cores have a block each
 
 
@@ -58,6 +63,25 @@ def _piece(d_vocab: int, d_model: int, on_cpu: bool) -> int:
     return vocabulary_pieces(d_vocab, most)[0].stop
 
 
+def said_by(function: Function, name: str, logits: Tensor, base: Tensor, pair: EncodedPair) -> Tensor:
+    """What a metric that a user brings says of some rows, [row].
+
+    Raises:
+        DeltapatchError: it is of another shape, or not finite.
+    """
+    with _ONE_AT_A_TIME:  # rows are read on several threads
+        found = torch.as_tensor(function(logits, base, pair), device=logits.device)
+    if found.shape != logits.shape[:1] or found.is_complex():
+        raise DeltapatchError(
+            f"metric {name} gave {found.dtype} of shape {list(found.shape)} for logits "
+            f"{list(logits.shape)}: it must give a number for each row"
+        )
+    found = found.to(logits.dtype)
+    if not found.isfinite().all():
+        raise DeltapatchError(f"metric {name} gave a number that is not finite")
+    return found
+
+
 class Said(NamedTuple):
     """What the unpatched runs, base and source, say at reads."""
 
@@ -79,6 +103,8 @@ class ReadOut:
         self.setup, self.model, self.prompts, self.on_cpu = setup, setup.model, prompts, setup.on_cpu
         self.precision, self.ops, self.pool = setup.precision, setup.ops, setup.pool
         self.exact = setup.precision.exact
+        # What the metrics that users bring say of the base runs themselves, [pair].
+        self.unmoved = {name: np.zeros(len(prompts.shapes.runs)) for name in setup.functions}
 
     def read(
         self, ends: EndWeights, x: Tensor, dx: Tensor, rows: Tensor, row_reads: RowReads
@@ -120,6 +146,11 @@ class ReadOut:
             }
             base = base._replace(tails=tails)
             self._read_some(ends, at, rows, some, shapes, base, weight, row_reads, found)
+            for number in np.flatnonzero(np.isin(np.arange(some.start, some.stop), reads.first)).tolist():
+                of, own = int(reads.pair[some.start + number]), base.logits[number]
+                for name, function in self.setup.functions.items():
+                    said_of_base = said_by(function, name, own[None], own, self.prompts.pairs[of])
+                    self.unmoved[name][of] = float(said_of_base[0])
         flat = torch.cat([values.flatten() for values in found]).cpu().numpy()
         edges = np.cumsum([0, *(values.numel() for values in found)])
         by_part = [flat[a:b].reshape(f.shape) for a, b, f in zip(edges[:-1], edges[1:], found, strict=True)]
@@ -165,7 +196,12 @@ class ReadOut:
             d, out, asked, block = work
             dn = self._normed(ends, at, d, block.segments)
             of_reads = ReadRows(dn, block.segments, block.first_pairs)
-            values = self.ops.readout(of_reads, unembedding, base, measured=asked, pool=pool)
+            values: dict[str, Tensor] = {}
+            if ours := [name for name in asked if name not in self.setup.functions]:
+                values = self.ops.readout(of_reads, unembedding, base, measured=ours, pool=pool)
+            if theirs := [name for name in asked if name in self.setup.functions]:
+                pair = row_reads.reads.pair[some]
+                values |= self._by_functions(theirs, of_reads, ends.unembedding.weight, base, pair)
             for i, name in enumerate(asked):
                 out[i] = values[name]
 
@@ -175,6 +211,31 @@ class ReadOut:
                 take(work, self.pool)
         else:
             self.pool(take, blocks)
+
+    def _by_functions(
+        self, names: list[str], rows: ReadRows, unembedding: Tensor, base: BaseReadout, pair: np.ndarray
+    ) -> dict[str, Tensor]:
+        """What the metrics that users bring say of some rows: name -> [row].
+
+        Args:
+            unembedding: [d_vocab, d_model], as it is stored.
+            pair: [read], the number of each read's pair in the pass.
+        """
+        dn, (d_vocab, d_model) = rows.dn, unembedding.shape
+        out = {name: dn.new_empty(len(dn)) for name in names}
+        most = max(1, (_CELLS_ON_CPU if self.on_cpu else _CELLS) // d_vocab)
+        pieces = vocabulary_pieces(d_vocab, _piece(d_vocab, d_model, self.on_cpu))
+        for of_read, read in rows.spans():
+            of = self.prompts.pairs[pair[read]]
+            for first in range(of_read.start, of_read.stop, most):
+                some = slice(first, min(first + most, of_read.stop))
+                logits = base.logits[read].expand(some.stop - some.start, -1).clone()
+                for piece in pieces:
+                    change = dn[some] @ unembedding[piece].to(dn.dtype).T
+                    logits[:, piece] += base.capped(read, piece, change)
+                for name in names:
+                    out[name][some] = said_by(self.setup.functions[name], name, logits, base.logits[read], of)
+        return out
 
     def _unpatched(
         self, ends: EndWeights, at: Tensor, change: Tensor, shapes: PairShapes, tokens: np.ndarray
@@ -248,7 +309,8 @@ class ReadOut:
         for part in row_reads.parts if expands else []:
             number, n_rows = np.unique(row_reads.read[part.rows], return_counts=True)
             names = part.asked.names
-            out[number] = [worth_a_tail(n, d_vocab, d_model, precision, names) for n in n_rows.tolist()]
+            ours = [name for name in names if name not in self.setup.functions]
+            out[number] = [worth_a_tail(n, d_vocab, d_model, precision, ours) for n in n_rows.tolist()]
         return out
 
     def _normed(self, ends: EndWeights, x: Tensor, d: Tensor, segments: list[Segment]) -> Tensor:

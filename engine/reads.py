@@ -18,6 +18,8 @@ from deltapatch.kernels.segments import read_segments
 from deltapatch.results.metrics import Reference
 
 _ANSWERS = ("clean", "corrupted")
+# What is read wherever the answers go on; all else is of the end of the prompt.
+_OF_ANSWERS = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "says_clean", "says_corrupted")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Reads:
         kinds = [
             (at_end, tuple(measured)),
             (~at_end & self.shared & ~parting, of_tokens),
-            (~at_end & parting, tuple(name for name in measured if name not in ("kl", "entropy", "flip"))),
+            (~at_end & parting, tuple(name for name in measured if name in _OF_ANSWERS)),
         ]
         found = [(np.flatnonzero(which), tuple((name, name, 1) for name in names)) for which, names in kinds]
         for i, answer in enumerate(_ANSWERS):

@@ -19,6 +19,7 @@ from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.folder import environment
 from deltapatch.results.manifest import digest_of
 from deltapatch.results.measured import Found
+from deltapatch.results.metrics import source_of
 from deltapatch.results.outcome import Outcome
 
 PLAN_VERSION = 4  # to be raised whenever passes are cut, or computed, in another way
@@ -33,6 +34,7 @@ _WORDS = {
     "device": "kind of device",
     "pairs": "pairs",
     "interventions": "list of interventions",
+    "functions": "source of a metric",
     "nodes": "shape of the model",
     "threads": "number of threads",
     "stream": "way of keeping weights",
@@ -80,6 +82,7 @@ def settings_of(question: Question, decided: Decided | None = None) -> dict[str,
         "pairs": digest_of(question.pairs),
         "metrics": list(question.measured),
         "noise_scale": options.noise_scale if options.source == "noise" else None,
+        **_functions(question),
         **open_,
     }
 
@@ -113,6 +116,7 @@ def meta_of(question: Question, decided: Decided, fingerprint: str | None) -> di
         "memory_budget": decided.memory_budget,
         "threads": decided.threads,
         "plan": PLAN_VERSION,
+        **_functions(question),
         "noise_floor": None,
         "noise_floor_left_out": None,
         "passes": 0,
@@ -120,6 +124,12 @@ def meta_of(question: Question, decided: Decided, fingerprint: str | None) -> di
         "seconds": 0.0,
         **environment(),
     }
+
+
+def _functions(question: Question) -> dict[str, Any]:
+    """Metrics that are functions, by name, each with what tells it from others of its name."""
+    found = {name: source_of(function) for name, function in question.functions.items()}
+    return {"functions": found} if found else {}
 
 
 def decided_by(settings: Mapping[str, Any]) -> Decided:

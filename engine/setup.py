@@ -1,12 +1,14 @@
 """What passes are carried out with."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from deltapatch.engine.pool import Pool
 from deltapatch.engine.products import taken_in
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.product import Precision
 from deltapatch.models.model import Model
+from deltapatch.results.metrics import Function
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Setup:
         precision: of the products of differences; base and source runs are carried in its base dtype.
         ops: the operations.
         pool: does blocks, perhaps side by side.
+        functions: metrics that users bring, by name.
         narrow_few: take products of few rows in this precision too, as a sample must that judges it.
     """
 
@@ -25,6 +28,7 @@ class Setup:
     precision: Precision
     ops: Backend
     pool: Pool
+    functions: Mapping[str, Function] = field(default_factory=dict)
     narrow_few: bool = False
 
     @property

@@ -89,7 +89,8 @@ class Wavefront:
         with self.model.reading() as read:
             x, dx, rows = self._through_layers(read)
             ends = read.ends()
-        by_row, unpatched = ReadOut(self.setup, self.prompts).read(ends, x, dx, rows, self.row_reads)
+        reader = ReadOut(self.setup, self.prompts)
+        by_row, unpatched = reader.read(ends, x, dx, rows, self.row_reads)
         # Interventions that cannot reach the read-out have no row: their effect is exactly zero, and what the
         # base run says they say.
         live = self.rows.id_of >= 0
@@ -97,6 +98,8 @@ class Wavefront:
         for i, name in enumerate(("says_clean", "says_corrupted")):
             if name in self.measured:
                 measured[self.measured.index(name)] = unpatched.says[self.table.pair, 0, i]
+        for name, values in reader.unmoved.items():
+            measured[self.measured.index(name)] = values[self.table.pair]
         measured[:, live] = by_row[:, self.rows.id_of[live]]
         return PassResult(dict(zip(self.measured, measured, strict=True)), unpatched)
 

@@ -23,7 +23,7 @@ from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.sites import SITES
 from deltapatch.results.effects import Effects
-from deltapatch.results.metrics import METRICS, default_metric, quotient
+from deltapatch.results.metrics import check_metric, default_metric, quotient
 
 RATE = 0.05  # false-discovery rate from which on an effect counts as an accident of the pairs
 _NUMBERS = 400_000  # of the page, about; each takes five letters
@@ -266,7 +266,7 @@ def _pair(pair: EncodedPair) -> dict[str, Any]:
 
 
 def _metric(name: str) -> dict[str, Any]:
-    metric = METRICS[name]
+    metric = check_metric(name)
     return {
         "name": name,
         "label": metric.label,

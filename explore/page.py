@@ -18,7 +18,7 @@ from typing import Any
 from deltapatch.errors import DeltapatchError, path_of
 from deltapatch.explore.collect import collect
 from deltapatch.results.effects import Effects
-from deltapatch.results.metrics import metric_names
+from deltapatch.results.metrics import metric_names, name_of
 
 
 def page(effects: Effects, metrics: str | Sequence[str] | None = None, run: str = "RUN") -> str:
@@ -32,7 +32,7 @@ def page(effects: Effects, metrics: str | Sequence[str] | None = None, run: str 
         DeltapatchError: plotly is not installed; an unknown metric or one that was not measured.
     """
     plotly = _plotly()
-    names = list(effects.metrics if metrics is None else metric_names(metrics))
+    names = list(effects.metrics if metrics is None else map(name_of, metric_names(metrics)))
     content = collect(effects, names, run)
     here = files("deltapatch.explore")
     html = (here / "page.html").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import import_pandas, is_labelled, looking, position_column
 from deltapatch.results.folder import Record, reference_tensors, write_run
-from deltapatch.results.metrics import METRICS, Direction, Reference, asked_of, compute, terms
+from deltapatch.results.metrics import Direction, Reference, asked_of, compute, metrics_of, terms
 
 AXES = ("pair", "effect", "position", "edge")  # of every measured array
 
@@ -68,7 +68,7 @@ class EdgeEffects:
     @property
     def metrics(self) -> list[str]:
         """The metrics that this run can answer."""
-        return [name for name, metric in METRICS.items() if set(metric.needs) <= set(self.measured)]
+        return metrics_of(self.measured)
 
     def flat(self, metric: str, effect: str | None = None) -> np.ndarray:
         """A metric of every edge: float64, [pair, edge], or [pair, edge, position] at single positions.

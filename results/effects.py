@@ -14,7 +14,7 @@ from deltapatch.errors import DeltapatchError, path_of
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.sites import SITES, find_site
 from deltapatch.results.folder import Record, reference_tensors, write_run
-from deltapatch.results.metrics import METRICS, Direction, Reference, asked_of, compute, terms
+from deltapatch.results.metrics import Direction, Reference, asked_of, compute, metrics_of, terms
 
 AXES = ("pair", "layer", "position", "index")  # of every measured array; whole-vector sites have no index
 
@@ -123,7 +123,7 @@ class Effects:
     def metrics(self) -> list[str]:
         """The metrics that this run can answer for all its sites."""
         measured = [set(s.measured) for s in self.sites.values()]
-        return [name for name, m in METRICS.items() if all(set(m.needs) <= have for have in measured)]
+        return metrics_of(set.intersection(*measured))
 
     @property
     def answer_tokens(self) -> int:

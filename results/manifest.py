@@ -20,7 +20,7 @@ from deltapatch.interventions.sites import SITES
 from deltapatch.interventions.sources import SOURCES
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.results.folder import pairs_as_text
-from deltapatch.results.metrics import MEASURED, Direction, Reference
+from deltapatch.results.metrics import Direction, Reference, is_measured, know_all
 from deltapatch.results.truth import Sampled, Truth
 
 FORMAT, FORMAT_VERSION = "deltapatch unfinished run", 2
@@ -115,8 +115,9 @@ def _check_settings(s: dict[str, Any]) -> None:
         grid_of(s, 1)
     else:
         _check_grid(s["sites"], s["positions"])
+    know_all(s.get("functions"))
     metrics = s["metrics"]
-    _need(isinstance(metrics, list) and bool(metrics) and set(map(str, metrics)) <= set(MEASURED), "metrics")
+    _need(isinstance(metrics, list) and bool(metrics) and is_measured([*map(str, metrics)]), "metrics")
     _need(len(set(metrics)) == len(metrics), "metrics")
     _need(s["direction"] in get_args(Direction) and s["source"] in list(SOURCES), "direction or source")
     _need(isinstance(s["precision"], str) and s["precision"] in PRECISIONS, "precision")

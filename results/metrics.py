@@ -8,10 +8,12 @@ Probabilities are of whole answers: log P(answer) adds up over its tokens, each 
 `kl`, `entropy` and `flip` are of the distribution at the end of the prompt.
 """
 
+import hashlib
+import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -303,39 +305,114 @@ METRICS: dict[str, Metric] = {
     ),
 }
 DEFAULT = "recovered"
+# Metrics that users bring as functions of the logits: name -> what is said of it. A run keeps their values.
+OWN: dict[str, Metric] = {}
+Function = Callable[..., Any]  # (logits [row, d_vocab], base logits [d_vocab], pair) -> [row]
 
 
-def check_metric(name: str) -> Metric:
+def name_of(metric: str | Function) -> str:
+    """The name of a metric that is given by name, or as a function.
+
+    Raises:
+        DeltapatchError: a function whose name cannot stand for it.
+    """
+    if not callable(metric):
+        return metric
+    name = getattr(metric, "__name__", "")
+    if not name.isidentifier() or name in METRICS or name == "all":
+        raise DeltapatchError(
+            f"a metric that is a function goes by its name, and {shown(name or metric)} "
+            f"{'is taken' if name in METRICS else 'is none'}: define it with `def` under another"
+        )
+    return name
+
+
+def know(name: str) -> str:
+    """Let a name stand for a metric of a user's. ValueError where it cannot."""
+    if not name.isidentifier() or name in METRICS or name == "all":
+        raise ValueError(f"metric {name}")
+    if name not in OWN:
+        needs, formula = _as_measured(name)
+        OWN[name] = Metric(needs, formula, name, name, "any", "either", "either", judges=False)
+    return name
+
+
+def know_all(functions: object) -> None:
+    """Let the names of a run's record stand for metrics. ValueError where it is something else."""
+    if functions is None:
+        return
+    if not isinstance(functions, dict) or not all(isinstance(v, str) for v in functions.values()):
+        raise ValueError("functions")
+    for name in functions:
+        know(name)
+
+
+def check_metric(name: str | Function) -> Metric:
     """The metric of that name, or a sentence that lists the names."""
     if callable(name):
-        raise DeltapatchError(
-            f"a metric must be a name, not a function ({shown(name)}): choose from {', '.join(METRICS)}"
-        )
-    return METRICS[choice(name, METRICS, "metric")]
+        name = name_of(name)
+    return {**METRICS, **OWN}[choice(name, [*METRICS, *OWN], "metric")]
 
 
-def metric_names(metrics: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of metrics, given as one, as several, with commas between, or as "all".
+def metric_names(metrics: str | Function | Sequence[str | Function]) -> tuple[str | Function, ...]:
+    """Metrics, given as one, as several, by names with commas between, or as "all".
+
+    Functions stay functions, and their names are known from then on.
 
     Raises:
         DeltapatchError: there are none, or one is unknown.
     """
+    if callable(metrics):
+        metrics = [metrics]
     given = metrics.split(",") if isinstance(metrics, str) else list(several(metrics, "metrics", _EXAMPLE))
     names = [name.strip() if isinstance(name, str) else name for name in given]
     names = [name for name in names if name != ""]
     if not names:
         raise DeltapatchError(f"no metrics were given: metrics must be {_EXAMPLE}")
-    if names == ["all"]:
-        return tuple(METRICS)
+    out: list[str | Function] = []
     for name in names:
-        check_metric(name)  # type: ignore[arg-type]  # which says so
-    return tuple(names)  # type: ignore[arg-type]  # just checked
+        if isinstance(name, str) and name == "all" and (len(names) == 1 or any(map(callable, names))):
+            out += METRICS
+        elif callable(name):
+            know(name_of(name))
+            if name_of(name) in [name_of(other) for other in out]:
+                raise DeltapatchError(f"two metrics are called {name_of(name)!r}: rename one")
+            out.append(name)
+        else:
+            check_metric(name)  # type: ignore[arg-type]  # which says so
+            out.append(name)  # type: ignore[arg-type]  # just checked
+    return tuple(out)
 
 
-def measured_for(metrics: tuple[str, ...]) -> tuple[str, ...]:
-    """Which of MEASURED the engine has to write down so that these metrics can be asked for."""
-    needed = {n for name in metrics for n in check_metric(name).needs}
-    return tuple(n for n in MEASURED if n in needed)
+def functions_of(metrics: Sequence[str | Function]) -> dict[str, Function]:
+    """Those of some metrics that are functions, by name."""
+    return {name_of(metric): metric for metric in metrics if callable(metric)}
+
+
+def source_of(function: Function) -> str:
+    """A hash of a function's source, or, where Python does not know it, of what it was compiled to."""
+    try:
+        text = inspect.getsource(function).encode()
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        text = repr(function).encode() if code is None else code.co_code + repr(code.co_consts).encode()
+    return hashlib.sha256(text).hexdigest()
+
+
+def metrics_of(measured: Collection[str]) -> list[str]:
+    """The metrics that follow from some measured numbers."""
+    return [name for name, m in {**METRICS, **OWN}.items() if set(m.needs) <= set(measured)]
+
+
+def is_measured(names: Collection[str]) -> bool:
+    """Whether all of some names are of measured numbers."""
+    return set(names) <= {*MEASURED, *OWN}
+
+
+def measured_for(metrics: Sequence[str | Function]) -> tuple[str, ...]:
+    """What the engine has to write down so that these metrics can be asked for."""
+    needed = {n: None for metric in metrics for n in check_metric(metric).needs}
+    return (*(n for n in MEASURED if n in needed), *(n for n in needed if n not in MEASURED))
 
 
 def default_metric(known: Sequence[str]) -> str:
@@ -343,7 +420,7 @@ def default_metric(known: Sequence[str]) -> str:
     return DEFAULT if DEFAULT in known or not known else known[0]
 
 
-def asked_of(known: Sequence[str], metrics: str | Sequence[str] | None) -> list[str]:
+def asked_of(known: Sequence[str], metrics: str | Function | Sequence[str | Function] | None) -> list[str]:
     """The metrics to show: as asked, one or several, or the default of what is known.
 
     Raises:
@@ -351,11 +428,13 @@ def asked_of(known: Sequence[str], metrics: str | Sequence[str] | None) -> list[
     """
     if metrics is None:
         return [default_metric(known)]
-    return list(several(metrics, "metrics", "names such as ['ie', 'recovered']"))  # type: ignore[arg-type]
+    given = [metrics] if callable(metrics) else metrics
+    found = several(given, "metrics", "names such as ['ie', 'recovered']")
+    return [name_of(metric) for metric in found]  # type: ignore[arg-type]  # what is none is told of later
 
 
 def compute(
-    name: str, measured: Mapping[str, np.ndarray], reference: Reference, direction: Direction
+    name: str | Function, measured: Mapping[str, np.ndarray], reference: Reference, direction: Direction
 ) -> np.ndarray:
     """One metric as a float64 array of the shape of the measured ones, [pair, ...].
 
@@ -364,11 +443,11 @@ def compute(
     Raises:
         DeltapatchError: an unknown metric, or one that the run did not measure.
     """
-    return quotient(name, *terms(name, measured, reference, direction))
+    return quotient(name_of(name), *terms(name, measured, reference, direction))
 
 
 def terms(
-    name: str, measured: Mapping[str, np.ndarray], reference: Reference, direction: Direction
+    name: str | Function, measured: Mapping[str, np.ndarray], reference: Reference, direction: Direction
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """One metric as it is averaged: its mean over pairs is the mean of the first over that of the second.
 
@@ -382,7 +461,8 @@ def terms(
     for need in metric.needs:
         if need not in measured:
             raise DeltapatchError(
-                f"this run did not measure what metric {name!r} needs: sweep again with metrics='all'"
+                f"this run did not measure what metric {name_of(name)!r} needs: sweep again with "
+                f"metrics={'[' + name_of(name) + ']' if need in OWN else repr('all')}"
             )
     arrays = {need: np.asarray(measured[need], dtype=np.float64) for need in metric.needs}
     trailing = (1,) * (next(iter(arrays.values())).ndim - 1)

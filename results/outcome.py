@@ -13,7 +13,7 @@ from deltapatch.interventions.given import Listed
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import import_pandas
 from deltapatch.results.folder import Record, reference_tensors, write_run
-from deltapatch.results.metrics import METRICS, Direction, Reference, asked_of, compute, terms
+from deltapatch.results.metrics import Direction, Function, Reference, asked_of, compute, metrics_of, terms
 
 _SHOWN = 10  # interventions in a notebook
 
@@ -60,9 +60,9 @@ class Outcome:
     @property
     def metrics(self) -> list[str]:
         """The metrics that this run can answer."""
-        return [name for name, metric in METRICS.items() if set(metric.needs) <= set(self.measured)]
+        return metrics_of(self.measured)
 
-    def values(self, metric: str) -> np.ndarray:
+    def values(self, metric: str | Function) -> np.ndarray:
         """A metric of every intervention: float64, [intervention].
 
         Raises:
@@ -70,7 +70,7 @@ class Outcome:
         """
         return compute(metric, self.measured, self.reference.of(self.pair), self.direction)
 
-    def terms(self, metric: str) -> tuple[np.ndarray, np.ndarray | None]:
+    def terms(self, metric: str | Function) -> tuple[np.ndarray, np.ndarray | None]:
         """A metric as it is averaged, as of `Effects.terms`: [intervention], and [intervention] or None."""
         return terms(metric, self.measured, self.reference.of(self.pair), self.direction)
 

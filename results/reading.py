@@ -35,7 +35,7 @@ from deltapatch.results.folder import (
     is_begun,
 )
 from deltapatch.results.measured import Found
-from deltapatch.results.metrics import MEASURED, Direction, Reference
+from deltapatch.results.metrics import Direction, Reference, is_measured, know_all
 from deltapatch.results.outcome import Outcome
 
 _KINDS: dict[type, tuple[str, str]] = {
@@ -145,14 +145,13 @@ def read_pairs_text(text: str) -> list[EncodedPair]:
 
 def _effects(path: Path, about: dict[str, Any]) -> Found:
     _need(about.get(CHECKSUM) == checksum(about, path), "its files are not those that were written")
+    know_all(about.get("functions"))
     given, edges = "interventions" in about, "senders" in about
     _need(isinstance(about["direction"], str) and about["direction"] in get_args(Direction), "direction")
     if given:
         _check_number(about["interventions"])
     elif edges:
-        _need(
-            _distinct(about["measured"], str) and set(about["measured"]) <= set(MEASURED), "measured numbers"
-        )
+        _need(_distinct(about["measured"], str) and is_measured(about["measured"]), "measured numbers")
     else:
         _check_coordinates(about)
     for name in (PAIRS, EFFECTS, *([INTERVENTIONS] if given else [])):
@@ -208,7 +207,7 @@ def read_interventions(path: Path, pairs: list[EncodedPair]) -> Listed:
 def _check_number(found: Any) -> None:
     _need(isinstance(found, dict) and set(found) == {"number", "measured"}, "interventions")
     measured = found["measured"]
-    _need(_distinct(measured, str) and set(measured) <= set(MEASURED), "measured numbers")
+    _need(_distinct(measured, str) and is_measured(measured), "measured numbers")
 
 
 def _check_coordinates(about: dict[str, Any]) -> None:
@@ -221,7 +220,7 @@ def _check_coordinates(about: dict[str, Any]) -> None:
         _need(_distinct(layers, int) and all(0 <= layer < _MOST for layer in layers), f"layers of {site}")
         _need(_distinct(positions, int, str), f"positions of {site}")
         _need(all(isinstance(p, str) or abs(p) < _MOST for p in positions), f"positions of {site}")
-        _need(_distinct(measured, str) and set(measured) <= set(MEASURED), f"measured numbers of {site}")
+        _need(_distinct(measured, str) and is_measured(measured), f"measured numbers of {site}")
 
 
 def _distinct(found: Any, *kinds: type) -> bool:

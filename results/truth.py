@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltapatch.results.metrics import METRICS, Direction, Reference, compute
+from deltapatch.results.metrics import Direction, Reference, check_metric, compute, metrics_of
 
 if TYPE_CHECKING:
     pass
@@ -52,7 +52,7 @@ class Truth:
             "precision": self.precision,
             "relative_error": errors,
             "worst": max(
-                (n for n in errors if not METRICS[n].yes_or_no), key=lambda n: errors[n], default=None
+                (n for n in errors if not check_metric(n).yes_or_no), key=lambda n: errors[n], default=None
             ),
         }
 
@@ -91,9 +91,10 @@ def relative_errors(
         what is yes or no is the share of effects that differ.
     """
     out = {}
-    for name, metric in METRICS.items():
-        if name == "recovered" or not set(metric.needs) <= set(got):
+    for name in metrics_of(got):
+        if name == "recovered":
             continue
+        metric = check_metric(name)
         a, b = (compute(name, measured, reference, direction) for measured in (got, want))
         if metric.yes_or_no:
             out[name] = float((a != b).mean())

@@ -141,7 +141,7 @@ WRONG = [
     ({"metrics": []}, "no metrics were given"),
     ({"metrics": ""}, "no metrics were given"),
     ({"metrics": None}, "metrics must be 'all' or names such as ['ie', 'recovered'], not None"),
-    ({"metrics": lambda logits: logits}, "a metric must be a name, not a function"),
+    ({"metrics": lambda logits: logits}, "goes by its name, and '<lambda>' is none"),
     ({"metrics": ["ie", 3]}, "unknown metric 3: choose from ie"),
     ({"metrics": ["all", "ie"]}, "unknown metric 'all'"),
     ({"direction": None}, "direction must be a name, not None"),
@@ -249,7 +249,7 @@ def test_patches_are_checked_as_axes_are(model, patch, message):
     [
         (lambda e: e.values(None), "unknown metric None"),
         (lambda e: e.values(["ie"]), "unknown metric ['ie']"),
-        (lambda e: e.values(len), "a metric must be a name, not a function"),
+        (lambda e: e.values(len), "unknown metric 'len'"),
         (lambda e: e.values("ie", ["mlp_out"]), "unknown site ['mlp_out']"),
         (lambda e: e.values("ie", 3), "unknown site 3"),
         (lambda e: e.columns({"ie": 1}), "metrics must be names such as ['ie', 'recovered'], not {'ie': 1}"),
