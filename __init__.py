@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from deltapatch.analysis.acdc import acdc
     from deltapatch.analysis.circuit import Circuit
     from deltapatch.analysis.circuit_runs import circuit_curve, faithfulness, path_effects
+    from deltapatch.analysis.directions import sweep_directions
     from deltapatch.analysis.features import sweep_features
     from deltapatch.analysis.joint import faithfulness_curve
     from deltapatch.engine.sweep import run, sweep, sweep_edges
@@ -53,6 +54,7 @@ _HOME = {
     "load_pairs": "interventions.pairs_file",
     "run": "engine.sweep",
     "sweep": "engine.sweep",
+    "sweep_directions": "analysis.directions",
     "sweep_edges": "engine.sweep",
     "sweep_features": "analysis.features",
 }
@@ -83,6 +85,7 @@ __all__ = [
     "path_effects",
     "run",
     "sweep",
+    "sweep_directions",
     "sweep_edges",
     "sweep_features",
 ]

@@ -9,7 +9,8 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.results.metrics import check_metric, quotient
 from deltapatch.results.outcome import Outcome
 
-_TOLD = ("sae", "layer", "position", "feature")  # labels in the order in which tables have them
+# Labels in the order in which tables have them.
+_TOLD = ("sae", "site", "layer", "head", "position", "feature", "direction", "strength")
 
 
 def outcome_cells(outcome: Outcome, metrics: Sequence[str]) -> Table:

@@ -8,6 +8,7 @@ from deltapatch.cli.bench import bench
 from deltapatch.cli.circuit import circuit
 from deltapatch.cli.convert import convert
 from deltapatch.cli.demo import demo
+from deltapatch.cli.directions import directions
 from deltapatch.cli.effects import effects
 from deltapatch.cli.explore import explore
 from deltapatch.cli.features import features
@@ -39,8 +40,8 @@ def cli() -> None:
 
 
 for command in (
-    demo, pairs, sweep, edges, features, merge, effects, plot, explore, circuit, info, convert, reproduce,
-    bench,
+    demo, pairs, sweep, edges, features, directions, merge, effects, plot, explore, circuit, info, convert,
+    reproduce, bench,
 ):  # fmt: skip
     cli.add_command(command)
 

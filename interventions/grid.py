@@ -191,11 +191,11 @@ def make_grid(
         DeltapatchError: an unknown site, layer, position or label.
     """
     chosen: dict[str, tuple[Site, list[int]]] = {}
-    every = _layers(layers, spec)
+    every = layers_of(layers, spec)
     for name in listed(sites):
         site, layer = find_site(name)
         check_site(site, spec)
-        wanted = every if layer is None else _layers([layer], spec)
+        wanted = every if layer is None else layers_of([layer], spec)
         known = chosen.setdefault(site.name, (site, []))[1]
         known += [l for l in wanted if l not in known]
     if not chosen:
@@ -227,7 +227,8 @@ def _spread(given: Sequence[object], pairs: list[EncodedPair]) -> list[object]:
     return out
 
 
-def _layers(layers: Layers, spec: ModelSpec) -> list[int]:
+def layers_of(layers: Layers, spec: ModelSpec) -> list[int]:
+    """The layers that a sweep was asked for. DeltapatchError where the model has no such layer."""
     if isinstance(layers, str) and layers != "all":
         raise DeltapatchError(f"layers must be 'all' or a list of numbers, not {layers!r}")
     given = list(several(layers, "layers", "'all' or a list of numbers"))

@@ -30,6 +30,7 @@ def test_every_help_has_an_example(command):
         "edges",
         "circuit",
         "features",
+        "directions",
         "effects",
         "plot",
         "explore",

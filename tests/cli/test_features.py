@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import deltapatch as dp
 from deltapatch.interventions.pairs_file import write_pairs
@@ -78,3 +79,43 @@ def test_mistakes(command, pairs_file, tmp_path, more, message):
     assert result.code == 2
     assert message in result.err
     assert not (tmp_path / "run").exists()
+
+
+def test_directions_from_a_file(command, pairs_file, tmp_path):
+    model = dp.load_model(MODEL)
+    rows = np.random.default_rng(0).normal(size=(2, model.spec.d_model)).astype(np.float32)
+    save_file({"resid_post": rows, "mlp_out.1": rows[0]}, tmp_path / "d.safetensors")
+    whole = ("directions", "--model", MODEL, "--pairs", str(pairs_file), "--positions", "last")
+    options = ("--layers", "1-2", "--precision", "fp32", "--directions", str(tmp_path / "d.safetensors"))
+    for more in ((), ("--strengths=-2,2",)):
+        run = str(tmp_path / f"run{len(more)}")
+        result = command(*whole, *options, *more, "--out", run)
+        assert result.code == 0, result.err
+        strengths = [-2.0, 2.0] if more else None
+        want = dp.sweep_directions(
+            model,
+            dp.load_pairs(pairs_file),
+            {"mlp_out": {1: rows[0]}, "resid_post": rows},
+            positions="last",
+            layers=[1, 2],
+            strengths=strengths,
+            precision="fp32",
+        )
+        np.testing.assert_array_equal(dp.load_outcome(run).values("ie"), want.values("ie"))
+        groups = "direction,strength" if more else "direction"
+        table = command("effects", run, "--by", groups).out.splitlines()
+        assert len(table) == (6 if more else 4)
+    for name, message in (("nowhere", "unknown site"), ("resid_post", "are for all layers and for layer 1")):
+        save_file({name: rows, "resid_post.1": rows}, tmp_path / "wrong.safetensors")
+        result = command(
+            *whole, "--directions", str(tmp_path / "wrong.safetensors"), "--out", str(tmp_path / "no")
+        )
+        assert result.code == 2
+        assert message in result.err
+    for extra, message in (
+        (("--strengths", "a lot"), "must be numbers with commas"),
+        (("--directions", "nothing"), "nothing"),
+    ):
+        result = command(*whole, *options, *extra, "--out", str(tmp_path / "no"))
+        assert result.code == 2
+        assert message in result.err
