@@ -13,7 +13,7 @@ EXAMPLES = """\b
 Examples:
   deltapatch directions --model MODEL --pairs pairs.jsonl --directions probes.safetensors --out RUN
   deltapatch directions --model MODEL --pairs pairs.jsonl --directions d.safetensors --layers 5-9 --out RUN
-  deltapatch directions --model MODEL --pairs pairs.jsonl --directions d.safetensors --strengths=-2,2 --out RUN
+  deltapatch directions --model MODEL --pairs p.jsonl --directions d.safetensors --strengths -2,2 --out RUN
   deltapatch effects RUN --by layer,direction --top 20
 """
 
