@@ -25,7 +25,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.models.header import check_file
 
 FORMAT = "deltapatch bench"
-KINDS = ("compare", "growth", "precision", "stream", "edges")
+KINDS = ("compare", "growth", "precision", "stream", "edges", "edge-peers")
 
 
 def stamp(kind: str, result: dict[str, Any]) -> dict[str, Any]:
