@@ -111,8 +111,10 @@ def make_job(
     for a, b in zip(*prompts, strict=True):
         change = model.logits(a)[-1] - model.logits(b)[-1]
         answers.append([int(change.argmax()), int(change.argmin())])
-    shape = spec.n_layers, spec.n_heads, spec.n_kv_heads, spec.parallel
-    job = Job(str(folder), *prompts, answers, *shape, repeats=repeats, threads=threads)
+    job = Job(
+        str(folder), *prompts, answers, spec.n_layers, spec.n_heads, spec.n_kv_heads,
+        parallel=spec.parallel, repeats=repeats, threads=threads,
+    )  # fmt: skip
     true: dict[Keys, np.ndarray] = {}
     for keys in KEYS:
         found = sweep_edges(
@@ -222,7 +224,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where environments are kept")
     sizes = {"layers": 4, "heads": 8, "d_model": 256, "vocab": 4096}
-    options = {"pairs": 4, "length": 16, "first": 10, "repeats": 3, "threads": torch.get_num_threads()}
+    options = {"pairs": 4, "length": 16, "first": 10, "repeats": 3, "threads": 1}
     for name, value in {**sizes, **options}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     given = vars(parser.parse_args())

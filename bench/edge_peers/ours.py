@@ -25,8 +25,8 @@ class Ours(EdgePeer):
         from deltapatch.engine.sweep import sweep_edges
 
         found = sweep_edges(
-            self.model, self.job.pairs, direction="noise", precision="fp32", metrics="logit_diff", progress=False,
-            noise_sample=0,
+            self.model, self.job.pairs, direction="noise", precision="fp32", metrics="logit_diff",
+            progress=False, noise_sample=0,
         )  # fmt: skip
         assert found.edges == list(edges)
         return found.flat("logit_diff")
