@@ -92,7 +92,6 @@ def make_job(
     length: int,
     first: int,
     repeats: int = 1,
-    threads: int = 0,
     seed: int = 0,
 ) -> tuple[Job, dict[Keys, np.ndarray]]:
     """The job on a model, and deltapatch's effects in float64: {how keys are counted: [pair, edge]}.
@@ -113,7 +112,7 @@ def make_job(
         answers.append([int(change.argmax()), int(change.argmin())])
     job = Job(
         str(folder), *prompts, answers, spec.n_layers, spec.n_heads, spec.n_kv_heads,
-        parallel=spec.parallel, repeats=repeats, threads=threads,
+        parallel=spec.parallel, repeats=repeats,
     )  # fmt: skip
     true: dict[Keys, np.ndarray] = {}
     for keys in KEYS:
@@ -224,7 +223,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where environments are kept")
     sizes = {"layers": 4, "heads": 8, "d_model": 256, "vocab": 4096}
-    options = {"pairs": 4, "length": 16, "first": 10, "repeats": 3, "threads": 1}
+    options = {"pairs": 2, "length": 16, "first": 10, "repeats": 3}
     for name, value in {**sizes, **options}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     given = vars(parser.parse_args())

@@ -34,7 +34,6 @@ class Job:
     edges: dict[Keys, list[Names]] = field(default_factory=dict)  # by how keys and values are counted
     trial: int = 48  # edges that a batch size is tried on
     repeats: int = 3
-    threads: int = 0  # of PyTorch; 0 leaves them as they are
 
     @property
     def first_difference(self) -> int:

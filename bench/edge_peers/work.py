@@ -3,8 +3,8 @@
     python -m deltapatch.bench.edge_peers.work PEER JOB EFFECTS
 
 The lines are objects: the versions; each batch size that is tried and its seconds; the best one; the seconds
-of each repeat; or an error, in words. The effects, [pair, edge], go into a file. What libraries print goes to
-stderr.
+of each repeat; or an error, in words. Seconds are the processor's, on one thread. The effects, [pair, edge],
+go into a file. What libraries print goes to stderr.
 """
 
 import json
@@ -44,9 +44,8 @@ def work(peer: EdgePeer, job: Job, effects: Path, tell: Callable[[dict[str, Any]
     """Find the best batch size on some edges, then time all edges at it."""
     import torch
 
-    if job.threads:
-        torch.set_num_threads(job.threads)
-    tell({"versions": {name: version(name) for name in peer.packages}, "threads": torch.get_num_threads()})
+    torch.set_num_threads(1)  # seconds are those of the processor, which others may be using too
+    tell({"versions": {name: version(name) for name in peer.packages}})
     peer.prepare(job)
     edges = job.edges[peer.keys]
     best, least = None, float("inf")
@@ -59,9 +58,9 @@ def work(peer: EdgePeer, job: Job, effects: Path, tell: Callable[[dict[str, Any]
     if best is None:
         peer.effects(edges, None)  # once, so that it is warm as the others are
     for _ in range(job.repeats):
-        began = time.perf_counter()
+        began = time.process_time()
         found = peer.effects(edges, best)
-        tell({"seconds": time.perf_counter() - began})
+        tell({"seconds": time.process_time() - began})
     np.save(effects, found)
     tell({"peak_bytes": peak_bytes()})
 
@@ -72,9 +71,9 @@ def _trial(peer: EdgePeer, edges: list[Names], batch: int, n: int) -> float:
     peer.effects(some[:4], batch)
     times = []
     for _ in range(2):
-        began = time.perf_counter()
+        began = time.process_time()
         peer.effects(some, batch)
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     return min(times)
 
 

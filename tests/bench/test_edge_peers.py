@@ -139,7 +139,7 @@ def test_a_comparison_in_processes_and_its_table(tmp_path, monkeypatch):
     sizes = {"layers": 1, "heads": 2, "d_model": 8, "vocab": 31}
     found = edge_compare.compare(
         ["gpt2"], ["deltapatch-fp32", "tlens"], tmp_path, lambda text: None, sizes=sizes,
-        options={"pairs": 1, "length": 4, "first": 1, "threads": 1},
+        options={"pairs": 1, "length": 4, "first": 1},
     )  # fmt: skip
     ours, tlens = found["gpt2"]["peers"].values()
     assert ours["status"] == "measured"
