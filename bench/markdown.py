@@ -103,13 +103,13 @@ def edge_peers(result: dict[str, Any]) -> str:
     """Every tool's effects of edges beside deltapatch's in float64, of each model."""
     rows = [["", "edges", "rows a forward", "seconds", "times as long", "largest difference"]]
     for architecture, found in result["models"].items():
-        ours = _median(found["peers"]["deltapatch-fp32"]["seconds"])
+        ours = found["peers"].get("deltapatch-fp32", {}).get("seconds")
         rows.append([f"**{_ARCHITECTURES[architecture]}**", *[""] * 5])
         for peer in found["peers"].values():
             row = [peer["what"], f"{peer['edges']:,}", str(peer.get("best") or ""), "", ""]
             if peer["status"] == "measured":
                 seconds = _median(peer["seconds"])
-                row[3:] = f"{seconds:.1f}", f"{seconds / ours:.1f}"
+                row[3:] = f"{seconds:.1f}", f"{seconds / _median(ours):.1f}" if ours else ""
             rows.append([*row, f"{peer['difference']:.0e}" if "difference" in peer else peer["status"]])
     return as_table(rows)
 
