@@ -6,7 +6,8 @@ Models are GPT-2's, GPT-NeoX's (attention and MLP side by side) and LLaMA's (gro
 weights; biases and norms' scales are random too, so that what is left out would show. The clean run is the
 base. Every tool has a process of its own, and one that needs other versions an environment of its own; it
 tries a few batch sizes on some edges, and does all edges at the best. deltapatch in float64 judges: no time
-is told of effects that differ from its by more than a thousandth of the largest.
+is told of effects that differ from its by more than a thousandth of the largest. The file is written after
+every model.
 """
 
 import argparse
@@ -178,7 +179,7 @@ def judged(said: dict[str, Any], effects: Path, true: np.ndarray) -> dict[str, A
 
 def compare(
     models: Sequence[str], peers: Sequence[str], cache: Path, say: Say, *, sizes: dict[str, int],
-    options: dict[str, int],
+    options: dict[str, int], keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything: model -> its edges, and what each peer took and how far off it was.
 
@@ -188,6 +189,7 @@ def compare(
         say: what is told meanwhile.
         sizes: of `config_of`.
         options: of `make_job`.
+        keep: is given what there is after every model.
     """
     from deltapatch.bench.edge_peers.work import make_peer
 
@@ -210,6 +212,7 @@ def compare(
                     **judged(said, effects, true[peer.keys]),
                 }  # fmt: skip
             out[architecture] = {"edges": len(job.edges["query"]), "peers": found}
+            keep(out)
     return out
 
 
@@ -222,21 +225,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where environments are kept")
-    sizes = {"layers": 4, "heads": 8, "d_model": 256, "vocab": 4096}
+    sizes = {"layers": 3, "heads": 8, "d_model": 256, "vocab": 4096}
     options = {"pairs": 2, "length": 16, "first": 10, "repeats": 3}
     for name, value in {**sizes, **options}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     given = vars(parser.parse_args())
     check_free(given["out"])
     sizes, options = ({name: given[name] for name in some} for some in (sizes, options))
+
+    def keep(found: dict[str, Any]) -> None:
+        if given["out"]:
+            told = {"shape": sizes, "options": options, "models": found}
+            write(given["out"], stamp("edge-peers", {**environment(), **told}))
+
     found = compare(
         given["models"], given["peers"], given["cache"], lambda text: print(text, file=sys.stderr),
-        sizes=sizes, options=options,
+        sizes=sizes, options=options, keep=keep,
     )  # fmt: skip
-    result = stamp("edge-peers", {**environment(), "shape": sizes, "options": options, "models": found})
     print(json.dumps({a: {n: p.get("difference") for n, p in m["peers"].items()} for a, m in found.items()}))
-    if given["out"]:
-        write(given["out"], result)
 
 
 if __name__ == "__main__":
