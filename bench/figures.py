@@ -24,13 +24,13 @@ def draw_all(sources: Sequence[Path], folder: Path) -> list[Path]:
     Raises:
         DeltapatchError: no results, or a folder that cannot be written.
     """
-    draw = {"compare": rates, "growth": growth, "precision": precision, "stream": lambda result: None}
+    draw = {"compare": rates, "growth": growth, "precision": precision}
     paths: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with figure_style():
             for path, result in read_all(sources):
-                figure = draw[result["kind"]](result)
+                figure = draw[result["kind"]](result) if result["kind"] in draw else None
                 if figure is not None:
                     paths += save(figure, folder / f"bench_{path.stem}")
     except OSError as error:

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -26,8 +26,23 @@ def isolated_python(extra: str, cache: Path, say: Callable[[str], None]) -> str:
     Raises:
         DeltapatchError: it cannot be made.
     """
-    wanted = [f"torch=={version('torch').split('+')[0]}", *requirements(extra)]
-    return _environment(extra, wanted, cache, say)
+    return python_of(extra, requirements(extra), cache, say)
+
+
+def python_of(name: str, wanted: Sequence[str], cache: Path, say: Callable[[str], None]) -> str:
+    """The interpreter of an environment with the same torch and these packages alone.
+
+    deltapatch can be imported there, but what it needs is not installed unless it is wanted.
+
+    Args:
+        name: of the environment, which is made on the first call.
+        wanted: as pip takes them.
+        cache, say: as in `isolated_python`.
+
+    Raises:
+        DeltapatchError: it cannot be made.
+    """
+    return _environment(name, [f"torch=={version('torch').split('+')[0]}", *wanted], cache, say)
 
 
 def python_with(package: str, cache: Path, say: Callable[[str], None]) -> str:

@@ -90,16 +90,45 @@ def edges(result: dict[str, Any]) -> str:
     """Every way to patch all edges: seconds, and how many times as long as deltapatch."""
     rows = [["", "seconds", "times as long", "error against float64"]]
     for way, what in _WAYS.items():
-        times, error = sorted(result["seconds"][way]), result["agreement"][way]
+        seconds, error = _median(result["seconds"][way]), result["agreement"][way]
         ratio = result["times_as_long"][way]
-        rows.append([what, f"{times[len(times) // 2]:,.0f}", f"{ratio:.1f}", f"{error:.0e}"])
+        rows.append([what, f"{seconds:,.0f}", f"{ratio:.1f}", f"{error:.0e}"])
+    return as_table(rows)
+
+
+_ARCHITECTURES = {"gpt2": "GPT-2", "gpt_neox": "GPT-NeoX", "llama": "LLaMA, grouped queries"}
+
+
+def edge_peers(result: dict[str, Any]) -> str:
+    """Every tool's effects of edges beside deltapatch's in float64, of each model."""
+    rows = [["", "edges", "rows a forward", "seconds", "times as long", "largest difference"]]
+    for architecture, found in result["models"].items():
+        ours = found["peers"].get("deltapatch-fp32", {}).get("seconds")
+        rows.append([f"**{_ARCHITECTURES[architecture]}**", *[""] * 5])
+        for peer in found["peers"].values():
+            row = [peer["what"], f"{peer['edges']:,}", str(peer.get("best") or ""), "", ""]
+            if peer["status"] == "measured":
+                seconds = _median(peer["seconds"])
+                row[3:] = f"{seconds:.1f}", f"{seconds / _median(ours):.1f}" if ours else ""
+            rows.append([*row, f"{peer['difference']:.0e}" if "difference" in peer else peer["status"]])
     return as_table(rows)
 
 
 def table(result: dict[str, Any]) -> str:
     """The table of a result."""
-    tables = {"compare": rates, "growth": growth, "precision": precision, "stream": stream, "edges": edges}
+    tables = {
+        "compare": rates,
+        "growth": growth,
+        "precision": precision,
+        "stream": stream,
+        "edges": edges,
+        "edge-peers": edge_peers,
+    }
     return tables[result["kind"]](result)
+
+
+def _median(times: list[float]) -> float:
+    return sorted(times)[len(times) // 2]
 
 
 def _rate(column: dict[str, Any]) -> str:

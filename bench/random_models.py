@@ -58,12 +58,12 @@ def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
             weight.copy_(draw_weight(name, tuple(weight.shape), shape.layers, generator))
     logging.disable_progress_bar()
     model.save_pretrained(folder)
-    _tokenizer(shape.vocab).save_pretrained(folder)
+    make_tokenizer(shape.vocab).save_pretrained(folder)
     return folder
 
 
-def _tokenizer(vocab: int) -> Any:
-    """Tokens are numbers between spaces: peers that insist on a tokenizer find one."""
+def make_tokenizer(vocab: int) -> Any:
+    """A tokenizer whose tokens are numbers between spaces, for peers that insist on one."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit

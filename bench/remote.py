@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from deltapatch.bench.side import Side, in_words
 
 # Nothing is downloaded while it is measured, and nobody draws bars.
-_QUIET = {
+QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
@@ -78,7 +78,7 @@ class Remote:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
-                env={**os.environ, **_QUIET},
+                env={**os.environ, **QUIET},
                 cwd=self.log.parent,
                 text=True,
             )

@@ -1,6 +1,6 @@
 """Result files: one JSON object a run, with the machine, the versions and every repeat.
 
-    format, kind         "deltapatch bench"; compare, growth, precision or stream
+    format, kind         "deltapatch bench"; compare, growth, precision, stream, edges or edge-peers
     versions, machine, date
     model, workload      shapes; pairs, length, metric, batch, device
     options, limits      how it was measured; product rates by precision, copy bandwidth, threads
@@ -9,6 +9,7 @@
       columns            side -> status (measured, missing, lacks, failed, disagrees), reason, rates, rate,
                          spread, seconds, first_seconds, peak_bytes, agreement, sampled, of_product_rate
 
+A result of kind "edge-peers" has `models` instead: of each its edges, and of each peer what its process said.
 A result of kind "stream" has `runs` instead: what was swept, what `forecast` predicted, and what it took, as
 `stream.carry_out` returns it.
 
@@ -25,7 +26,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.models.header import check_file
 
 FORMAT = "deltapatch bench"
-KINDS = ("compare", "growth", "precision", "stream", "edges")
+KINDS = ("compare", "growth", "precision", "stream", "edges", "edge-peers")
 
 
 def stamp(kind: str, result: dict[str, Any]) -> dict[str, Any]:

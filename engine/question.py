@@ -25,7 +25,7 @@ from deltapatch.interventions.pairs_file import Pairs, as_pairs
 from deltapatch.interventions.runs import Continuation, RunShape, check_length, check_rotary, continuation_of
 from deltapatch.interventions.sources import DIFFERING, check_source, partners
 from deltapatch.interventions.table import PatchTable
-from deltapatch.interventions.wirings import Wirings
+from deltapatch.interventions.wirings import WiredList, Wirings, wired_interventions
 from deltapatch.kernels.backend import Backend, choose_backend
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.memory import available
@@ -79,6 +79,15 @@ class Question:
     length: np.ndarray
     measured: tuple[str, ...]
     threads: int
+
+    @property
+    def asked(self) -> Grid | EdgeGrid | Listed:
+        """The interventions as results hold them."""
+        found = self.interventions
+        if isinstance(found, WiredList):
+            return found.listed
+        assert not isinstance(found, Wirings)  # circuits and paths, which no results of this kind hold
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -226,7 +235,9 @@ def ask(
     if callable(interventions):
         patched: Interventions = interventions(spec, encoded)
     elif interventions is not None:
-        patched = listed_interventions(interventions, encoded, spec)
+        patched = listed = listed_interventions(interventions, encoded, spec)
+        if len(listed.seen_by):
+            patched = wired_interventions(interventions, listed, encoded, spec, options.source)
     elif isinstance(options, EdgeOptions):
         nodes = Nodes.of(spec, options.keys)
         patched = EdgeGrid(

@@ -25,10 +25,10 @@ from deltapatch.engine.settings import (
     settings_of_run,
 )
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.given import Intervention, Listed, checked, listed_interventions
+from deltapatch.interventions.given import Intervention, Listed, checked
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
-from deltapatch.interventions.wirings import Wirings, seen_by_all, wired_interventions
+from deltapatch.interventions.wirings import Wirings
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.surroundings import undisturbed
@@ -38,7 +38,7 @@ from deltapatch.results.effects import Effects
 from deltapatch.results.folder import RUN, check_output
 from deltapatch.results.manifest import Manifest
 from deltapatch.results.measured import Found, Gathered, with_axes
-from deltapatch.results.outcome import Outcome, PartlySeen
+from deltapatch.results.outcome import Outcome
 from deltapatch.results.reading import read_run
 from deltapatch.results.truth import Truth
 from deltapatch.results.wired_outcome import WiredOutcome
@@ -107,9 +107,7 @@ def run_wired(
     """
     asked = Options(**options)
     if asked.out is not None or asked.resume:
-        raise DeltapatchError(
-            "circuits, paths and patches into some receivers write no run folder: leave out `out`"
-        )
+        raise DeltapatchError("circuits and paths write no run folder: leave out `out`")
     question = ask(model, pairs, asked, wirings)
     assert isinstance(question.interventions, Wirings)
     gathered, meta = _in_memory(question)
@@ -131,23 +129,12 @@ def run(
         {options}
 
     Returns:
-        Outcome: one number for each intervention and metric. Where patches have `into`, no run folder can be
-        written of it.
+        Outcome: one number for each intervention and metric.
 
     Raises:
         DeltapatchError: bad input; also an intervention without patches, or with one patch twice.
     """
-    given = checked(interventions)
-    if any(patch.into is not None for one in given for patch in one.patches):
-        source = Options(**options).source
-
-        def wirings(spec: ModelSpec, encoded: list[EncodedPair]) -> Wirings:
-            return wired_interventions(given, encoded, spec, source)
-
-        found = run_wired(model, pairs, wirings, **options)
-        listed = listed_interventions(seen_by_all(given), found.pairs, model.spec)
-        return PartlySeen(found.measured, listed, found.pairs, found.reference, found.direction, found.meta)
-    outcome = _answer(model, pairs, Options(**options), given)
+    outcome = _answer(model, pairs, Options(**options), checked(interventions))
     assert isinstance(outcome, Outcome)
     return outcome
 
@@ -271,8 +258,7 @@ def _told(
 
 
 def _with_axes(question: Question, gathered: Gathered, meta: dict[str, Any]) -> Found:
-    assert not isinstance(question.interventions, Wirings)
-    return with_axes(question.interventions, gathered, question.pairs, question.options.direction, meta)
+    return with_axes(question.asked, gathered, question.pairs, question.options.direction, meta)
 
 
 def plan(question: Question, budget: int | None = None) -> Manifest:
@@ -311,7 +297,7 @@ def adopt(question: Question, manifest: Manifest, where: object = None) -> Decid
 
 def given_arrays(question: Question) -> dict[str, np.ndarray] | None:
     """Of a list of interventions, what a run folder keeps."""
-    return question.interventions.arrays() if isinstance(question.interventions, Listed) else None
+    return question.asked.arrays() if isinstance(question.asked, Listed) else None
 
 
 def _finished(question: Question) -> Found:

@@ -11,6 +11,7 @@ import numpy as np
 
 from deltapatch.arguments import position, several, whole
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.sites import PLACES, check_site, find_site
@@ -92,13 +93,16 @@ class Listed:
 
     Attributes:
         table_of_all: with the numbers of the pairs that they act on.
-        vectors: that their patches are given.
+        vectors: of patches along directions, and of those that add.
         labels: name -> [intervention], what their maker says of each.
+        seen_by: [n, (patch, receiver)], the receivers that alone see a patch, as `Nodes` counts them; what
+            is not named is seen by all.
     """
 
     table_of_all: PatchTable
     vectors: Vectors = field(default_factory=Vectors)
     labels: Mapping[str, np.ndarray] = field(default_factory=dict)
+    seen_by: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
 
     @property
     def n_effects(self) -> int:
@@ -147,7 +151,9 @@ class Listed:
         """As a file keeps them: `pair` [intervention], the others [patch]; places and edits are numbers."""
         names = ("pair", "row", *COLUMNS)
         columns = {name: getattr(self.table_of_all, name).astype(np.int64) for name in names}
-        return columns | self.vectors.as_file() | {f"label/{k}": v for k, v in sorted(self.labels.items())}
+        labels = {f"label/{name}": array for name, array in sorted(self.labels.items())}
+        seen_by = {"seen_by": self.seen_by} if len(self.seen_by) else {}
+        return columns | self.vectors.as_file() | labels | seen_by
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray], pairs: Sequence[EncodedPair]) -> "Listed":
@@ -174,7 +180,11 @@ class Listed:
         given = np.isin(columns["edit"], [EDIT["along"], EDIT["add"]])
         if given.any() and not len(vectors):
             raise ValueError("vectors")
-        return cls(PatchTable(len(pair), **columns), vectors, labels)
+        seen_by = arrays.get("seen_by", np.empty((0, 2), np.int64))
+        fits = seen_by.ndim == 2 and seen_by.shape[1:] == (2,) and seen_by.dtype == np.int64
+        if not fits or (seen_by < 0).any() or (seen_by[:, 0] >= len(row)).any():
+            raise ValueError("interventions")
+        return cls(PatchTable(len(pair), **columns), vectors, labels, seen_by)
 
 
 def listed_interventions(
@@ -190,6 +200,9 @@ def listed_interventions(
             pair or the model does not have.
     """
     patches: list[tuple[int, ...]] = []
+    seen_by: list[tuple[int, int]] = []
+    nodes = Nodes.of(spec)
+    order = {name: number for number, name in enumerate(nodes.receivers)}
     vectors = VectorsMade()
     known: list[dict[tuple[str, int, int | str], _Place]] = [{} for _ in pairs]
     for i, intervention in enumerate(interventions):
@@ -199,10 +212,9 @@ def listed_interventions(
         if not intervention.patches:
             raise DeltapatchError(f"intervention {i} has no patches: give at least one")
         where = f"intervention {i}"
-        if any(patch.into is not None for patch in intervention.patches):
-            raise DeltapatchError(
-                f"{where}: patches with `into` are for `run` in one process, without a cluster"
-            )
+        for number, patch in enumerate(intervention.patches, len(patches)):
+            if patch.into is not None:
+                seen_by += [(number, order[name]) for name in nodes.choose_receivers(patch.into)]
         own = [_patch(p, where, pairs[pair], spec, known[pair], vectors) for p in intervention.patches]
         if len(set(own)) < len(own):
             raise DeltapatchError(f"intervention {i} patches the same activation twice")
@@ -211,7 +223,7 @@ def listed_interventions(
     row = np.repeat(np.arange(n), [len(one.patches) for one in interventions])
     columns = np.array(patches, dtype=np.int64).T
     table = PatchTable(n, np.array([one.pair for one in interventions]), row, *columns)
-    return Listed(table, vectors.done())
+    return Listed(table, vectors.done(), seen_by=np.array(seen_by, np.int64).reshape(-1, 2))
 
 
 class _Place(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deltapatch.errors import DeltapatchError, shown
-from deltapatch.interventions.given import Intervention, Patch, listed_interventions
+from deltapatch.interventions.given import Intervention, Listed, Patch
 from deltapatch.interventions.nodes import READS, Nodes
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.runs import RunShape
@@ -150,20 +150,42 @@ def existing(nodes: Nodes) -> np.ndarray:
     return found
 
 
+@dataclass(frozen=True)
+class WiredList(Wirings):
+    """Given interventions some of whose patches only some receivers see.
+
+    Attributes:
+        listed: what was given, which is what results and run folders hold.
+    """
+
+    listed: Listed
+
+    def describe(self, effect: int) -> str:
+        """An intervention in words."""
+        return self.listed.describe(effect)
+
+    def settings(self) -> dict[str, Any]:
+        """What tells them from others."""
+        return self.listed.settings()
+
+
 def wired_interventions(
-    interventions: Sequence[Intervention], pairs: Sequence[EncodedPair], spec: ModelSpec, source: str
-) -> Wirings:
+    interventions: Sequence[Intervention],
+    listed: Listed,
+    pairs: Sequence[EncodedPair],
+    spec: ModelSpec,
+    source: str,
+) -> WiredList:
     """Given interventions some of whose patches only some receivers see.
 
     Args:
         interventions: as `checked` gives them.
+        listed: the same, from `listed_interventions`.
         source: where patches come from.
 
     Raises:
-        DeltapatchError: a patch is not at what a node says, or names what is not there; or as of
-            `listed_interventions`.
+        DeltapatchError: a patch is not at what a node says, or comes after all that should see it.
     """
-    listed_interventions(seen_by_all(interventions), pairs, spec)  # which finds all other mistakes
     nodes, whole = Nodes.of(spec), all_own(Nodes.of(spec))
     order = {name: i for i, name in enumerate(nodes.receivers)}
     wirings = []
@@ -182,13 +204,8 @@ def wired_interventions(
                 )
             at += found
         wirings.append(replace(whole, at=tuple(at)))
-    pair = np.array([intervention.pair for intervention in interventions])
-    return Wirings(nodes, wirings, pair, np.arange(len(wirings)), differs=source in DIFFERING)
-
-
-def seen_by_all(interventions: Sequence[Intervention]) -> list[Intervention]:
-    """The same patches, without `into`."""
-    return [Intervention(i.pair, [replace(patch, into=None) for patch in i.patches]) for i in interventions]
+    pair = listed.table_of_all.pair
+    return WiredList(nodes, wirings, pair, np.arange(len(wirings)), source in DIFFERING, listed)
 
 
 def _senders(nodes: Nodes, patch: Patch, where: str) -> list[int]:

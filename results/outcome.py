@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from deltapatch import markup
-from deltapatch.errors import DeltapatchError, path_of
+from deltapatch.errors import path_of
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import import_pandas
@@ -125,14 +125,6 @@ class Outcome:
             f"Outcome of {len(self)} intervention(s) of {patches} patch(es) on {pairs} pair(s), "
             f"{self.direction}{what}\n  metrics: {', '.join(self.metrics)}"
         )
-
-
-class PartlySeen(Outcome):
-    """What `run` found of patches that only some receivers see. A run folder has no words for these."""
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """DeltapatchError."""
-        raise DeltapatchError("a run whose patches have `into` writes no run folder: keep its values")
 
 
 def _plain(column: np.ndarray) -> list[str]:

@@ -139,6 +139,7 @@ def test_every_command_that_is_named_can_be_parsed():
         ("growth_length_cpu.json", "docs/benchmarks.md"),
         ("precision_cpu.json", "docs/benchmarks.md"),
         ("edges_gpt2_cpu.json", "docs/benchmarks.md"),
+        ("edge_peers_cpu.json", "docs/edges.md"),
         ("stream_gptj_cpu.json", "docs/large.md"),
         ("stream_pairs_cpu.json", "docs/large.md"),
         ("stream_length_cpu.json", "docs/large.md"),

@@ -51,6 +51,8 @@ def test_a_layer_that_is_not_there(work_of):
 def test_figures_are_drawn_from_files(tmp_path, command, measured):
     for kind, found in (("compare", COMPARE), ("growth", GROWTH), ("precision", measured)):
         write(tmp_path / f"{kind}.json", stamp(kind, found))
+    for kind in ("edges", "edge-peers", "stream"):  # of which there are tables, and no figures
+        write(tmp_path / f"{kind}.json", stamp(kind, {}))
     (tmp_path / "other.json").write_text("{}")
     done = command("bench", "figures", tmp_path, "--out", tmp_path / "figures", "--json")
     assert done.code == 0, done.err

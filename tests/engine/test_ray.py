@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from engine_survivor import budget, cut_off, make_hf_model, make_pairs, passes_of, same
 
@@ -228,6 +229,28 @@ def test_a_worker_refuses_another_plan(folder, options):
     for number in (3, 1, 8):  # in any order
         assert worker.carry_out(number).pairs.tolist() == worker.carry_out(number).pairs.tolist()
         assert worker.progress() == worker.row_layers()[number]
+
+
+def test_a_worker_knows_who_sees_a_patch(folder):
+    from deltapatch.engine.cluster.worker import Request
+    from deltapatch.engine.options import Options
+
+    chosen = {"precision": "fp32", "noise_sample": 0, "progress": False}
+    given = [
+        deltapatch.Intervention(i, [deltapatch.Patch("mlp_out", 0, 1, into=into)])
+        for i, into in enumerate(("logits", "m1", None))
+    ]
+    want = deltapatch.run(deltapatch.load_model(folder, device="cpu"), PAIRS, given, **chosen)
+    worker = Worker()
+    worker.start(Request(str(folder), {"device": "cpu"}, PAIRS, None, Options(**chosen), given, 1))
+    manifest, _, arrays = worker.plan(1)
+    assert arrays is not None
+    assert arrays["seen_by"][:, 0].tolist() == [0, 1]
+    worker.adopt(manifest, "run")
+    for number in range(manifest.n_passes):
+        found = worker.carry_out(number)
+        for name, values in found.measured.items():
+            np.testing.assert_array_equal(values, want.measured[name][found.out])
 
 
 @pytest.mark.usefixtures("_cluster")

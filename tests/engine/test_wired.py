@@ -1,6 +1,7 @@
 """Wired runs against the oracle of edges: any edge carries its own, the source's or the base's, at random."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from engine_tiny import FAMILIES, VARIANTS, hf_model, pairs, true_model, with_lo
 
 import deltapatch
 from deltapatch import Intervention, Patch
-from deltapatch.engine.options import Options
-from deltapatch.engine.question import ask
 from deltapatch.engine.sweep import run_wired
+from deltapatch.interventions.given import Listed
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.wirings import At, Wiring, Wirings, all_own, existing
+from deltapatch.results.merge import merge
 
 TOLERANCE = {"fp32": 2e-5, "fp64": 2e-8}
 
@@ -178,13 +179,67 @@ def test_an_into_that_cannot_be(patches, said):
         deltapatch.run(model, given, Intervention(0, patches), progress=False)
 
 
-def test_into_is_never_passed_over():
-    """Where interventions are listed, as on a cluster, a patch with `into` is refused."""
-    model = deltapatch.from_transformers(hf_model("llama"))
-    (pair,) = pairs(true_model("llama"), (4,))
-    given = [Intervention(0, [Patch("mlp_out", 0, 1, into="logits")])]
-    with pytest.raises(deltapatch.DeltapatchError, match="without a cluster"):
-        ask(model, [deltapatch.PromptPair(**pair._asdict())], Options(), given)
-    found = deltapatch.run(model, [deltapatch.PromptPair(**pair._asdict())], given, progress=False)
-    with pytest.raises(deltapatch.DeltapatchError, match="writes no run folder"):
-        found.save("nowhere")
+def seen_by_few():
+    """A model, two pairs, and interventions some of whose patches only some receivers see."""
+    drawn = [deltapatch.PromptPair(**pair._asdict()) for pair in pairs(true_model("llama"), (5, 4))]
+    intos = ["logits", None, ["a1.h0<v>", "m1"], "a1<k>"]
+    given = [
+        Intervention(
+            i % 2, [Patch("mlp_out", 0, i % 3, into=intos[i % 4]), Patch("z", 0, 1, i % 2, into="logits")]
+        )
+        for i in range(8)
+    ]
+    return deltapatch.from_transformers(hf_model("llama")), drawn, given
+
+
+def test_patches_that_only_some_see_have_a_run_folder(tmp_path):
+    """Written at once or in parts, saved later, read back: the same; which receivers see what is in it."""
+    model, drawn, given = seen_by_few()
+    given = 50 * given
+    options = {"precision": "fp32", "progress": False, "noise_sample": 0}
+    with pytest.raises(deltapatch.DeltapatchError, match=r"need at least [\d.]+ MB") as error:
+        deltapatch.run(model, drawn, given, memory_budget=1, **options)
+    least = float(re.search(r"([\d.]+) MB", str(error.value))[1])
+    options["memory_budget"] = int((least + 0.3) * 1e6)
+    want = deltapatch.run(model, drawn, given, **options)
+    assert want.meta["passes"] > 1
+    want.save(tmp_path / "saved")
+    whole = deltapatch.run(model, drawn, given, out=tmp_path / "whole", **options)
+    for part in (1, 2, 3):
+        deltapatch.run(model, drawn, given, out=tmp_path / "parts", shard=(part, 3), **options)
+    merge(tmp_path / "parts")
+    resumed = deltapatch.run(model, drawn, given, out=tmp_path / "parts", resume=True, **options)
+    read = [deltapatch.load_outcome(tmp_path / name) for name in ("saved", "whole", "parts")]
+    order = list(Nodes.of(model.spec).receivers)
+    for found in (whole, resumed, *read):
+        for name in METRICS:
+            np.testing.assert_array_equal(found.values(name), want.values(name))
+        seen = found.interventions.seen_by
+        assert [order[r] for r in seen[seen[:, 0] == 4, 1]] == ["a1.h0<v>", "m1"]
+        assert not (seen[:, 0] == 2).any()  # which all see
+
+
+def test_another_into_is_another_run(tmp_path):
+    model, drawn, given = seen_by_few()
+    options = {"precision": "fp32", "progress": False, "out": tmp_path / "run"}
+    deltapatch.run(model, drawn, given, **options)
+    other = [dataclasses.replace(given[0], patches=[Patch("mlp_out", 0, 0, into="m1")]), *given[1:]]
+    everyone = [Intervention(i.pair, [dataclasses.replace(p, into=None) for p in i.patches]) for i in given]
+    for asked in (other, everyone):
+        with pytest.raises(deltapatch.DeltapatchError, match="interventions"):
+            deltapatch.run(model, drawn, asked, resume=True, **options)
+
+
+def test_a_folder_with_receivers_that_cannot_be_is_damaged():
+    model, drawn, given = seen_by_few()
+    found = deltapatch.run(model, drawn, given, precision="fp32", progress=False)
+    arrays = found.interventions.arrays()
+    for wrong in (np.array([[99, 0]]), np.array([[0, -1]]), np.array([0, 1]), np.zeros((1, 2))):
+        with pytest.raises(ValueError, match="interventions"):
+            Listed.of_arrays(arrays | {"seen_by": wrong}, found.pairs)
+
+
+def test_circuits_and_paths_write_no_run_folder(tmp_path):
+    model, drawn, _ = seen_by_few()
+    with pytest.raises(deltapatch.DeltapatchError, match="circuits and paths write no run folder"):
+        run_wired(model, drawn, lambda spec, found: None, out=tmp_path / "run")
