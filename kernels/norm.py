@@ -30,8 +30,9 @@ class Norms(NamedTuple):
     """Norms of one vector of the residual stream.
 
     Attributes:
-        x: [base token, d_model], what is normalised in the base run.
-        weights: [d_model] of up to two norms; a shift cancels out.
+        x: [base token, d_model], what is normalised in the base run; of heads, each by itself,
+            [base token, head, d_head].
+        weights: [d_model] of up to two norms; a shift cancels out. Of heads [d_head], or [head, d_head].
         eps: added to the mean square.
         centred: LayerNorm, else RMSNorm.
     """
