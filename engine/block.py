@@ -13,7 +13,7 @@ from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary, edited_heads
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.edits import Edit, within
-from deltapatch.kernels.norm import Norms, Part, norm_difference
+from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Precision, Scaled, narrow, product
 from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
 from deltapatch.models import forward
@@ -280,13 +280,18 @@ class BlockStep:
         """
         if scale is None and not d.stride(0) and place not in self.swaps:
             return d
-        d = edited_heads(d, scale, self.swaps.get(place, []))
-        spec, rope = self.layer.spec, self.layer.rope
-        if weight is not None and base is not None:
-            if spec.qk_norm == "width":
+        edits, layer, rope = self.swaps.get(place, []), self.layer, self.layer.rope
+        if weight is None or base is None:
+            d = edited_heads(d, scale, edits)
+        else:
+            if layer.spec.qk_norm == "width":  # a patch of a head moves all of them
+                if edits:
+                    d, scale, edits = edited_heads(d, scale, edits), None, []
                 d, base = d.flatten(1), base.flatten(1)
-            norms = Norms(base, [weight], spec.norm_eps, spec.norm == "layer")
-            d = norm_difference(d.contiguous(), norms, self.segments)[0].view(len(d), -1, spec.d_head)
+            norms = Norms(base, [weight], layer.spec.norm_eps, layer.spec.norm == "layer")
+            part = [Part(Scaled(d, scale), edits)]
+            (normed,) = layer.ops.add_norm(part, [], norms, self.segments, layer.precision.exact)
+            d = normed.values.view(len(normed.values), -1, layer.spec.d_head)
         if rope.attention_factor == 1:
             return d
         return torch.cat([d[..., : rope.dim] * rope.attention_factor, d[..., rope.dim :]], -1)

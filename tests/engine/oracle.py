@@ -515,6 +515,13 @@ class TrueModel:
             x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + x.dtype.type(self.shape.eps)) * w.weight + w.bias
 
+    def attention(self, layer: int) -> tuple[int | None, Any, float | None]:
+        """What `_attend` takes beside queries and keys."""
+        shape, scale = self.shape, self.shape.attention_scale
+        if shape.by_depth:
+            scale = 1 / (np.sqrt(self.embedding.dtype.type(shape.d_head)) * (layer + 1))
+        return shape.windows[layer], scale, shape.attention_cap
+
     def _normed_heads(self, x: np.ndarray, w: Affine | None) -> np.ndarray:
         """Queries or keys [row, T, head, d_head], each normed by itself, or all together."""
         if w is None or w.weight.shape[-1] == x.shape[-1]:
@@ -540,10 +547,7 @@ class TrueModel:
             v = visit("v", l, self._heads(_linear(normed, w.v)))
             q, k = self._normed_heads(q, w.q_norm), self._normed_heads(k, w.k_norm)
             q, k = _rotate(q, self.shape.ropes[l]), _rotate(k, self.shape.ropes[l])
-            scale = self.shape.attention_scale
-            if self.shape.by_depth:
-                scale = 1 / (np.sqrt(x.dtype.type(q.shape[-1])) * (l + 1))
-            how = (self.shape.windows[l], scale, self.shape.attention_cap)
+            how = self.attention(l)
             pattern = visit("pattern", l, _attend(q, np.repeat(k, group, axis=2), *how))  # [row, T, head, T]
             z = visit("z", l, np.einsum("rthi,rihd->rthd", pattern, np.repeat(v, group, axis=2)))
             attn_out = self._normed(_linear(z.reshape(*z.shape[:2], -1), w.out), w.post1)

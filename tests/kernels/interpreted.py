@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_packing import drawer, generator_of, here, pack, random_swaps, seeds
+from kernels_packing import drawer, generator_of, head_swaps, here, pack, random_swaps, seeds
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -29,6 +29,7 @@ from transformers import (
     LlamaForCausalLM,
     Olmo2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 import deltapatch
@@ -186,6 +187,33 @@ def test_norm_of_a_vector_that_is_nearly_taken_away(left, centred):
     gone = norm(torch.stack([-x[t.base] for t in FEW.tokens]), x, weight, centred, FEW)
     before = REFERENCE.add_norm(*double(gone))[0].values[1::2].norm()
     assert (got.double() - want)[1::2].norm() / before < 6e-7 / max(left, 1e-2)
+
+
+@pytest.mark.parametrize("each", [True, False], ids=["weights-of-its-own", "one-weight"])
+@pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
+@PACKINGS
+def test_norms_of_heads(packing, centred, each):
+    for seed, scale in enumerate(SCALES):
+        draw, n, heads, width = drawer(seed, torch.float32), len(packing.tokens), 3, 20
+        d = draw(n, 2, heads, width, scale=scale)[:, 1]
+        d[1] = 0
+        powers = torch.exp2(torch.arange(n) % 5 * 20 - 60.0) if seed % 2 else None
+        swaps = head_swaps(seed, torch.float32, n, heads, width, [False, False][: seed - 1])
+        swaps = [replace(swap, token=2 + swap.token % (n - 2)) for swap in swaps]
+        weight = draw(heads, width) if each else draw(width)
+        norms = Norms(draw(packing.n_base, heads, width) + 0.5, [weight], 1e-5, centred)
+        arguments = [[Part(Scaled(d, powers), swaps)], [], norms, packing.segments, PRECISIONS["fp32"]]
+        (got,) = assert_same("add_norm", arguments, NARROW["fp32"], worst_row)
+        assert got.values.shape == (n, heads, width)
+        assert (got.values[1] == 0).all()
+
+
+def test_norms_of_heads_of_one_line_for_all_tokens():
+    draw, n = drawer(3, torch.float32), len(FEW.tokens)
+    swaps = head_swaps(1, torch.float32, n, 2, 16, [False])
+    part = [Part(Scaled(torch.zeros(1, 2, 16).expand(n, -1, -1)), swaps)]
+    norms = Norms(draw(FEW.n_base, 2, 16), [draw(16)], 1e-5, False)
+    assert_same("add_norm", [part, [], norms, FEW.segments, PRECISIONS["fp32"]], NARROW["fp32"])
 
 
 kinds = st.lists(st.booleans(), max_size=2)
@@ -470,6 +498,10 @@ def _olmo2():
     return _later(Olmo2Config)
 
 
+def _stablelm():
+    return _later(StableLmConfig, qk_layernorm=True)
+
+
 MODELS = pytest.mark.parametrize(
     ("make", "sites"),
     [
@@ -480,8 +512,9 @@ MODELS = pytest.mark.parametrize(
         (_qwen3, ("k", "attn_out", "q")),
         (_gemma2, ("z", "attn_out", "v", "mlp_post")),
         (_olmo2, ("mlp_post", "resid_mid", "k")),
+        (_stablelm, ("mlp_out", "q", "k")),
     ],
-    ids=["gpt_neox", "gptj", "llama", "gpt2", "qwen3", "gemma2", "olmo2"],
+    ids=["gpt_neox", "gptj", "llama", "gpt2", "qwen3", "gemma2", "olmo2", "stablelm"],
 )
 ANSWERS = [([5, 1, 2], [5, 7]), (3, 4), ([8, 9], [10, 11, 12])]
 
