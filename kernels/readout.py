@@ -3,7 +3,8 @@
 With base probabilities p, logit change D and its mean m = Σ_j p_j D_j (which no probability depends on):
     change of log P(i) = (D_i - m) - log1p(Σ_j p_j expm1(D_j - m))
 The sum is never negative, since expm1(x) >= x, so nothing cancels. The mean needs no logits: it is the row's
-product with Σ_j p_j W_j, one vector a read.
+product with Σ_j p_j W_j, one vector a read. Where logits are capped m is the mean of the linear parts of D,
+each token's slope of the cap times its product: what it leaves, Σ_j p_j (D_j - m), is of second order.
 
 The entropy H of the distribution: with x_j = D_j - m, Z = Σ_j p_j e^(x_j) and the base logits L_j,
     change of H = log Z - Σ_j p_j e^(x_j) (l_j + x_j) / Z,   l_j = L_j - Σ_i p_i L_i.
@@ -30,6 +31,7 @@ from deltapatch.kernels.softcap import cap_difference, cap_slope
 CELLS = 1 << 20  # logit changes held at a time: few enough to stay in the cache
 # Of a row's likeliest token: whether it is not the base's, whether it is the clean or the corrupted answer's.
 _SAID = ("flip", "says_clean", "says_corrupted")
+OFF = -1.0  # where Σ_j p_j (D_j - m) is below it, few digits of 1 + Σ_j p_j expm1(D_j - m) are left
 _HUGE = 60.0  # above it exp overflows float32 too soon; below it nothing that float32 rounds to 0 matters
 
 
@@ -49,6 +51,12 @@ class BaseReadout(NamedTuple):
         if self.cap is None or self.uncapped is None:
             return change
         return cap_difference(self.uncapped[read][..., tokens].to(change.dtype), change, self.cap)
+
+    def slopes(self) -> Tensor:
+        """How the answers' capped logits change with those before the cap, [read, 2] float64."""
+        assert self.uncapped is not None
+        assert self.cap is not None
+        return cap_slope(self.uncapped.gather(1, self.answers).double(), self.cap)
 
 
 class Unembedding(NamedTuple):
@@ -102,24 +110,25 @@ def readout(
     """
     dn, spans = rows.dn, rows.spans()
     out = {name: dn.new_empty(len(dn)) for name in measured}
-    mean, answer = dn.new_empty(len(dn), 1), dn.new_empty(len(dn), 2)
+    mean, apart = (dn.new_empty(len(dn)) for _ in range(2))
+    answer, change = (dn.new_empty(len(dn), 2) for _ in range(2))
+    slopes = None if base.cap is None else base.slopes().to(dn.dtype)
     for some, read in spans:
         columns = unembedding.exact[base.answers[read]].to(dn.dtype)  # [2, d_model]
-        beyond = None
-        if base.cap is not None:
-            columns, beyond = _linear_part(dn[some], columns, base, read)
-        mean[some, 0] = dn[some] @ base.mean[read]
+        if slopes is not None:
+            change[some] = dn[some] @ columns.T
+            columns = columns * slopes[read].unsqueeze(1)
+        mean[some] = dn[some] @ base.mean[read]
         answer[some] = dn[some] @ (columns - base.mean[read]).T
-        if "logit_diff" in out:
-            # One product with the difference of the columns: their common part never enters.
-            out["logit_diff"][some] = dn[some] @ (columns[0] - columns[1])
-        if beyond is not None:
-            answer[some] += beyond
-            if "logit_diff" in out:
-                out["logit_diff"][some] += beyond[:, 0] - beyond[:, 1]
+        # One product with the difference of the columns: their common part never enters.
+        apart[some] = dn[some] @ (columns[0] - columns[1])
+    if base.cap is not None:
+        mean, answer, apart = behind_cap(mean, answer, apart, change, base, _read_of(spans, dn.device))
+    if "logit_diff" in out:
+        out["logit_diff"].copy_(apart)
     if any(name != "logit_diff" for name in measured):
         weight = unembedding.weight
-        changes = _Changes(narrow(dn, weight.precision), mean, answer, spans)
+        changes = _Changes(narrow(dn, weight.precision), mean.unsqueeze(1), answer, spans)
         left = _expanded(dn, changes, base, TOLERANCE.get(weight.precision.name, 0.0), out)
         if left is None:
             _distribution(changes, weight, base, out, pool)
@@ -131,22 +140,40 @@ def readout(
     return out
 
 
-def _linear_part(dn: Tensor, columns: Tensor, base: BaseReadout, read: int) -> tuple[Tensor, Tensor]:
-    """How the answers' capped logits change: by products with columns of their slope, and by what is beyond.
+def behind_cap(
+    mean: Tensor, answer: Tensor, apart: Tensor, change: Tensor, base: BaseReadout, read: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first three as capped logits have them, from the linear parts of the cap.
+
+    What is beyond these is added. Where the linear parts are larger than capped logits can change at all,
+    nothing would be left of the digits of their sum: there the changes are taken as they are.
 
     Args:
-        dn: [row, d_model], of one read.
-        columns: [2, d_model], the answers' unembedding.
-
-    Returns:
-        [2, d_model], and [row, 2].
+        mean: [row], of the linear parts under the base's probabilities.
+        answer: [row, 2], the answers' linear parts less that.
+        apart: [row], the difference of the answers' linear parts.
+        change: [row, 2], the answers' logit changes before the cap.
+        base: of every read.
+        read: [row].
     """
     assert base.uncapped is not None
     assert base.cap is not None
-    slope = cap_slope(base.uncapped[read, base.answers[read]].double(), base.cap)  # [2]
-    change = (dn @ columns.T).double()
-    beyond = base.capped(read, base.answers[read], change) - slope * change
-    return columns * slope.to(columns.dtype).unsqueeze(1), beyond.to(dn.dtype)
+    most, wide = 2 * base.cap, change.double()
+    linear = base.slopes()[read] * wide  # [row, 2]
+    capped = cap_difference(base.uncapped.gather(1, base.answers)[read].double(), wide, base.cap)
+    far = (linear.abs().amax(1) > most) | (mean.abs() > most)
+    mean = mean.clamp(-most, most)
+    straight = torch.cat([capped - mean.unsqueeze(1), capped[:, :1] - capped[:, 1:]], 1)
+    beyond = capped - linear
+    summed = torch.cat([answer + beyond, (apart + beyond[:, 0] - beyond[:, 1]).unsqueeze(1)], 1)
+    found = torch.where(far.unsqueeze(1), straight, summed).to(mean.dtype)
+    return mean, found[:, :2], found[:, 2]
+
+
+def _read_of(spans: list[tuple[slice, int]], device: torch.device) -> Tensor:
+    """[row], which read each is of."""
+    reads, counts = (torch.tensor(x) for x in zip(*((r, s.stop - s.start) for s, r in spans), strict=True))
+    return torch.repeat_interleave(reads, counts).to(device)
 
 
 class _Changes(NamedTuple):
@@ -223,7 +250,7 @@ def _distribution(
         for rows, read in spans:
             p = base.p[read, pieces[i]].to(wide)
             mass[i, rows] = grown[rows] @ p
-            if second_order:
+            if second_order or base.cap is not None:
                 rest[i, rows] = change_wide[rows] @ p
             likeliest.take(i, change[rows], rows, read)
             if read in logit:  # the last that is asked of these changes: nobody needs them any more
@@ -236,16 +263,15 @@ def _distribution(
     kl = lse - rest
     entropy = lse - (turned.sum(0) + rest) / (1 + mass)
 
-    read_of = torch.repeat_interleave(
-        torch.tensor([read for _, read in spans]), torch.tensor([rows.stop - rows.start for rows, _ in spans])
-    ).to(mean.device)
-    direct = (highest.amax(0) > _HUGE).nonzero().squeeze(1)
+    read_of = _read_of(spans, mean.device)
+    # With a cap the mean of large changes is not that of their linear parts, and the sum may be all but -1.
+    direct = ((highest.amax(0) > _HUGE) | (rest < OFF)).nonzero().squeeze(1)
     for some in direct.split(max(1, CELLS // d_vocab)):
         # log p + D: its exponential cannot overflow once the largest is taken out, and no term is negative.
         few = _rows(dn, some)
         parts = [product(few, weight.rows(piece)).plain() for piece in pieces]
         far = base.capped(read_of[some], slice(None), torch.cat(parts, 1))  # [row, d_vocab]
-        far = far.sub_(mean[some]).double()
+        far = far.double() - mean[some].double()
         before = base.logits[read_of[some]].double()
         lse[some] = ((before + far).logsumexp(-1) - before.logsumexp(-1)).to(wide)
         if "entropy" in out:
