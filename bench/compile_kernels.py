@@ -55,7 +55,8 @@ SHOWN = {  # compile-time arguments that tell launches of one kernel apart
     "HAS_Z": "swaps",
     "NORMS": "norms",
     "HAS_TO": "to",
-    "N_HEADS": "heads",
+    "OF_HEADS": "heads",
+    "HAS_WINDOW": "window",
     "HAS_CAP": "cap",
     "ACT": "act",
     "HAS_GATE": "gate",
@@ -456,7 +457,7 @@ def main(
 
 
 def _print(compiled: list[Compiled]) -> None:
-    row = "{:<12} {:>4} {:<5} {:>6} {:<20} {:<54} {:>5} {:>6} {:>7} {:>6} {:>6}"
+    row = "{:<12} {:>4} {:<5} {:>6} {:<20} {:<76} {:>5} {:>6} {:>7} {:>6} {:>6}"
     names = (
         "model",
         "sm",

@@ -75,7 +75,7 @@ def add_norm_triton(
             **_head_strides(values[0], x, weights),
             width=width,
             eps=eps,
-            N_HEADS=heads[0] if heads else 0,
+            OF_HEADS=bool(heads),
             HAS_SWAPS=patches is not None,
             HAS_OUT=out is not None,
             HAS_TO=to is not None,
@@ -165,7 +165,7 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
     s_weight_head,
     width,
     eps,
-    N_HEADS: tl.constexpr,
+    OF_HEADS: tl.constexpr,
     HAS_SWAPS: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_TO: tl.constexpr,
@@ -177,7 +177,7 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
 ):
     """One tile of rows with one base token; a whole row lies in registers. What is not there is None.
 
-    Of heads it is one head of the tile's rows: what is normed is a line of its own, N_HEADS to a token.
+    Of heads it is one head of the tile's rows: a token has as many lines as there are of these.
     """
     p_tile = p_tiles + tl.program_id(0) * 3
     first = tl.load(p_tile).to(tl.int64)
@@ -185,7 +185,7 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
     base = tl.load(p_tile + 2).to(tl.int64)
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < width
-    if N_HEADS > 0:
+    if OF_HEADS:
         head = tl.program_id(1)
         p_d0 += head * s_d_head
         p_x += head * s_x_head
@@ -198,8 +198,8 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
         s = tl.sqrt_rn(v + eps)
     for token in range(first, first + count):
         line = token
-        if N_HEADS > 0:
-            line = token * N_HEADS + head
+        if OF_HEADS:
+            line = token * tl.num_programs(1) + head
         d = _part(p_d0, p_by0, token, s_d0, o_n, m_n, BLOCK_N)
         if HAS_SWAPS:
             d = _swapped(d, line * 4, p_first, p_source, p_at, p_delta0, width, o_n, m_n)
