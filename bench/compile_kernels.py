@@ -55,6 +55,9 @@ SHOWN = {  # compile-time arguments that tell launches of one kernel apart
     "HAS_Z": "swaps",
     "NORMS": "norms",
     "HAS_TO": "to",
+    "OF_HEADS": "heads",
+    "HAS_WINDOW": "window",
+    "HAS_CAP": "cap",
     "ACT": "act",
     "HAS_GATE": "gate",
     "HAS_SWAPS": "swaps",
@@ -205,6 +208,7 @@ def _launch_the_rest(w: ModelSpec, precision: Precision, length: int) -> None:
     one = [Segment(0, _PAIRS, 1, rows, 0, length)]
     for swapped in (False, True):
         _launch_norms(w, precision, one, swapped)
+        _launch_head_norms(w, precision, one, swapped)
         _launch_activations(w, precision, one, swapped)
     _launch_columns(w, one)
     narrow_triton(torch.empty(8, w.n_heads * w.d_head), precision)
@@ -242,6 +246,22 @@ def _launch_norms(w: ModelSpec, precision: Precision, segments: list[Segment], s
     TRITON.add_norm([Part(dx, []), Part(d, whole), Part(d, whole)], whole, *none, out=out, to=to)
     if swapped:
         TRITON.add_norm([Part(None, whole)], [], *none, out=out, to=to)
+
+
+def _launch_head_norms(w: ModelSpec, precision: Precision, segments: list[Segment], swapped: bool) -> None:
+    """Norms of queries and keys, of heads or of all together; and those behind attention and MLP."""
+    norms, kinds = w.norm == "layer", {"q": w.n_heads, "k": w.n_kv_heads}
+    for n in kinds.values() if w.qk_norm in ("head", "each") else ():
+        d, x = _difference(precision, segments, n, w.d_head), _base(segments, n, w.d_head)
+        weight = torch.empty(n, w.d_head) if w.qk_norm == "each" else torch.empty(w.d_head)
+        part = Part(d, _swaps(swapped, True, n, w.d_head))
+        TRITON.add_norm([part], [], Norms(x, [weight], 1e-5, norms), segments, precision.exact)
+    behind = [w.d_model] if w.post_norm else []
+    whole = [n * w.d_head for n in kinds.values()] if w.qk_norm == "width" else []
+    for width in (*behind, *whole) if not swapped else ():  # patches come before these, or after
+        d, x = _difference(precision, segments, width), _base(segments, width)
+        of_it = Norms(x, [torch.empty(width)], 1e-5, norms)
+        TRITON.add_norm([Part(d, [])], [], of_it, segments, precision.exact)
 
 
 def _launch_activations(w: ModelSpec, precision: Precision, segments: list[Segment], swapped: bool) -> None:
@@ -282,11 +302,14 @@ def _launch_columns(w: ModelSpec, segments: list[Segment]) -> None:
 def _launch_readout(
     w: ModelSpec, precision: Precision, pairs: int, rows: int, segments: list[Segment]
 ) -> None:
+    cap = w.logit_softcap
     base = BaseReadout(
         torch.empty(pairs, w.d_vocab),
         torch.empty(pairs, w.d_vocab, dtype=torch.float64),
         torch.empty(pairs, w.d_model),
         torch.zeros(pairs, 2, dtype=torch.long),
+        cap=cap,
+        uncapped=None if cap is None else torch.empty(pairs, w.d_vocab),
     )
     exact = torch.empty(w.d_vocab, w.d_model)
     weight = Operand(exact.new_empty(exact.shape, dtype=precision.operand), None, precision)
@@ -434,7 +457,7 @@ def main(
 
 
 def _print(compiled: list[Compiled]) -> None:
-    row = "{:<12} {:>4} {:<5} {:>6} {:<20} {:<54} {:>5} {:>6} {:>7} {:>6} {:>6}"
+    row = "{:<12} {:>4} {:<5} {:>6} {:<20} {:<76} {:>5} {:>6} {:>7} {:>6} {:>6}"
     names = (
         "model",
         "sm",

@@ -192,13 +192,20 @@ def _where_norms_are(spec: dict[str, Any]) -> str:
         (True, True): ", behind attention and MLP too",
         (False, True): ", behind attention and MLP alone",
     }
-    heads = {"head": "; of each head's queries and keys", "width": "; of all queries and of all keys"}
+    each = "; of each head's queries and keys"
+    heads = {
+        "head": each,
+        "each": f"{each}, with weights of its own",
+        "width": "; of all queries and of all keys",
+    }
     return behind.get((spec["pre_norm"], spec["post_norm"]), "") + heads.get(spec["qk_norm"], "")
 
 
 def _attention(spec: dict[str, Any]) -> dict[str, str]:
     """Windows and soft caps, where there are any."""
     said = []
+    if spec["scores_by_depth"]:
+        said.append("scores divided by the layer's number, from 1")
     windows = [window for window in spec["windows"] if window is not None]
     if windows:
         said.append(f"windows of {windows[0]:,} in {len(windows)} of {spec['n_layers']} layers")

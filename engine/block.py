@@ -13,7 +13,7 @@ from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary, edited_heads
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.edits import Edit, within
-from deltapatch.kernels.norm import Norms, Part, norm_difference
+from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Precision, Scaled, narrow, product
 from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
 from deltapatch.models import forward
@@ -24,7 +24,7 @@ Edits = Mapping[str, Sequence[Edit]]  # place -> the patches there
 
 
 class BlockNorms(NamedTuple):
-    """What the norms of a block multiply by, [width] each; None where there is none. See `LayerWeights`."""
+    """What the norms of a block multiply by, as `LayerWeights` has them; None where there is none."""
 
     norm1: Tensor | None
     norm2: Tensor | None
@@ -191,10 +191,11 @@ class BlockStep:
             place: "q" or "k".
             heads: [head], which of the base run's each belongs to; by default as there.
         """
-        base = getattr(self.layer.base, place)
+        base, weight = getattr(self.layer.base, place), getattr(self.layer.norms, f"{place}_norm")
         if base is not None and heads is not None:
             base = base[:, heads]
-        return self._before_rotary(place, d, None, base, getattr(self.layer.norms, f"{place}_norm"))
+            weight = weight[heads] if self.layer.spec.qk_norm == "each" else weight
+        return self._before_rotary(place, d, None, base, weight)
 
     def _read_by_attention(self, stream: list[Part], dx: Tensor, second: Tensor | None) -> list[Scaled]:
         """Differences behind the norm of what attention reads, dx, and behind a second norm of it."""
@@ -274,17 +275,23 @@ class BlockStep:
             d: [token, head, d_head]; one line may stand for all tokens, where nothing has changed yet.
             scale: [token], times which it is the difference; None: all ones.
             base: [base token, head, d_head], before the norm; None where there is none.
-            weight: [d_head], or of all heads; None where there is no norm.
+            weight: [d_head], [head, d_head] or [head * d_head] (see `ModelSpec.qk_norm`); None where there
+                is no norm.
         """
         if scale is None and not d.stride(0) and place not in self.swaps:
             return d
-        d = edited_heads(d, scale, self.swaps.get(place, []))
-        spec, rope = self.layer.spec, self.layer.rope
-        if weight is not None and base is not None:
-            if spec.qk_norm == "width":
+        edits, layer, rope = self.swaps.get(place, []), self.layer, self.layer.rope
+        if weight is None or base is None:
+            d = edited_heads(d, scale, edits)
+        else:
+            if layer.spec.qk_norm == "width":  # a patch of a head moves all of them
+                if edits:
+                    d, scale, edits = edited_heads(d, scale, edits), None, []
                 d, base = d.flatten(1), base.flatten(1)
-            norms = Norms(base, [weight], spec.norm_eps, False)
-            d = norm_difference(d.contiguous(), norms, self.segments)[0].view(len(d), -1, spec.d_head)
+            norms = Norms(base, [weight], layer.spec.norm_eps, layer.spec.norm == "layer")
+            part = [Part(Scaled(d, scale), edits)]
+            (normed,) = layer.ops.add_norm(part, [], norms, self.segments, layer.precision.exact)
+            d = normed.values.view(len(normed.values), -1, layer.spec.d_head)
         if rope.attention_factor == 1:
             return d
         return torch.cat([d[..., : rope.dim] * rope.attention_factor, d[..., rope.dim :]], -1)

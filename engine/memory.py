@@ -10,6 +10,7 @@ from deltapatch.interventions.sites import PLACES
 from deltapatch.kernels import activation, attention, readout_tail, readout_triton
 from deltapatch.kernels import readout as readout_torch
 from deltapatch.kernels.product import Precision
+from deltapatch.kernels.softcap import CAP_NUMBERS
 from deltapatch.models.forward import widths
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
@@ -77,7 +78,8 @@ class Costs:
         kept += n_sources * (d + patched) + (2 * patched + d if against_base else 0)
         heard = n_senders * (d + 3 * spec.n_heads * spec.d_head)
         on_cpu = model.device.type == "cpu"
-        tail = readout_tail.tail_bytes(spec.d_vocab, d, size, precision)
+        capped = spec.logit_softcap is not None  # such logits have no expansions
+        tail = 0 if capped else readout_tail.tail_bytes(spec.d_vocab, d, size, precision)
         return cls(
             fixed=_layers(model, precision, block_tokens, length, threads, "mlp_post" in places),
             read=8 * d * size + 400,
@@ -86,8 +88,8 @@ class Costs:
             row=400 + (d * size if n_senders else 0),
             after=_read_out(model, precision, block_tokens, threads, stream),
             base_token_after=(1 + n_sources) * d * size,
-            distribution=readout.distribution_bytes(spec.d_vocab, d, size, on_cpu) + tail,
-            held=readout.reads_held(spec.d_vocab, size, on_cpu, tail),
+            distribution=readout.distribution_bytes(spec.d_vocab, d, size, on_cpu, capped) + tail,
+            held=readout.reads_held(spec.d_vocab, size, on_cpu, tail, capped),
         )
 
     def total(self, reads: int, base_tokens: int, row_tokens: int, rows: int) -> int:
@@ -127,7 +129,8 @@ def _block(spec: ModelSpec, precision: Precision, block_tokens: int, length: int
     tokens = block_tokens * 3 // 2 + length
     through_attention = 7 * spec.d_model + 5 * queries + 6 * keys
     hidden = min(tokens, 2 * block_tokens) * (3 + spec.gated) * spec.d_mlp
-    logits = 6 * max(attention.CELLS, (block_tokens * 3 // 2 + 1) * length)
+    numbers = 6 if spec.attention_softcap is None else 4 + CAP_NUMBERS
+    logits = numbers * max(attention.CELLS, (block_tokens * 3 // 2 + 1) * length)
     return tokens * through_attention + max(hidden + 10 * max(activation.CELLS, spec.d_mlp), logits)
 
 
@@ -141,12 +144,16 @@ def _read_out(model: Model, precision: Precision, block_tokens: int, threads: in
         out += entries * size
     if model.holds_what_it_reads:
         out += entries * model.dtype.itemsize
-    out += readout_tail.workspace(spec.d_vocab, spec.d_model, size, precision)
+    capped = spec.logit_softcap is not None
+    if not capped:
+        out += readout_tail.workspace(spec.d_vocab, spec.d_model, size, precision)
     piece = -(-entries // 8) * size if stream else 0  # narrowed for each block
     held = readout_torch.CELLS if on_cpu else readout_triton.CELLS
     cells = min(max(held, 1024 * rows), rows * spec.d_vocab)  # logit changes, widened, and expm1 of them
-    block = cells * (2 * size + 16) + 4 * rows * spec.d_model * size + piece
-    unpatched = readout.workspace(spec.d_vocab, spec.d_model, size, on_cpu)
+    # What a cap takes on the way is kept beside the rest by the allocator; in a kernel it takes nothing.
+    token = 2 * size + 16 + (CAP_NUMBERS * size if capped and on_cpu else 0)
+    block = cells * token + 4 * rows * spec.d_model * size + piece
+    unpatched = readout.workspace(spec.d_vocab, spec.d_model, size, on_cpu, capped)
     return _OTHER + out + round(threads * max(block, unpatched) * _SLACK)
 
 

@@ -22,7 +22,7 @@ from deltapatch.kernels.product import NarrowedByPiece, Operand, Precision, Scal
 from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding
 from deltapatch.kernels.readout_tail import make_tail, tail_bytes, worth_a_tail
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.softcap import cap_difference, cap_slope, softcap
+from deltapatch.kernels.softcap import CAP_NUMBERS, cap_difference, cap_slope, softcap
 from deltapatch.models.forward import norm_scale, read_norm
 from deltapatch.models.weights import EndWeights, map_tensors
 from deltapatch.results.metrics import Function, Reference
@@ -35,25 +35,33 @@ _ONE_AT_A_TIME = Lock()
 _BLOCKS = 4  # from which on cores have a block each
 
 
-def reads_held(d_vocab: int, size: int, on_cpu: bool, tail: int = 0) -> int:
+def reads_held(d_vocab: int, size: int, on_cpu: bool, tail: int = 0, capped: bool = False) -> int:
     """How many reads' output distributions are held at a time, in numbers of so many bytes.
 
     Args:
         d_vocab, size, on_cpu: of the model, its numbers, and whether they are in a CPU's memory.
         tail: bytes that a read's expansion takes, if it has one.
+        capped: whether there is a soft cap of logits.
     """
-    return max(1, (_HELD_ON_CPU if on_cpu else _HELD) // (d_vocab * (2 * size + 8) + tail))
+    return max(1, (_HELD_ON_CPU if on_cpu else _HELD) // (_token_bytes(size, capped) * d_vocab + tail))
 
 
-def distribution_bytes(d_vocab: int, d_model: int, size: int, on_cpu: bool) -> int:
-    """Of a read: logits, the source run's change of them, probabilities, and what their mean is made of."""
-    return d_vocab * (2 * size + 8) + -(-d_vocab // _piece(d_vocab, d_model, on_cpu)) * d_model * size
+def distribution_bytes(d_vocab: int, d_model: int, size: int, on_cpu: bool, capped: bool = False) -> int:
+    """Of a read: the numbers of each token, and what the mean of the unembedding is made of."""
+    parts = -(-d_vocab // _piece(d_vocab, d_model, on_cpu))
+    return d_vocab * _token_bytes(size, capped) + parts * d_model * size
 
 
-def workspace(d_vocab: int, d_model: int, size: int, on_cpu: bool) -> int:
+def _token_bytes(size: int, capped: bool) -> int:
+    """Logit, before a cap too, the source run's change of it, probability."""
+    return (2 + capped) * size + 8
+
+
+def workspace(d_vocab: int, d_model: int, size: int, on_cpu: bool, capped: bool = False) -> int:
     """Bytes that making some distributions takes, for each thread."""
     piece = _piece(d_vocab, d_model, on_cpu)
-    product = piece * (d_model + 3 * reads_held(d_vocab, size, on_cpu)) * size
+    held = reads_held(d_vocab, size, on_cpu, 0, capped)
+    product = piece * (d_model + (3 + CAP_NUMBERS * capped) * held) * size
     return max(product, _READS * d_vocab * 2 * (2 * size + 24))
 
 
@@ -131,7 +139,8 @@ class ReadOut:
         said = Said.empty(n_reads, rows.device)
         expanded = self._expanded(row_reads, d_vocab, d_model, precision)
         tail = tail_bytes(d_vocab, d_model, x.element_size(), precision) if expanded.any() else 0
-        step = reads_held(d_vocab, x.element_size(), self.on_cpu, tail)
+        capped = self.model.spec.logit_softcap is not None
+        step = reads_held(d_vocab, x.element_size(), self.on_cpu, tail, capped)
         for some in (slice(i, min(i + step, n_reads)) for i in range(0, n_reads, step)):
             token = reads.token[some]
             at = x[upload(token, x.device)]  # [read, d_model]

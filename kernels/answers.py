@@ -58,9 +58,16 @@ class CappedLogits(NamedTuple):
     uncapped: Tensor  # [d_vocab], x
 
 
+class Moved(NamedTuple):
+    """How the logits of the two answers change, [row, 2] float64 each: as columns say, and altogether."""
+
+    linear: Tensor
+    whole: Tensor
+
+
 def answer_change(
     dn: Tensor, unembedding: Tensor, tokens: Tensor, logits: Tensor, capped: CappedLogits | None
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Moved | None]:
     """How the two answers' logits change: by products with columns, and by what goes beyond.
 
     Args:
@@ -71,11 +78,11 @@ def answer_change(
         capped: where logits have a cap.
 
     Returns:
-        [2, d_model], and [row, 2] or None where there is nothing beyond.
+        [2, d_model], and the changes themselves, or None where nothing goes beyond the columns.
     """
     if tokens.shape[-1] == 1 and capped is None:
         return unembedding[tokens[:, 0]].to(dn.dtype), None
-    columns, beyond = [], []
+    columns, moved = [], []
     for own in tokens:  # [token]
         there = own >= 0
         own = torch.where(there, own, own[0])
@@ -84,16 +91,45 @@ def answer_change(
         share = log_share.exp()
         change = (dn @ weight.T).double()  # [row, token]
         slope = torch.ones_like(share)
-        more = change.new_zeros(len(dn))
+        linear = change
         if capped is not None:
             x = capped.uncapped[own].double()
             slope = cap_slope(x, capped.cap)
-            moved = cap_difference(x, change, capped.cap)
-            more, change = (moved - slope * change) @ share, moved
+            linear, change = slope * change, cap_difference(x, change, capped.cap)
         columns.append((share * slope).to(dn.dtype) @ weight)
+        whole = change @ share
         if len(own) > 1:
-            x = change - (change @ share).unsqueeze(-1)
+            x = change - whole.unsqueeze(-1)
             direct = (x + log_share).logsumexp(-1)
-            more = more + torch.where(x.amax(-1) > _HUGE, direct, torch.log1p(torch.expm1(x) @ share))
-        beyond.append(more)
-    return torch.stack(columns), torch.stack(beyond, 1).to(dn.dtype)
+            whole = whole + torch.where(x.amax(-1) > _HUGE, direct, torch.log1p(torch.expm1(x) @ share))
+        moved.append((linear @ share, whole))
+    linear, whole = (torch.stack(each, 1) for each in zip(*moved, strict=True))
+    return torch.stack(columns), Moved(linear, whole)
+
+
+def with_beyond(
+    mean: Tensor, answer: Tensor, apart: Tensor, moved: Moved, cap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first three with what goes beyond the columns that made them.
+
+    Where the linear parts of a cap are larger than capped logits can change at all, nothing would be left of
+    the digits of their sum: there the changes are taken as they are.
+
+    Args:
+        mean: [row], of the linear parts under the base's probabilities.
+        answer: [row, 2], the answers' linear parts less that.
+        apart: [row], the difference of the answers' linear parts.
+        moved: how the answers' logits change.
+        cap: of the logits.
+    """
+    linear, whole = moved
+    beyond = whole - linear
+    found = torch.cat([answer + beyond, (apart + beyond[:, 0] - beyond[:, 1]).unsqueeze(1)], 1)
+    if cap is not None:
+        most = 2 * cap
+        far = (linear.abs().amax(1) > most) | (mean.abs() > most)
+        mean = mean.clamp(-most, most)
+        straight = torch.cat([whole - mean.unsqueeze(1), whole[:, :1] - whole[:, 1:]], 1)
+        found = torch.where(far.unsqueeze(1), straight, found)
+    found = found.to(mean.dtype)
+    return mean, found[:, :2], found[:, 2]

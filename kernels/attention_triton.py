@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deltapatch.kernels.attention import HUGE, QKV, AttentionBase, attention_difference
 from deltapatch.kernels.edits import Edit, swaps_of
-from deltapatch.kernels.lang import expm1, jit, next_power_of_two, on_device, tl
+from deltapatch.kernels.lang import capped_change, expm1, jit, next_power_of_two, on_device, tl
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment, read_segments
 from deltapatch.kernels.tiles import query_tiles
@@ -475,22 +475,9 @@ def _scores(  # type: ignore[no-untyped-def]
     logit *= logit_scale
     change *= logit_scale
     if HAS_CAP:
-        change = _cap_difference(logit, change, softcap)
-        logit = _cap_difference(tl.zeros_like(logit), logit, softcap)
+        change = capped_change(logit, change, softcap)
+        logit = capped_change(tl.zeros_like(logit), logit, softcap)
     return tl.where(seen, logit, -2e30), tl.where(seen, change, 0.0)
-
-
-@jit
-def _cap_difference(x, d, cap):  # type: ignore[no-untyped-def]
-    """cap * tanh((x + d) / cap) - cap * tanh(x / cap); see softcap.py."""
-    a = x / cap
-    b = d / cap
-    after = tl.abs(a + b)
-    a = tl.abs(a)
-    size = tl.abs(b)
-    grown = -2.0 * cap * expm1(-2.0 * size) * tl.exp(size - a - after)
-    grown = grown / (1.0 + tl.exp(-2.0 * a)) / (1.0 + tl.exp(-2.0 * after))
-    return tl.where(b < 0, -grown, grown)
 
 
 @jit

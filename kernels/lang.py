@@ -94,6 +94,19 @@ def expm1_minus(x):  # type: ignore[no-untyped-def]
 
 
 @jit
+def capped_change(x, d, cap):  # type: ignore[no-untyped-def]
+    """cap * tanh((x + d) / cap) - cap * tanh(x / cap); see softcap.py."""
+    a = x / cap
+    b = d / cap
+    after = tl.abs(a + b)
+    a = tl.abs(a)
+    size = tl.abs(b)
+    grown = -2.0 * cap * expm1(-2.0 * size) * tl.exp(size - a - after)
+    grown = grown / (1.0 + tl.exp(-2.0 * a)) / (1.0 + tl.exp(-2.0 * after))
+    return tl.where(b < 0, -grown, grown)
+
+
+@jit
 def power_scale(largest, TOP: tl.constexpr):  # type: ignore[no-untyped-def]
     """The power of two that brings a row's largest number to just below 2^TOP, and its inverse.
 

@@ -27,11 +27,12 @@ class Part(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """Norms of one vector of the residual stream.
+    """Norms of one vector of the residual stream, or of heads, each by itself.
 
     Attributes:
-        x: [base token, d_model], what is normalised in the base run.
-        weights: [d_model] of up to two norms; a shift cancels out.
+        x: [base token, d_model], what is normalised in the base run; of heads, each by itself,
+            [base token, head, d_head].
+        weights: [d_model] of up to two norms; a shift cancels out. Of heads [d_head], or [head, d_head].
         eps: added to the mean square.
         centred: LayerNorm, else RMSNorm.
     """
@@ -54,6 +55,9 @@ def add_norm(
 ) -> list[Scaled]:
     """Add up differences of the residual stream, and take that of its norms.
 
+    Where the norms are of heads, there is one part, [token, head, d_head], whose swaps are of heads, and
+    neither swaps of the sum nor `out`.
+
     Args:
         parts: what is added up, up to three, each after its own swaps; their arrays stay as they are.
         swaps: of the sum. A later swap overrides an earlier one, here and in the parts.
@@ -64,12 +68,12 @@ def add_norm(
         to: [token] int64, each token's place in `out`; None: the first ones.
 
     Returns:
-        For each norm the difference of its output, [token, d_model], narrowed.
+        For each norm the difference of its output, [token, d_model], narrowed; of heads as these are.
     """
     n_tokens = sum(s.n_tokens for s in segments)
     like = norms.x if out is None and norms is not None else out
     assert like is not None
-    shape, terms = (n_tokens, like.shape[1]), []
+    shape, terms = (n_tokens, *like.shape[1:]), []
     for d, patches in parts:
         if patches or d is not None:
             term = None if d is None else d.plain()

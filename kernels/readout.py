@@ -3,7 +3,8 @@
 With base probabilities p, logit change D and its mean m = Σ_j p_j D_j (which no probability depends on):
     change of log P(i) = (D_i - m) - log1p(Σ_j p_j expm1(D_j - m))
 The sum is never negative, since expm1(x) >= x, so nothing cancels. The mean needs no logits: it is the row's
-product with Σ_j p_j W_j, one vector a read.
+product with Σ_j p_j W_j, one vector a read. Where logits are capped m is the mean of the linear parts of D,
+each token's slope of the cap times its product: what it leaves, Σ_j p_j (D_j - m), is of second order.
 
 The entropy H of the distribution: with x_j = D_j - m, Z = Σ_j p_j e^(x_j) and the base logits L_j,
     change of H = log Z - Σ_j p_j e^(x_j) (l_j + x_j) / Z,   l_j = L_j - Σ_i p_i L_i.
@@ -21,16 +22,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.answers import Answers, CappedLogits, answer_change
+from deltapatch.kernels.answers import Answers, CappedLogits, Moved, answer_change, with_beyond
 from deltapatch.kernels.pieces import ForEach, in_turn, vocabulary_pieces
 from deltapatch.kernels.product import NarrowedByPiece, Operand, Scaled, narrow, product
 from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.softcap import cap_difference
+from deltapatch.kernels.softcap import cap_difference, cap_slope
 
 CELLS = 1 << 20  # logit changes held at a time: few enough to stay in the cache
 # Of a row's likeliest token: whether it is not the base's, whether it is the clean or the corrupted answer's.
 _SAID = ("flip", "says_clean", "says_corrupted")
+OFF = -1.0  # where Σ_j p_j (D_j - m) is below it, few digits of 1 + Σ_j p_j expm1(D_j - m) are left
 _HUGE = 60.0  # above it exp overflows float32 too soon; below it nothing that float32 rounds to 0 matters
 
 
@@ -46,7 +48,7 @@ class BaseReadout(NamedTuple):
     uncapped: Tensor | None = None  # [read, d_vocab], what the cap is put on
     others: Tensor | None = None  # [read, 2, other] int64, tokens that count as an answer too, -1 for none
 
-    def answer_change(self, dn: Tensor, read: int, unembedding: Tensor) -> tuple[Tensor, Tensor | None]:
+    def answer_change(self, dn: Tensor, read: int, unembedding: Tensor) -> tuple[Tensor, Moved | None]:
         """How a read's answers' logits change for some rows; see `answers.answer_change`."""
         tokens = Answers(self.answers, self.others).all[read]
         capped = None
@@ -59,6 +61,24 @@ class BaseReadout(NamedTuple):
         if self.cap is None or self.uncapped is None:
             return change
         return cap_difference(self.uncapped[read][..., tokens].to(change.dtype), change, self.cap)
+
+    @property
+    def beyond_columns(self) -> bool:
+        """Whether the answers' logits change by more than products with columns."""
+        return self.cap is not None or self.others is not None
+
+    def slopes(self) -> Tensor:
+        """How the answers' capped logits change with those before the cap, [read, 2] float64."""
+        assert self.uncapped is not None
+        assert self.cap is not None
+        return cap_slope(self.uncapped.gather(1, self.answers).double(), self.cap)
+
+    def behind_cap(self, change: Tensor, read: Tensor) -> Moved:
+        """How the answers' capped logits change, for [row, 2] those before the cap; read: [row]."""
+        assert self.uncapped is not None
+        assert self.cap is not None
+        wide, own = change.double(), self.uncapped.gather(1, self.answers)[read].double()
+        return Moved(self.slopes()[read] * wide, cap_difference(own, wide, self.cap))
 
 
 class Unembedding(NamedTuple):
@@ -112,21 +132,24 @@ def readout(
     """
     dn, spans = rows.dn, rows.spans()
     out = {name: dn.new_empty(len(dn)) for name in measured}
-    mean, answer = dn.new_empty(len(dn), 1), dn.new_empty(len(dn), 2)
+    mean, apart = (dn.new_empty(len(dn)) for _ in range(2))
+    answer = dn.new_empty(len(dn), 2)
+    beyond = Moved(*(dn.new_empty(len(dn), 2, dtype=torch.float64) for _ in range(2)))
     for some, read in spans:
-        columns, beyond = base.answer_change(dn[some], read, unembedding.exact)
-        mean[some, 0] = dn[some] @ base.mean[read]
+        columns, moved = base.answer_change(dn[some], read, unembedding.exact)
+        if moved is not None:
+            beyond.linear[some], beyond.whole[some] = moved
+        mean[some] = dn[some] @ base.mean[read]
         answer[some] = dn[some] @ (columns - base.mean[read]).T
-        if "logit_diff" in out:
-            # One product with the difference of the columns: their common part never enters.
-            out["logit_diff"][some] = dn[some] @ (columns[0] - columns[1])
-        if beyond is not None:
-            answer[some] += beyond
-            if "logit_diff" in out:
-                out["logit_diff"][some] += beyond[:, 0] - beyond[:, 1]
+        # One product with the difference of the columns: their common part never enters.
+        apart[some] = dn[some] @ (columns[0] - columns[1])
+    if base.beyond_columns:
+        mean, answer, apart = with_beyond(mean, answer, apart, beyond, base.cap)
+    if "logit_diff" in out:
+        out["logit_diff"].copy_(apart)
     if any(name != "logit_diff" for name in measured):
         weight = unembedding.weight
-        changes = _Changes(narrow(dn, weight.precision), mean, answer, spans)
+        changes = _Changes(narrow(dn, weight.precision), mean.unsqueeze(1), answer, spans)
         left = _expanded(dn, changes, base, TOLERANCE.get(weight.precision.name, 0.0), out)
         if left is None:
             _distribution(changes, weight, base, out, pool)
@@ -136,6 +159,12 @@ def readout(
             for name, values in few.items():
                 out[name][left] = values
     return out
+
+
+def _read_of(spans: list[tuple[slice, int]], device: torch.device) -> Tensor:
+    """[row], which read each is of."""
+    reads, counts = (torch.tensor(x) for x in zip(*((r, s.stop - s.start) for s, r in spans), strict=True))
+    return torch.repeat_interleave(reads, counts).to(device)
 
 
 class _Changes(NamedTuple):
@@ -212,7 +241,7 @@ def _distribution(
         for rows, read in spans:
             p = base.p[read, pieces[i]].to(wide)
             mass[i, rows] = grown[rows] @ p
-            if second_order:
+            if second_order or base.cap is not None:
                 rest[i, rows] = change_wide[rows] @ p
             likeliest.take(i, change[rows], rows, read)
             if read in logit:  # the last that is asked of these changes: nobody needs them any more
@@ -225,16 +254,15 @@ def _distribution(
     kl = lse - rest
     entropy = lse - (turned.sum(0) + rest) / (1 + mass)
 
-    read_of = torch.repeat_interleave(
-        torch.tensor([read for _, read in spans]), torch.tensor([rows.stop - rows.start for rows, _ in spans])
-    ).to(mean.device)
-    direct = (highest.amax(0) > _HUGE).nonzero().squeeze(1)
-    for some in direct.split(max(1, CELLS // d_vocab)):
+    read_of = _read_of(spans, mean.device)
+    # With a cap the mean of large changes is not that of their linear parts, and the sum may be all but -1.
+    direct = ((highest.amax(0) > _HUGE) | (rest < OFF)).nonzero().squeeze(1)
+    for some in direct.split(max(1, CELLS // (4 * d_vocab))):  # in float64, and several times over
         # log p + D: its exponential cannot overflow once the largest is taken out, and no term is negative.
         few = _rows(dn, some)
         parts = [product(few, weight.rows(piece)).plain() for piece in pieces]
         far = base.capped(read_of[some], slice(None), torch.cat(parts, 1))  # [row, d_vocab]
-        far = far.sub_(mean[some]).double()
+        far = far.double() - mean[some].double()
         before = base.logits[read_of[some]].double()
         lse[some] = ((before + far).logsumexp(-1) - before.logsumexp(-1)).to(wide)
         if "entropy" in out:

@@ -7,6 +7,9 @@ m out,
     excess = Σ_j p_j (expm1(D_j - m) - (D_j - m)),
 and no term of excess is negative, so the KL divergence, log1p(rest + excess) - rest, keeps its digits. So
 does the change of entropy, which rest leaves as it is but for what is of third order.
+
+Where logits are capped, D is what the cap makes of the products as they are taken in, and rest is of second
+order: the formulas are the same.
 """
 
 from collections.abc import Sequence
@@ -14,11 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.answers import Answers
-from deltapatch.kernels.lang import expm1_minus, jit, on_device, tl
+from deltapatch.kernels.answers import Answers, Moved, with_beyond
+from deltapatch.kernels.lang import capped_change, expm1_minus, jit, on_device, tl
 from deltapatch.kernels.pieces import ForEach, in_turn
 from deltapatch.kernels.product import NarrowedByPiece, Operand, Scaled, narrow_triton, product
-from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding, readout
+from deltapatch.kernels.readout import OFF, BaseReadout, ReadRows, Unembedding
 from deltapatch.kernels.tiles import pair_of_rows, pair_tiles
 
 CELLS = 1 << 25  # logit changes held at a time: 128 MiB
@@ -34,35 +37,36 @@ def readout_triton(
     measured: Sequence[str],
     pool: ForEach = in_turn,
 ) -> dict[str, Tensor]:
-    """The same as `readout`; the host never waits for the device. Capped logits take the reference."""
-    if base.cap is not None:
-        return readout(rows, unembedding, base, measured=measured, pool=pool)
+    """The same as `readout`; the host never waits for the device."""
     dn, segments, first_reads = rows
     tiles = pair_tiles(segments, first_reads, _ROWS, dn.device)
-    columns, beyond = _answers(rows, unembedding.exact, base)
+    read = pair_of_rows(segments, first_reads, dn.device)
+    columns, linear, moved = _answers(rows, unembedding.exact, base)
     # One product with the difference of the columns: their common part never enters.
-    vectors = torch.stack(
-        [base.mean, columns[:, 0] - base.mean, columns[:, 1] - base.mean, columns[:, 0] - columns[:, 1]], 1
-    )
-    dots = torch.empty(4, len(dn), dtype=dn.dtype, device=dn.device)
+    vectors = [base.mean, linear[:, 0] - base.mean, linear[:, 1] - base.mean, linear[:, 0] - linear[:, 1]]
+    if moved is None and base.cap is not None:
+        vectors += [columns[:, 0], columns[:, 1]]
+    dots = torch.empty(len(vectors), len(dn), dtype=dn.dtype, device=dn.device)
     with on_device(dn):
         _dots_kernel[(len(tiles),)](
             p_out=dots,
             p_d=dn,
-            p_vectors=vectors,
+            p_vectors=torch.stack(vectors, 1),
             p_tiles=tiles,
             n_rows=len(dn),
             s_d=dn.stride(0),
+            HAS_CAP=len(vectors) > 4,
             D_MODEL=dn.shape[1],
             BLOCK_R=_ROWS,
             BLOCK_N=128,
         )
-    if beyond is not None:
-        dots[1:3] += beyond.T
-        dots[3] += beyond[:, 0] - beyond[:, 1]
+    if moved is None and base.cap is not None:
+        moved = base.behind_cap(dots[4:].T, read)
+    if moved is not None:
+        dots[0], answer, dots[3] = with_beyond(dots[0], dots[1:3].T, dots[3], moved, base.cap)
+        dots[1:3] = answer.T
     if all(name == "logit_diff" for name in measured):
         return dict.fromkeys(measured, dots[3])
-    read = pair_of_rows(segments, first_reads, dn.device)
     narrowed = narrow_triton(dn, unembedding.weight.precision)
     made = (unembedding.weight, base, tiles, read)
     found = _distribution(narrowed, dots, *made, entropy="entropy" in measured)
@@ -70,15 +74,26 @@ def readout_triton(
     return {name: found[name].to(dn.dtype) for name in measured}
 
 
-def _answers(rows: ReadRows, unembedding: Tensor, base: BaseReadout) -> tuple[Tensor, Tensor | None]:
-    """How the answers' logits change: [read, 2, d_model], by products, and [row, 2] or None, beyond these."""
+def _answers(rows: ReadRows, unembedding: Tensor, base: BaseReadout) -> tuple[Tensor, Tensor, Moved | None]:
+    """The answers' columns, and those of the linear parts of their changes, [read, 2, d_model] each.
+
+    Of answers that are any of several tokens also their changes; of single tokens a kernel makes these.
+    """
+    dn = rows.dn
     if base.others is None:
-        return unembedding[base.answers].to(rows.dn.dtype), None
-    columns = rows.dn.new_zeros(len(base.answers), 2, rows.dn.shape[1])
-    beyond = rows.dn.new_empty(len(rows.dn), 2)
+        columns = unembedding[base.answers].to(dn.dtype)
+        return (
+            columns,
+            columns if base.cap is None else columns * base.slopes().to(dn.dtype).unsqueeze(2),
+            None,
+        )
+    linear = dn.new_zeros(len(base.answers), 2, dn.shape[1])
+    moved = Moved(*(dn.new_empty(len(dn), 2, dtype=torch.float64) for _ in range(2)))
     for some, read in rows.spans():
-        columns[read], beyond[some] = base.answer_change(rows.dn[some], read, unembedding)  # type: ignore[assignment]
-    return columns, beyond
+        linear[read], found = base.answer_change(dn[some], read, unembedding)
+        assert found is not None
+        moved.linear[some], moved.whole[some] = found
+    return linear, linear, moved
 
 
 def _distribution(
@@ -115,18 +130,21 @@ def _distribution(
                 p_p=base.p,
                 p_lead=lead,
                 p_own=own.to(mean.dtype),
+                p_uncapped=base.uncapped,
                 p_tiles=tiles,
                 first=first,
                 width=change.shape[1],
                 d_vocab=d_vocab,
                 s_change=change.stride(0),
+                cap=base.cap or 0.0,
+                HAS_CAP=base.cap is not None,
                 ENTROPY=entropy,
                 BLOCK_R=_ROWS,
                 BLOCK_N=128,
             )
     rest, excess, high, best, total, likeliest, turned, fall = state.double().unbind(1)
     mass = rest + excess
-    direct = high > _HUGE
+    direct = (high > _HUGE) | (rest < OFF)
     before = lead64.logsumexp(-1)
     lse = torch.where(direct, best + total.log() - before[read], mass.log1p())
     far = total.log() - fall / total - (before - own)[read]
@@ -150,21 +168,25 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
     p_tiles,
     n_rows,
     s_d,
+    HAS_CAP: tl.constexpr,
     D_MODEL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A tile of rows of one pair times four vectors of that pair: [vector, row]."""
+    """A tile of rows of one pair times the vectors of that pair, four or six: [vector, row]."""
     p_tile = p_tiles + tl.program_id(0) * 3
     row = tl.load(p_tile).to(tl.int64)
     count = tl.load(p_tile + 1)
-    p_vectors += tl.load(p_tile + 2).to(tl.int64) * (4 * D_MODEL)
+    p_vectors += tl.load(p_tile + 2).to(tl.int64) * ((6 if HAS_CAP else 4) * D_MODEL)
     o_r = tl.arange(0, BLOCK_R)
     m_r = o_r < count
     sum0 = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     sum1 = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     sum2 = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     sum3 = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    if HAS_CAP:
+        sum4 = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+        sum5 = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for n0 in range(0, D_MODEL, BLOCK_N):
         o_n = n0 + tl.arange(0, BLOCK_N)
         m_n = o_n < D_MODEL
@@ -175,11 +197,17 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
         sum1 += d * tl.load(p_vectors + D_MODEL + o_n, mask=m_n, other=0.0)[None, :]
         sum2 += d * tl.load(p_vectors + 2 * D_MODEL + o_n, mask=m_n, other=0.0)[None, :]
         sum3 += d * tl.load(p_vectors + 3 * D_MODEL + o_n, mask=m_n, other=0.0)[None, :]
+        if HAS_CAP:
+            sum4 += d * tl.load(p_vectors + 4 * D_MODEL + o_n, mask=m_n, other=0.0)[None, :]
+            sum5 += d * tl.load(p_vectors + 5 * D_MODEL + o_n, mask=m_n, other=0.0)[None, :]
     p_out += row + o_r
     tl.store(p_out, tl.sum(sum0, 1), mask=m_r)
     tl.store(p_out + n_rows, tl.sum(sum1, 1), mask=m_r)
     tl.store(p_out + 2 * n_rows, tl.sum(sum2, 1), mask=m_r)
     tl.store(p_out + 3 * n_rows, tl.sum(sum3, 1), mask=m_r)
+    if HAS_CAP:
+        tl.store(p_out + 4 * n_rows, tl.sum(sum4, 1), mask=m_r)
+        tl.store(p_out + 5 * n_rows, tl.sum(sum5, 1), mask=m_r)
 
 
 @jit
@@ -191,11 +219,14 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
     p_p,
     p_lead,
     p_own,
+    p_uncapped,
     p_tiles,
     first,
     width,
     d_vocab,
     s_change,
+    cap,
+    HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -211,6 +242,8 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
     own = tl.load(p_own + pair)
     p_p += pair * d_vocab + first
     p_lead += pair * d_vocab + first
+    if HAS_CAP:
+        p_uncapped += pair * d_vocab + first
     o_r = tl.arange(0, BLOCK_R)
     m_r = o_r < count
     mean = tl.load(p_mean + row + o_r, mask=m_r, other=0.0)
@@ -234,6 +267,9 @@ def _take_in_kernel(  # type: ignore[no-untyped-def]
         change = tl.load(p_change + o_n[None, :], mask=m_r[:, None] & m_n[None, :], other=0.0)
         if p_scale is not None:
             change *= scale[:, None]
+        if HAS_CAP:
+            uncapped = tl.load(p_uncapped + o_n, mask=m_n, other=0.0)[None, :]
+            change = capped_change(uncapped, change, cap)
         change -= mean[:, None]
         rest += p * change
         more = expm1_minus(change)

@@ -5,8 +5,9 @@ With a = x / c and b = d / c,
 here with its exponentials written so that none overflows.
 """
 
-import torch
 from torch import Tensor
+
+CAP_NUMBERS = 5  # what `cap_difference` holds at once for each number that it is asked for
 
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:
@@ -15,11 +16,11 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
 
 
 def cap_difference(x: Tensor, d: Tensor, cap: float) -> Tensor:
-    """c tanh((x + d) / c) - c tanh(x / c), for x and d that broadcast together."""
+    """c tanh((x + d) / c) - c tanh(x / c), for x that broadcasts to the shape of d."""
     a, b = x / cap, d / cap
     after, a, size = (a + b).abs_(), a.abs_(), b.abs()
-    grown = torch.expm1(size.mul(-2)).neg_().mul_(torch.exp(size - a - after)).mul_(2 * cap)
-    grown.copysign_(b)
+    grown = size.mul(-2).expm1_().neg_()
+    grown.mul_(size.sub_(a).sub_(after).exp_()).mul_(2 * cap).copysign_(b)
     return grown.div_(after.mul_(-2).exp_().add_(1)).div_(a.mul_(-2).exp_().add_(1))
 
 

@@ -10,7 +10,7 @@ from deltapatch.models.config import Config
 from deltapatch.models.spec import ModelSpec
 from deltapatch.models.weights import end_shapes, layer_shapes
 
-_LAYER_NUMBER = re.compile(r"\.([0-9]{1,9})\.")
+_NUMBER = re.compile(r"\.([0-9]{1,9})\.")
 
 
 class Slot(NamedTuple):
@@ -28,9 +28,9 @@ class Architecture:
         name: `model_type` in config.json.
         read_spec: config.json -> ModelSpec.
         prefix: what the names of a model with an output matrix begin with; a name is found with and without.
-        names: name of a tensor, with {l} for the layer's number -> slot; several slots where their rows
-            follow each other in one tensor; None for one that is ignored on purpose, because it is not a
-            weight.
+        names: name of a tensor, with {l} for the layer's number and {h} for a head's, where it has one ->
+            slot; several slots where their rows follow each other in one tensor; None for one that is ignored
+            on purpose, because it is not a weight.
         older: what names begin with in files of other versions of transformers.
         others: what the names of other parts of a model begin with, which are no part of the language model.
         transposed: slots whose matrices are stored [in, out].
@@ -55,11 +55,16 @@ class Architecture:
         if self.others and tensor.startswith(self.others):
             return ()
         prefix = next((p for p in (self.prefix, *self.older) if tensor.startswith(p)), "")
-        generic = _LAYER_NUMBER.sub(".{l}.", tensor.removeprefix(prefix), count=1)
+        numbers = _NUMBER.findall(tensor)
+        generic = _NUMBER.sub(".{l}.", tensor.removeprefix(prefix), count=1)
+        if len(numbers) > 1:
+            generic = _NUMBER.sub(".{h}.", generic, count=1)
         found = self.names[generic]
-        number = _LAYER_NUMBER.search(tensor)
         names = () if found is None else (found,) if isinstance(found, str) else found
-        return tuple(Slot(int(number[1]) if number else None, name) for name in names)
+        return tuple(
+            Slot(int(numbers[0]) if numbers else None, name.replace("{h}", numbers[-1]) if numbers else name)
+            for name in names
+        )
 
     def tensor_name(self, slot: Slot) -> str:
         """What a file calls that slot, for messages."""
@@ -67,10 +72,13 @@ class Architecture:
 
     def tensor_names(self, slot: Slot) -> list[str]:
         """All that files of a model with an output matrix call that slot."""
+        number = _NUMBER.search(slot.name)
+        head = number[1] if number else ""
         bare = [
-            name.replace("{l}", str(slot.layer))
+            name.replace("{l}", str(slot.layer)).replace("{h}", head)
             for name, found in self.names.items()
-            if slot.name == found or (isinstance(found, tuple) and slot.name in found)
+            for one in ((found,) if isinstance(found, str) else found or ())
+            if slot.name == one.replace("{h}", head)
         ]
         return bare if slot.name.startswith("unembedding") else [self.prefix + name for name in bare]
 

@@ -162,6 +162,8 @@ def normalise(x: Tensor, norm: Norm | None, spec: ModelSpec) -> Tensor:
     """LayerNorm or RMSNorm of the last axis, [..., width]; x itself where there is no norm."""
     if norm is None:
         return x
+    if spec.norm == "layer" and norm.weight.dim() > 1:  # [head, d_head]: each head has weights of its own
+        return F.layer_norm(x, x.shape[-1:], eps=spec.norm_eps) * norm.weight
     if spec.norm == "layer":
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, spec.norm_eps)
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.norm_eps)

@@ -12,9 +12,8 @@ def read_spec(config: Config) -> ModelSpec:
     Raises:
         DeltapatchError: a field is missing, broken, or asks for what is not supported.
     """
-    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if config.flag(name, default=False):
-            raise DeltapatchError(f"{config.where}: {name!r} is not supported in a gpt2 model")
+    if config.flag("add_cross_attention", default=False):
+        raise DeltapatchError(f"{config.where}: 'add_cross_attention' is not supported in a gpt2 model")
     d_model = config.integer("n_embd", "hidden_size")
     n_heads = config.integer("n_head", "num_attention_heads")
     d_head = config.heads(n_heads, d_model)
@@ -40,6 +39,7 @@ def read_spec(config: Config) -> ModelSpec:
         out_bias=True,
         mlp_bias=True,
         learned_positions=True,
+        scores_by_depth=config.flag("scale_attn_by_inverse_layer_idx", default=False),
         attention_scale=None if config.flag("scale_attn_weights", default=True) else 1.0,
     )
 

@@ -76,13 +76,15 @@ class ModelSpec:
         shared_norm: the MLP reads norm1's output.
         fused_qkv: one product, rows ordered [head, (q, k, v), d_head].
         pre_norm, post_norm: whether there are norms before attention and MLP, and behind them.
-        qk_norm: RMS norms of queries and keys before rotary: of each head, or of a whole projection.
+        qk_norm: norms of queries and keys before rotary: of each head with one weight for all heads ("head")
+            or with weights of its own ("each"), or of a whole projection ("width").
         unit_offset: RMS norms multiply by 1 + their weight.
         learned_positions: a table of positions is added to the embedding.
         embedding_scale: what embeddings are multiplied by.
         round_embedding_scale: that is rounded to the dtype which they are stored in.
         residual_scale: what attention and MLP say is multiplied by this before it is added.
         attention_scale: of scores; None: 1/sqrt(d_head).
+        scores_by_depth: scores of layer l, counted from 0, are divided by l + 1 as well.
         attention_softcap, logit_softcap: c of c tanh(x / c), of scores and of logits.
         logit_scale: what logits are multiplied by.
         ropes, windows: [layer], where layers differ; see `rope_of` and `scores`.
@@ -112,13 +114,14 @@ class ModelSpec:
     unembedding_bias: bool = False
     pre_norm: bool = True
     post_norm: bool = False
-    qk_norm: Literal["none", "head", "width"] = "none"
+    qk_norm: Literal["none", "head", "each", "width"] = "none"
     unit_offset: bool = False
     learned_positions: bool = False
     embedding_scale: float = 1.0
     round_embedding_scale: bool = False
     residual_scale: float = 1.0
     attention_scale: float | None = None
+    scores_by_depth: bool = False
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     logit_scale: float = 1.0
@@ -136,4 +139,6 @@ class ModelSpec:
     def scores(self, layer: int) -> Scores:
         """How a layer's scores become probabilities."""
         scale = self.d_head**-0.5 if self.attention_scale is None else self.attention_scale
+        if self.scores_by_depth:
+            scale /= layer + 1
         return Scores(scale, self.attention_softcap, self.windows[layer] if self.windows else None)

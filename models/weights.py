@@ -39,8 +39,8 @@ class LayerWeights(NamedTuple):
     down: Linear  # [d_model, d_mlp]
     post1: Norm | None = None  # behind attention
     post2: Norm | None = None  # behind the MLP
-    q_norm: Norm | None = None  # [d_head], or [n_heads * d_head]
-    k_norm: Norm | None = None  # [d_head], or [n_kv_heads * d_head]
+    q_norm: Norm | None = None  # [d_head], [n_heads, d_head] or [n_heads * d_head], see `ModelSpec.qk_norm`
+    k_norm: Norm | None = None  # the same of key-value heads
 
 
 class EndWeights(NamedTuple):
@@ -63,10 +63,8 @@ def layer_shapes(spec: ModelSpec) -> Shapes:
     shapes: Shapes = {}
     for norm in _norms(spec):
         shapes |= _norm(norm, spec)
-    if spec.qk_norm != "none":
-        head = spec.qk_norm == "head"
-        shapes["q_norm.weight"] = (spec.d_head,) if head else (d_q,)
-        shapes["k_norm.weight"] = (spec.d_head,) if head else (d_kv,)
+    shapes |= _head_norms("q_norm", spec, spec.n_heads)
+    shapes |= _head_norms("k_norm", spec, spec.n_kv_heads)
     widths = (3 * d_q,) if spec.fused_qkv else (d_q, d_kv, d_kv)
     for i, width in enumerate(widths):
         shapes |= _linear(f"qkv.{i}", width, spec.d_model, spec.qkv_bias)
@@ -94,6 +92,11 @@ def assemble_layer(spec: ModelSpec, read: Read) -> LayerWeights:
     def norm(name: str) -> Norm | None:
         return Norm(*_parts(name, slots, read)) if f"{name}.weight" in slots else None
 
+    def heads(name: str, count: int) -> Norm | None:
+        if spec.qk_norm != "each":
+            return norm(name)
+        return Norm(torch.stack([read(f"{name}.{h}.weight") for h in range(count)]))
+
     return LayerWeights(
         norm1=norm("norm1"),
         norm2=norm("norm2"),
@@ -104,8 +107,8 @@ def assemble_layer(spec: ModelSpec, read: Read) -> LayerWeights:
         down=Linear(*_parts("down", slots, read)),
         post1=norm("post1"),
         post2=norm("post2"),
-        q_norm=norm("q_norm"),
-        k_norm=norm("k_norm"),
+        q_norm=heads("q_norm", spec.n_heads),
+        k_norm=heads("k_norm", spec.n_kv_heads),
     )
 
 
@@ -189,6 +192,15 @@ def _norm(name: str, spec: ModelSpec) -> Shapes:
     if spec.norm == "layer":
         shapes[f"{name}.bias"] = (spec.d_model,)
     return shapes
+
+
+def _head_norms(name: str, spec: ModelSpec, n_heads: int) -> Shapes:
+    """Norms of queries or of keys; heads with weights of their own have a slot each, as files have them."""
+    if spec.qk_norm == "none":
+        return {}
+    if spec.qk_norm == "each":
+        return {f"{name}.{h}.weight": (spec.d_head,) for h in range(n_heads)}
+    return {f"{name}.weight": (spec.d_head * (n_heads if spec.qk_norm == "width" else 1),)}
 
 
 def _linear(name: str, n_out: int, n_in: int, bias: bool) -> Shapes:

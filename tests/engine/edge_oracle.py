@@ -93,7 +93,7 @@ def forward(
 
     group = shape.n_heads // shape.n_kv_heads
     for l, w in enumerate(true.blocks):
-        how = (shape.windows[l], shape.attention_scale, shape.attention_cap)
+        how = true.attention(l)
         for h in range(shape.n_heads):
             q, k, v = (
                 true._heads(_linear(true._normed(read(f"a{l}.h{h}<{r}>", l, False), w.norm1), part))

@@ -3,6 +3,7 @@
 Prints one JSON object a sweep: the budget, how far resident memory rose, the size of the results, the passes.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -12,6 +13,7 @@ import time
 from typing import NamedTuple
 
 import torch
+import transformers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import deltapatch
@@ -36,13 +38,24 @@ class Case(NamedTuple):
     prompts: str = "short"
     vocab: int = 500
     answers: int = 1  # tokens of an answer
+    family: str = "gpt_neox"
 
 
 LENGTHS = {
     "short": [24] * 16,
+    "few": [24] * 4,
     "long": [1500] * 2,
     "mixed": [8] * 40 + [24] * 20 + [100] * 10 + [300] * 3,
     "many": [12] * 1000,
+}
+HEADS = {"sites": "q,z", "positions": [0, -1]}
+CAPPED = {"metrics": "all", "layers": [1]}  # every logit of a row goes through the cap
+FAMILIES = {
+    "gemma2": transformers.Gemma2Config,  # soft caps, norms behind, windows
+    "gemma3": transformers.Gemma3TextConfig,  # norms of heads and behind, windows
+    "olmo2": transformers.Olmo2Config,  # norms of whole projections, and behind alone
+    "phi3": transformers.Phi3Config,
+    "qwen3": transformers.Qwen3Config,  # norms of heads
 }
 CASES = [
     Case("fp32", NEURONS, 16),
@@ -65,6 +78,12 @@ CASES = [
     Case("bf16", EDGES, 64),
     Case("fp32", NEURONS, 16, answers=3),
     Case("fp32", EVERYWHERE, 16, answers=3),
+    *(Case("fp32", NEURONS, 16, family=family) for family in FAMILIES),
+    *(Case("bf16", EVERYWHERE, 16, family=family) for family in FAMILIES),
+    *(Case("fp32", HEADS, 8, prompts="long", family=family) for family in ("gemma2", "olmo2", "qwen3")),
+    Case("fp32", SOME, 16, threads=2, vocab=40_000, family="gemma2"),
+    Case("fp32", NEURONS | CAPPED, 4, prompts="few", vocab=40_000, family="gemma2"),
+    Case("fp32", EDGES, 48, family="qwen3"),
 ]
 
 
@@ -120,6 +139,7 @@ def measure(model, prompts, case):
 
     budget = least_budget(sweep) + case.spare * MEGABYTE
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already would be taken again without being seen
     before = resident()
     peak, effects = peak_of(lambda: sweep(budget))
     of_edges = "sites" not in case.sweep
@@ -136,16 +156,22 @@ def measure(model, prompts, case):
     }
 
 
-def random_model(vocab):
+def random_model(family, vocab):
     sizes = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 1024}
-    config = GPTNeoXConfig(vocab_size=vocab, max_position_embeddings=64, **sizes)
-    return deltapatch.from_transformers(GPTNeoXForCausalLM(config))
+    sizes |= {"vocab_size": vocab, "max_position_embeddings": 2048}
+    if family == "gpt_neox":
+        return deltapatch.from_transformers(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)))
+    sizes |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")) | {"num_key_value_heads": 2}
+    if family in ("gemma2", "gemma3"):
+        sizes |= {"sliding_window": 16, "head_dim": 64}
+    config = FAMILIES[family](**sizes)
+    return deltapatch.from_transformers(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    models = {vocab: random_model(vocab) for vocab in {case.vocab for case in CASES}}
+    models = {kind: random_model(*kind) for kind in {(case.family, case.vocab) for case in CASES}}
     draw = torch.Generator().manual_seed(0)
     prompts = {
         name: [torch.randint(500, (2, n), generator=draw).tolist() for n in lengths]
@@ -161,7 +187,9 @@ def main():
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            print(json.dumps(measure(models[case.vocab], prompts[case.prompts], case)), flush=True)
+            print(
+                json.dumps(measure(models[case.family, case.vocab], prompts[case.prompts], case)), flush=True
+            )
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             sys.exit(f"the sweep of {case} failed")

@@ -104,6 +104,7 @@ class Shape:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     attention_scale: float | None = None
+    by_depth: bool = False  # scores of a layer are divided by its number, counted from 1, as well
     logit_scale: float = 1.0
     attention_cap: float | None = None
     logit_cap: float | None = None
@@ -216,6 +217,12 @@ def _modern_blocks(read: _Reader, cfg: Any) -> Iterable[Block]:
         found = read.affine(name)
         return Affine(found.weight + 1, found.bias) if plus_one else found
 
+    def each(name: str, count: int) -> Affine | None:
+        """A norm for each head, [head, d_head]."""
+        if f"{name}.norms.0.weight" not in read.state:
+            return None
+        return Affine(np.stack([read.array(f"{name}.norms.{h}.weight") for h in range(count)]))
+
     def rows(whole: Affine, sizes: Sequence[int]) -> list[Affine]:
         return [Affine(part) for part in np.split(whole.weight, np.cumsum(sizes)[:-1])]
 
@@ -241,8 +248,9 @@ def _modern_blocks(read: _Reader, cfg: Any) -> Iterable[Block]:
             down=read.affine(f"{at}.mlp.down_proj"),
             post1=norm(f"{at}.post_attention_layernorm") if behind else None,
             post2=norm(f"{at}.post_feedforward_layernorm") if behind else None,
-            q_norm=norm(f"{at}.self_attn.q_norm"),
-            k_norm=norm(f"{at}.self_attn.k_norm"),
+            q_norm=norm(f"{at}.self_attn.q_norm") or each(f"{at}.self_attn.q_layernorm", heads),
+            k_norm=norm(f"{at}.self_attn.k_norm")
+            or each(f"{at}.self_attn.k_layernorm", cfg.num_key_value_heads),
         )
 
 
@@ -302,6 +310,7 @@ def _shape(cfg: Any) -> Shape:
             eps=cfg.layer_norm_epsilon,
             activation=cfg.activation_function,
             ropes=(rope,) * cfg.n_layer,
+            by_depth=getattr(cfg, "scale_attn_by_inverse_layer_idx", False),
             **every,
         )
     if cfg.model_type not in ("gpt_neox", "llama"):
@@ -506,9 +515,16 @@ class TrueModel:
             x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + x.dtype.type(self.shape.eps)) * w.weight + w.bias
 
+    def attention(self, layer: int) -> tuple[int | None, Any, float | None]:
+        """What `_attend` takes beside queries and keys."""
+        shape, scale = self.shape, self.shape.attention_scale
+        if shape.by_depth:
+            scale = 1 / (np.sqrt(self.embedding.dtype.type(shape.d_head)) * (layer + 1))
+        return shape.windows[layer], scale, shape.attention_cap
+
     def _normed_heads(self, x: np.ndarray, w: Affine | None) -> np.ndarray:
         """Queries or keys [row, T, head, d_head], each normed by itself, or all together."""
-        if w is None or w.weight.shape[0] == x.shape[-1]:
+        if w is None or w.weight.shape[-1] == x.shape[-1]:
             return self._normed(x, w)
         return self._normed(x.reshape(*x.shape[:2], -1), w).reshape(x.shape)
 
@@ -531,7 +547,7 @@ class TrueModel:
             v = visit("v", l, self._heads(_linear(normed, w.v)))
             q, k = self._normed_heads(q, w.q_norm), self._normed_heads(k, w.k_norm)
             q, k = _rotate(q, self.shape.ropes[l]), _rotate(k, self.shape.ropes[l])
-            how = (self.shape.windows[l], self.shape.attention_scale, self.shape.attention_cap)
+            how = self.attention(l)
             pattern = visit("pattern", l, _attend(q, np.repeat(k, group, axis=2), *how))  # [row, T, head, T]
             z = visit("z", l, np.einsum("rthi,rihd->rthd", pattern, np.repeat(v, group, axis=2)))
             attn_out = self._normed(_linear(z.reshape(*z.shape[:2], -1), w.out), w.post1)
@@ -850,8 +866,10 @@ def _hook_all(hf_model: Any, act: Callable[[str, int, torch.Tensor], None]) -> l
     layers, attn, out, down = {
         "gpt_neox": ("gpt_neox.layers", "attention", "dense", "mlp.dense_4h_to_h"),
         "gptj": ("transformer.h", "attn", "out_proj", "mlp.fc_out"),
-        "llama": ("model.layers", "self_attn", "o_proj", "mlp.down_proj"),
-    }[cfg.model_type]
+        "gpt2": ("transformer.h", "attn", "c_proj", "mlp.c_proj"),
+    }.get(cfg.model_type, ("model.layers", "self_attn", "o_proj", "mlp.down_proj"))
+    n_heads, n_kv = cfg.num_attention_heads, getattr(cfg, "num_key_value_heads", cfg.num_attention_heads)
+    ends = np.cumsum([n_heads, n_kv, n_kv])  # of q, k and v in one product of heads side by side
     handles = []
 
     def whole(x: torch.Tensor) -> torch.Tensor:
@@ -862,6 +880,9 @@ def _hook_all(hf_model: Any, act: Callable[[str, int, torch.Tensor], None]) -> l
 
     def fused(part: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: x[0].unflatten(-1, (-1, 3, d_head))[:, :, part]
+
+    def beside(part: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: heads(x)[:, ends[part - 1] if part else 0 : ends[part]]
 
     def before(module: Any, site: str, layer: int, view: Callable) -> None:
         def hook(module: Any, args: tuple) -> tuple:
@@ -897,18 +918,28 @@ def _hook_all(hf_model: Any, act: Callable[[str, int, torch.Tensor], None]) -> l
 
     for l, block in enumerate(hf_model.get_submodule(layers)):
         attention = block.get_submodule(attn)
+        attention.reorder_and_upcast_attn = False  # GPT-2's, in float32 whatever its model is in
         handles.append(attention.register_forward_pre_hook(lambda *_, l=l: running.append(l)))
         handles.append(attention.register_forward_hook(lambda *_: running.clear()))
         before(block, "resid_pre", l, whole)
         if cfg.model_type == "gpt_neox":
             for i, site in enumerate("qkv"):
                 after(attention.query_key_value, site, l, fused(i))
+        elif cfg.model_type in ("gpt2", "phi3"):
+            product = attention.get_submodule("c_attn" if cfg.model_type == "gpt2" else "qkv_proj")
+            for i, site in enumerate("qkv"):
+                after(product, site, l, beside(i))
         else:
             for site in "qkv":
                 after(attention.get_submodule(f"{site}_proj"), site, l, heads)
         before(attention.get_submodule(out), "z", l, heads)
-        after(attention.get_submodule(out), "attn_out", l, whole)
         before(block.get_submodule(down), "mlp_post", l, whole)
-        after(block.get_submodule(down), "mlp_out", l, whole)
+        # Where there is a norm behind them, what is added to the stream is what that puts out.
+        behind = hasattr(block, "post_feedforward_layernorm")
+        said = (
+            ("post_attention_layernorm", "post_feedforward_layernorm") if behind else (f"{attn}.{out}", down)
+        )
+        for site, name in zip(("attn_out", "mlp_out"), said, strict=True):
+            after(block.get_submodule(name), site, l, whole)
         after(block, "resid_post", l, whole)
     return handles

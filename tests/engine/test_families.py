@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from engine_oracle import METRICS, Patch
+from engine_oracle import METRICS, Patch, hf_hooks_logits
 from engine_tiny import FAMILIES, hf_model, pairs, true_model, with_long_answers, without_overlaps
 
 import deltapatch
@@ -70,19 +70,38 @@ def test_all_sites(family, precision, direction, source):
         assert_close(lambda metric, site=site: effects.values(metric, site=site), want, precision, site)
 
 
+def drawn_patch(true, rng, length, site):
+    """A patch of a site, anywhere."""
+    size = true.n_indices(site)
+    index = int(rng.integers(size)) if size else None
+    return Patch(site, int(rng.integers(true.n_layers)), int(rng.integers(length)), index)
+
+
 def joint(true, rng, length, n):
     """Interventions of up to five patches anywhere."""
     out = []
     for _ in range(n):
         patches = []
         for _ in range(rng.integers(1, 6)):
-            site = str(rng.choice(true.sites()))
-            size = true.n_indices(site)
-            index = int(rng.integers(size)) if size else None
-            spot = (int(rng.integers(true.n_layers)), int(rng.integers(length)))
-            patches.append(Patch(site, *spot, index))
+            patches.append(drawn_patch(true, rng, length, str(rng.choice(true.sites()))))
         out.append(without_overlaps(patches))
     return out
+
+
+@FAMILY
+@pytest.mark.parametrize("n", [1, 4], ids=["single", "joint"])
+def test_the_oracle_patches_as_hooks_do(family, n):
+    """Of every site that modules put out; transformers is in float64 but for what it casts to float32."""
+    true, rng = true_model(family), np.random.default_rng(n)
+    pair = pairs(true, [6], seed=7)[0]
+    sites = [site for site in true.sites() if site != "resid_mid"]  # which no module puts out
+    drawn = [(first, *rng.choice(sites, n - 1)) for first in sites]
+    rows = [without_overlaps([drawn_patch(true, rng, 6, str(site)) for site in some]) for some in drawn]
+    got = true.patched(pair.corrupted, true.activations(pair.clean), rows)
+    theirs = hf_model(family, torch.float64)
+    want = np.stack([hf_hooks_logits(theirs, pair.corrupted, pair.clean, row) for row in rows])
+    for row, a, b in zip(rows, got, want, strict=True):
+        assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b), row
 
 
 def run(family, precision, pair, rows, **options):

@@ -23,8 +23,9 @@ def sweeps():
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def of(sweeps, precision, sites, spare=16, threads=1, prompts="short", answers=1):
+def of(sweeps, precision, sites, spare=16, threads=1, prompts="short", answers=1, family="gpt_neox"):
     keys = {
+        "family": family,
         "precision": precision,
         "sweep": sites,
         "spare": spare,
@@ -37,6 +38,16 @@ def of(sweeps, precision, sites, spare=16, threads=1, prompts="short", answers=1
     return found
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2", "phi3", "qwen3"])
+@pytest.mark.parametrize(("precision", "sites"), [("fp32", "mlp_post"), ("bf16", "mlp_out,attn_out")])
+def test_later_families_keep_it(sweeps, family, precision, sites):
+    """With norms of heads and behind attention, soft caps and windows."""
+    found = of(sweeps, precision, sites, family=family)
+    assert found["passes"] > 1, "the budget did not have to cut anything"
+    assert found["growth"] - found["results"] <= found["budget"], found
+    assert found["growth"] > found["budget"] / 8, f"the estimate is so high that it tests nothing: {found}"
+
+
 @pytest.mark.parametrize(("precision", "sites"), MEASURED)
 def test_a_sweep_keeps_its_budget(sweeps, precision, sites):
     found = of(sweeps, precision, sites)
@@ -47,7 +58,7 @@ def test_a_sweep_keeps_its_budget(sweeps, precision, sites):
 
 def test_long_mixed_and_many_prompts_and_large_vocabularies_keep_it_too(sweeps):
     hard = [s for s in sweeps if s["prompts"] != "short" or s["vocab"] != 500]
-    assert len(hard) == 7
+    assert len(hard) == 12
     for found in hard:
         assert found["growth"] - found["results"] <= found["budget"], found
         assert found["growth"] > found["budget"] / 8, (
@@ -56,9 +67,12 @@ def test_long_mixed_and_many_prompts_and_large_vocabularies_keep_it_too(sweeps):
         assert found["passes"] > 1 or found["prompts"] == "short", found
 
 
-@pytest.mark.parametrize(("precision", "spare"), [("fp32", 48), ("bf16", 64)])
-def test_edges_keep_it(sweeps, precision, spare):
-    found = of(sweeps, precision, "edges", spare)
+@pytest.mark.parametrize(
+    ("precision", "spare", "family"),
+    [("fp32", 48, "gpt_neox"), ("bf16", 64, "gpt_neox"), ("fp32", 48, "qwen3")],
+)
+def test_edges_keep_it(sweeps, precision, spare, family):
+    found = of(sweeps, precision, "edges", spare, family=family)
     assert found["passes"] > 1, "the budget did not have to cut anything"
     assert found["growth"] - found["results"] <= found["budget"], found
     # The blocks of so small a model are far from what a block may take.

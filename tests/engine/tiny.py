@@ -130,18 +130,17 @@ def _modern(config: type, **options: Any) -> Any:
     return AutoModelForCausalLM.from_config(config(**(_SIZES | options)), attn_implementation="eager")
 
 
+def _gpt2(**options: Any) -> GPT2LMHeadModel:
+    sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32}
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id"))
+    return GPT2LMHeadModel(GPT2Config(**(sizes | tokens | options)))
+
+
 # Of the later families, with what each brings: windows are shorter than prompts.
 _FAMILIES = {
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCAB,
-            n_embd=16,
-            n_layer=3,
-            n_head=2,
-            n_positions=32,
-            **dict.fromkeys(("bos_token_id", "eos_token_id")),
-        )
-    ),
+    "gpt2": lambda: _gpt2(),
+    # As of Stanford's GPT-2s: scores are divided by the layer's number too.
+    "gpt2-by-depth": lambda: _gpt2(scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True),
     "qwen2": lambda: _modern(
         transformers.Qwen2Config, use_sliding_window=True, sliding_window=3, max_window_layers=1
     ),
@@ -192,6 +191,10 @@ _FAMILIES = {
     "stablelm": lambda: _modern(transformers.StableLmConfig, use_qkv_bias=True, rope_parameters=_PARTLY),
     "stablelm-parallel": lambda: _modern(
         transformers.StableLmConfig, use_parallel_residual=True, rope_parameters=_PARTLY
+    ),
+    # As of StableLM 2 12B.
+    "stablelm-head-norms": lambda: _modern(
+        transformers.StableLmConfig, use_parallel_residual=True, qk_layernorm=True, rope_parameters=_PARTLY
     ),
 }
 FAMILIES = tuple(_FAMILIES)

@@ -144,6 +144,15 @@ def random_swaps(seed, dtype, n_tokens, width, kinds):
     return out
 
 
+def head_swaps(seed, dtype, n_tokens, heads, width, kinds):
+    """Swaps of single heads of some tokens, as many as there are `kinds`."""
+    out = []
+    for swap in random_swaps(seed, dtype, n_tokens, heads, [False for _ in kinds]):
+        delta = drawer(seed + len(out), dtype)(5, heads, width)
+        out.append(Swap(swap.token, swap.source, swap.at, delta))
+    return out
+
+
 def swap_one_by_one(d, swaps):
     """The swaps written into [token, width], patch after patch in their order."""
     for swap in swaps:

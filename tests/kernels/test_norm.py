@@ -10,6 +10,7 @@ from kernels_packing import (
     distance,
     drawer,
     exact,
+    head_swaps,
     is_rounded,
     pack,
     packings,
@@ -108,6 +109,34 @@ def test_no_change_gives_exactly_zero(centred):
     got = difference(dx, draw(packing.n_base, 16), draw(16), centred, packing)
     assert (got[1::3] == 0).all()
     assert (got[0::3] != 0).any()
+
+
+@pytest.mark.parametrize("each", [True, False], ids=["weights-of-its-own", "one-weight"])
+@pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_norms_of_heads(precision, centred, each):
+    """Of a tensor that lies apart, with scales, and with patches of heads."""
+
+    @settings(max_examples=15, deadline=None)
+    @given(packings(), seeds, st.booleans(), st.lists(st.just(False), max_size=2))
+    def check(packing, seed, scaled, kinds):
+        draw, n, heads = drawer(seed, DTYPES[precision]), len(packing.tokens), 3
+        d, x = draw(n, 2, heads, 8)[:, 1], draw(packing.n_base, heads, 8) + 0.5
+        weight = draw(heads, 8) if each else draw(8)
+        scale = torch.exp2(torch.arange(n) % 5 - 2.0) if scaled else None
+        swaps = head_swaps(seed, d.dtype, n, heads, 8, kinds)
+        norms = Norms(x, [weight], EPS, centred)
+        part = Part(Scaled(d, scale), swaps)
+        (got,) = add_norm([part], [], norms, packing.segments, PRECISIONS[precision])
+        assert got.values.shape == (n, heads, 8)
+        moved = exact(d if scale is None else d * scale[:, None, None])
+        swap_one_by_one(moved, swaps)
+        for h in range(heads):
+            w = weight[h] if each else weight
+            want = by_definition(packing, moved[:, h], x[:, h], w, centred)
+            assert distance(got.values[:, h], want) < TOLERANCE[precision]
+
+    check()
 
 
 # ------------------------------------------------------------------------------- parts, swaps, and their sum

@@ -9,6 +9,7 @@ from kernels_packing import DTYPES, distance, drawer, exact, pack, packings, see
 from deltapatch.kernels import readout as module
 from deltapatch.kernels.product import PRECISIONS, narrow_weight
 from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding, readout
+from deltapatch.kernels.softcap import cap_slope, softcap
 
 SAID = ("flip", "says_clean", "says_corrupted")  # 1 or 0
 MEASURED = ("logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "entropy", *SAID)
@@ -17,11 +18,14 @@ TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
 HUGE = {"fp32": 1e-3, "fp64": 1e-10}  # a log-probability near 0 of logits in the thousands has lost digits
 
 
-def base_of(n_pairs, draw, weight, spread=2.0):
+def base_of(n_pairs, draw, weight, spread=2.0, cap=None):
     logits = draw(n_pairs, VOCAB, scale=spread)
+    uncapped, logits = (None, logits) if cap is None else (logits, softcap(logits, cap))
     p = logits.double().softmax(-1)
     answers = torch.stack([row.topk(2).indices for row in logits + draw(n_pairs, VOCAB)])
-    return BaseReadout(logits, p, p.to(weight.dtype) @ weight, answers)
+    linear = p if uncapped is None else p * cap_slope(uncapped.double(), cap)
+    mean = linear.to(weight.dtype) @ weight
+    return BaseReadout(logits, p, mean, answers, cap=cap, uncapped=uncapped)
 
 
 def read(dn, weight, base, packing, measured=MEASURED, precision=None):
@@ -58,6 +62,9 @@ def by_definition(packing, dn, weight, base):
     logits, w, answers = exact(base.logits), exact(weight), base.answers.numpy()
     for t in packing.tokens:
         before, change = logits[t.pair], w @ exact(dn[t.row])
+        if base.cap is not None:
+            uncapped, cap = exact(base.uncapped[t.pair]), wide(base.cap)
+            change = cap * np.tanh((uncapped + change) / cap) - cap * np.tanh(uncapped / cap)
         clean, corrupted = answers[t.pair]
         moved = log_softmax(before + change) - log_softmax(before)
         out["logit_diff"][t.row] = change[clean] - change[corrupted]
@@ -92,6 +99,31 @@ def assert_right(packing, dn, weight, base, tolerance):
             off, size = (np.linalg.norm(v) for v in (exact(found[name]) - want[name], want[name]))
             assert off <= tolerance * max(size, spread / 10), name
     return found
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("cap", [1.5, 30.0])
+@pytest.mark.parametrize("scale", [1e-6, 1e-2, 1.0, 1e3])
+def test_capped_logits(scale, cap, precision):
+    """Rows that leave most logits at the cap among them: of these the linear parts say nothing."""
+
+    @settings(max_examples=15, deadline=None)
+    @given(packings(one_position=True), seeds)
+    def check(packing, seed):
+        draw = drawer(seed, DTYPES[precision])
+        weight = draw(VOCAB, WIDTH)
+        base = base_of(len(packing.prompts), draw, weight, cap=cap)
+        dn = draw(packing.n_rows, WIDTH, scale=scale)
+        dn[::3] *= 1e-3  # beside them some that hardly move
+        found, want = read(dn, weight, base, packing), by_definition(packing, dn, weight, base)
+        spread = np.linalg.norm(want["dlogp_clean"]) + np.linalg.norm(want["dlogp_corrupted"])
+        for name in MEASURED[:5]:  # of logits at the cap, which are alike, any is the likeliest
+            bound = max(1e-7, (HUGE if scale > 1 else TOLERANCE)[precision])
+            # Where one sure token gives way to another the entropy hardly changes beside what moved.
+            size = np.linalg.norm(want[name]) + (spread / 10 if name != "kl" else 0)
+            assert np.linalg.norm(exact(found[name]) - want[name]) <= bound * size, name
+
+    check()
 
 
 @pytest.mark.parametrize("precision", DTYPES)

@@ -56,6 +56,8 @@ def options(draw, kind):
     heads, d_head, layers = draw(st.integers(1, 4)), 2 * draw(st.integers(2, 4)), draw(st.integers(1, 4))
     shared = {"vocab_size": draw(st.integers(5, 60)), "tie_word_embeddings": draw(st.booleans())}
     if kind == "gpt2":
+        names = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
+        shared |= {name: draw(st.booleans()) for name in names}
         return shared | {"n_embd": heads * d_head, "n_head": heads, "n_layer": layers, "n_positions": 16}
     context = draw(st.sampled_from([8, 48]))
     types = draw(st.lists(st.sampled_from(KINDS), min_size=layers, max_size=layers))
@@ -94,6 +96,7 @@ def options(draw, kind):
         shared["no_rope_layers"] = draw(st.lists(st.integers(0, 1), min_size=layers, max_size=layers))
     if kind == "stablelm":
         shared |= {"use_parallel_residual": draw(st.booleans()), "use_qkv_bias": draw(st.booleans())}
+        shared["qk_layernorm"] = draw(st.booleans())
         part = draw(st.sampled_from([0.5, 1.0]))
         rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": part}
         return shared | {"hidden_size": heads * 8, "rope_parameters": rope}
@@ -207,9 +210,12 @@ def test_code_that_a_checkpoint_names_is_never_run(build, saved, ids, tmp_path):
         ("granite", {"model_type": "llama"}, "has a field '.*_multiplier' .*'llama' are not known"),
         ("qwen2", {"layer_types": ["full_attention"]}, "'layer_types' must say .* for each of the 2 layers"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "'layer_types' must say full_attention or"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx' is not"),
+        ("gpt2", {"add_cross_attention": True}, "'add_cross_attention' is not supported in a gpt2 model"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": 1}, "'scale_attn_by_inverse_layer_idx' must be true or"),
         ("gemma2", {"use_bidirectional_attention": True}, "'use_bidirectional_attention' is not supported"),
-        ("stablelm", {"qk_layernorm": True}, "'qk_layernorm', LayerNorms of heads, is not supported"),
+        ("stablelm", {"qk_layernorm": True}, r"lacks tensor '.*self_attn\.q_layernorm\.norms\.0\.weight'"),
+        ("stablelm", {"qk_layernorm": True, "num_attention_heads": 2048, "hidden_size": 16384},
+         "2,048 heads with LayerNorms of their own are not supported: at most 1,024 are"),
         ("smollm3", {"no_rope_layers": [1]}, "'no_rope_layers' must say 1 or 0 for each of the 2 layers"),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 1}},
          "'beta_fast' must be larger than 'beta_slow'"),
