@@ -45,7 +45,7 @@ from deltapatch.results.folder import environment
 KEYS: tuple[Keys, ...] = ("query", "kv")
 MODELS = ("gpt2", "gpt_neox", "llama")
 _WORST = 1e-3  # of the largest effect
-# AutoCircuit needs TransformerLens before its version 3, which needs numpy before 2, as do these.
+# AutoCircuit wraps HookedTransformer, which version 4 has not; version 2 needs numpy before 2, as do these.
 AUTO_CIRCUIT = ("auto-circuit==1.0.1", "transformer-lens<3", "datasets<4", "pyarrow<20")
 
 Say = Callable[[str], None]
