@@ -86,7 +86,7 @@ def acdc(
         raise DeltapatchError("circuits have the clean run as their base: leave out direction")
     if not threshold > 0:
         raise DeltapatchError(f"threshold must be more than 0, not {threshold:g}")
-    sign = -1.0 if check_metric(metric).noise in ("-", "0") else 1.0
+    sign = check_metric(metric).sign("noise")
     nodes, every = Nodes.of(model.spec), existing(Nodes.of(model.spec))
     options |= {"direction": "noise", "source": source, "metrics": metric, "noise_sample": 0}
 

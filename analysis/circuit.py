@@ -95,9 +95,7 @@ class Circuit:
         found = edges.by_node(edges.mean(metric))
         # In denoise the clean run is patched in, and what speaks for its answer raises the metric; in noise
         # it is taken away, and the metric falls.
-        sign = check_metric(metric)
-        towards = sign.denoise if edges.direction == "denoise" else sign.noise
-        scores = np.nan_to_num(found) * (-1 if towards in ("-", "0") else 1)
+        scores = np.nan_to_num(found) * check_metric(metric).sign(edges.direction)
         return nodes, scores, int(edges.meta.get("d_model") or 0)
 
     @classmethod

@@ -7,11 +7,13 @@ import click
 
 from deltapatch.cli.metrics import MetricHelp
 from deltapatch.cli.options import as_json, print_json
+from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
 Examples:
   deltapatch explore RUN
   deltapatch explore RUN --metric recovered,logit_diff --out page.html
+  deltapatch explore EDGES --metric logit_diff
 """
 
 
@@ -27,15 +29,20 @@ Examples:
 def explore(run: str, out: str | None, metric: str | None, as_json: bool) -> None:
     """Make one HTML page of the run folder RUN, and print its path.
 
-    It opens in a browser from the file, without a server or network: heatmaps of every site and metric, of
-    the mean or of a pair; the heads and neurons behind each cell; a ranking to search and sort; and the
-    Python that makes the same joint patch. Of runs with more heads or neurons than a page can hold the
-    strongest are kept, and the page says so. RUN/explore.html is replaced, another file never.
+    It opens in a browser from the file, without a server or network. Of a sweep of sites: heatmaps of every
+    site and metric, of the mean or of a pair; the heads and neurons behind each cell; a ranking to search and
+    sort; and the Python that makes the same joint patch. Of a sweep of edges: senders by receivers, the
+    largest edges as a graph, the ranking, and the code that makes the same circuit or joint patch. Of runs
+    with more than a page can hold the strongest are kept, and the page says so. RUN/explore.html is replaced,
+    another file never.
     """
     from deltapatch.explore.page import write_page
-    from deltapatch.results.reading import load_effects
+    from deltapatch.results.outcome import Outcome
+    from deltapatch.results.reading import read_run
 
-    effects = load_effects(run)
+    effects = read_run(run)
+    if isinstance(effects, Outcome):
+        raise DeltapatchError(f"{run} is a run of given interventions: explore shows sweeps")
     if caveat := effects.caveat():
         warnings.warn(caveat, stacklevel=1)
     path = Path(out) if out else Path(run) / "explore.html"

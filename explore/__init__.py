@@ -1,1 +1,4 @@
-"""The explorer: a run as one page that opens from a file. collect.py: its numbers; page.py: the file."""
+"""The explorer: a run as one page that opens from a file.
+
+collect.py and collect_edges.py: its numbers; page.py: the file.
+"""

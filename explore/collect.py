@@ -4,7 +4,6 @@ A run may have half a million effects a pair, and a page should open at once: wh
 here, when the page is made, and `notes` says so.
 """
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,25 +11,11 @@ from typing import Any
 import numpy as np
 
 from deltapatch.analysis.positions import by_class, columns
-from deltapatch.analysis.significance import (
-    POOLED_FROM,
-    benjamini_hochberg,
-    least_p,
-    out_of_reach,
-    sign_flip_test,
-)
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
-from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.explore.parts import DRAWS, NUMBERS, PAIRS, about, can_test, f32, floor, i32, notes_of, rates
 from deltapatch.interventions.sites import SITES
 from deltapatch.results.effects import Effects
-from deltapatch.results.metrics import check_metric, default_metric, quotient
-
-RATE = 0.05  # false-discovery rate from which on an effect counts as an accident of the pairs
-_NUMBERS = 400_000  # of the page, about; each takes five letters
-_PAIRS = 48  # that are shown one by one, at most
-_FEW = 12  # pairs; with so few, p is coarse
-_DRAWS = 1000  # of intervals, and of the test of many cells, which share them
-_TEST_DRAWS = 10_000  # of the test of few cells
+from deltapatch.results.metrics import default_metric, quotient
 
 
 @dataclass(frozen=True)
@@ -60,44 +45,18 @@ def collect(effects: Effects, metrics: Sequence[str], run: str = "RUN") -> dict[
         metrics: what the page can show.
         run: the run folder, as the copied Python names it.
     """
-    share = _NUMBERS // (len(effects.sites) * len(metrics))  # numbers that a metric of a site may take
+    share = NUMBERS // (len(effects.sites) * len(metrics))  # numbers that a metric of a site may take
     largest = max(
         len(s.layers) * (0 if SITES[name].index.counts else len(s.positions))
         for name, s in effects.sites.items()
     )
-    n_pairs = min(len(effects.pairs), _PAIRS, max(1, share // (2 * largest)) if largest else _PAIRS)
-    notes: list[str] = []
-    if n_pairs < len(effects.pairs):
-        notes.append(
-            f"Means are over {len(effects.pairs)} pairs; the first {n_pairs} can be seen one by one."
-        )
-    out_of = out_of_reach(len(effects.pairs), RATE, _DRAWS, pooled=True)
-    if out_of:
-        notes.append(f"No effect is marked as significant or not: {out_of}.")
-    elif len(effects.pairs) <= _FEW:
-        notes.append(
-            f"With {len(effects.pairs)} pairs the test of many cells is coarse: it cannot tell of an effect "
-            "that has neither a mark nor a q."
-        )
-    if caveat := effects.caveat():
-        notes.append(f"Mind: {caveat}.")
+    n_pairs = min(len(effects.pairs), PAIRS, max(1, share // (2 * largest)) if largest else PAIRS)
+    notes, tested = notes_of(effects, n_pairs), can_test(effects)
     sites = [
-        _site(effects, name, metrics, share=share, n_pairs=n_pairs, notes=notes, tested=not out_of)
+        _site(effects, name, metrics, share=share, n_pairs=n_pairs, notes=notes, tested=tested)
         for name in effects.sites
     ]
-    known = ("model", "revision", "adapter", "source", "seed", "readout", "noise_scale", "precision", "date")
-    return {
-        "run": run,
-        "about": {key: effects.meta[key] for key in known if effects.meta.get(key) is not None},
-        "direction": effects.direction,
-        "metrics": [_metric(name) for name in metrics],
-        "default": default_metric(list(metrics)),
-        "rate": RATE,
-        "n_pairs": len(effects.pairs),
-        "pairs": [_pair(pair) for pair in effects.pairs[:n_pairs]],
-        "sites": sites,
-        "notes": notes,
-    }
+    return about(effects, metrics, run, n_pairs) | {"sites": sites, "notes": notes}
 
 
 def _site(
@@ -130,9 +89,9 @@ def _site(
             found[metric] = _strongest(cells, over, each, room, tested)
         else:
             found[metric] = _tested(cells, over, tested) | {
-                "pairs": _f32(quotient(metric, values, over)[:n_pairs])
+                "pairs": f32(quotient(metric, values, over)[:n_pairs])
             }
-        found[metric]["floor"] = _floor(effects, metric, cells, over)
+        found[metric]["floor"] = floor(effects.meta, metric, cells, over)
     where = _where(effects, name, axis)
     return {
         "name": name,
@@ -165,8 +124,8 @@ def _axis(effects: Effects, site: str, metrics: Sequence[str], most: int, notes:
 def _tested(cells: np.ndarray, over: np.ndarray | None, tested: bool) -> dict[str, Any]:
     """[pair, ...] -> mean, 95% interval and false-discovery rate of each cell."""
     mean = mean_over_pairs(cells, over)[0]
-    low, high = bootstrap(cells, draws=_DRAWS, over=over)
-    return {"mean": _f32(mean), "low": _f32(low), "high": _f32(high), "q": _f32(_rates(cells, tested))}
+    low, high = bootstrap(cells, draws=DRAWS, over=over)
+    return {"mean": f32(mean), "low": f32(low), "high": f32(high), "q": f32(rates(cells, tested))}
 
 
 def _strongest(
@@ -187,46 +146,17 @@ def _strongest(
     chosen = chosen[~np.isnan(mean.ravel()[chosen])]
     chosen = chosen[np.argsort(-size.ravel()[chosen], kind="stable")]
     layer, column, index = np.unravel_index(chosen, mean.shape)
-    low, high = bootstrap(cells.reshape(len(cells), -1)[:, chosen], draws=_DRAWS, over=over)
+    low, high = bootstrap(cells.reshape(len(cells), -1)[:, chosen], draws=DRAWS, over=over)
     return {
-        "layer": _i32(layer),
-        "column": _i32(column),
-        "index": _i32(index),
-        "mean": _f32(mean.ravel()[chosen]),
-        "low": _f32(low),
-        "high": _f32(high),
-        "q": _f32(_rates(cells, tested).ravel()[chosen]),
-        "pairs": _f32(each.reshape(len(each), -1)[:, chosen]),
+        "layer": i32(layer),
+        "column": i32(column),
+        "index": i32(index),
+        "mean": f32(mean.ravel()[chosen]),
+        "low": f32(low),
+        "high": f32(high),
+        "q": f32(rates(cells, tested).ravel()[chosen]),
+        "pairs": f32(each.reshape(len(each), -1)[:, chosen]),
     }
-
-
-def _rates(cells: np.ndarray, tested: bool) -> np.ndarray:
-    """The false-discovery rate of every cell of a site; NaN where no test can tell.
-
-    So it is with a cell whose p is as small as so few pairs can make it, if among so many cells that is not
-    small enough: it may well be no accident.
-    """
-    if not tested:
-        return np.full(cells.shape[1:], np.nan)
-    pooled = cells[0].size >= POOLED_FROM
-    draws = _DRAWS if pooled else _TEST_DRAWS
-    p = sign_flip_test(cells, draws, pooled=pooled)
-    q = benjamini_hochberg(p)
-    q[(q > RATE) & (p <= least_p(len(cells), draws, pooled) * (1 + 1e-9))] = np.nan
-    return q
-
-
-def _floor(effects: Effects, metric: str, cells: np.ndarray, over: np.ndarray | None) -> float | None:
-    """How far rounding moves an effect: the run's error against float64, which is relative to the norm."""
-    known = effects.meta.get("noise_floor")
-    errors = known.get("relative_error", {}) if isinstance(known, dict) else {}
-    # A pair's ratio is as far off as the number that it is made of.
-    error = errors.get(metric, errors.get("logit_diff") if metric == "recovered" else None)
-    if not isinstance(error, int | float) or not np.isfinite(error):
-        return None
-    each = quotient(metric, cells, over)
-    size = float(np.sqrt(np.nanmean(each**2))) if np.isfinite(each).any() else 0.0
-    return float(error) * size
 
 
 def _where(effects: Effects, site: str, axis: _Axis) -> list[list[list[int]]]:
@@ -255,30 +185,3 @@ def _places(effects: Effects, site: str, axis: _Axis, where: list[list[list[int]
         same = all(place == [pair.resolve(one)] for pair, place in zip(effects.pairs, each, strict=True))
         out.append(one if same else each)
     return out
-
-
-def _pair(pair: EncodedPair) -> dict[str, Any]:
-    return {
-        "clean": pair.clean_text,
-        "corrupted": pair.corrupted_text,
-        "answers": [pair.clean_answer_text, pair.corrupted_answer_text],
-    }
-
-
-def _metric(name: str) -> dict[str, Any]:
-    metric = check_metric(name)
-    return {
-        "name": name,
-        "label": metric.label,
-        "equation": metric.equation,
-        "from_zero": metric.never_negative,
-        "skewed": metric.skewed,
-    }
-
-
-def _f32(values: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()
-
-
-def _i32(values: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(values, dtype="<i4").tobytes()).decode()

@@ -102,7 +102,7 @@ def plot_circuit(circuit: Circuit, title: str = "") -> Figure:
 class Explorer:
     """The explorer's page of some effects: shown in a notebook, or saved to open it in a browser."""
 
-    effects: Effects
+    effects: Effects | EdgeEffects
     metrics: Sequence[str] | str | None = None
 
     def save(self, path: str | os.PathLike[str]) -> Path:

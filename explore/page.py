@@ -17,12 +17,14 @@ from typing import Any
 
 from deltapatch.errors import DeltapatchError, path_of
 from deltapatch.explore.collect import collect
+from deltapatch.explore.collect_edges import collect_edges
+from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import Effects
 from deltapatch.results.metrics import metric_names, name_of
 
 
-def page(effects: Effects, metrics: str | Sequence[str] | None = None, run: str = "RUN") -> str:
-    """The page of a run, as HTML.
+def page(effects: Effects | EdgeEffects, metrics: str | Sequence[str] | None = None, run: str = "RUN") -> str:
+    """The page of a run of sites or of edges, as HTML.
 
     Args:
         metrics: that it can show; all that the run can answer unless named.
@@ -33,13 +35,19 @@ def page(effects: Effects, metrics: str | Sequence[str] | None = None, run: str 
     """
     plotly = _plotly()
     names = list(effects.metrics if metrics is None else map(name_of, metric_names(metrics)))
-    content = collect(effects, names, run)
+    if isinstance(effects, EdgeEffects):
+        kind, content = "edges", collect_edges(effects, names, run)
+    else:
+        kind, content = "sites", collect(effects, names, run)
     here = files("deltapatch.explore")
-    html = (here / "page.html").read_text(encoding="utf-8")
+    html = (here / "frame.html").read_text(encoding="utf-8")
     parts = {
         "@STYLE@": (here / "page.css").read_text(encoding="utf-8"),
+        "@BODY@": (here / f"{kind}.html").read_text(encoding="utf-8"),
         "@CONTENT@": as_script(content),
-        "@CODE@": "\n".join((here / name).read_text(encoding="utf-8") for name in ("code.js", "page.js")),
+        "@CODE@": "\n".join(
+            (here / name).read_text(encoding="utf-8") for name in ("code.js", "shared.js", f"{kind}.js")
+        ),
         "@PLOTLY@": plotly,
     }
     # One after the other over what the template says, never over what was filled in.
@@ -50,7 +58,7 @@ def page(effects: Effects, metrics: str | Sequence[str] | None = None, run: str 
 
 
 def write_page(
-    effects: Effects,
+    effects: Effects | EdgeEffects,
     path: str | os.PathLike[str],
     metrics: str | Sequence[str] | None = None,
     *,

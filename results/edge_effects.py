@@ -175,6 +175,17 @@ class EdgeEffects:
         """
         return looking().top_edges(self, n, metric, effect)
 
+    def explore(self, metrics: str | Sequence[str] | None = None) -> Any:
+        """The page of `deltapatch explore`: a notebook shows it, and `.save(path)` writes it.
+
+        Args:
+            metrics: that the page can show; all that the run can answer by default.
+
+        Raises:
+            DeltapatchError: plotly is not installed; an unknown metric or one that was not measured.
+        """
+        return looking().Explorer(self, metrics)
+
     def _repr_html_(self) -> str:
         title, *lines = repr(self).split("\n")
         best = self.top(5)

@@ -138,6 +138,11 @@ class Metric:
         """What a figure's axis says."""
         return f"{self.title} ({self.hint})" if self.hint else self.title
 
+    def sign(self, direction: Direction) -> int:
+        """-1 where a patch that takes the base run towards the source run lowers it, else 1."""
+        towards = self.denoise if direction == "denoise" else self.noise
+        return -1 if towards in ("-", "0") else 1
+
     @property
     def never_negative(self) -> bool:
         """Whether it begins at 0."""

@@ -2,7 +2,11 @@
 
 import contextlib
 import io
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,33 +201,183 @@ def test_the_copied_python_makes_the_joint_patch(open_page, tmp_path):
     tab = open_page(effects, ["recovered"], run=str(run))
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
 
-    def copied(button):
-        tab.click(button)
-        tab.locator(
-            "#copied", has_text="copied"
-        ).wait_for()  # the page lets no text be run, a predicate's neither
-        return tab.evaluate("navigator.clipboard.readText()")
-
     def said(code):
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            exec(compile(code, "page", "exec"), {})
-        return [float(x) for x in out.getvalue().strip("[] \n").split()]
+        return [float(x) for x in runs_code(code).strip("[] \n").split()]
 
     labels = tab.locator("#map .xtick text").all_text_contents()
     click_cell(tab, 1, labels.index("last"))
-    one = said(copied("#copy-python"))
+    one = said(copied(tab, "#copy-python"))
     alone = [dp.Intervention(i, [dp.Patch("mlp_out", 1, -1)]) for i in range(2)]
     np.testing.assert_allclose(one, dp.run(model, pairs, alone).values("recovered"), rtol=1e-4)
     tab.check("#every-site")
     for row in (1, 2, 3):
         tab.check(f"#ranking tbody tr:nth-child({row}) input")
     assert tab.inner_text("#joint").startswith("3 patches")
-    together = copied("#copy-python")
+    together = copied(tab, "#copy-python")
     assert together.count("dp.Patch(") == 3
     assert len(said(together)) == 2
-    shell = copied("#copy-shell")
+    shell = copied(tab, "#copy-shell")
     assert shell == f"python - <<'END_OF_PATCH'\n{together}END_OF_PATCH\n"
+
+
+def runs_code(code):
+    """What the copied Python prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "page", "exec"), {})
+    return out.getvalue()
+
+
+def copied(tab, button):
+    tab.click(button)
+    # The page lets no text be run, a predicate's neither.
+    tab.locator("#copied", has_text="copied").wait_for()
+    return tab.evaluate("navigator.clipboard.readText()")
+
+
+def test_a_click_shows_the_edges_of_a_cell(open_page, make_edges):
+    edges = make_edges()
+    tab = open_page(edges, ["logit_diff"])
+    rows = tab.locator("#map .ytick text").all_text_contents()
+    cols = tab.locator("#map .xtick text").all_text_contents()
+    assert rows == ["input", "a0", "m0", "a1", "m1", "a2", "m2"]
+    click_cell(tab, rows.index("a0"), cols.index("a2<k>"))
+    assert tab.inner_text("#cell-title") == "a0 \u2192 a2<k>"
+    mean = edges.by_node(edges.mean("logit_diff", "total"))
+    s, r = ([n.startswith(x) for n in names] for x, names in (("a0", edges.senders), ("a2", edges.receivers)))
+    reads = [n.endswith("<k>") for n in edges.receivers]
+    block = mean[np.ix_(np.flatnonzero(s), np.flatnonzero(np.array(r) & reads))]
+    best = block.ravel()[np.abs(block).argmax()]
+    assert f": {best:.3g}," in tab.inner_text("#cell-value")
+    assert "interval" in tab.inner_text("#cell-value")
+    assert tab.locator("#cell .ytick text").count() == 16
+    tab.focus("#map")
+    for key in ("ArrowUp", "ArrowLeft"):
+        tab.keyboard.press(key)
+    assert tab.inner_text("#cell-title") == "m0 \u2192 a2<q>"
+    tab.select_option("#heads", "each")
+    assert len(tab.locator("#map .ytick text").all_text_contents()) > len(rows)
+
+
+def test_edges_are_ranked_searched_and_drawn(open_page, make_edges):
+    edges = make_edges()
+    tab = open_page(edges, ["logit_diff", "kl"])
+    sizes = [float(text) for text in column(tab, 6)]
+    assert sizes == sorted(sizes, reverse=True)
+    tab.fill("#search", "values a2.h1")
+    assert set(column(tab, 3)) == {"a2.h1<v>"}
+    tab.click("#ranking [data-sort=s]")
+    assert column(tab, 2)[0] == "input"
+    tab.uncheck("#connected")
+    drawn = tab.locator("#graph path.edge")
+    assert drawn.count() == 40
+    tab.fill("#drawn-number", "7")
+    assert drawn.count() == 7
+    assert tab.input_value("#drawn") == "7"
+    tab.focus("#drawn")
+    tab.keyboard.press("ArrowRight")
+    assert drawn.count() == 8
+    best = np.argsort(-np.abs(edges.mean("logit_diff", "total")))[:8]
+    names = [text.split(":")[0] for text in drawn.locator("title").all_text_contents()]
+    assert set(names) == {" \u2192 ".join(edges.edges[i]) for i in best}
+    widths = [float(path.get_attribute("stroke-width")) for path in drawn.all()]
+    assert widths == sorted(widths)
+    assert widths[-1] == 5
+    for effect, pair, metric in (("direct", "-1", "kl"), ("total", "3", "logit_diff"), ("direct", "0", "kl")):
+        for id, value in (("#effect", effect), ("#pair", pair), ("#metric", metric)):
+            tab.select_option(id, value)
+        values = edges.mean(metric, effect) if pair == "-1" else edges.flat(metric, effect)[int(pair)]
+        best = np.abs(values).argmax()
+        assert drawn.locator("title").all_text_contents()[-1].startswith(" \u2192 ".join(edges.edges[best]))
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_edges_fits_the_window(open_page, make_edges, width, scheme):
+    edges = make_edges(positions=(0, 3, "last"))
+    edges.meta["noise_floor"] = {"relative_error": {"logit_diff": 0.3}}
+    tab = open_page(edges, ["logit_diff"], width, scheme)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert "noise floor" in tab.inner_text("#legend")
+    assert "circuit" not in tab.inner_text("#make")
+    tab.select_option("#position", "1")
+    assert set(column(tab, 5)) == {"3"}
+    assert 'into=["' in tab.inner_text("#code")
+    tab.click("#theme")
+
+
+def test_texts_of_a_run_of_edges_stay_text(open_page, make_edges):
+    edges = make_edges(2)
+    for pair in edges.pairs:
+        pair.clean_text[:3] = pair.corrupted_text[:3] = [HOSTILE] * 3
+    edges.meta["model"] = HOSTILE
+    tab = open_page(edges, ["kl", "recovered"], run=HOSTILE)
+    for pair in ("0", "-1"):
+        tab.select_option("#pair", pair)
+    assert tab.locator("img").count() == tab.locator("a").count() == tab.locator("body b b").count() == 0
+    assert tab.evaluate("window.hit") is None
+    assert HOSTILE in tab.inner_text("#about")
+
+
+def test_the_copied_code_makes_the_circuit_and_the_joint_patch(open_page, tmp_path, monkeypatch):
+    import deltapatch as dp
+
+    monkeypatch.chdir(tmp_path)
+    model = dp.load_model("builtin:gpt-neox-arithmetic")
+    pairs = [dp.PromptPair(f"1{a} + 30 =", f"1{a} + 47 =", f" {40 + a}", f" {57 + a}") for a in (2, 5)]
+    run = tmp_path / "it's a run"
+    edges = dp.sweep_edges(model, pairs, direction="noise", effect="both", out=run, progress=False)
+    tab = open_page(edges, ["logit_diff"], run=str(run))
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+
+    drawn = tab.locator("#graph path.edge").count()
+    circuit = dp.Circuit.top(edges, 40)
+    assert drawn == len(circuit)
+    assert f"{dp.faithfulness(model, pairs, circuit, progress=False).share[0]:.3f}" in runs_code(
+        copied(tab, "#copy-python")
+    )
+    assert dp.Circuit.load("circuit.json").edges == circuit.edges
+    (tmp_path / "circuit.json").unlink()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    shell = ["bash", "-c", copied(tab, "#copy-shell")]
+    subprocess.run(shell, check=True, capture_output=True, env={**os.environ, "PATH": path})
+    assert dp.Circuit.load("circuit.json").edges == circuit.edges
+    (tmp_path / "circuit.json").unlink()
+    tab.select_option("#pair", "1")
+    tab.select_option("#effect", "direct")
+    runs_code(copied(tab, "#copy-python"))
+    assert len(dp.Circuit.load("circuit.json")) == tab.locator("#graph path.edge").count()
+
+    tab.select_option("#effect", "total")
+    tab.select_option("#pair", "-1")
+    tab.select_option("#make", "patch")
+    tab.check("#ranking tbody tr:nth-child(2) input")
+    sender, receiver = column(tab, 2)[1], column(tab, 3)[1]
+    alone = [float(x) for x in runs_code(copied(tab, "#copy-python")).strip("[] \n").split()]
+    at = edges.edges.index((sender, receiver))
+    np.testing.assert_allclose(alone, edges.flat("logit_diff")[:, at], rtol=1e-4)
+    tab.check("#ranking tbody tr:nth-child(1) input")
+    assert "2 edges, ticked" in tab.inner_text("#joint")
+    assert len(runs_code(copied(tab, "#copy-python")).split()) == 2
+
+
+def test_key_value_heads_are_patched_as_the_query_heads_that_read_them(open_page, make_edges):
+    edges = make_edges(2, keys="kv")
+    edges.measured["logit_diff"][:, 0, 0, edges.edges.index(("m0", "a1.kv1<v>"))] = 50
+    tab = open_page(edges, ["logit_diff"])
+    tab.check("#ranking tbody tr:nth-child(1) input")
+    assert 'dp.Patch("mlp_out", 0, place, into=["a1.h2<v>","a1.h3<v>"])' in tab.inner_text("#code")
+
+
+def test_all_edges_of_a_real_model_open_at_once(open_page, make_edges):
+    tab = open_page(make_edges(3, (30, 9), measured=("logit_diff", "kl")), ["logit_diff", "kl"])
+    assert "123,211 edges" in tab.inner_text("#notes")
+    assert tab.locator("#ranking tbody tr").count() == 300
+    assert tab.locator("#heads").is_hidden()
+    tab.uncheck("#connected")
+    tab.fill("#drawn-number", "300")
+    assert tab.locator("#graph path.edge").count() == 300
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
 def test_half_a_million_neurons_open_at_once(open_page, make_effects):

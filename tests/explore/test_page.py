@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import deltapatch as dp
 from deltapatch.analysis.positions import aligned
 from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.cli.main import cli
 from deltapatch.errors import DeltapatchError
 from deltapatch.explore import page as page_module
 from deltapatch.explore.collect import collect
+from deltapatch.explore.collect_edges import collect_edges
 from deltapatch.explore.page import as_script, page, write_page
 from deltapatch.results.effects import SiteEffects
 
@@ -195,3 +197,81 @@ def test_a_missing_plotly_is_one_sentence(make_effects, tmp_path, monkeypatch):
 def test_a_folder_that_is_not_there_is_one_sentence(make_effects, tmp_path):
     with pytest.raises(DeltapatchError, match="cannot write"):
         write_page(make_effects(), tmp_path / "no" / "page.html", "kl")
+
+
+def test_edges_have_the_means_and_intervals_of_the_run_strongest_first(make_edges):
+    edges = make_edges()
+    content = collect_edges(edges, ["recovered", "kl"])
+    for effect in ("total", "direct"):
+        found = content["found"][effect]["recovered"]
+        mean = floats(found["mean"])
+        assert (np.diff(np.abs(mean)) <= 0).all()
+        assert len(mean) == len(edges.edges)
+        at = [
+            edges.edges.index((content["senders"][s], content["receivers"][r]))
+            for s, r in zip(ints(found["sender"]), ints(found["receiver"]), strict=True)
+        ]
+        np.testing.assert_allclose(mean, edges.mean("recovered", effect)[at], rtol=1e-5)
+        top, over = edges.terms("recovered", effect)
+        for end, want in zip(("low", "high"), bootstrap(top[:, at], over=over), strict=True):
+            np.testing.assert_allclose(floats(found[end]), want, rtol=1e-5)
+        each = floats(found["pairs"]).reshape(5, -1)
+        np.testing.assert_allclose(each, edges.flat("recovered", effect)[:, at], rtol=1e-5)
+    assert content["whole"]
+    assert content["towards"] == {"recovered": 1, "kl": 1}
+    assert collect_edges(edges, ["logit_diff"])["towards"] == {"logit_diff": -1}
+
+
+def test_edges_of_a_real_model_are_cut_to_the_strongest(make_edges):
+    edges = make_edges(3, (30, 9), measured=("logit_diff", "kl"))
+    edges.measured["kl"][0, 0, 0, 77] = 99  # of one pair alone
+    content = collect_edges(edges, ["logit_diff", "kl"])
+    assert len(edges.edges) == 123_211
+    assert len(as_script(content)) < 8_000_000
+    assert any("Of 123,211 edges" in note for note in content["notes"])
+    found = content["found"]["total"]["kl"]
+    there = set(zip(ints(found["sender"]).tolist(), ints(found["receiver"]).tolist(), strict=True))
+    assert tuple(edges.grid.edges[77].tolist()) in there
+    strongest = edges.grid.edges[np.argsort(-np.abs(edges.mean("kl", "total")))[:1000]]
+    assert set(map(tuple, strongest.tolist())) <= there
+    layers = {(re.sub(r"\.h\d+", "", s), re.sub(r"\.h\d+", "", r)) for s, r in edges.edges}
+    names = [(content["senders"][s], content["receivers"][r]) for s, r in there]
+    assert {(re.sub(r"\.h\d+", "", s), re.sub(r"\.h\d+", "", r)) for s, r in names} == layers
+
+
+def test_edges_at_single_positions_say_where(make_edges):
+    edges = make_edges(positions=(0, "last"), receivers=["a1.h0<q>", "m2"])
+    content = collect_edges(edges, ["kl"])
+    assert content["positions"] == [0, "last"]
+    assert not content["whole"]
+    assert not content["ends"]
+    found = content["found"]["direct"]["kl"]
+    s, r, p = (ints(found[name])[0] for name in ("sender", "receiver", "position"))
+    want = edges.by_node(edges.mean("kl", "direct"))
+    np.testing.assert_allclose(floats(found["mean"])[0], want[s, r, p], rtol=1e-5)
+    assert np.nanmax(np.abs(want)) == np.abs(want[s, r, p])
+
+
+def test_the_command_makes_pages_of_edges_and_refuses_given_interventions(make_edges, tmp_path):
+    run = tmp_path / "edges"
+    make_edges().save(run)
+    done = CliRunner().invoke(cli, ["explore", str(run), "--metric", "kl"])
+    assert done.exit_code == 0, done.output
+    assert content_of((run / "explore.html").read_text())["effects"] == ["total", "direct"]
+    assert make_edges().explore("kl").save(tmp_path / "page.html").is_file()
+    model = dp.load_model("builtin:gpt-neox-arithmetic")
+    pair = dp.PromptPair("1 + 2 =", "1 + 3 =", " 3", " 4")
+    dp.run(model, pair, dp.Intervention(0, [dp.Patch("mlp_out", 1, -1)]), out=tmp_path / "given")
+    refused = CliRunner().invoke(cli, ["explore", str(tmp_path / "given")])
+    assert refused.exit_code == 2
+    assert "given interventions" in refused.stderr
+
+
+def test_no_text_of_a_run_of_edges_can_end_the_script_that_holds_it(make_edges):
+    edges = make_edges(2)
+    edges.meta["model"] = edges.pairs[0].clean_text[0] = HOSTILE
+    html = page(edges, "kl", run=HOSTILE)
+    assert HOSTILE not in html
+    assert content_of(html)["run"] == HOSTILE
+    own = html[: html.index('<script id="content"')]
+    assert not re.search(r"(?:src|href)=.(?!data:)", own)

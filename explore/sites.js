@@ -1,37 +1,7 @@
-// The page: what is chosen (`at`), and how it is drawn. Numbers come from the script element `content`.
+// The page of a sweep of sites: what is chosen (`at`), and how it is drawn.
 
-const content = JSON.parse(document.getElementById("content").textContent);
-const el = (id) => document.getElementById(id);
 const at = { site: 0, metric: content.default, pair: -1, row: 0, col: 0, sort: "size", down: true };
-const chosen = new Map(); // key -> patch, of the joint patch
-const SHOWN = 300; // rows of the ranking in the page at once
-const numbers = new Map();
-
-function array(text, kind) { // base64 -> a typed array, once
-  if (!numbers.has(text)) {
-    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-    numbers.set(text, new kind(bytes.buffer));
-  }
-  return numbers.get(text);
-}
-const floats = (text) => array(text, Float32Array);
-const ints = (text) => array(text, Int32Array);
-// What plotly would take for markup or for a formula.
-const plain = (text) => String(text).replace(/[&<>$]/g, (c) => `&#${c.charCodeAt(0)};`);
-const told = (x) => (Number.isNaN(x) ? "none" : x === 0 ? "0" : Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5
-  ? x.toExponential(2) : String(Number(x.toPrecision(3))));
-const seen = (token) => token.replaceAll("\n", "\\n").replaceAll("\t", "\\t").replaceAll(" ", "\u2423") ;
-const dark = () => document.documentElement.dataset.theme === "dark";
 const site = () => content.sites[at.site];
-const metric = () => content.metrics.find((m) => m.name === at.metric);
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
-function node(tag, text, attributes = {}) {
-  const made = document.createElement(tag);
-  if (text !== undefined) made.textContent = text;
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  return made;
-}
 
 // --- numbers -------------------------------------------------------------------------------------------------
 
@@ -117,27 +87,8 @@ function overPairs(s, row, col, entry) { // one number a pair, where the page ha
 }
 
 const below = (cell, s) => s.metrics[at.metric].floor !== null && Math.abs(cell.value) <= s.metrics[at.metric].floor;
-const accident = (e) => e.q > content.rate;
 
 // --- drawing -------------------------------------------------------------------------------------------------
-
-function layout(more) {
-  const line = colour("--line");
-  const axis = { gridcolor: line, linecolor: line, zerolinecolor: line, automargin: true, fixedrange: true };
-  return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
-    font: { color: colour("--fore"), size: 12, family: "system-ui, sans-serif" },
-    margin: { l: 50, r: 10, t: 8, b: 40 }, ...more,
-    xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, ...more.yaxis } };
-}
-const config = { displayModeBar: false, responsive: true };
-
-function scale(from_zero) { // blue and orange-red are told apart by everyone; the middle is the page's ground
-  const middle = dark() ? "#2a2c31" : "#f7f7f7";
-  const high = dark() ? [[0.5, "#d9752b"], [1, "#ffd9a8"]] : [[0.5, "#e58267"], [1, "#b2182b"]];
-  const low = dark() ? ["#bfe0ff", "#3d8fd1"] : ["#2166ac", "#67a9cf"];
-  if (from_zero) return [[0, middle], ...high];
-  return [[0, low[0]], [0.25, low[1]], [0.5, middle], [0.75, high[0][1]], [1, high[1][1]]];
-}
 
 function drawMap() {
   const s = site(), g = grid(s), m = metric();
@@ -194,11 +145,8 @@ function drawCell(g) {
   const layer = s.layers[at.row], label = g.labels[at.col];
   el("cell-title").textContent = `Layer ${layer}, ${label}`;
   const column = g.columns[at.col];
-  const interval = (c) => (Number.isNaN(c.low ?? NaN) ? "" : `, 95% interval ${told(c.low)} to ${told(c.high)}`) +
-    (Number.isNaN(c.q) ? "" : `, q ${told(c.q)}${accident(c) ? " (not significant)" : ""}`) +
-    (below(c, s) ? ", at or below the noise floor" : "");
   el("cell-value").textContent = cell === undefined || Number.isNaN(cell.value) ? "Nothing was swept here."
-    : `${s.name}${cell.name ? ` ${cell.name}` : ""}: ${told(cell.value)}${interval(cell)}`;
+    : `${s.name}${cell.name ? ` ${cell.name}` : ""}: ${told(cell.value)}${spread(cell, below(cell, s))}`;
   // What is inside: heads, neurons, coordinates of this layer and position, of this site and of the others.
   const place = JSON.stringify(byToken(s) ? s.swept[at.pair][column] : null);
   const here = content.sites.filter((o) => o.counts).flatMap((o) => entries(o).filter((e) =>
@@ -223,69 +171,17 @@ function drawCell(g) {
 
 const same = (a, i, b, j) => JSON.stringify(a.where.map((row) => row[i])) === JSON.stringify(b.where.map((row) => row[j]));
 
-function bars(names, rows, intervals) {
-  el("cell").style.minHeight = "";
-  const [up, down] = dark() ? ["#f2994a", "#6fb3ea"] : ["#b2182b", "#2166ac"];
-  const error = intervals && rows.some((e) => !Number.isNaN(e.low));
-  const trace = { type: "scatter", mode: "markers", x: rows.map((e) => e.value), y: rows.map((_, i) => i),
-    text: rows.map((e, i) => plain(`${names[i]}: ${told(e.value)}`)), hoverinfo: "text",
-    marker: { size: 8, color: rows.map((e) => (e.value < 0 ? down : up)),
-      symbol: rows.map((e) => (accident(e) ? "circle-open" : "circle")) },
-    ...(error ? { error_x: { type: "data", symmetric: false, array: rows.map((e) => e.high - e.value),
-      arrayminus: rows.map((e) => e.value - e.low), color: colour("--quiet"), thickness: 1.2, width: 4 } } : {}) };
-  Plotly.react("cell", [trace], layout({ height: 90 + 20 * Math.min(rows.length, 30), hovermode: "closest",
-    xaxis: { title: { text: plain(el("cell").clientWidth < 450 ? at.metric : metric().label) }, zeroline: true, zerolinecolor: colour("--quiet") },
-    yaxis: { tickvals: rows.length > 30 ? [] : rows.map((_, i) => i), ticktext: names.map(plain), range: [-0.7, rows.length - 0.3] } }),
-  config);
-}
-
 const HEAD = [["", ""], ["site", "site"], ["name", "component"], ["label", "position"], ["value", "effect"],
   ["size", "magnitude"], ["low", "low"], ["high", "high"], ["q", "q"]];
 
 function drawRanking() {
-  const words = el("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-  const sites = el("every-site").checked ? content.sites : [site()];
-  let rows = sites.flatMap(entries);
-  const total = rows.length;
-  rows = rows.filter((e) => words.every((w) => e.text.includes(w)) && (!el("only-found").checked || e.q <= content.rate));
+  const rows = (el("every-site").checked ? content.sites : [site()]).flatMap(entries);
   const key = { site: (e) => e.site.name, name: (e) => e.site.layers[e.row] * 1e7 + (e.index ?? -1),
     label: (e) => e.col, size: (e) => Math.abs(e.value) }[at.sort] ?? ((e) => e[at.sort]);
-  const order = (a, b) => { // what has no number comes last, either way
-    const [x, y] = [key(a), key(b)];
-    if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);
-    return (x < y ? -1 : x > y ? 1 : 0) * (at.down ? -1 : 1);
-  };
-  rows.sort(order);
-  el("count").textContent = `${Math.min(SHOWN, rows.length).toLocaleString("en")} of ${rows.length.toLocaleString("en")} rows` +
-    (rows.length < total ? ` (of ${total.toLocaleString("en")})` : "");
-  const head = node("tr");
-  for (const [sort, title] of HEAD) {
-    const th = node("th", undefined, ["value", "size", "low", "high", "q"].includes(sort) ? { class: "number" } : {});
-    if (!sort) th.append(node("span", "joint"));
-    else {
-      const button = node("button", title + (at.sort === sort ? (at.down ? " \u2193" : " \u2191") : ""), { type: "button", "data-sort": sort });
-      button.onclick = () => {
-        at.down = at.sort === sort ? !at.down : !["site", "name", "label", "q"].includes(sort);
-        at.sort = sort;
-        drawRanking();
-        document.querySelector(`#ranking [data-sort="${sort}"]`).focus();
-      };
-      th.setAttribute("aria-sort", at.sort === sort ? (at.down ? "descending" : "ascending") : "none");
-      th.append(button);
-    }
-    head.append(th);
-  }
-  document.querySelector("#ranking thead").replaceChildren(head);
-  document.querySelector("#ranking tbody").replaceChildren(...rows.slice(0, SHOWN).map(rankingRow));
+  drawTable(HEAD, rows, { key, row: rankingRow, again: drawRanking, words: ["site", "name", "label"] });
 }
 
 function rankingRow(e) {
-  const tr = node("tr");
-  if (accident(e) || below(e, e.site)) tr.className = "accident";
-  const box = node("input", undefined, { type: "checkbox", "aria-label": `Add ${e.site.name} ${e.name} at ${e.label}` });
-  const [key, patch] = patchOf(e);
-  box.checked = chosen.has(key);
-  box.onchange = () => { if (box.checked) chosen.set(key, patch); else chosen.delete(key); drawCode(); };
   const go = node("button", e.name, { type: "button" });
   go.onclick = () => {
     at.site = content.sites.indexOf(e.site);
@@ -294,14 +190,10 @@ function rankingRow(e) {
     draw();
     el("map").scrollIntoView({ block: "nearest" });
   };
-  const cells = [box, e.site.name, go, e.label, told(e.value), told(Math.abs(e.value)),
+  const cells = [e.site.name, go, e.label, told(e.value), told(Math.abs(e.value)),
     ...["low", "high", "q"].map((name) => (Number.isNaN(e[name] ?? NaN) ? "" : told(e[name])))];
-  cells.forEach((cell, i) => {
-    const td = node("td", undefined, i > 3 ? { class: "number" } : {});
-    td.append(cell);
-    tr.append(td);
-  });
-  return tr;
+  const quiet = accident(e) || below(e, e.site);
+  return tableRow(`${e.site.name} ${e.name} at ${e.label}`, quiet, ...patchOf(e), cells, 3);
 }
 
 function patchOf(e) {
@@ -321,20 +213,6 @@ function drawCode() {
   return code;
 }
 
-function drawPrompts() {
-  const box = el("prompts");
-  box.replaceChildren();
-  if (at.pair < 0) return;
-  const pair = content.pairs[at.pair];
-  for (const [name, other, answer] of [["clean", "corrupted", 0], ["corrupted", "clean", 1]]) {
-    const line = node("div");
-    line.append(node("b", `${name}: `));
-    pair[name].forEach((token, i) => line.append(token === pair[other][i] ? token : node("mark", token)));
-    line.append(node("b", " \u2192 "), pair.answers[answer]);
-    box.append(line);
-  }
-}
-
 function draw() {
   el("equation").textContent = `${at.metric} = ${metric().equation}`;
   drawPrompts();
@@ -345,33 +223,9 @@ function draw() {
 
 // --- what the reader does ------------------------------------------------------------------------------------
 
-async function copy(text, what) {
-  try { await navigator.clipboard.writeText(text); } catch { // where the browser does not let a file do so
-    const area = node("textarea", undefined, { "aria-hidden": "true" });
-    area.value = text;
-    document.body.append(area);
-    area.select();
-    document.execCommand("copy");
-    area.remove();
-  }
-  el("copied").textContent = `${what} copied.`;
-}
-
-function options(select, rows, value) {
-  select.replaceChildren(...rows.map(([v, text]) => node("option", text, { value: v })));
-  select.value = value;
-}
-
 function start() {
-  const about = content.about;
-  document.documentElement.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  el("about").textContent = [about.model, `${content.n_pairs} pair${content.n_pairs > 1 ? "s" : ""}`, content.direction,
-    about.source && `source ${about.source}`, about.precision, content.run].filter(Boolean).join(", ");
-  document.title = `${content.run}: deltapatch explorer`;
+  begin();
   options(el("site"), content.sites.map((s, i) => [i, s.name]), 0);
-  options(el("metric"), content.metrics.map((m) => [m.name, m.name]), at.metric);
-  const name = (p) => p.clean.join("").trim().slice(-48);
-  options(el("pair"), [[-1, `mean over ${content.n_pairs}`], ...content.pairs.map((p, i) => [i, `${i}: ${name(p)}`])], -1);
   for (const id of ["site", "metric", "pair"]) {
     el(id).onchange = () => {
       at[id] = id === "metric" ? el(id).value : Number(el(id).value);
@@ -382,27 +236,10 @@ function start() {
   }
   for (const id of ["search", "every-site", "only-found"]) el(id).oninput = drawRanking;
   el("only-found").parentElement.hidden = !content.sites.some((s) => floats(s.metrics[at.metric].q).some((q) => !Number.isNaN(q)));
-  el("notes").replaceChildren(...content.notes.map((note) => node("li", note)));
-  el("copy-python").onclick = () => copy(drawCode(), "Python");
   el("copy-shell").onclick = () => copy(shellOf(drawCode()), "Shell command");
-  el("clear").onclick = () => { chosen.clear(); drawRanking(); drawCode(); };
-  el("theme").onclick = () => { document.documentElement.dataset.theme = dark() ? "light" : "dark"; draw(); };
-  el("map").onkeydown = (event) => {
-    const move = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-    if (!move) return;
-    event.preventDefault();
-    const g = grid(site());
-    choose(Math.max(0, Math.min(g.cells.length - 1, at.row + move[0])), Math.max(0, Math.min(g.labels.length - 1, at.col + move[1])));
-  };
   toStrongest();
   draw();
-  // Not plotly's own click, which waits for its hover: a finger has none.
-  el("map").addEventListener("click", (event) => {
-    const box = document.querySelector("#map .nsewdrag").getBoundingClientRect(), g = grid(site());
-    const col = Math.floor((event.clientX - box.left) / box.width * g.labels.length);
-    const row = Math.floor((box.bottom - event.clientY) / box.height * g.cells.length);
-    if (row in g.cells && col in g.labels) choose(row, col);
-  });
+  choosable(() => { const g = grid(site()); return [g.cells.length, g.labels.length]; }, choose);
 }
 
 function toStrongest() {
@@ -412,7 +249,7 @@ function toStrongest() {
 
 function choose(row, col) {
   Object.assign(at, { row, col });
-  Plotly.relayout("map", { "shapes[0].x0": col - 0.5, "shapes[0].x1": col + 0.5, "shapes[0].y0": row - 0.5, "shapes[0].y1": row + 0.5 });
+  Plotly.relayout("map", frame(row, col));
   drawCell(grid(site()));
   drawCode();
 }
