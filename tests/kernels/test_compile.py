@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from deltapatch.bench import compile_kernels
 from deltapatch.bench.compile_kernels import (
+    COMPILED,
     CONFIGS,
     PRECISIONS_OF,
     SHARED_LIMIT,
@@ -99,6 +100,23 @@ def test_the_committed_result_covers_everything_and_has_no_problem():
         assert {c.precision for c in kernels} >= {"fp32", "bf16", "fp16", "fp8"}
         assert {c.arch for c in kernels} == {90}
     assert set(PRECISIONS_OF[90]) == {"fp32", "tf32", "bf16", "fp16", "fp8"}
+
+
+def test_the_committed_result_of_later_families_has_no_problem():
+    """Each model for both GPUs, with the norms of heads and the capped logits of those that have them."""
+    ((report, kernels),) = read(RESULT.with_name("compile_families.json"))
+    assert report["versions"]["torch"]
+    assert [problem for kernel in kernels for problem in kernel.problems()] == []
+    later = set(COMPILED) - set(CONFIGS)
+    of_every_call = set(KERNELS) - {"_narrow_kernel"}  # what compiles to the same is there once
+    seen = {(c.model, c.arch, c.kernel) for c in kernels}
+    assert {(m, arch, k) for m in later for arch in SHARED_LIMIT for k in of_every_call} <= seen
+    attention = {(c.model, c.arch, c.tokens) for c in kernels if c.kernel == "_attention_kernel"}
+    assert attention == {(m, arch, n) for m in later for arch in SHARED_LIMIT for n in (16, 128)}
+    of_heads = {c.model for c in kernels if "heads=True" in c.variant}
+    assert of_heads == {"qwen3-8b", "gemma-3-4b"}
+    capped = {c.model for c in kernels if c.kernel == "_take_in_kernel" and "cap=True" in c.variant}
+    assert capped == {"gemma-2-2b", "gemma-2-9b"}
 
 
 def test_another_triton_compiles_in_an_environment_of_its_own(tmp_path, monkeypatch):
