@@ -1,5 +1,6 @@
 """The notebooks of examples/ run from top to bottom, and are kept without outputs."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,12 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["circuits", "first_steps"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "circuits",
+        "first_steps",
+        "from_transformer_lens",
+        "induction",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -28,6 +34,8 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed here")
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed here")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed here")
+    if "transformer_lens" in path.stem and importlib.util.find_spec("transformer_lens") is None:
+        pytest.skip("transformer_lens is not installed here: pip install 'deltapatch[transformer-lens]'")
     monkeypatch.setenv("IPYTHONDIR", os.fspath(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
