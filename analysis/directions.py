@@ -18,7 +18,7 @@ from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.interventions.sites import check_site, find_site
 from deltapatch.interventions.table import EDIT, TOGETHER, PatchTable, place_of
-from deltapatch.interventions.vectors import VectorsMade, code
+from deltapatch.interventions.vectors import VectorsMade, as_rows, code
 from deltapatch.models.header import open_safetensors
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
@@ -140,8 +140,9 @@ def _cells(
         if layer not in every or named not in (None, layer):
             continue
         place, of = place_of(site.name, layer)
-        for number, row in enumerate(_rows(by_layer[layer], f"directions of {site.name}")):
-            where, width = f"direction {number} of {site.name}", spec.d_head if heads else spec.d_model
+        width = spec.d_head if heads else spec.d_model
+        for number, row in enumerate(as_rows(by_layer[layer], f"directions of {site.name}", width)):
+            where = f"direction {number} of {site.name}"
             for strength in [1.0] if strengths is None else strengths:
                 if strengths is None:
                     vector = vectors.along(row, width, where)
@@ -191,19 +192,6 @@ def _listed(
     if kind == "add":
         labels["strength"] = column["strength"]
     return Listed(table, vectors.done(), labels)
-
-
-def _rows(given: Any, what: str) -> np.ndarray:
-    """[direction, width], each row by itself. DeltapatchError where it is something else."""
-    if hasattr(given, "detach"):
-        given = given.detach().cpu().double().numpy()
-    try:
-        rows = np.atleast_2d(np.asarray(given, dtype=np.float64))
-    except (TypeError, ValueError):
-        raise DeltapatchError(f"{what} must be vectors, not {shown(given)}") from None
-    if rows.ndim != 2:
-        raise DeltapatchError(f"{what} must be [direction, width], not of shape {list(rows.shape)}")
-    return rows
 
 
 def _numbers(strengths: object) -> list[float]:

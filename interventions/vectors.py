@@ -92,7 +92,7 @@ class VectorsMade:
         Warns:
             where they nearly depend on each other.
         """
-        rows = _rows(given, width, f"{where}: along")
+        rows = as_rows(given, f"{where}: along", width)
         _, sizes, basis = np.linalg.svd(rows, full_matrices=False)
         if len(rows) > width or sizes[-1] <= _DEPENDENT * sizes[0] or not sizes[0]:
             raise DeltapatchError(
@@ -108,7 +108,7 @@ class VectorsMade:
 
     def add(self, given: Any, width: int, where: str) -> int:
         """The number of a vector, [width], that is added. DeltapatchError where it has another shape."""
-        rows = _rows(given, width, f"{where}: add")
+        rows = as_rows(given, f"{where}: add", width)
         if len(rows) != 1:
             raise DeltapatchError(f"{where}: add takes one vector of {width} numbers, not {len(rows)}")
         return self._keep(rows)
@@ -125,7 +125,7 @@ class VectorsMade:
         return Vectors(tuple(self.arrays))
 
 
-def _rows(given: Any, width: int, what: str) -> np.ndarray:
+def as_rows(given: Any, what: str, width: int) -> np.ndarray:
     """[k, width] float64 of numbers, arrays or tensors. DeltapatchError where they are something else."""
     if hasattr(given, "detach"):  # a tensor, of any device and dtype
         given = given.detach().cpu().double().numpy()
