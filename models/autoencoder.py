@@ -6,6 +6,7 @@ feature j writes f_j times row j of its decoder, undone by the same norm.
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,11 @@ Activation = Literal["relu", "gated", "jumprelu", "topk"]
 Norm = Literal["none", "layer_norm", "constant_norm_rescale"]
 
 CONFIG, WEIGHTS, GEMMA = "cfg.json", "sae_weights.safetensors", "params.npz"
+# What reading a broken file raises, archives of arrays among them.
+_DAMAGE = (
+    OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, EOFError, MemoryError,
+    RuntimeError, NotImplementedError, BadZipFile, zlib.error, SafetensorError,
+)  # fmt: skip
 _MOST = 1 << 27  # features times inputs of one matrix are below it: 512 MB in float32
 _ACTIVATIONS = {"standard": "relu", "gated": "gated", "jumprelu": "jumprelu", "topk": "topk"}
 _NEEDED = {
@@ -155,7 +161,7 @@ def load_sae(
                 f"{path} is no sparse autoencoder: it needs {CONFIG} and {WEIGHTS} of SAELens, or {GEMMA} of "
                 "Gemma Scope"
             )
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile, RecursionError, SafetensorError) as error:
+    except _DAMAGE as error:
         said = shown(" ".join(str(error).split()), 200)[1:-1] or type(error).__name__
         raise DeltapatchError(f"the sparse autoencoder {path} cannot be read ({said})") from error
     return Autoencoder(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -109,7 +110,7 @@ def _pairs(folder: Path, seed: Callable[[str], Path]) -> None:
     pairs = [
         {"clean": "3 + 4 =", "corrupted": "5 + 4 =", "clean_answer": " 7", "corrupted_answer": " 9",
          "labels": {"op1": 0, "last": -1}, "meta": {"template": 1, "note": "é"}},
-        {"clean": [1, 2, 3], "corrupted": [1, 4, 3], "clean_answer": 5, "corrupted_answer": 6},
+        {"clean": [1, 2, 3], "corrupted": [1, 4, 3], "clean_answer": 5, "corrupted_answer": {"any": [6, 7]}},
     ]  # fmt: skip
     (folder / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
 
@@ -128,6 +129,38 @@ def _outcome(folder: Path, seed: Callable[[str], Path]) -> None:
     steer = [0.1] * model.spec.d_model
     patches.append(deltapatch.Intervention(0, [deltapatch.Patch("attn_out", 0, 2, add=steer)]))
     deltapatch.run(model, pairs, patches, progress=False, precision="fp32", out=folder)
+
+
+def _listed(folder: Path, seed: Callable[[str], Path]) -> None:
+    model = deltapatch.load_model(seed("gpt_neox"), device="cpu")
+    pair = deltapatch.PromptPair([1, 2, 3], [1, 5, 3], 7, deltapatch.AnyOf([8, 9]))
+    directions = {"z": [[0.5] * model.spec.d_head, [1.0, -1.0] * (model.spec.d_head // 2)]}
+    options = {"positions": [1], "layers": [1], "out": folder, "progress": False, "precision": "fp32"}
+    deltapatch.sweep_directions(model, pair, directions, strengths=[1, -2], **options)
+
+
+def _autoencoder(folder: Path, seed: Callable[[str], Path]) -> None:
+    folder.mkdir()
+    config = {
+        "architecture": "topk",
+        "k": 3,
+        "normalize_activations": "layer_norm",
+        "apply_b_dec_to_input": True,
+        "metadata": {"hook_name": "blocks.1.hook_resid_post"},
+    }
+    (folder / "cfg.json").write_text(json.dumps(config))
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (4, 8), "W_dec": (8, 4), "b_enc": (8,), "b_dec": (4,)}
+    save_file(
+        {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()},
+        folder / "sae_weights.safetensors",
+    )
+
+
+def _gemma(folder: Path, seed: Callable[[str], Path]) -> None:
+    folder.mkdir()
+    shapes = {"W_enc": (4, 8), "W_dec": (8, 4), "b_enc": (8,), "b_dec": (4,), "threshold": (8,)}
+    np.savez(folder / "params.npz", **{n: np.ones(shape, np.float32) for n, shape in shapes.items()})
 
 
 def _edges(folder: Path, seed: Callable[[str], Path]) -> None:
@@ -171,6 +204,9 @@ MAKERS: dict[str, Callable[[Path, Callable[[str], Path]], None]] = {
     "pairs": _pairs,
     "run": _sweep,
     "outcome": _outcome,
+    "listed": _listed,
+    "autoencoder": _autoencoder,
+    "gemma": _gemma,
     "edges": _edges,
     "begun": _begun,
     "bin": _bin,

@@ -88,6 +88,13 @@ def converted(path: Path) -> bytes:
     return model(convert(path, path.with_name("converted")))
 
 
+def autoencoder(path: Path) -> bytes:
+    found = deltapatch.load_sae(path)
+    features, scale = found.encode(torch.linspace(-1, 1, 3 * found.d_in).view(3, -1))
+    rows = found.rows(torch.arange(min(2, found.d_sae)))
+    return repr((found, features.tolist(), scale.tolist(), rows.tolist())).encode()
+
+
 TARGETS: dict[str, Callable[[Path], bytes]] = {
     "model": model,
     "streamed": lambda path: model(path, stream=True),
@@ -96,6 +103,8 @@ TARGETS: dict[str, Callable[[Path], bytes]] = {
     "pairs": pairs,
     "run": run,
     "outcome": outcome,
+    "listed": outcome,
+    "autoencoder": autoencoder,
     "edges": edges,
     "merge": merged,
     "convert": converted,

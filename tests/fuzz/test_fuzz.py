@@ -110,7 +110,7 @@ def broken_run(data, seed):
 
 @fuzz
 def run_folder(data, hunter, seeds):
-    what = data.draw(st.sampled_from(["run", "outcome", "edges"]))
+    what = data.draw(st.sampled_from(["run", "outcome", "listed", "edges"]))
     name, broken = broken_run(data, seeds(what))
     hunter.check(what, seeds(what), {name: broken}, right=hunter.ask(what, seeds(what))["text"])
 
@@ -120,7 +120,7 @@ def signed_run_folder(data, hunter, seeds):
     """Broken by somebody who knows how to make a checksum."""
     seed = hunter.folder / "signed"
     shutil.rmtree(seed, ignore_errors=True)
-    what = data.draw(st.sampled_from(["run", "outcome", "edges"]))
+    what = data.draw(st.sampled_from(["run", "outcome", "listed", "edges"]))
     shutil.copytree(seeds(what), seed)
     name, broken = broken_run(data, seed)
     (seed / name).write_bytes(broken)
@@ -159,6 +159,20 @@ def bin_file(data, hunter, seeds):
     hunter.check("convert", seed, {name: data.draw(broken_bytes((seed / name).read_bytes()))})
 
 
+@fuzz
+def autoencoder(data, hunter, seeds):
+    if data.draw(st.booleans()):
+        seed, name = seeds("gemma"), "params.npz"
+        broken = data.draw(broken_bytes((seed / name).read_bytes()))
+    else:
+        seed = seeds("autoencoder")
+        name = data.draw(st.sampled_from(["cfg.json", "sae_weights.safetensors"]))
+        content = (seed / name).read_bytes()
+        config = name == "cfg.json"
+        broken = data.draw(broken_text(json.loads(content)) if config else broken_safetensors(content))
+    hunter.check("autoencoder", seed, {name: broken})
+
+
 CASES = {
     "config of gpt_neox": (model_config, "gpt_neox"),
     "config of gptj": (model_config, "gptj"),
@@ -168,6 +182,7 @@ CASES = {
     "index": (index,),
     "adapter": (adapter,),
     "tokenizer": (tokenizer,),
+    "autoencoder": (autoencoder,),
     "pairs": (pairs,),
     "files of tasks": (task_files,),
     "run": (run_folder,),
