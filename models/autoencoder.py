@@ -161,6 +161,8 @@ def load_sae(
                 f"{path} is no sparse autoencoder: it needs {CONFIG} and {WEIGHTS} of SAELens, or {GEMMA} of "
                 "Gemma Scope"
             )
+    except DeltapatchError:
+        raise
     except _DAMAGE as error:
         said = shown(" ".join(str(error).split()), 200)[1:-1] or type(error).__name__
         raise DeltapatchError(f"the sparse autoencoder {path} cannot be read ({said})") from error

@@ -266,8 +266,9 @@ def test_configs_that_are_refused(tmp_path, config, message):
     folder = written(tmp_path / "sae", weights)
     about = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(about | config))
-    with pytest.raises(DeltapatchError, match=re.escape(message)):
+    with pytest.raises(DeltapatchError, match=re.escape(message)) as error:
         dp.load_sae(folder)
+    assert ("cannot be read" in str(error.value)) == message.startswith(("k is", "it has no"))
 
 
 @pytest.mark.parametrize(
