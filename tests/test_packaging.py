@@ -124,6 +124,43 @@ def test_the_wheel_has_the_code_and_the_built_in_models(tmp_path):
     assert not any(name.startswith(("deltapatch/tests", "tests")) for name in names)
 
 
+@pytest.mark.slow
+def test_what_would_be_uploaded_is_built_and_checked(tmp_path):
+    """The wheel is built from the source archive, so that the archive has all that a wheel needs."""
+    pytest.importorskip("build", reason="build is not installed here")
+    pytest.importorskip("twine", reason="twine is not installed here")
+    pytest.importorskip("setuptools", reason="setuptools is not installed here")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    files = ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", "py.typed", "tests")
+    for name in (*files, *(path.name for path in ROOT.glob("*.py")), *PARTS):
+        _copy(ROOT / name, copy / name)
+
+    def module(*words):
+        run = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=copy)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout
+
+    module("build", "--no-isolation", "--outdir", str(tmp_path / "dist"), ".")
+    archive, wheel = sorted((tmp_path / "dist").iterdir(), key=lambda path: path.suffix)
+    assert (archive.name, wheel.name) == (
+        f"deltapatch-{deltapatch.__version__}.tar.gz",
+        f"deltapatch-{deltapatch.__version__}-py3-none-any.whl",
+    )
+    assert module("twine", "check", "--strict", str(archive), str(wheel)).count("PASSED") == 2
+    import tarfile
+    import zipfile
+
+    with tarfile.open(archive) as packed:
+        names = {name.split("/", 1)[-1] for name in packed.getnames()}
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "explore/edges.js"} <= names
+    assert not any(name.startswith("tests") for name in names)
+    inside = zipfile.ZipFile(wheel).namelist()
+    for part in PARTS:
+        for path in (ROOT / part).rglob("*.py"):
+            assert f"deltapatch/{path.relative_to(ROOT)}" in inside
+
+
 def _copy(source: Path, target: Path) -> None:
     import shutil
 
