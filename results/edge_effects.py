@@ -2,24 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 from typing import Any
 
 import numpy as np
 
 from deltapatch import markup
-from deltapatch.errors import DeltapatchError, path_of
+from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import import_pandas, is_labelled, looking, position_column
-from deltapatch.results.folder import Record, reference_tensors, write_run
-from deltapatch.results.metrics import Direction, Reference, asked_of, compute, metrics_of, terms
+from deltapatch.results.folder import Record, reference_tensors
+from deltapatch.results.metrics import Direction, Function, Reference, asked_of, compute, metrics_of, terms
+from deltapatch.results.result import Result
 
 AXES = ("pair", "effect", "position", "edge")  # of every measured array
 
 
 @dataclass(repr=False)
-class EdgeEffects:
+class EdgeEffects(Result):
     """What a sweep of edges found. `values` is the way in.
 
     Attributes:
@@ -40,10 +40,6 @@ class EdgeEffects:
     meta: dict[str, Any] = field(default_factory=dict)
     # Of a sweep that kept nothing: hashes the model, should its effects be saved.
     _fingerprint: Callable[[], str | None] | None = field(default=None, compare=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what only this process can ask."""
-        return self.__dict__ | {"_fingerprint": None}
 
     @property
     def senders(self) -> list[str]:
@@ -70,7 +66,7 @@ class EdgeEffects:
         """The metrics that this run can answer."""
         return metrics_of(self.measured)
 
-    def flat(self, metric: str, effect: str | None = None) -> np.ndarray:
+    def flat(self, metric: str | Function, effect: str | None = None) -> np.ndarray:
         """A metric of every edge: float64, [pair, edge], or [pair, edge, position] at single positions.
 
         Args:
@@ -82,7 +78,9 @@ class EdgeEffects:
         """
         return self._by_edge(compute(metric, self._of(effect), self.reference, self.direction))
 
-    def terms(self, metric: str, effect: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    def terms(
+        self, metric: str | Function, effect: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """A metric as it is averaged, as of `Effects.terms`: as `flat`, and [pair] or None."""
         top, below = terms(metric, self._of(effect), self.reference, self.direction)
         return self._by_edge(top), below
@@ -97,7 +95,7 @@ class EdgeEffects:
             found: np.ndarray = np.where(there, top, 0).sum(0) / total
         return found
 
-    def values(self, metric: str, effect: str | None = None) -> np.ndarray:
+    def values(self, metric: str | Function, effect: str | None = None) -> np.ndarray:
         """A metric by sender and receiver: float64, [pair, sender, receiver]; NaN where there is no edge.
 
         Of edges at single positions it is [pair, sender, receiver, position]. Raises what `flat` raises.
@@ -147,14 +145,6 @@ class EdgeEffects:
         """A DataFrame of `columns`, a row an edge. DeltapatchError where pandas is not installed."""
         return import_pandas().DataFrame(self.columns(metrics, effect))
 
-    def accuracy(self) -> float:
-        """Half clean runs right and half corrupted runs right, see `Reference`."""
-        return self.reference.accuracy()
-
-    def caveat(self) -> str | None:
-        """What a reader has to know beside effects: that the model answers nothing right; None otherwise."""
-        return self.reference.caveat()
-
     def plot(self, metric: str | None = None, effect: str | None = None, *, pair: int | None = None) -> Any:
         """A matplotlib Figure, senders by receivers.
 
@@ -192,16 +182,6 @@ class EdgeEffects:
         rows = zip(*(column.tolist() for column in best.columns.values()), strict=True)
         shown = [[f"{v:.4g}" if isinstance(v, float) else v for v in row] for row in rows]
         return markup.table(title, shown, tuple(best.columns), [line.strip() for line in lines])
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write a run folder, which `load_edges` reads.
-
-        Raises:
-            DeltapatchError: the path is taken or cannot be written.
-        """
-        if self.meta.get("fingerprint") is None and self._fingerprint is not None:
-            self.meta["fingerprint"] = self._fingerprint()
-        write_run(self.record(), path_of(path, "a run folder"))
 
     def record(self) -> Record:
         """What a run folder holds of it."""

@@ -3,18 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from os import PathLike
 from typing import Any
 
 import numpy as np
 
 from deltapatch import markup
 from deltapatch.arguments import several
-from deltapatch.errors import DeltapatchError, path_of
+from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.sites import SITES, find_site
-from deltapatch.results.folder import Record, reference_tensors, write_run
-from deltapatch.results.metrics import Direction, Reference, asked_of, compute, metrics_of, terms
+from deltapatch.results.folder import Record, reference_tensors
+from deltapatch.results.metrics import Direction, Function, Reference, asked_of, compute, metrics_of, terms
+from deltapatch.results.result import Result
 
 AXES = ("pair", "layer", "position", "index")  # of every measured array; whole-vector sites have no index
 
@@ -56,7 +56,7 @@ class SiteEffects:
 
 
 @dataclass(repr=False)
-class Effects:
+class Effects(Result):
     """What a sweep found. `values` is the way in."""
 
     sites: dict[str, SiteEffects]
@@ -67,10 +67,6 @@ class Effects:
     # Of a sweep that kept nothing: hashes the model, should its effects be saved.
     _fingerprint: Callable[[], str | None] | None = field(default=None, compare=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what only this process can ask."""
-        return self.__dict__ | {"_fingerprint": None}
-
     def site(self, name: str | None = None) -> SiteEffects:
         """The measured numbers of a site; the name may be left out when only one site was swept.
 
@@ -79,7 +75,7 @@ class Effects:
         """
         return self._find(name)[0]
 
-    def values(self, metric: str, site: str | None = None) -> np.ndarray:
+    def values(self, metric: str | Function, site: str | None = None) -> np.ndarray:
         """A metric of a site: float64, [pair, layer, position] or, where the site has one, [..., index].
 
         NaN where a pair has no such position. A full hook name (``blocks.3.mlp.hook_post``) asks for that
@@ -90,7 +86,7 @@ class Effects:
         """
         return compute(metric, self._measured(site), self.reference, self.direction)
 
-    def terms(self, metric: str, site: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    def terms(self, metric: str | Function, site: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """A metric of a site as it is averaged: a mean over pairs is the mean of the first over the second's.
 
         Returns:
@@ -124,19 +120,6 @@ class Effects:
         """The metrics that this run can answer for all its sites."""
         measured = [set(s.measured) for s in self.sites.values()]
         return metrics_of(set.intersection(*measured))
-
-    @property
-    def answer_tokens(self) -> int:
-        """How many tokens the longest answer has; effects are of the probability of all of them."""
-        return max(pair.answer_tokens for pair in self.pairs)
-
-    def accuracy(self) -> float:
-        """Half clean runs right and half corrupted runs right, see `Reference`."""
-        return self.reference.accuracy()
-
-    def caveat(self) -> str | None:
-        """What a reader has to know beside effects: that the model answers nothing right; None otherwise."""
-        return self.reference.caveat()
 
     def shapes(self) -> dict[str, Any]:
         """The axes of every site, for programs."""
@@ -258,12 +241,6 @@ class Effects:
             DeltapatchError: plotly is not installed; an unknown metric or one that was not measured.
         """
         return looking().Explorer(self, metrics)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write a run folder. DeltapatchError where the path is taken or cannot be written."""
-        if self.meta.get("fingerprint") is None and self._fingerprint is not None:
-            self.meta["fingerprint"] = self._fingerprint()
-        write_run(self.record(), path_of(path, "a run folder"))
 
     def record(self) -> Record:
         """What a run folder holds of them."""

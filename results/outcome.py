@@ -1,6 +1,5 @@
 """Outcomes: what given interventions did, as arrays."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,18 +7,18 @@ from typing import Any
 import numpy as np
 
 from deltapatch import markup
-from deltapatch.errors import path_of
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import import_pandas
-from deltapatch.results.folder import Record, reference_tensors, write_run
+from deltapatch.results.folder import Record, reference_tensors
 from deltapatch.results.metrics import Direction, Function, Reference, asked_of, compute, metrics_of, terms
+from deltapatch.results.result import Result
 
 _SHOWN = 10  # interventions in a notebook
 
 
 @dataclass(repr=False)
-class Outcome:
+class Outcome(Result):
     """What `run` found, one number for each intervention and metric.
 
     Attributes:
@@ -39,10 +38,6 @@ class Outcome:
     meta: dict[str, Any] = field(default_factory=dict)
     # Of a run that kept nothing: hashes the model, should it be saved.
     _fingerprint: Callable[[], str | None] | None = field(default=None, compare=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what only this process can ask."""
-        return self.__dict__ | {"_fingerprint": None}
 
     @property
     def pair(self) -> np.ndarray:
@@ -90,16 +85,6 @@ class Outcome:
     def to_pandas(self, metrics: str | Sequence[str] | None = None) -> Any:
         """A DataFrame of `columns`, a row an intervention. DeltapatchError where pandas is not installed."""
         return import_pandas().DataFrame(self.columns(metrics))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a run folder, which `load_outcome` reads.
-
-        Raises:
-            DeltapatchError: the path is taken or cannot be written.
-        """
-        if self.meta.get("fingerprint") is None and self._fingerprint is not None:
-            self.meta["fingerprint"] = self._fingerprint()
-        write_run(self.record(), path_of(path, "a run folder"))
 
     def record(self) -> Record:
         """What a run folder holds of it."""
