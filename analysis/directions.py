@@ -13,7 +13,7 @@ from deltapatch.engine.options import Options, takes
 from deltapatch.engine.sweep import run_listed
 from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.interventions.given import Listed
-from deltapatch.interventions.grid import Layers, Positions, layers_of, positions_of
+from deltapatch.interventions.grid import Layers, Positions, layers_of, positions_of, spots_of
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.interventions.sites import check_site, find_site
@@ -56,7 +56,8 @@ def sweep_directions(
 
     Returns:
         Outcome: `columns()` has a row an intervention, with its `layer`, `position` and `direction`, and,
-        where there are any, `head`, `strength`, and `site`, its number among several that were given.
+        where there are any, `head`, `strength`, and `site`, its number among several that were given. A
+        position is told as it was asked for where that is a number, -1 for the last.
 
     Raises:
         DeltapatchError: bad input; directions that do not fit their site.
@@ -164,13 +165,8 @@ def _listed(
     """All cells at each position of each pair, [cell, as of _CELL]."""
     if not len(cells):
         raise DeltapatchError("no direction is at any of the chosen layers: nothing is to be patched")
-    at = [
-        (i, p)
-        for i, pair in enumerate(pairs)
-        for p in dict.fromkeys(map(pair.resolve, positions))
-        if p is not None
-    ]
-    pair, position = np.repeat(np.array(at, dtype=np.int64).T, len(cells), axis=1)
+    at = [(i, place, told) for i, pair in enumerate(pairs) for place, told in spots_of(positions, pair)]
+    pair, position, told = np.repeat(np.array(at, dtype=np.int64).T, len(cells), axis=1)
     n = len(pair)
     column = dict(zip(_CELL, np.tile(cells, (len(at), 1)).T, strict=True))
     whole = {name: column[name].astype(np.int64) for name in _CELL if name != "strength"}
@@ -184,7 +180,7 @@ def _listed(
         edit=np.full(n, EDIT[kind]),
         index=whole["index"],
     )
-    labels = {"layer": whole["layer"], "position": position, "direction": whole["direction"]}
+    labels = {"layer": whole["layer"], "position": told, "direction": whole["direction"]}
     if (whole["head"] >= 0).any():
         labels["head"] = whole["head"]
     if whole["site"].any():

@@ -16,7 +16,7 @@ from deltapatch.engine.options import Options, takes
 from deltapatch.engine.sweep import run_listed
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.given import Listed
-from deltapatch.interventions.grid import Positions, positions_of
+from deltapatch.interventions.grid import Positions, positions_of, spots_of
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.interventions.sites import check_site, find_site
@@ -56,7 +56,8 @@ def sweep_features(
     Returns:
         Outcome: `columns()` has a row a feature that was patched, with its autoencoder (`sae`, its number
         among those given), `layer`, `position`, `feature`, and its activations `before` and `after`. What
-        is not there has the effect 0.
+        is not there has the effect 0. A
+        position is told as it was asked for where that is a number, -1 for the last.
 
     Raises:
         DeltapatchError: bad input; an autoencoder that does not fit the model; a source that no feature has.
@@ -160,10 +161,11 @@ def _listed(
     """An intervention for each feature that changes, at each position that its pair has."""
     found: list[dict[str, np.ndarray]] = []
     for i, s, change in changes:
-        at = [p for p in dict.fromkeys(map(pairs[i].resolve, positions)) if p is not None]
-        moved = (change.after - change.before)[at]
+        spots = spots_of(positions, pairs[i])
+        at, told = np.array(spots, dtype=np.int64).reshape(-1, 2).T
+        moved = (change.after - change.before)[at.tolist()]
         spot, feature = (t.cpu().numpy() for t in (moved.abs() > least).nonzero().unbind(1))
-        position = np.array(at, dtype=np.int64)[spot]
+        position = at[spot]
         values = {
             name: getattr(change, name).cpu().numpy()[position, 0 if name == "scale" else feature]
             for name in ("before", "after", "scale")
@@ -171,7 +173,7 @@ def _listed(
         whole = {"pair": i, "sae": s, "layer": places[s].layer}
         found.append(
             {name: np.full(len(position), n) for name, n in whole.items()}
-            | {"position": position, "feature": feature}
+            | {"position": position, "told": told[spot], "feature": feature}
             | values
         )
     made = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
@@ -213,5 +215,6 @@ def _as_patches(
         index=np.arange(len(row)) * parts[of] + head,  # as of `vectors.code`, each patch having its own
     )
     scale = made["scale"] * (made["after"] - made["before"])
-    labels = {name: made[name] for name in ("sae", "layer", "position", "feature", "before", "after")}
+    labels = {name: made[name] for name in ("sae", "layer", "feature", "before", "after")}
+    labels["position"] = made["told"]
     return Listed(table, Vectors(tuple(arrays), first[row] + head, scale[row]), labels)

@@ -205,6 +205,19 @@ def make_grid(
     return Grid.of(found, at, len(pairs), differs=source in DIFFERING)
 
 
+def spots_of(positions: Sequence[int | str], pair: EncodedPair) -> list[tuple[int, int]]:
+    """The places of a pair that are asked for, each once, and how results tell of each.
+
+    A number is told as it was asked for, -1 the last token of every pair; of a label the place is told.
+    """
+    found: dict[int, int] = {}
+    for asked in positions:
+        place = pair.resolve(asked)
+        if place is not None and place not in found:
+            found[place] = asked if isinstance(asked, int) else place
+    return list(found.items())
+
+
 def listed(names: str | Sequence[str]) -> list[str]:
     """Names of sites, given as a list or with commas between. DeltapatchError where it is something else."""
     if isinstance(names, str):

@@ -38,6 +38,7 @@ def test_a_run_and_its_tables(command, pairs_file, tmp_path):
     assert len(table.out.strip().splitlines()) in (4, 5)
     each = list(csv.DictReader(io.StringIO(command("effects", run, "--format", "csv").out)))
     outcome = dp.load_outcome(run)
+    assert {row["position"] for row in each} == {"-1"}  # whatever the prompts' lengths: one place
     assert [int(row["feature"]) for row in each] == outcome.columns()["feature"].tolist()
     np.testing.assert_allclose([float(row["recovered"]) for row in each], outcome.values("recovered"), 1e-6)
     for option in (["--site", "z"], ["--interval"], ["--mean-of-ratios"], ["--effect", "total"]):
