@@ -71,6 +71,9 @@ def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
         stream=decided.stream,
         n_senders=senders,
     )
+    if isinstance(asked, Listed):  # every pass holds what its patches are given
+        given = sum(array.size for array in asked.vectors.arrays) * decided.precision.base.itemsize
+        found = replace(found, fixed=found.fixed + given)
     if isinstance(asked, Wirings):  # a row keeps what every sender says
         row = senders * spec.d_model * decided.precision.base.itemsize
         found = replace(

@@ -124,3 +124,12 @@ def test_what_is_refused(engine, drawn, directions, options, message):
 def test_a_direction_that_is_nothing(engine, drawn):
     with pytest.raises(DeltapatchError, match="are zero or depend on each other"):
         dp.sweep_directions(engine, drawn, {"resid_post": np.zeros(engine.spec.d_model)})
+
+
+def test_what_patches_are_given_counts_as_memory(engine, drawn):
+    """Every pass holds the directions: a budget that they alone fill has room for no row."""
+    rows, one = RNG.normal(size=(4000, engine.spec.d_model)), RNG.normal(size=(1, engine.spec.d_model))
+    options = {"positions": [-1], "layers": [1], "precision": "fp64", "memory_budget": "400KB"}
+    dp.sweep_directions(engine, drawn, {"resid_post": one}, **options)
+    with pytest.raises(DeltapatchError, match="memory budget"):
+        dp.sweep_directions(engine, drawn, {"resid_post": rows}, **options)
