@@ -1,6 +1,7 @@
 """What the README shows must run: its Python as one script, its shell lines one after the other."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -133,7 +134,7 @@ def test_every_command_that_is_named_can_be_parsed():
 @pytest.mark.parametrize(
     ("file", "page"),
     [
-        ("compare_cpu.json", "README.md"),
+        ("compare_cpu.json", "docs/benchmarks.md"),
         ("compare_cpu_bf16.json", "docs/benchmarks.md"),
         ("growth_cpu.json", "docs/benchmarks.md"),
         ("growth_length_cpu.json", "docs/benchmarks.md"),
@@ -151,13 +152,27 @@ def test_tables_are_those_of_the_result_files(file, page):
     assert table in (ROOT / page).read_text(encoding="utf-8"), f"python -m deltapatch.bench.markdown {file}"
 
 
-def test_the_readme_defines_every_metric_as_the_code_does():
-    text = README.read_text(encoding="utf-8")
+def test_the_docs_define_every_metric_as_the_code_does():
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     header, *rows = definitions()
     rows = [header, ["---"] * len(header), *([f"`{row[0]}`", *row[1:]] for row in rows)]
     table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
     assert table in text
     assert NOTATION in " ".join(text.split())
+
+
+@pytest.mark.parametrize("page", [README, *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_readme_says_what_the_result_of_its_picture_says():
+    result = json.loads((ROOT / "bench" / "results" / "real_capitals_cpu.json").read_text(encoding="utf-8"))
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"{result['interventions']:,} interventions, none estimated, in {result['seconds']:.0f} s" in text
+    assert f"recovers {result['recovered']['attn_out']['mean'][23][-1]:.2f} of the answer" in text
+    assert f"mean of {len(result['pairs'])} pairs" in text
 
 
 def test_the_readme_names_the_two_commands():

@@ -9,6 +9,9 @@ from engine_oracle import METRICS
 from engine_tiny import hf_model, pairs, true_model
 
 import deltapatch as dp
+from deltapatch.engine.options import Options
+from deltapatch.engine.passes import memory_costs
+from deltapatch.engine.question import ask
 from deltapatch.errors import DeltapatchError
 
 RNG = np.random.default_rng(5)
@@ -127,9 +130,11 @@ def test_a_direction_that_is_nothing(engine, drawn):
 
 
 def test_what_patches_are_given_counts_as_memory(engine, drawn):
-    """Every pass holds the directions: a budget that they alone fill has room for no row."""
-    rows, one = RNG.normal(size=(4000, engine.spec.d_model)), RNG.normal(size=(1, engine.spec.d_model))
-    options = {"positions": [-1], "layers": [1], "precision": "fp64", "memory_budget": "400KB"}
-    dp.sweep_directions(engine, drawn, {"resid_post": one}, **options)
-    with pytest.raises(DeltapatchError, match="memory budget"):
-        dp.sweep_directions(engine, drawn, {"resid_post": rows}, **options)
+    """Every pass holds it: 8 bytes for each of its numbers in float64."""
+    rows = RNG.normal(size=(7, engine.spec.d_model))
+    fixed = []
+    for n in (2, 7):
+        patches = [dp.Patch("resid_post", 1, -1, add=row) for row in rows[:n]]
+        question = ask(engine, drawn, Options(precision="fp64"), [dp.Intervention(0, [p]) for p in patches])
+        fixed.append(memory_costs(question, question.decided(question.precision), 1).fixed)
+    assert fixed[1] - fixed[0] == 5 * engine.spec.d_model * 8
