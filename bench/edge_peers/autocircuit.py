@@ -88,7 +88,9 @@ def hooked(folder: str) -> Any:
     from transformer_lens import HookedTransformer, loading_from_pretrained
     from transformers import AutoModelForCausalLM
 
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    hf = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     # In the steps of `HookedTransformer.from_pretrained`, which lets known names through alone.
     config = loading_from_pretrained.get_pretrained_model_config(folder, fold_ln=True, device="cpu")
     config.tokenizer_name = None  # one that a later transformers wrote cannot be read

@@ -17,7 +17,12 @@ from deltapatch.engine.pool import threads
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.models import builtin_models
-from deltapatch.models.builtin_models import ARITHMETIC_MODELS, BUILTIN_MODELS, builtin_model_path
+from deltapatch.models.builtin_models import (
+    ARITHMETIC_MODELS,
+    AUTOENCODERS,
+    BUILTIN_MODELS,
+    builtin_model_path,
+)
 from deltapatch.tasks.arithmetic import arithmetic_pairs
 from deltapatch.tasks.split import is_held_out
 from deltapatch.tasks.templates import OPERATORS, facts
@@ -78,7 +83,7 @@ def test_small_and_complete(name: str) -> None:
 
 def test_nothing_else_is_in_the_folder() -> None:
     shipped = Path(builtin_models.__file__).parent / "builtin"
-    assert {p.name for p in shipped.iterdir()} == set(BUILTIN_MODELS)
+    assert {p.name for p in shipped.iterdir()} == {*BUILTIN_MODELS, *AUTOENCODERS}
 
 
 @each_model
