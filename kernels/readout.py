@@ -132,21 +132,27 @@ def readout(
     """
     dn, spans = rows.dn, rows.spans()
     out = {name: dn.new_empty(len(dn)) for name in measured}
-    mean, apart = (dn.new_empty(len(dn)) for _ in range(2))
-    answer = dn.new_empty(len(dn), 2)
-    beyond = Moved(*(dn.new_empty(len(dn), 2, dtype=torch.float64) for _ in range(2)))
+    mean, answer = dn.new_empty(len(dn)), dn.new_empty(len(dn), 2)
+    apart = out.get("logit_diff", mean)  # where it is not asked for it is made of nothing
+    beyond = None
+    if base.beyond_columns:
+        beyond = Moved(*(dn.new_empty(len(dn), 2, dtype=torch.float64) for _ in range(2)))
     for some, read in spans:
-        columns, moved = base.answer_change(dn[some], read, unembedding.exact)
-        if moved is not None:
+        if beyond is None:
+            columns = unembedding.exact[base.answers[read]].to(dn.dtype)  # [2, d_model]
+        else:
+            columns, moved = base.answer_change(dn[some], read, unembedding.exact)
+            assert moved is not None
             beyond.linear[some], beyond.whole[some] = moved
         mean[some] = dn[some] @ base.mean[read]
         answer[some] = dn[some] @ (columns - base.mean[read]).T
         # One product with the difference of the columns: their common part never enters.
-        apart[some] = dn[some] @ (columns[0] - columns[1])
-    if base.beyond_columns:
+        if "logit_diff" in out:
+            apart[some] = dn[some] @ (columns[0] - columns[1])
+    if beyond is not None:
         mean, answer, apart = with_beyond(mean, answer, apart, beyond, base.cap)
-    if "logit_diff" in out:
-        out["logit_diff"].copy_(apart)
+        if "logit_diff" in out:
+            out["logit_diff"].copy_(apart)
     if any(name != "logit_diff" for name in measured):
         weight = unembedding.weight
         changes = _Changes(narrow(dn, weight.precision), mean.unsqueeze(1), answer, spans)
@@ -337,9 +343,11 @@ class _Likeliest:
             return
         so_far = self.best.cummax(0).values  # [piece, row]
         earlier = torch.cat([torch.full_like(so_far[:1], -torch.inf), so_far[:-1]])
-        is_it = {name: torch.zeros_like(self.own[0], dtype=torch.bool) for name in _SAID}
+        found: dict[str, Tensor] = {}
         for j in self.asked:
             before = torch.maximum(earlier.gather(0, self.piece[j : j + 1])[0], self.before[j])
-            is_it[self.of[j]] |= (self.own[j] > before) & (self.own[j] >= so_far[-1])
-        for name in {self.of[j] for j in self.asked}:
-            out[name].copy_(~is_it[name] if name == "flip" else is_it[name])
+            is_it = (self.own[j] > before) & (self.own[j] >= so_far[-1])
+            name = self.of[j]
+            found[name] = found[name] | is_it if name in found else is_it
+        for name, is_it in found.items():
+            out[name].copy_(~is_it if name == "flip" else is_it)
