@@ -13,11 +13,11 @@ from deltapatch.engine.options import Options, takes
 from deltapatch.engine.sweep import run_listed
 from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.interventions.given import Listed
-from deltapatch.interventions.grid import Layers, Positions, layers_of, positions_of, spots_of
+from deltapatch.interventions.grid import Layers, Positions, layers_of, single_positions, spots_of
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.interventions.sites import check_site, find_site
-from deltapatch.interventions.table import EDIT, TOGETHER, PatchTable, place_of
+from deltapatch.interventions.table import EDIT, PatchTable, place_of
 from deltapatch.interventions.vectors import VectorsMade, as_rows, code
 from deltapatch.models.header import open_safetensors
 from deltapatch.models.model import Model
@@ -65,9 +65,7 @@ def sweep_directions(
     given = None if strengths is None else _numbers(strengths)
 
     def make(spec: ModelSpec, encoded: list[EncodedPair]) -> Listed:
-        at = positions_of(positions, encoded)
-        if at == [TOGETHER]:
-            raise DeltapatchError("directions are patched one position at a time: 'together' is none")
+        at = single_positions(positions, encoded, "directions")
         if not isinstance(directions, Mapping) or not directions:
             raise DeltapatchError(f"directions must be a dictionary of sites, not {shown(directions)}")
         every, vectors = layers_of(layers, spec), VectorsMade()

@@ -16,11 +16,11 @@ from deltapatch.engine.options import Options, takes
 from deltapatch.engine.sweep import run_listed
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.given import Listed
-from deltapatch.interventions.grid import Positions, positions_of, spots_of
+from deltapatch.interventions.grid import Positions, single_positions, spots_of
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.interventions.sites import check_site, find_site
-from deltapatch.interventions.table import EDIT, TOGETHER, PatchTable, place_of
+from deltapatch.interventions.table import EDIT, PatchTable, place_of
 from deltapatch.interventions.vectors import Vectors
 from deltapatch.models.activations import read_activations
 from deltapatch.models.autoencoder import Autoencoder
@@ -73,9 +73,7 @@ def sweep_features(
         if not saes:
             raise DeltapatchError("no autoencoders were given: name at least one")
         places = [_place(sae, spec) for sae in saes]
-        at = positions_of(positions, encoded)
-        if at == [TOGETHER]:
-            raise DeltapatchError("features are patched one position at a time: 'together' is none")
+        at = single_positions(positions, encoded, "features")
         changes = _changes(model, saes, places, encoded, asked)
         return _listed(spec, saes, places, at, encoded, changes, least)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltapatch.engine.layout import Block, PairShapes, how_many_blocks, lay_out
 from deltapatch.engine.prompts import Prompts
-from deltapatch.engine.reads import RowReads
+from deltapatch.engine.reads import Reads, RowReads
 from deltapatch.engine.setup import Setup
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
@@ -155,11 +155,8 @@ class ReadOut:
             }
             base = base._replace(tails=tails)
             self._read_some(ends, at, rows, some, shapes, base, weight, row_reads, found)
-            for number in np.flatnonzero(np.isin(np.arange(some.start, some.stop), reads.first)).tolist():
-                of, own = int(reads.pair[some.start + number]), base.logits[number]
-                for name, function in self.setup.functions.items():
-                    said_of_base = said_by(function, name, own[None], own, self.prompts.pairs[of])
-                    self.unmoved[name][of] = float(said_of_base[0])
+            if self.setup.functions:
+                self._say_of_base_runs(reads, some, base)
         flat = torch.cat([values.flatten() for values in found]).cpu().numpy()
         edges = np.cumsum([0, *(values.numel() for values in found)])
         by_part = [flat[a:b].reshape(f.shape) for a, b, f in zip(edges[:-1], edges[1:], found, strict=True)]
@@ -220,6 +217,14 @@ class ReadOut:
                 take(work, self.pool)
         else:
             self.pool(take, blocks)
+
+    def _say_of_base_runs(self, reads: Reads, some: slice, base: BaseReadout) -> None:
+        """What the metrics that users bring say of the base runs that end at some reads."""
+        for pair in np.flatnonzero((reads.first >= some.start) & (reads.first < some.stop)).tolist():
+            own = base.logits[int(reads.first[pair]) - some.start]
+            for name, function in self.setup.functions.items():
+                found = said_by(function, name, own[None], own, self.prompts.pairs[pair])
+                self.unmoved[name][pair] = float(found[0])
 
     def _by_functions(
         self, names: list[str], rows: ReadRows, unembedding: Tensor, base: BaseReadout, pair: np.ndarray

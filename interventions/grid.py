@@ -205,6 +205,14 @@ def make_grid(
     return Grid.of(found, at, len(pairs), differs=source in DIFFERING)
 
 
+def single_positions(positions: Positions, pairs: list[EncodedPair], what: str) -> list[int | str]:
+    """As `positions_of`, for what is patched one position at a time. DeltapatchError for 'together'."""
+    found = positions_of(positions, pairs)
+    if found == [TOGETHER]:
+        raise DeltapatchError(f"{what} are patched one position at a time: 'together' is none")
+    return found
+
+
 def spots_of(positions: Sequence[int | str], pair: EncodedPair) -> list[tuple[int, int]]:
     """The places of a pair that are asked for, each once, and how results tell of each.
 

@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile
@@ -166,12 +166,10 @@ def load_sae(
     except _DAMAGE as error:
         said = shown(" ".join(str(error).split()), 200)[1:-1] or type(error).__name__
         raise DeltapatchError(f"the sparse autoencoder {path} cannot be read ({said})") from error
-    return Autoencoder(
-        **{
-            **found.__dict__,
-            "site": site if site is not None else found.site,
-            "layer": layer if layer is not None else found.layer,
-        }
+    return replace(
+        found,
+        site=found.site if site is None else site,
+        layer=found.layer if layer is None else layer,
     )
 
 
