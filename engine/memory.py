@@ -149,9 +149,10 @@ def _read_out(model: Model, precision: Precision, block_tokens: int, threads: in
         out += readout_tail.workspace(spec.d_vocab, spec.d_model, size, precision)
     piece = -(-entries // 8) * size if stream else 0  # narrowed for each block
     held = readout_torch.CELLS if on_cpu else readout_triton.CELLS
-    cells = min(max(held, 1024 * rows), rows * spec.d_vocab)  # logit changes, widened, and expm1 of them
+    # Logit changes, widened, and expm1 of them; as much of the piece before may stay with the allocator.
+    cells = min(max(held, 1024 * rows), rows * spec.d_vocab)
     # What a cap takes on the way is kept beside the rest by the allocator; in a kernel it takes nothing.
-    token = 2 * size + 16 + (CAP_NUMBERS * size if capped and on_cpu else 0)
+    token = 2 * size + 32 + (CAP_NUMBERS * size if capped and on_cpu else 0)
     block = cells * token + 4 * rows * spec.d_model * size + piece
     unpatched = readout.workspace(spec.d_vocab, spec.d_model, size, on_cpu, capped)
     return _OTHER + out + round(threads * max(block, unpatched) * _SLACK)

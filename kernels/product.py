@@ -176,14 +176,12 @@ def narrow_weight(weight: Tensor, precision: Precision) -> Operand:
     return Operand(_rounded(weight, precision), None, precision)
 
 
-def product(x: Scaled, weight: Operand, outputs_first: bool = False) -> Scaled:
+def product(x: Scaled, weight: Operand) -> Scaled:
     """x @ weight.T.
 
     Args:
         x: [token, in], as `narrow` gives it.
         weight: [out, in].
-        outputs_first: the result may lie in memory as [out, token]. Where few tokens meet many outputs, a CPU
-            multiplies faster so.
 
     Returns:
         [token, out] in the precision's base dtype; x's scale is still to be applied by who reads it.
@@ -195,7 +193,7 @@ def product(x: Scaled, weight: Operand, outputs_first: bool = False) -> Scaled:
         values = torch.mm(_filled_up(x.values), weight.values.t())[: len(x.values)].to(precision.base)
     else:
         d, matrix = x.values.to(precision.base), weight.values.to(precision.base)
-        values = torch.mm(matrix, d.t()).t() if outputs_first else torch.mm(d, matrix.t())
+        values = torch.mm(d, matrix.t())
         if weight.scale is not None:
             values *= weight.scale
     return Scaled(values, x.scale)

@@ -29,7 +29,7 @@ from deltapatch.kernels.readout_tail import TOLERANCE, Tail, expand
 from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.softcap import cap_difference, cap_slope
 
-CELLS = 1 << 20  # logit changes held at a time: few enough to stay in the cache
+CELLS = 1 << 18  # logit changes held at a time: few enough to stay in the cache, in float64 too
 # Of a row's likeliest token: whether it is not the base's, whether it is the clean or the corrupted answer's.
 _SAID = ("flip", "says_clean", "says_corrupted")
 OFF = -1.0  # where Σ_j p_j (D_j - m) is below it, few digits of 1 + Σ_j p_j expm1(D_j - m) are left
@@ -237,7 +237,7 @@ def _distribution(
     likeliest = _Likeliest(base, spans, out, pieces, highest)
 
     def take(i: int) -> None:
-        change = product(dn, weight.rows(pieces[i]), outputs_first=True).plain()  # [row, piece]
+        change = product(dn, weight.rows(pieces[i])).plain()  # [row, piece]
         for rows, read in spans if base.cap is not None else ():
             change[rows] = base.capped(read, pieces[i], change[rows])
         change.sub_(mean)
