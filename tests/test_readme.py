@@ -52,6 +52,16 @@ def test_the_shell_lines_of_the_readme_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("page", ["howto.md", "coming.md"])
+def test_what_the_pages_of_jobs_show_runs(page, tmp_path):
+    """Their Python as one script, their shell lines as another."""
+    code, lines = ("\n".join(blocks(kind, ROOT / "docs" / page)) for kind in ("python", "bash"))
+    assert code
+    run([sys.executable, "-c", code], tmp_path)
+    run(["bash", "-ec", lines], tmp_path)
+
+
+@pytest.mark.slow
 def test_the_slurm_script_runs(tmp_path):
     (script,) = blocks("bash", ROOT / "docs" / "clusters.md")
     (tasks,) = re.findall(r"--array=1-(\d+)", script)
