@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from deltapatch.arguments import several
 from deltapatch.engine.options import Options, takes
 from deltapatch.engine.sweep import run_listed
-from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Layers, Positions, layers_of, single_positions, spots_of
 from deltapatch.interventions.pairs import EncodedPair
@@ -19,7 +18,7 @@ from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.interventions.sites import check_site, find_site
 from deltapatch.interventions.table import EDIT, PatchTable, place_of
 from deltapatch.interventions.vectors import VectorsMade, as_rows, code
-from deltapatch.models.header import open_safetensors
+from deltapatch.models.header import read_tensors
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.outcome import Outcome
@@ -88,12 +87,7 @@ def load_directions(path: str | os.PathLike[str]) -> Directions:
     Raises:
         DeltapatchError: the file is none, or a name is no site.
     """
-    path = path_of(path, "a file of directions")
-    try:
-        with open_safetensors(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise DeltapatchError(f"the directions {path} cannot be read ({error})") from error
+    tensors = read_tensors(path, "directions")
     found: dict[str, Any] = {}
     for name, tensor in sorted(tensors.items()):
         site, _, layer = name.rpartition(".")
@@ -105,8 +99,6 @@ def load_directions(path: str | os.PathLike[str]) -> Directions:
         if site in tensors:
             raise DeltapatchError(f"the directions {path} are for all layers and for layer {layer} of {site}")
         found.setdefault(site, {})[int(layer)] = tensor
-    if not found:
-        raise DeltapatchError(f"the directions {path} hold no tensor")
     return found
 
 

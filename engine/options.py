@@ -159,13 +159,14 @@ class Options:
         "all",
         'which metrics will be asked for, or "all"; leaving out kl, entropy, flip and says_* is faster. A '
         "function (logits [row, d_vocab], base_logits [d_vocab], pair) -> [row] is one too, named after "
-        "itself: it is given the patched logits at the end of the prompt, some rows at a time.",
+        "itself: it is given the patched logits at the end of the prompt, some rows at a time. So is a "
+        "`Probe`, or a file of them, which reads the residual stream.",
         check=_metrics,
         word="metrics",
         other="kl",
         typed={
             "help": "Metrics to be asked for later, with commas; `deltapatch effects --help` says what each "
-            "is."
+            "is. A file of probes (probes.safetensors) may be among them."
         },
     )
     readout: int | str = option(

@@ -98,7 +98,8 @@ def carry(
 ) -> PassResult:
     """Carry a pass out; `narrow_few` as of `Setup`."""
     ops = question.backend
-    setup = Setup(question.model, precision, ops, pool, question.functions, narrow_few=narrow_few)
+    own = question.functions, question.probes
+    setup = Setup(question.model, precision, ops, pool, *own, narrow_few=narrow_few)
     prompts = prompts_of(question, part.pairs)
     asked = question.interventions
     if isinstance(asked, Wirings):

@@ -14,6 +14,7 @@ import torch
 
 from deltapatch.engine.costs import flops
 from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
+from deltapatch.engine.probes import check_probes
 from deltapatch.engine.products import has_float8
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.edges import EFFECTS, EdgeGrid
@@ -31,7 +32,8 @@ from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.memory import available
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
-from deltapatch.results.metrics import Function, functions_of, measured_for
+from deltapatch.results.metrics import Function, functions_of, measured_for, probes_of
+from deltapatch.results.probe import Probe
 
 Interventions: TypeAlias = Grid | EdgeGrid | Listed | Wirings
 Tables: TypeAlias = Iterable[tuple[int, PatchTable, np.ndarray]]
@@ -118,6 +120,11 @@ class Question:
     def functions(self) -> dict[str, Function]:
         """The metrics that are functions, by name."""
         return functions_of(self.options.metrics)  # type: ignore[arg-type]  # which its check made a tuple
+
+    @cached_property
+    def probes(self) -> dict[str, Probe]:
+        """The metrics that are probes, by name."""
+        return probes_of(self.options.metrics)  # type: ignore[arg-type]  # which its check made a tuple
 
     @cached_property
     def partner(self) -> np.ndarray | None:
@@ -258,6 +265,9 @@ def ask(
     threads = torch.get_num_threads()
     question = Question(model, options, encoded, patched, backend, continued, length, measured, threads)
     _ = question.partner  # a pair may be alone with its length
+    if question.probes and isinstance(patched, EdgeGrid | Wirings):
+        raise DeltapatchError("probes are of sweeps and runs that patch sites: edges and circuits have none")
+    check_probes(question.probes, encoded, length, spec)
     return question
 
 

@@ -19,7 +19,7 @@ from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.folder import environment
 from deltapatch.results.manifest import digest_of
 from deltapatch.results.measured import Found
-from deltapatch.results.metrics import source_of
+from deltapatch.results.metrics import Own, source_of
 from deltapatch.results.outcome import Outcome
 
 PLAN_VERSION = 4  # to be raised whenever passes are cut, or computed, in another way
@@ -127,8 +127,9 @@ def meta_of(question: Question, decided: Decided, fingerprint: str | None) -> di
 
 
 def _functions(question: Question) -> dict[str, Any]:
-    """Metrics that are functions, by name, each with what tells it from others of its name."""
-    found = {name: source_of(function) for name, function in question.functions.items()}
+    """Metrics that users bring, by name, each with what tells it from others of its name."""
+    own: dict[str, Own] = {**question.functions, **question.probes}
+    found = {name: source_of(metric) for name, metric in own.items()}
     return {"functions": found} if found else {}
 
 

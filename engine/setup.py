@@ -9,6 +9,7 @@ from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.product import Precision
 from deltapatch.models.model import Model
 from deltapatch.results.metrics import Function
+from deltapatch.results.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Setup:
         precision: of the products of differences; base and source runs are carried in its base dtype.
         ops: the operations.
         pool: does blocks, perhaps side by side.
-        functions: metrics that users bring, by name.
+        functions: metrics that users bring as functions, by name.
+        probes: those that are read inside the model, by name.
         narrow_few: take products of few rows in this precision too, as a sample must that judges it.
     """
 
@@ -29,6 +31,7 @@ class Setup:
     ops: Backend
     pool: Pool
     functions: Mapping[str, Function] = field(default_factory=dict)
+    probes: Mapping[str, Probe] = field(default_factory=dict)
     narrow_few: bool = False
 
     @property

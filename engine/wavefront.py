@@ -16,6 +16,7 @@ from deltapatch.engine.edges import Edges, Heard
 from deltapatch.engine.layers import Layers, Ready
 from deltapatch.engine.layout import Block, Layout, adjoining, first_tokens, how_many_blocks, lay_out
 from deltapatch.engine.passresult import PassResult
+from deltapatch.engine.probes import Probed
 from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.reads import Reads, RowReads
@@ -76,12 +77,14 @@ class Wavefront:
         self.rows: Rows = make_rows(table, self.shapes.prompt, self.spec)
         self.edges = None if nodes is None else Edges(setup, prompts, self.rows, nodes)
         self.patched = PatchedPlaces(self.rows.patches)
-        self.row_reads = RowReads(Reads(self.shapes, prompts.targets), self.rows.pair, measured)
+        at_end = tuple(name for name in measured if name not in setup.probes)
+        self.row_reads = RowReads(Reads(self.shapes, prompts.targets), self.rows.pair, at_end)
         self.precision, self.dtype = setup.precision, setup.precision.base
         self.exact = setup.precision.exact
         self.vectors = Vectors() if vectors is None else vectors
         self._lines: dict[int, tuple[Tensor, np.ndarray]] = {}  # as of `Vectors.lines`
         self.unpatched = Unpatched(setup, prompts)
+        self.probed: Probed | None = None
 
     @torch.no_grad()
     def run(self) -> PassResult:
@@ -100,7 +103,10 @@ class Wavefront:
                 measured[self.measured.index(name)] = unpatched.says[self.table.pair, 0, i]
         for name, values in reader.unmoved.items():
             measured[self.measured.index(name)] = values[self.table.pair]
-        measured[:, live] = by_row[:, self.rows.id_of[live]]
+        of_rows = dict(zip(self.row_reads.measured, by_row, strict=True))
+        of_rows |= {} if self.probed is None else self.probed.numbers()
+        for name, values in zip(self.measured, measured, strict=True):
+            values[live] = of_rows[name][self.rows.id_of[live]]
         return PassResult(dict(zip(self.measured, measured, strict=True)), unpatched)
 
     # The layers ------------------------------------------------------------------------------------------
@@ -120,6 +126,8 @@ class Wavefront:
         if self.edges is not None:
             self.edges.hear_embedding(prompts.delta(x, dx))
         rows, layout = self._enter_embedding(x, dx, flight[1])  # [row token, d_model], those in flight
+        if self.setup.probes:
+            self.probed = Probed(self.setup.probes, prompts.pairs, self.rows, x)
         layers = Layers(self.setup, prompts, self.unpatched)
         ready_for = layers.of(read, x, dx, self._places, self._passing, self._hear)
         for l in range(spec.n_layers):
@@ -137,6 +145,8 @@ class Wavefront:
             self._advance(ready, l, parts, rows, after, out)
             if self.edges is not None and ends is not None:
                 self._enter_edges(ready.here, l, self.edges, after, out, ends)
+            if self.probed is not None:
+                self.probed.look(l, after or self.row_reads, out)
             # (3) What this layer leaves is what the next one meets.
             rows, layout = out, after or layout
             del ready  # before the next layer is asked for: a streamed one takes its place

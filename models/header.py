@@ -11,9 +11,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from deltapatch.errors import DeltapatchError
+from deltapatch.errors import DeltapatchError, path_of
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _NO_FILES = {
@@ -71,3 +71,23 @@ def open_safetensors(path: Path, framework: str) -> Any:
     if size > _LARGEST:
         raise DeltapatchError(f"{path} is no safetensors file: its header would have {size:,} bytes")
     return safe_open(path, framework=framework)
+
+
+def read_tensors(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """All tensors of a small safetensors file, by name.
+
+    Args:
+        what: a sentence calls them, in the plural.
+
+    Raises:
+        DeltapatchError: the file is none, cannot be read, or holds nothing.
+    """
+    path = path_of(path, f"a file of {what}")
+    try:
+        with open_safetensors(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DeltapatchError(f"the {what} {path} cannot be read ({error})") from error
+    if not found:
+        raise DeltapatchError(f"the {what} {path} hold no tensor")
+    return found

@@ -12,7 +12,7 @@ from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import import_pandas, is_labelled, looking, position_column
 from deltapatch.results.folder import Record, reference_tensors
-from deltapatch.results.metrics import Direction, Function, Reference, asked_of, compute, metrics_of, terms
+from deltapatch.results.metrics import Direction, Own, Reference, asked_of, compute, metrics_of, terms
 from deltapatch.results.result import Result
 
 AXES = ("pair", "effect", "position", "edge")  # of every measured array
@@ -66,7 +66,7 @@ class EdgeEffects(Result):
         """The metrics that this run can answer."""
         return metrics_of(self.measured)
 
-    def flat(self, metric: str | Function, effect: str | None = None) -> np.ndarray:
+    def flat(self, metric: str | Own, effect: str | None = None) -> np.ndarray:
         """A metric of every edge: float64, [pair, edge], or [pair, edge, position] at single positions.
 
         Args:
@@ -78,9 +78,7 @@ class EdgeEffects(Result):
         """
         return self._by_edge(compute(metric, self._of(effect), self.reference, self.direction))
 
-    def terms(
-        self, metric: str | Function, effect: str | None = None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    def terms(self, metric: str | Own, effect: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """A metric as it is averaged, as of `Effects.terms`: as `flat`, and [pair] or None."""
         top, below = terms(metric, self._of(effect), self.reference, self.direction)
         return self._by_edge(top), below
@@ -95,7 +93,7 @@ class EdgeEffects(Result):
             found: np.ndarray = np.where(there, top, 0).sum(0) / total
         return found
 
-    def values(self, metric: str | Function, effect: str | None = None) -> np.ndarray:
+    def values(self, metric: str | Own, effect: str | None = None) -> np.ndarray:
         """A metric by sender and receiver: float64, [pair, sender, receiver]; NaN where there is no edge.
 
         Of edges at single positions it is [pair, sender, receiver, position]. Raises what `flat` raises.

@@ -13,7 +13,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.sites import SITES, find_site
 from deltapatch.results.folder import Record, reference_tensors
-from deltapatch.results.metrics import Direction, Function, Reference, asked_of, compute, metrics_of, terms
+from deltapatch.results.metrics import Direction, Own, Reference, asked_of, compute, metrics_of, terms
 from deltapatch.results.result import Result
 
 AXES = ("pair", "layer", "position", "index")  # of every measured array; whole-vector sites have no index
@@ -75,7 +75,7 @@ class Effects(Result):
         """
         return self._find(name)[0]
 
-    def values(self, metric: str | Function, site: str | None = None) -> np.ndarray:
+    def values(self, metric: str | Own, site: str | None = None) -> np.ndarray:
         """A metric of a site: float64, [pair, layer, position] or, where the site has one, [..., index].
 
         NaN where a pair has no such position. A full hook name (``blocks.3.mlp.hook_post``) asks for that
@@ -86,7 +86,7 @@ class Effects(Result):
         """
         return compute(metric, self._measured(site), self.reference, self.direction)
 
-    def terms(self, metric: str | Function, site: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    def terms(self, metric: str | Own, site: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """A metric of a site as it is averaged: a mean over pairs is the mean of the first over the second's.
 
         Returns:

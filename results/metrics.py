@@ -13,12 +13,13 @@ import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
 from deltapatch.arguments import choice, several
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.results.probe import Probe, load_probes
 
 Direction = Literal["denoise", "noise"]
 Formula = Callable[[Mapping[str, np.ndarray], "Reference", Direction], np.ndarray]
@@ -310,17 +311,27 @@ METRICS: dict[str, Metric] = {
     ),
 }
 DEFAULT = "recovered"
-# Metrics that users bring as functions of the logits: name -> what is said of it. A run keeps their values.
+# Metrics that users bring: name -> what is said of it. A run keeps their values.
 OWN: dict[str, Metric] = {}
 Function = Callable[..., Any]  # (logits [row, d_vocab], base logits [d_vocab], pair) -> [row]
+Own = Function | Probe
 
 
-def name_of(metric: str | Function) -> str:
-    """The name of a metric that is given by name, or as a function.
+def is_own(metric: object) -> TypeGuard[Own]:
+    """Whether a metric is a user's: a function or a probe."""
+    return callable(metric) or isinstance(metric, Probe)
+
+
+def name_of(metric: str | Own) -> str:
+    """The name of a metric that is given by name, as a function, or as a probe.
 
     Raises:
-        DeltapatchError: a function whose name cannot stand for it.
+        DeltapatchError: a function or probe whose name cannot stand for it.
     """
+    if isinstance(metric, Probe):
+        if metric.name in METRICS or metric.name == "all":
+            raise DeltapatchError(f"a probe is called {metric.name!r}, which is taken: rename it")
+        return metric.name
     if not callable(metric):
         return metric
     name = getattr(metric, "__name__", "")
@@ -352,33 +363,36 @@ def know_all(functions: object) -> None:
         know(name)
 
 
-def check_metric(name: str | Function) -> Metric:
+def check_metric(name: str | Own) -> Metric:
     """The metric of that name, or a sentence that lists the names."""
-    if callable(name):
+    if is_own(name):
         name = name_of(name)
     return {**METRICS, **OWN}[choice(name, [*METRICS, *OWN], "metric")]
 
 
-def metric_names(metrics: str | Function | Sequence[str | Function]) -> tuple[str | Function, ...]:
+def metric_names(metrics: str | Own | Sequence[str | Own]) -> tuple[str | Own, ...]:
     """Metrics, given as one, as several, by names with commas between, or as "all".
 
-    Functions stay functions, and their names are known from then on.
+    Functions and probes stay what they are, and their names are known from then on. A name that ends in
+    .safetensors is a file of probes.
 
     Raises:
         DeltapatchError: there are none, or one is unknown.
     """
-    if callable(metrics):
+    if is_own(metrics):
         metrics = [metrics]
     given = metrics.split(",") if isinstance(metrics, str) else list(several(metrics, "metrics", _EXAMPLE))
     names = [name.strip() if isinstance(name, str) else name for name in given]
     names = [name for name in names if name != ""]
+    files = [load_probes(n) if isinstance(n, str) and n.endswith(".safetensors") else [n] for n in names]
+    names = [name for some in files for name in some]
     if not names:
         raise DeltapatchError(f"no metrics were given: metrics must be {_EXAMPLE}")
-    out: list[str | Function] = []
+    out: list[str | Own] = []
     for name in names:
-        if isinstance(name, str) and name == "all" and (len(names) == 1 or any(map(callable, names))):
+        if isinstance(name, str) and name == "all" and (len(names) == 1 or any(map(is_own, names))):
             out += METRICS
-        elif callable(name):
+        elif is_own(name):
             know(name_of(name))
             if name_of(name) in [name_of(other) for other in out]:
                 raise DeltapatchError(f"two metrics are called {name_of(name)!r}: rename one")
@@ -389,13 +403,20 @@ def metric_names(metrics: str | Function | Sequence[str | Function]) -> tuple[st
     return tuple(out)
 
 
-def functions_of(metrics: Sequence[str | Function]) -> dict[str, Function]:
+def functions_of(metrics: Sequence[str | Own]) -> dict[str, Function]:
     """Those of some metrics that are functions, by name."""
     return {name_of(metric): metric for metric in metrics if callable(metric)}
 
 
-def source_of(function: Function) -> str:
+def probes_of(metrics: Sequence[str | Own]) -> dict[str, Probe]:
+    """Those of some metrics that are probes, by name."""
+    return {name_of(metric): metric for metric in metrics if isinstance(metric, Probe)}
+
+
+def source_of(function: Own) -> str:
     """A hash of a function's source, or, where Python does not know it, of what it was compiled to."""
+    if isinstance(function, Probe):
+        return function.digest()
     try:
         text = inspect.getsource(function).encode()
     except (OSError, TypeError):
@@ -414,7 +435,7 @@ def is_measured(names: Collection[str]) -> bool:
     return set(names) <= {*MEASURED, *OWN}
 
 
-def measured_for(metrics: Sequence[str | Function]) -> tuple[str, ...]:
+def measured_for(metrics: Sequence[str | Own]) -> tuple[str, ...]:
     """What the engine has to write down so that these metrics can be asked for."""
     needed = {n: None for metric in metrics for n in check_metric(metric).needs}
     return (*(n for n in MEASURED if n in needed), *(n for n in needed if n not in MEASURED))
@@ -425,7 +446,7 @@ def default_metric(known: Sequence[str]) -> str:
     return DEFAULT if DEFAULT in known or not known else known[0]
 
 
-def asked_of(known: Sequence[str], metrics: str | Function | Sequence[str | Function] | None) -> list[str]:
+def asked_of(known: Sequence[str], metrics: str | Own | Sequence[str | Own] | None) -> list[str]:
     """The metrics to show: as asked, one or several, or the default of what is known.
 
     Raises:
@@ -433,13 +454,13 @@ def asked_of(known: Sequence[str], metrics: str | Function | Sequence[str | Func
     """
     if metrics is None:
         return [default_metric(known)]
-    given = [metrics] if callable(metrics) else metrics
+    given = [metrics] if is_own(metrics) else metrics
     found = several(given, "metrics", "names such as ['ie', 'recovered']")
     return [name_of(metric) for metric in found]  # type: ignore[arg-type]  # what is none is told of later
 
 
 def compute(
-    name: str | Function, measured: Mapping[str, np.ndarray], reference: Reference, direction: Direction
+    name: str | Own, measured: Mapping[str, np.ndarray], reference: Reference, direction: Direction
 ) -> np.ndarray:
     """One metric as a float64 array of the shape of the measured ones, [pair, ...].
 
@@ -452,7 +473,7 @@ def compute(
 
 
 def terms(
-    name: str | Function, measured: Mapping[str, np.ndarray], reference: Reference, direction: Direction
+    name: str | Own, measured: Mapping[str, np.ndarray], reference: Reference, direction: Direction
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """One metric as it is averaged: its mean over pairs is the mean of the first over that of the second.
 

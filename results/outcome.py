@@ -11,7 +11,7 @@ from deltapatch.interventions.given import Listed
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import import_pandas
 from deltapatch.results.folder import Record, reference_tensors
-from deltapatch.results.metrics import Direction, Function, Reference, asked_of, compute, metrics_of, terms
+from deltapatch.results.metrics import Direction, Own, Reference, asked_of, compute, metrics_of, terms
 from deltapatch.results.result import Result
 
 _SHOWN = 10  # interventions in a notebook
@@ -57,7 +57,7 @@ class Outcome(Result):
         """The metrics that this run can answer."""
         return metrics_of(self.measured)
 
-    def values(self, metric: str | Function) -> np.ndarray:
+    def values(self, metric: str | Own) -> np.ndarray:
         """A metric of every intervention: float64, [intervention].
 
         Raises:
@@ -65,7 +65,7 @@ class Outcome(Result):
         """
         return compute(metric, self.measured, self.reference.of(self.pair), self.direction)
 
-    def terms(self, metric: str | Function) -> tuple[np.ndarray, np.ndarray | None]:
+    def terms(self, metric: str | Own) -> tuple[np.ndarray, np.ndarray | None]:
         """A metric as it is averaged, as of `Effects.terms`: [intervention], and [intervention] or None."""
         return terms(metric, self.measured, self.reference.of(self.pair), self.direction)
 
