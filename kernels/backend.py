@@ -11,17 +11,16 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.activation import Neurons, activation_difference
 from deltapatch.kernels.activation_triton import activation_difference_triton
 from deltapatch.kernels.attention import QKV, AttentionBase, attention_difference
-from deltapatch.kernels.attention_triton import attention_difference_triton
 from deltapatch.kernels.edits import Edit, gather_columns
 from deltapatch.kernels.edits_triton import gather_columns_triton
 from deltapatch.kernels.lang import HAS_TRITON, interpreted
 from deltapatch.kernels.norm import Norms, Part, add_norm
-from deltapatch.kernels.norm_triton import add_norm_triton
 from deltapatch.kernels.pieces import ForEach, in_turn
 from deltapatch.kernels.product import Precision, Scaled
 from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding, readout
 from deltapatch.kernels.readout_triton import readout_triton
 from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.unfused import add_norm_and_edits, attention_and_edits
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -114,16 +113,12 @@ class _Reference:
 def _or_reference(
     reference: Callable[Arguments, Result], kernel: Callable[Arguments, Result]
 ) -> Callable[Arguments, Result]:
-    """The kernel, of the reference's signature; what no kernel has goes through the reference.
-
-    That is float64, and edits that are not fused.
-    """
+    """The kernel, of the reference's signature; float64, which no kernel has, goes through the reference."""
 
     @wraps(reference)
     def operation(*args: Arguments.args, **named: Arguments.kwargs) -> Result:
-        given = [*args, *named.values()]
-        fused = _base_dtype(given) != torch.float64 and all(edit.fused for edit in _all(Edit, given))  # type: ignore[type-abstract]
-        return (kernel if fused else reference)(*args, **named)
+        narrow = _base_dtype([*args, *named.values()]) != torch.float64
+        return (kernel if narrow else reference)(*args, **named)
 
     return operation
 
@@ -150,9 +145,9 @@ class _Triton:
     # No product has less than 8,192 rows where there are that many: it does far more than read its weights.
     block_tokens = 12288
     expands = False
-    add_norm = staticmethod(_or_reference(add_norm, add_norm_triton))
+    add_norm = staticmethod(_or_reference(add_norm, add_norm_and_edits))
     activation_difference = staticmethod(_or_reference(activation_difference, activation_difference_triton))
-    attention_difference = staticmethod(_or_reference(attention_difference, attention_difference_triton))
+    attention_difference = staticmethod(_or_reference(attention_difference, attention_and_edits))
     readout = staticmethod(_or_reference(readout, readout_triton))
     gather_columns = staticmethod(_or_reference(gather_columns, gather_columns_triton))
 

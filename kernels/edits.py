@@ -2,7 +2,7 @@
 
 v is the source's difference (source - base), and P says what of it is replaced; or a given vector is added.
 A kind of edit is a class here and a number in interventions/table.py. The Triton kernels carry out those
-that are `fused`; a block with others among its edits goes through the reference (see backend.py).
+that are `fused`, and PyTorch the others beside them (see unfused.py).
 """
 
 from abc import ABC, abstractmethod

@@ -73,18 +73,8 @@ def add_norm(
     n_tokens = sum(s.n_tokens for s in segments)
     like = norms.x if out is None and norms is not None else out
     assert like is not None
-    shape, terms = (n_tokens, *like.shape[1:]), []
-    for d, patches in parts:
-        if patches or d is not None:
-            term = None if d is None else d.plain()
-            terms.append(_edited(like.new_zeros(shape) if term is None else term, patches, own=term is None))
-    total = terms[0] if terms else like.new_zeros(shape)
-    if len(terms) > 1:
-        place = out[:n_tokens] if out is not None and to is None else None
-        total = torch.add(terms[0], terms[1], out=place)
-        for term in terms[2:]:
-            total += term
-    total = _edited(total, swaps, own=len(terms) != 1)
+    shape = (n_tokens, *like.shape[1:])
+    total = add_up(parts, swaps, like, shape, out[:n_tokens] if out is not None and to is None else None)
     if out is not None and to is not None:
         out.index_copy_(0, to, total)
     elif out is not None and total.data_ptr() != out.data_ptr():
@@ -92,6 +82,33 @@ def add_norm(
     if norms is None or not norms.weights:
         return []
     return [narrow(d, precision) for d in norm_difference(total, norms, segments)]
+
+
+def add_up(
+    parts: Sequence[Part],
+    swaps: Sequence[Edit],
+    like: Tensor,
+    shape: Sequence[int],
+    place: Tensor | None = None,
+) -> Tensor:
+    """The sum of the parts, each after its own edits, after those of the sum; it may be the one part itself.
+
+    Args:
+        like: says in which dtype and where.
+        shape: of the sum.
+        place: where it may be written; none of the parts lies there.
+    """
+    terms = []
+    for d, patches in parts:
+        if patches or d is not None:
+            term = None if d is None else d.plain()
+            terms.append(_edited(like.new_zeros(shape) if term is None else term, patches, own=term is None))
+    total = terms[0] if terms else like.new_zeros(shape)
+    if len(terms) > 1:
+        total = torch.add(terms[0], terms[1], out=place)
+        for term in terms[2:]:
+            total += term
+    return _edited(total, swaps, own=len(terms) != 1)
 
 
 def _edited(d: Tensor, edits: Sequence[Edit], own: bool) -> Tensor:

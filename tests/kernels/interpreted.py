@@ -595,6 +595,34 @@ def test_edges_are_what_the_reference_finds(make, sites):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
+@pytest.mark.parametrize(("make", "precision"), [(_neox, "fp32"), (_llama, "fp16"), (_gemma2, "fp32")])
+def test_edits_that_are_not_fused_go_beside_the_kernels(make, precision):
+    """Directions and steering at every kind of place, and jointly with swaps."""
+    torch.manual_seed(2)
+    hf = make()
+    for weight in hf.parameters():
+        weight.data.normal_(0, 0.3)
+    model = deltapatch.from_transformers(hf.eval())
+    spec, rng = model.spec, np.random.default_rng(2)
+    pairs = [deltapatch.PromptPair([3, 7, 9, 2], [3, 8, 9, 5], 4, 5)]
+    places = ["attn_out", "mlp_out", "resid_post", "q", "k", "v", "z"]
+    places += [] if spec.parallel else ["resid_mid"]
+    asked = []
+    for place in places:
+        head = 1 if place in "qz" else 0 if place in "kv" else None
+        width = spec.d_model if head is None else spec.d_head
+        along = deltapatch.Patch(place, 0, 1, head, along=rng.normal(size=(2, width)))
+        add = deltapatch.Patch(place, 0, 2, head, add=rng.normal(size=width))
+        swap = deltapatch.Patch(place, 0, 3, head)
+        asked.append(deltapatch.Intervention(0, [along, add, swap]))
+    options = {"precision": precision, "progress": False, "noise_sample": 0}
+    want = deltapatch.run(model, pairs, asked, backend="reference", **options)
+    got = deltapatch.run(model, pairs, asked, backend="triton", **options)
+    for metric in ("logit_diff", "kl"):
+        a, b = got.values(metric), want.values(metric)
+        assert np.linalg.norm(a - b) <= (1e-5 if precision == "fp32" else 2e-3) * np.linalg.norm(b)
+
+
 @MODELS
 def test_a_sweep_gives_what_the_reference_gives(make, sites):
     assert_same_sweep(make, sites[-2:], "fp32", ANSWERS[:1])
