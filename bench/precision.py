@@ -97,6 +97,7 @@ def precision(
 def _values(peer: Peer, work: Workload, spec: Any, cells: Cells) -> tuple[np.ndarray, float]:
     """[n, column], and the seconds that it took once the model was loaded."""
     peer.prepare(work, spec)
+    peer.batch = work.batches[0]
     began = time.perf_counter()
     peer.start(cells.site)
     values = np.full((len(cells), len(work.columns)), np.nan)

@@ -55,7 +55,12 @@ _shape = _options(
 )
 _work = _options(
     click.option("--metric", default="ie", show_default=True, help="ie (log-probabilities) or logit_diff."),
-    click.option("--batch", default=64, show_default=True, help="Rows of a batch, where a peer takes them."),
+    click.option(
+        "--batch",
+        default="16,64,256",
+        show_default=True,
+        help="Rows of a batch: each peer that has the choice takes the best of these, with commas.",
+    ),
     click.option("--threads", default=0, help="Of PyTorch; its own choice unless given."),
     click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
     click.option("--seed", type=SEED, default=0, show_default=True),
@@ -63,6 +68,7 @@ _work = _options(
 _measure = _options(
     click.option("--peers", default="all", show_default=True, help="Names, with commas; see bench peers."),
     click.option("--rounds", default=5, show_default=True, help="Repeats of every peer, in turn."),
+    click.option("--runs", default=1, show_default=True, help="Do it all so often; the worst ratio is told."),
     click.option(
         "--limit", default=60.0, show_default=True, help="Seconds; what takes longer is measured on a sample."
     ),
@@ -161,7 +167,10 @@ def growth(
         make_side,
         options,
         sizes,
-        {name: chosen[name] for name in ("metric", "device", "batch", "threads", "seed")},
+        {
+            "batches": read_sizes("--batch", chosen["batch"]),
+            **{name: chosen[name] for name in ("metric", "device", "threads", "seed")},
+        },
         lambda text: say(text, quiet),
         keep,
     )
@@ -218,15 +227,16 @@ def figures(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
 def peers(as_json: bool) -> None:
     """List the peers, whether each can run here, and the sweeps."""
     from deltapatch.bench.cells import SWEEPS
+    from deltapatch.bench.peers.registry import make_peer
     from deltapatch.bench.setup import all_names
-    from deltapatch.bench.side import Side
+    from deltapatch.bench.side import about
 
-    found = {name: Side(name).hello() for name in all_names()}
+    found = {name: about(make_peer(name)) for name in all_names()}
     if as_json:
         print_json({"peers": found, "sweeps": SWEEPS})
         return
-    for name, about in found.items():
-        click.echo(f"{name:<18} {about['missing'] or about['what']}")
+    for name, told in found.items():
+        click.echo(f"{name:<18} {told['missing'] or told['what']}")
     click.echo()
     for name, what in SWEEPS.items():
         click.echo(f"{name:<18} {what}")
@@ -234,11 +244,12 @@ def peers(as_json: bool) -> None:
 
 def _measurement(chosen: dict[str, Any], quiet: bool) -> tuple[Any, Any, Any]:
     """The names of peers, the options of a comparison, and what makes sides."""
-    from deltapatch.bench.compare import Options
+    from deltapatch.bench.job import Options
     from deltapatch.bench.setup import all_names, check_names, side_maker
 
     options = Options(
         rounds=chosen["rounds"],
+        runs=chosen["runs"],
         limit=chosen["limit"],
         sample=chosen["sample"],
         check=chosen["check"],
@@ -270,6 +281,10 @@ def _workload(chosen: dict[str, Any], folder: Path) -> Any:
         chosen["n_pairs"],
         chosen["length"],
         folder,
-        *(chosen[name] for name in ("metric", "device", "batch", "threads", "seed")),
+        chosen["metric"],
+        chosen["device"],
+        read_sizes("--batch", chosen["batch"]),
+        chosen["threads"],
+        chosen["seed"],
         revision=chosen["revision"],
     )

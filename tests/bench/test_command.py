@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from deltapatch.bench import isolate
-from deltapatch.bench.remote import Remote, SideError
+from deltapatch.bench.job import Job, Options
+from deltapatch.bench.process import lines_of
 from deltapatch.bench.setup import side_maker
 from deltapatch.errors import DeltapatchError
 
@@ -81,19 +83,40 @@ def test_help_shows_examples(command):
 
 
 def test_a_worker_that_ends_is_reported(tmp_path):
-    side = Remote("hooks", tmp_path / "log", python="/bin/false")
-    with pytest.raises(SideError, match="its process ended"):
-        side.ask("hello")
-    side.stop()
+    side = lines_of("/bin/false", 1, "deltapatch.bench.side", log=tmp_path / "log")
+    assert list(side) == [{"error": "its process ended (exit code 1)"}]
 
 
-def test_an_environment_that_cannot_be_made_costs_one_peer(tmp_path, monkeypatch):
+def test_a_process_goes_on_when_it_is_asked(tmp_path):
+    steps = tmp_path / "steps.py"
+    steps.write_text(
+        "import os, pathlib, sys\n"
+        "def lines(folder):\n"
+        "    for i in range(2):\n"
+        "        pathlib.Path(folder, str(i)).touch()\n"
+        "        print('a library says something')\n"
+        "        yield {'cpus': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1}\n"
+        "    raise ValueError('too\\nmuch')\n"
+    )
+    log = tmp_path / "log"
+    side = lines_of(sys.executable, 1, "steps", str(tmp_path), log=log)
+    assert next(side) == {"cpus": 1}
+    time.sleep(0.2)
+    assert not (tmp_path / "1").exists()
+    assert list(side) == [{"cpus": 1}, {"error": "ValueError: too much"}]
+    assert "a library says something" in log.read_text()
+    side = lines_of(sys.executable, 1, "steps", str(tmp_path), log=log)
+    next(side)
+    side.close()  # ends the process
+
+
+def test_an_environment_that_cannot_be_made_costs_one_peer(work_of, tmp_path, monkeypatch):
     failed = SimpleNamespace(returncode=1, stderr="ERROR: No matching distribution\n", stdout="")
     monkeypatch.setattr(subprocess, "run", lambda *args, **more: failed)
     with pytest.raises(DeltapatchError, match="environment for nnsight cannot be made: ERROR: No matching"):
         isolate.isolated_python("nnsight", tmp_path, print)
-    side = side_maker(True, tmp_path, print)("nnsight", tmp_path)
-    assert "cannot be made" in side.ask("hello")["missing"]
+    side = side_maker(True, tmp_path, print)("nnsight", Job(str(tmp_path), work_of(), Options()))
+    assert "cannot be made" in next(side)["missing"]
 
 
 def test_an_environment_is_made_once(tmp_path, monkeypatch):

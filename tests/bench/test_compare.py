@@ -8,17 +8,19 @@ import pytest
 import deltapatch as dp
 from deltapatch.bench.agreement import disagreement, rank_correlation, top_overlap
 from deltapatch.bench.cells import make_cells
-from deltapatch.bench.compare import Options, compare, fastest_peer
+from deltapatch.bench.compare import compare
 from deltapatch.bench.growth import growth
+from deltapatch.bench.job import Options
 from deltapatch.bench.peers.base import Peer
 from deltapatch.bench.peers.hooks_batched import HooksBatched
 from deltapatch.bench.peers.ours import Ours
 from deltapatch.bench.random_models import Shape
-from deltapatch.bench.remote import Absent, Local, SideError
 from deltapatch.bench.report import comparison
 from deltapatch.bench.report import growth as growth_table
 from deltapatch.bench.results import stamp
-from deltapatch.bench.side import Side
+from deltapatch.bench.runs import fastest_peer
+from deltapatch.bench.setup import absent
+from deltapatch.bench.side import carry_out
 from deltapatch.errors import DeltapatchError
 
 
@@ -108,11 +110,11 @@ PEERS = [
 NAMES = [*(peer.name for peer in PEERS), "absent"]
 
 
-def local(name, folder):
+def local(name, job):
     if name == "absent":
-        return Absent(name, "its environment cannot be made")
+        return absent("its environment cannot be made")
     (peer,) = (p for p in PEERS if p.name == name)
-    return Local(Side(name, peer=peer))
+    return carry_out(peer, job)
 
 
 @pytest.fixture(autouse=True)
@@ -226,11 +228,6 @@ def test_growth_measures_every_point():
 def test_options_are_checked():
     with pytest.raises(DeltapatchError, match="rounds, check, limit and sample"):
         Options(rounds=0)
-
-
-def test_a_local_side_that_fails_says_so():
-    with pytest.raises(SideError, match="TypeError: expected"):
-        Local(Side("hooks", peer=Slow())).ask("load", workload=None)
 
 
 def test_ranks():

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # libraries of others warn a
 
 def measured(peer, work, spec, cells):
     peer.prepare(work, spec)
+    peer.batch = 5
     peer.start(cells.site)
     values = np.full((len(cells), len(work.columns)), np.nan)
     for batch in peer.batches(cells):
