@@ -56,6 +56,11 @@ def cases(result: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def joined(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Comparisons as one result, which `cases` takes apart."""
+    return found[0] if len(found) == 1 else {"cases": found}
+
+
 def check_free(path: Path | None) -> None:
     """Raise DeltapatchError where a result could not be written after a long measurement."""
     if path is None:

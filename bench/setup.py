@@ -10,7 +10,7 @@ from deltapatch.bench.isolate import default_cache, isolated_python
 from deltapatch.bench.job import Job
 from deltapatch.bench.peers.registry import PEERS, ours
 from deltapatch.bench.process import Lines, lines_of
-from deltapatch.bench.random_models import Shape, make_model, make_pairs
+from deltapatch.bench.random_models import SHAPES, Shape, make_model, make_pairs
 from deltapatch.bench.workload import Workload, check_metric, one_length
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair, encode_pairs
@@ -51,8 +51,8 @@ def make_workload(
     """The workload of a command.
 
     Args:
-        model: `random`, or what `load_model` takes.
-        shape: of a random model.
+        model: `random`, `random:` and one of SHAPES, or what `load_model` takes.
+        shape: of `random`.
         pairs_file: prompt pairs, all of one length; without it built-in models get arithmetic, others
             random tokens.
         n_pairs, length: of pairs that are made.
@@ -69,9 +69,15 @@ def make_workload(
         raise DeltapatchError(
             f"{n_pairs} pairs in batches of {', '.join(map(str, batches))}: both must be at least 1"
         )
-    if model == RANDOM and revision is not None:
+    kind, _, name = model.partition(":")
+    if kind == RANDOM and revision is not None:
         raise DeltapatchError(f"a random model has no revision {revision!r}: leave it out")
-    path = make_model(shape, folder, seed) if model == RANDOM else find_folder(model, revision=revision)
+    if kind == RANDOM and name and name not in SHAPES:
+        raise DeltapatchError(f"unknown shape {name!r}: choose from {', '.join(SHAPES)}")
+    if kind == RANDOM:
+        path = make_model(SHAPES[name] if name else shape, folder, seed)
+    else:
+        path = find_folder(model, revision=revision)
     loaded = load_model(path, device=device)
     pairs: Sequence[PromptPair]
     if pairs_file is not None:

@@ -26,6 +26,10 @@ TINY = ("--layers", 2, "--d-model", 8, "--d-mlp", 12, "--heads", 2, "--vocab", 3
         (("--rounds", 0), "rounds, check, limit and sample"),
         (("--metric", "kl"), "unknown metric 'kl'"),
         (("--architecture", "mamba"), "unknown architecture 'mamba'"),
+        (("--kv-heads", 2), "only llama has --kv-heads"),
+        (("--model", "random:gpt-9"), "unknown shape 'gpt-9': choose from gpt-neox-small, smollm2-135m"),
+        (("--batch", "16,a"), "--batch '16,a' is not a list of sizes"),
+        (("--runs", 0), "and so must runs"),
         (("--heads", 3), "does not divide into 3 heads"),
         (("--layers", 0), "every size must be at least 1"),
         (("--length", 1), "at least 1 pair and 2 tokens"),
@@ -68,6 +72,20 @@ def test_answers_of_several_tokens_are_refused(command, tmp_path):
 
 
 @pytest.mark.parametrize("values", ["a", "8,", "0"])
+def test_a_size_makes_one_model_of_it_and_none_makes_the_usual_two(command, monkeypatch):
+    made = []
+
+    def workload(model, chosen, folder):
+        made.append(model)
+        raise DeltapatchError("that is enough")
+
+    monkeypatch.setattr("deltapatch.cli.bench._workload", workload)
+    for given in ((), ("--d-mlp", 12), ("--d-mlp", 2048), ("--model", "random:smollm2-135m", "--layers", 2)):
+        made.append(given)
+        command("bench", "compare", "--quiet", *given)
+    assert made[1::2] == ["random:gpt-neox-small", "random", "random", "random:smollm2-135m"]
+
+
 def test_growth_wants_sizes(command, values):
     done = command("bench", "growth", *TINY, "--quiet", "--values", values if values != "8," else "8,x")
     assert done.code == 2
