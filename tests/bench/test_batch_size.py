@@ -13,6 +13,7 @@ from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers.base import Peer, chunks
 from deltapatch.bench.quiet import Others
 from deltapatch.bench.runs import tell_shares, together
+from deltapatch.bench.workload import Workload
 
 
 class Rows(Peer):
@@ -20,8 +21,10 @@ class Rows(Peer):
 
     name, what, batched = "rows", "", True
 
-    def __init__(self, work, seconds):
-        self.work, self.seconds, self.now, self.tried = work, seconds, 0.0, []
+    work = Workload("", [[1]], [[2]], [[0, 1]])
+
+    def __init__(self, seconds):
+        self.seconds, self.now, self.tried = seconds, 0.0, []
 
     def batches(self, cells):
         return chunks(np.arange(len(cells)), cells.pair, self.batch)
@@ -46,16 +49,16 @@ def cells_of(*sizes):
         (lambda n: 10 + n + 1000 * (n > 100), 64),
     ],
 )
-def test_the_fastest_size_is_taken(work_of, seconds, best):
-    peer = Rows(work_of(), seconds)
+def test_the_fastest_size_is_taken(seconds, best):
+    peer = Rows(seconds)
     found = choose(peer, cells_of(300, 300), (64, 16, 256), lambda: peer.now)
     assert set(found) == {16, 64, 256}
     assert peer.batch == best
     assert found[best] == min(found.values())
 
 
-def test_no_size_is_tried_that_makes_no_larger_batches(work_of):
-    peer = Rows(work_of(), lambda n: 1.0)
+def test_no_size_is_tried_that_makes_no_larger_batches():
+    peer = Rows(lambda n: 1.0)
     assert choose(peer, cells_of(10, 10), (16, 64), lambda: peer.now) == {}
     assert peer.batch == 16
     assert not peer.tried
@@ -65,11 +68,11 @@ def test_no_size_is_tried_that_makes_no_larger_batches(work_of):
     assert peer.batch == 7
 
 
-def test_no_size_is_tried_that_memory_may_not_hold(work_of, monkeypatch):
+def test_no_size_is_tried_that_memory_may_not_hold(monkeypatch):
     peaks = iter([100, 110, 110, 200])  # before and after 16 rows, and 64
     monkeypatch.setattr(batch_size, "_peak", lambda: next(peaks))
     monkeypatch.setattr(batch_size, "available", lambda device: 300)
-    peer = Rows(work_of(), lambda n: 1.0)
+    peer = Rows(lambda n: 1.0)
     # 64 rows may take 40 bytes, and 256 may take 360: half of what is free is 150
     assert set(choose(peer, cells_of(300), (16, 64, 256), lambda: peer.now)) == {16, 64}
     assert peer.batch == 64

@@ -71,7 +71,6 @@ def test_answers_of_several_tokens_are_refused(command, tmp_path):
     assert "pair 0 has one of 2" in done.err
 
 
-@pytest.mark.parametrize("values", ["a", "8,", "0"])
 def test_a_size_makes_one_model_of_it_and_none_makes_the_usual_two(command, monkeypatch):
     made = []
 
@@ -86,6 +85,7 @@ def test_a_size_makes_one_model_of_it_and_none_makes_the_usual_two(command, monk
     assert made[1::2] == ["random:gpt-neox-small", "random", "random", "random:smollm2-135m"]
 
 
+@pytest.mark.parametrize("values", ["a", "8,", "0"])
 def test_growth_wants_sizes(command, values):
     done = command("bench", "growth", *TINY, "--quiet", "--values", values if values != "8," else "8,x")
     assert done.code == 2
