@@ -15,16 +15,20 @@ _PLACES = 4  # of the sweep, evenly apart
 _SHARE = 0.5  # of the free memory: what a size may be expected to take
 
 
-def choose(peer: Peer, cells: Cells, sizes: Sequence[int], now: Callable[[], float]) -> dict[int, float]:
+def choose(
+    peer: Peer, cells: Cells, sizes: Sequence[int], longest: float, now: Callable[[], float]
+) -> dict[int, float]:
     """Give a peer its best batch size: what each took, in seconds a cell; {} where there is no choice.
 
     All sizes are tried on the same places of the sweep, since layers and positions cost differently. Sizes
-    that make no larger batches, or would take more memory than there is, are left out.
+    that make no larger batches are left out, as are those that would take more memory than there is, or more
+    seconds for a batch than a sample of the sweep should take.
 
     Args:
         peer: at work, started on the site.
         cells: of the sweep.
         sizes: rows of a batch.
+        longest: seconds that a batch may be expected to take.
         now: the time in seconds.
     """
     sizes = _different(peer, cells, sizes)
@@ -32,21 +36,26 @@ def choose(peer: Peer, cells: Cells, sizes: Sequence[int], now: Callable[[], flo
         peer.batch = sizes[0] if sizes else peer.batch
         return {}
     peer.batch = sizes[-1]
-    places = spread(peer.batches(cells), _PLACES)
+    every = peer.batches(cells)
+    most = max(map(len, every))
+    places = spread([batch for batch in every if len(batch) == most], _PLACES)  # no remainders
     places = places[len(places) // 2 :] + places[: len(places) // 2]  # the middle comes first
     device = torch.device(peer.work.device)
     found: dict[int, float] = {}
     grown = 0  # bytes, by the size before
     for size in sizes:
-        if found and grown * size / max(found) > _SHARE * available(device):
+        seconds = min(found.values(), default=0.0) * size  # that a batch is expected to take
+        if found and (seconds > longest or grown * size / max(found) > _SHARE * available(device)):
             break
         peer.batch = size
+        if seconds < _SECONDS:
+            peer.measure(cells[spread(peer.batches(cells), 1)[0]])  # so that it is warm
         reset_peaks()
         before = _peak()
         times: list[float] = []  # seconds a cell, of each place
         spent = 0.0
         for place in places:
-            seconds, n = _time(peer, cells[place], not times, now)
+            seconds, n = _time(peer, cells[place], now)
             times.append(seconds / n)
             spent += seconds
             if not found and spent > _SECONDS:
@@ -70,11 +79,9 @@ def _different(peer: Peer, cells: Cells, sizes: Sequence[int]) -> list[int]:
     return out
 
 
-def _time(peer: Peer, cells: Cells, cold: bool, now: Callable[[], float]) -> tuple[float, int]:
+def _time(peer: Peer, cells: Cells, now: Callable[[], float]) -> tuple[float, int]:
     """Seconds of two batches at most of these cells, and how many cells they have."""
     batches = spread(peer.batches(cells), 2)
-    if cold:
-        peer.measure(cells[batches[0]])
     began = now()
     for batch in batches:
         peer.measure(cells[batch])

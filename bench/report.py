@@ -139,6 +139,7 @@ def growth(result: dict[str, Any]) -> str:
                 row[name] = _rate(column.get("rate")) or column["status"]
             rows.append(row)
         parts.append(_text(rows, f"Interventions per second by {axis}"))
+    parts.append(f"{result['quiet']['note']}\n")
     return "\n".join(parts)
 
 

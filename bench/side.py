@@ -90,7 +90,7 @@ def _sweep(peer: Peer, job: Job, number: int) -> Lines:
     timed = Timed(peer, cells)
     peer.batch = min(job.work.batches)
     first = timed.first()
-    trials = timed.choose_batch(job.work.batches)
+    trials = timed.choose_batch(job.work.batches, job.options.sample)
     reset_peaks()
     scale = timed.choose(job.options)
     some = cells[np.array(job.checked[number])]
@@ -141,14 +141,17 @@ class Timed:
         self._measure(self.peer.batches(self.cells)[0])
         return self._now() - began
 
-    def choose_batch(self, sizes: Sequence[int]) -> dict[int, float]:
+    def choose_batch(self, sizes: Sequence[int], longest: float) -> dict[int, float]:
         """Find the peer's best batch size: seconds a cell of those that were tried."""
-        return choose(self.peer, self.cells, sizes, self._now)
+        return choose(self.peer, self.cells, sizes, longest, self._now)
 
     def choose(self, options: Options) -> float:
         """Choose the batches that are measured: how many times as many cells there are in all."""
-        starting = self._start()
         every = self.peer.batches(self.cells)
+        if len(every) == 1:  # there is no smaller sample
+            self.batches = every
+            return 1.0
+        starting = self._start()
         trial = spread(every, 8)
         began, cells, spent = self._now(), 0, 0.0
         for batch in trial:

@@ -15,6 +15,8 @@ from deltapatch.bench.quiet import Others
 from deltapatch.bench.runs import tell_shares, together
 from deltapatch.bench.workload import Workload
 
+LONG = 1e9  # seconds
+
 
 class Rows(Peer):
     """A forward costs `fixed` and as much again for every so many rows, in made-up time."""
@@ -51,7 +53,7 @@ def cells_of(*sizes):
 )
 def test_the_fastest_size_is_taken(seconds, best):
     peer = Rows(seconds)
-    found = choose(peer, cells_of(300, 300), (64, 16, 256), lambda: peer.now)
+    found = choose(peer, cells_of(300, 300), (64, 16, 256), LONG, lambda: peer.now)
     assert set(found) == {16, 64, 256}
     assert peer.batch == best
     assert found[best] == min(found.values())
@@ -59,13 +61,19 @@ def test_the_fastest_size_is_taken(seconds, best):
 
 def test_no_size_is_tried_that_makes_no_larger_batches():
     peer = Rows(lambda n: 1.0)
-    assert choose(peer, cells_of(10, 10), (16, 64), lambda: peer.now) == {}
+    assert choose(peer, cells_of(10, 10), (16, 64), LONG, lambda: peer.now) == {}
     assert peer.batch == 16
     assert not peer.tried
-    assert set(choose(peer, cells_of(40, 10), (16, 64, 256), lambda: peer.now)) == {16, 64}
+    assert set(choose(peer, cells_of(40, 10), (16, 64, 256), LONG, lambda: peer.now)) == {16, 64}
     peer.batched, peer.batch = False, 7
-    assert choose(peer, cells_of(300), (16, 64), lambda: peer.now) == {}
+    assert choose(peer, cells_of(300), (16, 64), LONG, lambda: peer.now) == {}
     assert peer.batch == 7
+
+
+def test_no_size_is_tried_whose_batches_take_longer_than_a_sample():
+    peer = Rows(lambda n: n / 10)
+    assert set(choose(peer, cells_of(300), (16, 64, 256), 10.0, lambda: peer.now)) == {16, 64}
+    assert max(peer.tried) == 64
 
 
 def test_no_size_is_tried_that_memory_may_not_hold(monkeypatch):
@@ -74,7 +82,7 @@ def test_no_size_is_tried_that_memory_may_not_hold(monkeypatch):
     monkeypatch.setattr(batch_size, "available", lambda device: 300)
     peer = Rows(lambda n: 1.0)
     # 64 rows may take 40 bytes, and 256 may take 360: half of what is free is 150
-    assert set(choose(peer, cells_of(300), (16, 64, 256), lambda: peer.now)) == {16, 64}
+    assert set(choose(peer, cells_of(300), (16, 64, 256), LONG, lambda: peer.now)) == {16, 64}
     assert peer.batch == 64
 
 
