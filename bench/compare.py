@@ -19,6 +19,7 @@ from deltapatch.bench.quiet import quiet
 from deltapatch.bench.runs import Columns, tell_shares, together
 from deltapatch.bench.workload import Workload
 from deltapatch.models.load import load_model
+from deltapatch.models.memory import available
 from deltapatch.results.folder import environment
 
 MakeSide = Callable[[str, Job], Lines]  # of a peer's name
@@ -114,15 +115,25 @@ class _Run:
         self.job, self.sides, self.say = job, sides, say
         self.columns: list[Columns] = []
         self.about: dict[str, dict[str, Any]] = {}
+        self.most = 0  # bytes that a process took to load
         for name, side in sides.items():
             say(f"loading {name}")
-            about = self.about[name] = {"missing": None}
-            try:
+            self.about[name] = self._load(side)
+
+    def _load(self, side: Lines) -> dict[str, Any]:
+        """What there is to know of a side, once its model is loaded; all processes hold theirs at once."""
+        about: dict[str, Any] = {"missing": None}
+        free = available()
+        if free < 2 * self.most:
+            return {"missing": "not started: there is no memory for one more process; give fewer --peers"}
+        try:
+            about |= _heard(side)
+            if about["missing"] is None:
                 about |= _heard(side)
-                if about["missing"] is None:
-                    about |= _heard(side)
-            except SideError as error:
-                about["missing"] = f"failed: {error}"
+        except SideError as error:
+            about["missing"] = f"failed: {error}"
+        self.most = max(self.most, free - available())
+        return about
 
     def sweep(self, number: int, name: str, judge: Judge) -> None:
         """One more sweep: first results, then repeats in turn, then what is told of each side."""

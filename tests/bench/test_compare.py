@@ -250,6 +250,18 @@ def test_two_runs_are_made_with_new_sides(work_of):
         assert len(column["times_as_fast"]) == 2
 
 
+def test_no_process_is_started_that_memory_may_not_hold(work_of, monkeypatch):
+    work = work_of()
+    cells = make_cells("mlp_out-last", dp.load_model(work.folder).spec, len(work.clean), work.length)
+    free = iter([100, 60, 60])  # before and after the first, and before the second, which may take 80
+    monkeypatch.setattr("deltapatch.bench.compare.available", lambda: next(free))
+    monkeypatch.setattr("deltapatch.bench.limits.copy_rate", lambda device: 1e9)
+    names = ["hooks-batched", "deltapatch-fp32"]
+    found = compare(work, [("mlp_out-last", cells)], names, local, Options(rounds=1, check=4))
+    assert [c["status"] for c in found["sweeps"][0]["columns"].values()] == ["measured", "missing"]
+    assert "give fewer --peers" in comparison({**found, "model": {**found["model"], "name": "tiny"}})
+
+
 def test_growth_measures_every_point():
     shape = Shape(layers=2, d_model=8, d_mlp=8, heads=2, vocab=20, context=32)
     options = Options(rounds=1, check=4)
