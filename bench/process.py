@@ -39,6 +39,8 @@ _QUIET = {
     "PYTHONWARNINGS": "ignore",
 }
 
+_CORE = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
 
 def lines_of(python: str, threads: int, module: str, *arguments: str, log: Path) -> Lines:
     """What a process prints, from its start on; closing the iterator ends it.
@@ -97,12 +99,26 @@ def pinned() -> list[int] | None:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
+def of_cores(cpus: list[int], n: int) -> list[int]:
+    """n of these CPUs, of as many cores as there are: two CPUs of one core share what they compute with."""
+    firsts = {_core(cpu): cpu for cpu in reversed(cpus)}.values()  # the lowest of each core
+    return [*sorted(firsts), *(cpu for cpu in cpus if cpu not in firsts)][:n]
+
+
+def _core(cpu: int) -> str:
+    """What the CPUs of a core have in common; its own number where the system does not say."""
+    try:
+        return Path(_CORE.format(cpu)).read_text()
+    except OSError:
+        return str(cpu)
+
+
 def main() -> None:
     """Print the lines of the module that is named."""
     threads, module, *arguments = sys.argv[1:]
     cpus = pinned()
     if cpus is not None:  # before there are threads, which all do as this one
-        os.sched_setaffinity(0, cpus[: int(threads)])
+        os.sched_setaffinity(0, of_cores(cpus, int(threads)))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in told(import_module(module).lines(*arguments)):

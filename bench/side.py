@@ -88,7 +88,8 @@ def _sweep(peer: Peer, job: Job, number: int) -> Lines:
         yield {"lacks": lacks}
         return
     timed = Timed(peer, cells)
-    peer.batch = min(job.work.batches)
+    if peer.batched:
+        peer.batch = min(job.work.batches)
     first = timed.first()
     trials = timed.choose_batch(job.work.batches, job.options.sample)
     reset_peaks()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deltapatch.bench import isolate
+from deltapatch.bench import isolate, process
 from deltapatch.bench.job import Job, Options
 from deltapatch.bench.process import lines_of
 from deltapatch.bench.setup import side_maker
@@ -126,6 +126,16 @@ def test_a_process_goes_on_when_it_is_asked(tmp_path):
     side = lines_of(sys.executable, 1, "steps", str(tmp_path), log=log)
     next(side)
     side.close()  # ends the process
+
+
+def test_cpus_are_of_different_cores_first(tmp_path, monkeypatch):
+    for cpu, core in {0: "0-1", 1: "0-1", 2: "2,5", 5: "2,5"}.items():
+        (tmp_path / str(cpu)).write_text(f"{core}\n")
+    monkeypatch.setattr(process, "_CORE", f"{tmp_path}/{{}}")
+    cpus = [0, 1, 2, 5, 7]  # of 7 the system says nothing
+    assert process.of_cores(cpus, 3) == [0, 2, 7]
+    assert process.of_cores(cpus, 4) == [0, 2, 7, 1]
+    assert process.of_cores([1, 5], 9) == [1, 5]
 
 
 def test_an_environment_that_cannot_be_made_costs_one_peer(work_of, tmp_path, monkeypatch):
