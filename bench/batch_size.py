@@ -10,7 +10,7 @@ from deltapatch.bench.memory import device_peak_bytes, peak_bytes, reset_peaks
 from deltapatch.bench.peers.base import Peer
 from deltapatch.models.memory import available
 
-_SECONDS = 0.5  # of the first size, at least, where there is so much work
+_SECONDS = 0.5  # that each size is tried for, at least
 _PLACES = 4  # of the sweep, evenly apart
 _SHARE = 0.5  # of the free memory: what a size may be expected to take
 
@@ -52,16 +52,17 @@ def choose(
             peer.measure(cells[spread(peer.batches(cells), 1)[0]])  # so that it is warm
         reset_peaks()
         before = _peak()
-        times: list[float] = []  # seconds a cell, of each place
+        times: dict[int, float] = {}  # place -> seconds a cell, the least of some tries
         spent = 0.0
-        for place in places:
-            seconds, n = _time(peer, cells[place], now)
-            times.append(seconds / n)
-            spent += seconds
-            if not found and spent > _SECONDS:
-                break
+        while spent <= _SECONDS:
+            for number, place in enumerate(places):
+                seconds, n = _time(peer, cells[place], now)
+                times[number] = min(seconds / n, times.get(number, seconds / n))
+                spent += seconds
+                if not found and spent > _SECONDS:
+                    break
         places = places[: len(times)]  # the first size says for how many there is time
-        found[size] = float(np.mean(times))
+        found[size] = float(np.mean(list(times.values())))
         grown = _peak() - before
     peer.batch = min(found, key=lambda size: found[size])
     return found

@@ -59,6 +59,13 @@ def test_the_fastest_size_is_taken(seconds, best):
     assert found[best] == min(found.values())
 
 
+def test_a_try_that_was_disturbed_does_not_decide():
+    disturbed = iter([0.1, 0.1, 0.01, 0.1, *[0.01] * 999])  # of 256 rows: once to be warm, then tries
+    peer = Rows(lambda n: 0.01 + n / 1e6 + (next(disturbed) if n == 256 else 0.01))
+    choose(peer, cells_of(256), (64, 256), LONG, lambda: peer.now)
+    assert peer.batch == 256
+
+
 def test_no_size_is_tried_that_makes_no_larger_batches():
     peer = Rows(lambda n: 1.0)
     assert choose(peer, cells_of(10, 10), (16, 64), LONG, lambda: peer.now) == {}
