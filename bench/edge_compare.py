@@ -12,11 +12,9 @@ every model.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +31,8 @@ from transformers import (
 from deltapatch.bench.edge_peers.base import Job
 from deltapatch.bench.edge_peers.work import PEERS
 from deltapatch.bench.isolate import default_cache, isolated_python, python_of
+from deltapatch.bench.process import lines_of
 from deltapatch.bench.random_models import make_tokenizer
-from deltapatch.bench.remote import QUIET
 from deltapatch.bench.results import check_free, stamp, write
 from deltapatch.engine.sweep import sweep_edges
 from deltapatch.errors import DeltapatchError
@@ -44,6 +42,7 @@ from deltapatch.results.folder import environment
 
 KEYS: tuple[Keys, ...] = ("query", "kv")
 MODELS = ("gpt2", "gpt_neox", "llama")
+WORK = "deltapatch.bench.edge_peers.work"  # what each peer's process does
 _WORST = 1e-3  # of the largest effect
 # AutoCircuit wraps HookedTransformer, which version 4 has not; version 2 needs numpy before 2, as do these.
 AUTO_CIRCUIT = ("auto-circuit==1.0.1", "transformer-lens<3", "datasets<4", "pyarrow<20")
@@ -139,25 +138,10 @@ def python_for(name: str, cache: Path, say: Say) -> str:
     return sys.executable
 
 
-def carry_out(python: str, name: str, job: Path, effects: Path) -> dict[str, Any]:
-    """What the process of a peer said, its lines put together; `error` where it failed."""
-    command = [python, "-m", "deltapatch.bench.edge_peers.work", name, str(job), str(effects)]
-    log = effects.with_suffix(".log")
-    with open(log, "wb") as file:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=file, env=os.environ | QUIET, cwd=log.parent, text=True
-        )
-    out = together(done.stdout.splitlines())
-    if done.returncode and "error" not in out:
-        words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        out["error"] = " ".join(words[-1].split())[:200] if words else f"exit code {done.returncode}"
-    return out
-
-
-def together(lines: Sequence[str]) -> dict[str, Any]:
-    """JSON lines of a peer's process as one object."""
+def together(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What the process of a peer said, as one object; `error` where it failed."""
     out: dict[str, Any] = {"seconds": [], "trials": {}}
-    for line in map(json.loads, lines):
+    for line in lines:
         if "trial_seconds" in line:
             out["trials"][str(line["batch"])] = line["trial_seconds"]
         elif "seconds" in line:
@@ -203,8 +187,10 @@ def compare(
             for name in peers:
                 peer, effects = make_peer(name), folder / f"{name}.npy"
                 say(f"{architecture}: {peer.what}")
+                told = name, str(folder / "job.json"), str(effects)
                 try:
-                    said = carry_out(python_for(name, cache, say), name, folder / "job.json", effects)
+                    python = python_for(name, cache, say)
+                    said = together(lines_of(python, 1, WORK, *told, log=effects.with_suffix(".log")))
                 except DeltapatchError as error:
                     said = {"error": str(error)}
                 found[name] = {

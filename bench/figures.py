@@ -13,7 +13,7 @@ from deltapatch.analysis.style import COLOURS, QUIET, figure_style, save
 from deltapatch.bench.cells import SWEEPS
 from deltapatch.bench.growth import AXES
 from deltapatch.bench.peers.ours import PREFIX
-from deltapatch.bench.results import read_all
+from deltapatch.bench.results import cases, read_all
 from deltapatch.errors import DeltapatchError
 from deltapatch.results.metrics import METRICS
 
@@ -40,17 +40,23 @@ def draw_all(sources: Sequence[Path], folder: Path) -> list[Path]:
 
 def rates(result: dict[str, Any]) -> Figure | None:
     """Interventions per second, a panel a sweep, a bar a side; only sides that agree with the oracle."""
-    sweeps = [s for s in result["sweeps"] if any(c["status"] == "measured" for c in s["columns"].values())]
+    found = cases(result)
+    sweeps = [
+        (f"{case['model']['name']}:\n" if len(found) > 1 else "", sweep)
+        for case in found
+        for sweep in case["sweeps"]
+        if any(column["status"] == "measured" for column in sweep["columns"].values())
+    ]
     if not sweeps:
         return None
     n_columns = min(3, len(sweeps))
     n_rows = -(-len(sweeps) // n_columns)
-    most = max(len(s["columns"]) for s in sweeps)
+    most = max(len(sweep["columns"]) for _, sweep in sweeps)
     size = (3.4 * n_columns, n_rows * (0.9 + 0.17 * most))
     figure, grid = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False)
     for axes in grid.flat[len(sweeps) :]:
         axes.set_visible(False)
-    for axes, sweep in zip(grid.flat, sweeps, strict=False):
+    for axes, (model, sweep) in zip(grid.flat, sweeps, strict=False):
         shown = {
             n: c for n, c in sweep["columns"].items() if c["status"] == "measured" and n != "attribution"
         }
@@ -67,7 +73,7 @@ def rates(result: dict[str, Any]) -> Figure | None:
         axes.set_xscale("log")
         axes.set_xlim(*_decades(ends.min(), ends.max()))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(SWEEPS.get(sweep["name"], sweep["name"]).replace(", ", ",\n"))
+        axes.set_title(model + SWEEPS.get(sweep["name"], sweep["name"]).replace(", ", ",\n"))
         axes.set_xlabel("interventions per second")
     return figure
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from deltapatch.bench.cells import Cells, make_cells
-from deltapatch.bench.compare import Options, compare
+from deltapatch.bench.compare import MakeSide, compare
+from deltapatch.bench.job import Options
+from deltapatch.bench.quiet import quiet
 from deltapatch.bench.random_models import Shape
-from deltapatch.bench.remote import Held
 from deltapatch.bench.setup import RANDOM, make_workload
 from deltapatch.bench.workload import Workload
 from deltapatch.errors import DeltapatchError
@@ -42,7 +43,7 @@ def growth(
     length: int,
     sweep: str | None,
     names: Sequence[str],
-    make_side: Callable[[str, Path], Held],
+    make_side: MakeSide,
     options: Options,
     values: Sequence[int] | None = None,
     work: dict[str, Any] | None = None,
@@ -79,6 +80,7 @@ def growth(
                 result = compare(workload, [(name, cells)], names, make_side, options, say)
             (measured,) = result.pop("sweeps")
             found[axis].append({"value": value, **measured})
+            result["quiet"] = quiet(point for points in found.values() for point in points)
             keep({**result, "axes": found})
     return {**result, "axes": found}
 

@@ -38,15 +38,6 @@ def limits(width: int, device: str = "cpu") -> dict[str, Any]:
     return {"products": products, "copy": copy_rate(device), "threads": torch.get_num_threads()}
 
 
-def best_of(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """The better of two measurements, number by number: a limit is what was reached at any time."""
-    products = {
-        name: max((r for r in (a["products"][name], b["products"][name]) if r), default=None)
-        for name in a["products"]
-    }
-    return {**a, "products": products, "copy": max(a["copy"], b["copy"])}
-
-
 def _product(precision: str, width: int, device: str) -> Callable[[], Any] | None:
     mode = PRECISIONS[precision]
     if device == "cpu" and not cpu_multiplies(mode):

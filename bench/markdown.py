@@ -9,7 +9,7 @@ from typing import Any
 
 from deltapatch.bench.growth import AXES
 from deltapatch.bench.report import stream_rows
-from deltapatch.bench.results import read
+from deltapatch.bench.results import cases, read
 from deltapatch.errors import DeltapatchError
 
 # Sides as a reader knows them, in the order of the table; of the others the report tells.
@@ -36,6 +36,13 @@ SWEEPS = {
     "neurons": "all neurons",
     "joint": "20 neurons jointly",
 }
+
+
+def comparison(result: dict[str, Any]) -> str:
+    """The rates of every model; of several, each under its name."""
+    found = cases(result)
+    titles = [f"**{case['model']['name']}**\n\n" if len(found) > 1 else "" for case in found]
+    return "\n\n".join(title + rates(case) for title, case in zip(titles, found, strict=True))
 
 
 def rates(result: dict[str, Any]) -> str:
@@ -117,7 +124,7 @@ def edge_peers(result: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> str:
     """The table of a result."""
     tables = {
-        "compare": rates,
+        "compare": comparison,
         "growth": growth,
         "precision": precision,
         "stream": stream,

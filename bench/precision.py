@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from deltapatch.bench.agreement import compare as agreement
+from deltapatch.bench.batch_size import choose
 from deltapatch.bench.cells import Cells, grid_cells
 from deltapatch.bench.peers.attribution import Attribution
 from deltapatch.bench.peers.base import Peer
@@ -20,6 +21,7 @@ from deltapatch.kernels.product import PRECISIONS
 from deltapatch.models.load import load_model
 from deltapatch.results.folder import environment
 
+_LONGEST = 10.0  # seconds of a batch
 _POINTS = 1500  # kept of each method, for the scatter plot
 
 
@@ -97,6 +99,8 @@ def precision(
 def _values(peer: Peer, work: Workload, spec: Any, cells: Cells) -> tuple[np.ndarray, float]:
     """[n, column], and the seconds that it took once the model was loaded."""
     peer.prepare(work, spec)
+    peer.start(cells.site)
+    choose(peer, cells, work.batches, _LONGEST, time.perf_counter)
     began = time.perf_counter()
     peer.start(cells.site)
     values = np.full((len(cells), len(work.columns)), np.nan)

@@ -21,7 +21,12 @@ _WRITES = ("dense_4h_to_h", "attention.dense", "out_proj", "o_proj", "fc_out", "
 
 @dataclass(frozen=True)
 class Shape:
-    """What a random model looks like."""
+    """What a random model looks like.
+
+    Attributes:
+        kv_heads: of LLaMA's, key-value heads; 0 stands for as many as there are heads.
+        tied: of LLaMA's, whether the embedding is the read-out too.
+    """
 
     architecture: str = "gpt_neox"
     layers: int = 6
@@ -30,6 +35,17 @@ class Shape:
     heads: int = 8
     vocab: int = 50304
     context: int = 2048
+    kv_heads: int = 0
+    tied: bool = False
+
+
+# name -> a shape that comparisons are made on
+SHAPES = {
+    "gpt-neox-small": Shape(),  # Pythia-70M's
+    "smollm2-135m": Shape(
+        "llama", layers=30, d_model=576, d_mlp=1536, heads=9, vocab=49152, kv_heads=3, tied=True
+    ),
+}
 
 
 def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
@@ -51,10 +67,16 @@ def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
         raise DeltapatchError(
             f"d_model {shape.d_model} does not divide into {shape.heads} heads of an even width"
         )
+    if shape.architecture != "llama" and (shape.kv_heads or shape.tied):
+        raise DeltapatchError(f"only llama has --kv-heads and --tied, and this is {shape.architecture}")
+    if shape.kv_heads < 0 or (shape.kv_heads and shape.heads % shape.kv_heads):
+        raise DeltapatchError(f"{shape.heads} heads cannot share {shape.kv_heads} key-value heads equally")
     model = _build(shape)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
+            if shape.tied and "embed_tokens" in name:
+                name = "lm_head.weight"  # the logits' scale decides: norms follow the embedding
             weight.copy_(draw_weight(name, tuple(weight.shape), shape.layers, generator))
     logging.disable_progress_bar()
     model.save_pretrained(folder)
@@ -100,9 +122,14 @@ def _build(shape: Shape) -> Any:
                 **no_tokens,
             )
         )
-    config, kind, rope = {
-        "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"partial_rotary_factor": turning / width}),
-        "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    config, kind, rope, own = {
+        "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"partial_rotary_factor": turning / width}, {}),
+        "llama": (
+            LlamaConfig,
+            LlamaForCausalLM,
+            {},
+            {"num_key_value_heads": shape.kv_heads or shape.heads, "tie_word_embeddings": shape.tied},
+        ),
     }[shape.architecture]
     return kind(
         config(
@@ -113,6 +140,7 @@ def _build(shape: Shape) -> Any:
             intermediate_size=shape.d_mlp,
             max_position_embeddings=shape.context,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, **rope},
+            **own,
             **no_tokens,
         )
     )

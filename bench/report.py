@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltapatch.bench.cells import SWEEPS
-from deltapatch.bench.compare import fastest_peer
+from deltapatch.bench.results import cases
 
 
 def comparison(result: dict[str, Any]) -> str:
-    """A table of the sides, then one for each sweep."""
+    """A table of the sides, then one for each sweep; of each model."""
+    return "\n".join([*map(_case, cases(result)), NOTES])
+
+
+def _case(result: dict[str, Any]) -> str:
     rates = {k: v for k, v in result["limits"]["products"].items() if v}
     products = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items())
     model, work = result["model"], result["workload"]
@@ -16,18 +20,26 @@ def comparison(result: dict[str, Any]) -> str:
         f"{model['name']}: {model['architecture']}, {model['n_layers']} layers, d_model {model['d_model']}, "
         f"d_mlp {model['d_mlp']}, vocabulary {model['d_vocab']}\n"
         f"{work['pairs']} pair(s) of {work['length']} tokens, metric {work['metric']}, on {work['device']}, "
-        f"{result['limits']['threads']} threads: {result['machine']['processor']}\n"
+        f"{result['limits']['threads']} threads{_pinned(result['sides'])}: {result['machine']['processor']}\n"
         f"limits: products {products} GFLOP/s; copying {result['limits']['copy'] / 1e9:,.0f} GB/s\n"
+        f"{result['quiet']['note']}\n"
     )
-    return "\n".join([head, _sides(result), *(_sweep(s) for s in result["sweeps"]), NOTES])
+    return "\n".join([head, _sides(result), *map(_sweep, result["sweeps"])])
+
+
+def _pinned(sides: dict[str, Any]) -> str:
+    """Which CPUs the sides were pinned to."""
+    cpus = next((about["cpus"] for about in sides.values() if about.get("cpus")), None)
+    return f" on CPUs {', '.join(map(str, cpus))}" if cpus else ""
 
 
 _LEFT = ("what it is", "versions", "note")
 NOTES = (
-    "spread: slowest and fastest repeat. x: times the fastest of the others that is exact. first: seconds\n"
-    "to the first result, plain runs included. GB: peak of the process. log P: largest difference from the\n"
-    "float64 oracle. error: of all effects, relative to their norm. ranks: Spearman's. top: share of the\n"
-    "50 strongest found. limit: necessary FLOPs over the measured product rate. ~: on a sample, scaled.\n"
+    "spread: slowest and fastest repeat. x: times the fastest exact one of the others, in the worst run.\n"
+    "batch: rows of a forward, the best of those tried. first: seconds to the first result, plain runs\n"
+    "included. GB: peak of the process. log P: largest difference from the float64 oracle. error: of all\n"
+    "effects, relative to their norm. ranks: Spearman's. top: share of the 50 strongest found. limit:\n"
+    "necessary FLOPs over the product rate that was measured beside. ~: on a sample, scaled.\n"
 )
 
 
@@ -49,20 +61,19 @@ def _sides(result: dict[str, Any]) -> str:
 
 
 def _sweep(sweep: dict[str, Any]) -> str:
-    best = fastest_peer(sweep)
     rows, absent = [], []
     for name, column in sweep["columns"].items():
         if column["status"] in ("missing", "lacks"):
             absent.append(f"{name} ({'not here' if column['status'] == 'missing' else column['reason']})")
         else:
-            rows.append(_row(name, column, sweep["columns"][best]["rate"] if best else None))
+            rows.append(_row(name, column))
     title = SWEEPS.get(sweep["name"], sweep["name"])
     flops = sweep["necessary_flops"] / 1e9
     table = _text(rows, f"{title}: {sweep['interventions']:,} interventions, {flops:,.1f} GFLOP necessary")
     return table + (f"not measured: {', '.join(absent)}\n" if absent else "")
 
 
-def _row(name: str, column: dict[str, Any], best: float | None) -> dict[str, str]:
+def _row(name: str, column: dict[str, Any]) -> dict[str, str]:
     """One side of one sweep; speed only where its results agreed."""
     found = column.get("agreement", {})
     told = column["status"] == "measured"
@@ -72,7 +83,8 @@ def _row(name: str, column: dict[str, Any], best: float | None) -> dict[str, str
         "side": name,
         "per second": ("~" if column["sampled"] else "") + _rate(column["rate"]) if told else "",
         "spread": f"{_rate(low)} - {_rate(high)}" if told else "",
-        "x": _number(column["rate"] / best, ".2f") if told and best else "",
+        "x": _number(min(column.get("times_as_fast", ()), default=None), ".2f"),
+        "batch": ", ".join(sorted({str(size) for size in column.get("batch", ()) if size}, key=int)),
         "first": _number(column.get("first_seconds"), ".2f"),
         "GB": _number(_scaled(column.get("peak_bytes")), ".2f"),
         "GB of GPU": _number(_scaled(column.get("device_peak_bytes")), ".2f"),
@@ -127,6 +139,7 @@ def growth(result: dict[str, Any]) -> str:
                 row[name] = _rate(column.get("rate")) or column["status"]
             rows.append(row)
         parts.append(_text(rows, f"Interventions per second by {axis}"))
+    parts.append(f"{result['quiet']['note']}\n")
     return "\n".join(parts)
 
 

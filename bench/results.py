@@ -2,13 +2,19 @@
 
     format, kind         "deltapatch bench"; compare, growth, precision, stream, edges or edge-peers
     versions, machine, date
-    model, workload      shapes; pairs, length, metric, batch, device
-    options, limits      how it was measured; product rates by precision, copy bandwidth, threads
-    sides                name -> what it is, versions, import and load seconds, or why it is missing
+    model, workload      shapes; pairs, length, metric, batches (sizes that are tried), device
+    options, limits      how it was measured; the best product rates by precision, copy bandwidth, threads
+    quiet                others: the most that other processes took of a side's CPUs; note: a line about it
+    sides                name -> what it is, versions, import and load seconds, threads, the CPUs that it is
+                         pinned to, or why it is missing
     sweeps               [name, interventions, necessary_flops, oracle, columns]
-      columns            side -> status (measured, missing, lacks, failed, disagrees), reason, rates, rate,
-                         spread, seconds, first_seconds, peak_bytes, agreement, sampled, of_product_rate
+      columns            side -> status (measured, missing, lacks, failed, disagrees), reason, rate, spread,
+                         first_seconds, peak_bytes, agreement, sampled, of_product_rate
+        of every repeat  seconds, rates, product_rate (measured after it), others
+        of every run     batch (the size it chose), trials (size -> seconds a cell), times_as_fast (as the
+                         fastest exact peer of that run)
 
+A comparison of several models has `cases` in place of these, each with all of them.
 A result of kind "edge-peers" has `models` instead: of each its edges, and of each peer what its process said.
 A result of kind "stream" has `runs` instead: what was swept, what `forecast` predicted, and what it took, as
 `stream.carry_out` returns it.
@@ -42,6 +48,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(own) for own in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def cases(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The comparisons in a result, one for each model."""
+    found: list[dict[str, Any]] = result.get("cases", [result])
+    return found
+
+
+def joined(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Comparisons as one result, which `cases` takes apart."""
+    return found[0] if len(found) == 1 else {"cases": found}
 
 
 def check_free(path: Path | None) -> None:

@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from deltapatch.bench.compare import MakeSide
 from deltapatch.bench.isolate import default_cache, isolated_python
+from deltapatch.bench.job import Job
 from deltapatch.bench.peers.registry import PEERS, ours
-from deltapatch.bench.random_models import Shape, make_model, make_pairs
-from deltapatch.bench.remote import Absent, Held, Remote
+from deltapatch.bench.process import Lines, lines_of
+from deltapatch.bench.random_models import SHAPES, Shape, make_model, make_pairs
 from deltapatch.bench.workload import Workload, check_metric, one_length
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import PromptPair, encode_pairs
@@ -40,7 +42,7 @@ def make_workload(
     folder: Path,
     metric: str = "ie",
     device: str = "cpu",
-    batch: int = 64,
+    batches: Sequence[int] = (16, 64, 256),
     threads: int = 0,
     seed: int = 0,
     *,
@@ -49,13 +51,13 @@ def make_workload(
     """The workload of a command.
 
     Args:
-        model: `random`, or what `load_model` takes.
-        shape: of a random model.
+        model: `random`, `random:` and one of SHAPES, or what `load_model` takes.
+        shape: of `random`.
         pairs_file: prompt pairs, all of one length; without it built-in models get arithmetic, others
             random tokens.
         n_pairs, length: of pairs that are made.
         folder: where a random model is written.
-        metric, device, batch, threads: of the workload.
+        metric, device, batches, threads: of the workload.
         seed: of a random model and of pairs that are made.
         revision: of a model of the hub.
 
@@ -63,11 +65,19 @@ def make_workload(
         DeltapatchError: something about the model, the shape or the pairs is wrong.
     """
     check_metric(metric)
-    if n_pairs < 1 or batch < 1 or threads < 0:
-        raise DeltapatchError(f"{n_pairs} pairs in batches of {batch}: both must be at least 1")
-    if model == RANDOM and revision is not None:
+    if n_pairs < 1 or not batches or min(batches) < 1 or threads < 0:
+        raise DeltapatchError(
+            f"{n_pairs} pairs in batches of {', '.join(map(str, batches))}: both must be at least 1"
+        )
+    kind, _, name = model.partition(":")
+    if kind == RANDOM and revision is not None:
         raise DeltapatchError(f"a random model has no revision {revision!r}: leave it out")
-    path = make_model(shape, folder, seed) if model == RANDOM else find_folder(model, revision=revision)
+    if kind == RANDOM and name and name not in SHAPES:
+        raise DeltapatchError(f"unknown shape {name!r}: choose from {', '.join(SHAPES)}")
+    if kind == RANDOM:
+        path = make_model(SHAPES[name] if name else shape, folder, seed)
+    else:
+        path = find_folder(model, revision=revision)
     loaded = load_model(path, device=device)
     pairs: Sequence[PromptPair]
     if pairs_file is not None:
@@ -89,7 +99,7 @@ def make_workload(
                 f"bench compares answers of one token, and pair {number} has any of several: give one"
             )
     ids = one_length([(p.clean, p.corrupted, p.clean_answer[0], p.corrupted_answer[0]) for p in encoded])
-    return Workload(str(path), *ids, metric=metric, device=device, batch=batch, threads=threads)
+    return Workload(str(path), *ids, metric=metric, device=device, batches=batches, threads=threads)
 
 
 def _of_most_common_length(pairs: Sequence[PromptPair], model: Model) -> list[PromptPair]:
@@ -114,16 +124,22 @@ def check_names(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def side_maker(isolate: bool, cache: Path | None, say: Callable[[str], None]) -> Callable[[str, Path], Held]:
-    """Makes sides in processes; with `isolate`, peers with an extra get an environment of their own."""
+def side_maker(isolate: bool, cache: Path | None, say: Callable[[str], None]) -> MakeSide:
+    """Starts sides as processes; with `isolate`, peers with an extra get an environment of their own."""
 
-    def make(name: str, folder: Path) -> Held:
+    def make(name: str, job: Job) -> Lines:
         python = sys.executable
         if isolate and name in EXTRAS:
             try:
                 python = isolated_python(EXTRAS[name], cache or default_cache(), say)
             except DeltapatchError as error:  # the others can still be measured
-                return Absent(name, str(error))
-        return Remote(name, folder / f"{name}.log", python)
+                return absent(str(error))
+        log = Path(job.folder) / f"{name}.log"
+        return lines_of(python, job.work.threads, "deltapatch.bench.side", name, str(job.save()), log=log)
 
     return make
+
+
+def absent(reason: str) -> Lines:
+    """A side that could not even be started."""
+    yield {"missing": reason}

@@ -27,7 +27,7 @@ class Workload:
     answers: list[list[int]]  # [pair][2]: clean, corrupted
     metric: str = "ie"
     device: str = "cpu"
-    batch: int = 64  # rows of the sides that take a batch size
+    batches: Sequence[int] = (16, 64, 256)  # rows of a forward, which peers that have the choice try
     threads: int = 0  # of PyTorch; 0 leaves them as they are
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from deltapatch.cli.bench_stream import stream
 from deltapatch.cli.delivery import deliver, out_file, read_sizes
@@ -17,7 +18,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 EXAMPLES = """\b
 Examples:
   deltapatch bench compare --peers hooks-batched,deltapatch-fp32 --sweeps mlp_out --layers 2 --d-model 64
-  deltapatch bench compare --isolate --out result.json
+  deltapatch bench compare --isolate --runs 3 --threads 1 --out result.json
+  deltapatch bench compare --model random:smollm2-135m --sweeps neurons-layer
   deltapatch bench compare --model builtin:llama-arithmetic --metric logit_diff
   deltapatch bench precision --out precision.json
   deltapatch bench growth --axes rows,length --out growth.json
@@ -39,7 +41,13 @@ def _options(*options: Any) -> Callable[[Command], Command]:
 
 
 _model = _options(
-    click.option("--model", default="random", show_default=True, help="random, or a model as for sweep."),
+    click.option(
+        "--model",
+        "models",
+        multiple=True,
+        help="A model as for sweep, random (of the sizes below), or random:gpt-neox-small, "
+        "random:smollm2-135m; may be given again.  [default: these two, or random where a size is given]",
+    ),
     revision,
     click.option("--pairs", "pairs_file", help="Prompt pairs of one length; made up unless given."),
     click.option("--n-pairs", default=1, show_default=True, help="Pairs that are made up."),
@@ -50,12 +58,20 @@ _shape = _options(
     click.option("--d-model", default=512, show_default=True),
     click.option("--d-mlp", default=2048, show_default=True),
     click.option("--heads", default=8, show_default=True),
+    click.option("--kv-heads", default=0, help="Key-value heads of llama; as many as heads unless given."),
     click.option("--vocab", default=50304, show_default=True),
+    click.option("--tied", is_flag=True, help="The embedding of llama is its read-out too."),
     click.option("--length", default=16, show_default=True, help="Tokens of prompts that are made up."),
 )
+_SIZES = ("architecture", "layers", "d_model", "d_mlp", "heads", "kv_heads", "vocab", "tied")
 _work = _options(
     click.option("--metric", default="ie", show_default=True, help="ie (log-probabilities) or logit_diff."),
-    click.option("--batch", default=64, show_default=True, help="Rows of a batch, where a peer takes them."),
+    click.option(
+        "--batch",
+        default="16,64,256",
+        show_default=True,
+        help="Rows of a batch: each peer that has the choice takes the best of these, with commas.",
+    ),
     click.option("--threads", default=0, help="Of PyTorch; its own choice unless given."),
     click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
     click.option("--seed", type=SEED, default=0, show_default=True),
@@ -63,6 +79,7 @@ _work = _options(
 _measure = _options(
     click.option("--peers", default="all", show_default=True, help="Names, with commas; see bench peers."),
     click.option("--rounds", default=5, show_default=True, help="Repeats of every peer, in turn."),
+    click.option("--runs", default=1, show_default=True, help="Do it all so often; the worst ratio is told."),
     click.option(
         "--limit", default=60.0, show_default=True, help="Seconds; what takes longer is measured on a sample."
     ),
@@ -90,16 +107,19 @@ def bench() -> None:
 @out_file
 @as_json
 @quiet
-def compare(sweeps: str, out: Path | None, as_json: bool, quiet: bool, **chosen: Any) -> None:
-    """Compare speed, memory and agreement on sweeps of one model.
+def compare(
+    models: tuple[str, ...], sweeps: str, out: Path | None, as_json: bool, quiet: bool, **chosen: Any
+) -> None:
+    """Compare speed, memory and agreement on sweeps of models.
 
-    The model is a random one of the given shape unless --model names another. Every peer runs in a process
-    of its own; their repeats take turns.
+    These are random ones of a small GPT-NeoX's shape and of SmolLM2-135M's unless --model or sizes choose
+    others. Every peer runs in a process of its own, pinned to as many CPUs as it has threads; their repeats
+    take turns. --out is written after every model.
     """
     from deltapatch.bench.cells import SWEEPS, make_cells
     from deltapatch.bench.compare import compare as run_comparison
     from deltapatch.bench.report import comparison
-    from deltapatch.bench.results import check_free
+    from deltapatch.bench.results import check_free, joined, stamp, write
     from deltapatch.models.load import load_model
 
     check_free(out)
@@ -107,13 +127,20 @@ def compare(sweeps: str, out: Path | None, as_json: bool, quiet: bool, **chosen:
     if unknown := [name for name in wanted if name not in SWEEPS]:
         raise DeltapatchError(f"unknown sweep {unknown[0]!r}: choose from {', '.join(SWEEPS)}")
     names, options, make_side = _measurement(chosen, quiet)
+    found = []
     with tempfile.TemporaryDirectory(prefix="deltapatch-bench-") as folder:
-        work = _workload(chosen, Path(folder))
-        spec = load_model(work.folder, device="cpu").spec
-        cells = [(name, make_cells(name, spec, len(work.clean), work.length)) for name in wanted]
-        result = run_comparison(work, cells, names, make_side, options, lambda text: say(text, quiet))
-    result["model"]["name"] = "random weights" if chosen["model"] == "random" else _title(chosen)
-    deliver("compare", result, out, as_json, comparison)
+        titles = [_title(model, chosen["revision"]) for model in _models(models)]
+        works = [_workload(m, chosen, Path(folder, str(i))) for i, m in enumerate(_models(models))]
+        for title, work in zip(titles, works, strict=True):
+            say(title, quiet)
+            spec = load_model(work.folder, device="cpu").spec
+            cells = [(name, make_cells(name, spec, len(work.clean), work.length)) for name in wanted]
+            result = run_comparison(work, cells, names, make_side, options, lambda text: say(text, quiet))
+            result["model"]["name"] = title
+            found.append(result)
+            if out is not None:
+                write(out, stamp("compare", joined(found)))
+    deliver("compare", joined(found), out, as_json, comparison)
 
 
 @bench.command()
@@ -161,7 +188,10 @@ def growth(
         make_side,
         options,
         sizes,
-        {name: chosen[name] for name in ("metric", "device", "batch", "threads", "seed")},
+        {
+            "batches": read_sizes("--batch", chosen["batch"]),
+            **{name: chosen[name] for name in ("metric", "device", "threads", "seed")},
+        },
         lambda text: say(text, quiet),
         keep,
     )
@@ -179,7 +209,9 @@ def growth(
 @out_file
 @as_json
 @quiet
-def precision(layer: int | None, out: Path | None, as_json: bool, quiet: bool, **chosen: Any) -> None:
+def precision(
+    model: str, layer: int | None, out: Path | None, as_json: bool, quiet: bool, **chosen: Any
+) -> None:
     """Compare effects in every precision, by hooks and by deltapatch, with those in float64.
 
     --layers, --d-model and so on are the shape of --model random.
@@ -190,8 +222,9 @@ def precision(layer: int | None, out: Path | None, as_json: bool, quiet: bool, *
 
     check_free(out)
     with tempfile.TemporaryDirectory(prefix="deltapatch-bench-") as folder:
-        result = run_precision(_workload(chosen, Path(folder)), layer, lambda text: say(text, quiet))
-    result["model"]["name"] = _title(chosen)
+        work = _workload(model, chosen, Path(folder))
+        result = run_precision(work, layer, lambda text: say(text, quiet))
+    result["model"]["name"] = _title(model, chosen["revision"])
     deliver("precision", result, out, as_json, table)
 
 
@@ -218,15 +251,16 @@ def figures(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
 def peers(as_json: bool) -> None:
     """List the peers, whether each can run here, and the sweeps."""
     from deltapatch.bench.cells import SWEEPS
+    from deltapatch.bench.peers.registry import make_peer
     from deltapatch.bench.setup import all_names
-    from deltapatch.bench.side import Side
+    from deltapatch.bench.side import about
 
-    found = {name: Side(name).hello() for name in all_names()}
+    found = {name: about(make_peer(name)) for name in all_names()}
     if as_json:
         print_json({"peers": found, "sweeps": SWEEPS})
         return
-    for name, about in found.items():
-        click.echo(f"{name:<18} {about['missing'] or about['what']}")
+    for name, told in found.items():
+        click.echo(f"{name:<18} {told['missing'] or told['what']}")
     click.echo()
     for name, what in SWEEPS.items():
         click.echo(f"{name:<18} {what}")
@@ -234,11 +268,12 @@ def peers(as_json: bool) -> None:
 
 def _measurement(chosen: dict[str, Any], quiet: bool) -> tuple[Any, Any, Any]:
     """The names of peers, the options of a comparison, and what makes sides."""
-    from deltapatch.bench.compare import Options
+    from deltapatch.bench.job import Options
     from deltapatch.bench.setup import all_names, check_names, side_maker
 
     options = Options(
         rounds=chosen["rounds"],
+        runs=chosen["runs"],
         limit=chosen["limit"],
         sample=chosen["sample"],
         check=chosen["check"],
@@ -248,28 +283,42 @@ def _measurement(chosen: dict[str, Any], quiet: bool) -> tuple[Any, Any, Any]:
     return names, options, side_maker(chosen["isolate"], chosen["cache"], lambda text: say(text, quiet))
 
 
-def _title(chosen: dict[str, Any]) -> str:
-    at = "" if chosen["revision"] is None else f" at {chosen['revision']}"
-    return f"{chosen['model']}{at}"
+def _models(given: tuple[str, ...]) -> tuple[str, ...]:
+    """The models of a comparison: those given, a random one of given sizes, or the usual two."""
+    from deltapatch.bench.random_models import SHAPES
+
+    source = click.get_current_context().get_parameter_source
+    sizes = any(source(name) is not ParameterSource.DEFAULT for name in _SIZES)
+    return given or (("random",) if sizes else tuple(f"random:{name}" for name in SHAPES))
+
+
+def _title(model: str, revision: str | None) -> str:
+    kind, _, shape = model.partition(":")
+    if kind == "random":
+        return f"{shape}, random weights" if shape else "random weights"
+    return model if revision is None else f"{model} at {revision}"
 
 
 def _shape_of(chosen: dict[str, Any]) -> Any:
     from deltapatch.bench.random_models import Shape
 
-    fields = ("architecture", "layers", "d_model", "d_mlp", "heads", "vocab")
-    return Shape(**{name: chosen[name] for name in fields})
+    return Shape(**{name: chosen[name] for name in _SIZES})
 
 
-def _workload(chosen: dict[str, Any], folder: Path) -> Any:
+def _workload(model: str, chosen: dict[str, Any], folder: Path) -> Any:
     from deltapatch.bench.setup import make_workload
 
     return make_workload(
-        chosen["model"],
+        model,
         _shape_of(chosen),
         chosen["pairs_file"],
         chosen["n_pairs"],
         chosen["length"],
         folder,
-        *(chosen[name] for name in ("metric", "device", "batch", "threads", "seed")),
+        chosen["metric"],
+        chosen["device"],
+        read_sizes("--batch", chosen["batch"]),
+        chosen["threads"],
+        chosen["seed"],
         revision=chosen["revision"],
     )

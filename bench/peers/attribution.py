@@ -33,7 +33,7 @@ class Attribution(Hooks):
     def start(self, site: str) -> None:
         """The clean runs, then the corrupted ones forwards and backwards."""
         super().start(site)
-        parts = [self._some_pairs(site, ids) for ids in torch.arange(len(self.clean)).split(self.work.batch)]
+        parts = [self._some_pairs(site, ids) for ids in torch.arange(len(self.clean)).split(self.batch)]
         self.estimate = [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
     def batches(self, cells: Cells) -> list[np.ndarray]:

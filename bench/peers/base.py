@@ -30,6 +30,8 @@ class Peer:
         sites: what it can patch.
         architectures: of which models.
         joint: whether it can patch several places at once.
+        batched: whether it has a choice of how many rows it puts into a forward.
+        batch: how many, where it has.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Peer:
     sites: tuple[str, ...] = SITES
     architectures: tuple[str, ...] = ("gpt_neox", "gptj", "llama")
     joint: bool = True
+    batched: bool = False
+    batch: int = 64
 
     work: Workload
     spec: ModelSpec

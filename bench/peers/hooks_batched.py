@@ -12,7 +12,8 @@ class HooksBatched(Hooks):
 
     name = "hooks-batched"
     what = "hooks, in batches"
+    batched = True
 
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """In the order of layers, so that few hooks act in a batch."""
-        return chunks(in_layer_order(cells), None, self.work.batch)
+        return chunks(in_layer_order(cells), None, self.batch)

@@ -15,6 +15,7 @@ class HooksLayer(Hooks):
 
     name = "hooks-layer"
     what = "hooks, in batches, from the patched layer on"
+    batched = True
 
     hidden: list[Tensor]  # [layer][pair, T, d_model], what goes into each layer of the corrupted runs
 
@@ -37,7 +38,7 @@ class HooksLayer(Hooks):
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """One layer at a time."""
         order = in_layer_order(cells)
-        return chunks(order, cells.first_layer[order], self.work.batch)
+        return chunks(order, cells.first_layer[order], self.batch)
 
     @torch.no_grad()
     def measure(self, cells: Cells) -> np.ndarray:

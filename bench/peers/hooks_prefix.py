@@ -51,7 +51,7 @@ class HooksPrefix(HooksLayer):
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """One position at a time, its layers in order."""
         order = np.lexsort((cells.pair, cells.first_layer, cells.first_position))
-        return chunks(order, cells.first_position[order], self.work.batch)
+        return chunks(order, cells.first_position[order], self.batch)
 
     @torch.no_grad()
     def measure(self, cells: Cells) -> np.ndarray:

@@ -13,10 +13,11 @@ class NNsightInvokes(NNsightLoop):
 
     name = "nnsight-invokes"
     what = "nnsight, batched invokes"
+    batched = True
 
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """As hooks in batches."""
-        return chunks(in_layer_order(cells), None, self.work.batch)
+        return chunks(in_layer_order(cells), None, self.batch)
 
     @torch.no_grad()
     def measure(self, cells: Cells) -> np.ndarray:

@@ -18,6 +18,7 @@ class PyveneBatched(PyveneLoop):
 
     name = "pyvene-batched"
     what = "pyvene, in batches, sources kept"
+    batched = True
 
     before: list[Tensor]  # [layer][pair, T, ...], the site's values in the corrupted runs
 
@@ -32,7 +33,7 @@ class PyveneBatched(PyveneLoop):
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """One layer at a time."""
         order = in_layer_order(cells)
-        return chunks(order, cells.first_layer[order], self.work.batch)
+        return chunks(order, cells.first_layer[order], self.batch)
 
     @torch.no_grad()
     def measure(self, cells: Cells) -> np.ndarray:

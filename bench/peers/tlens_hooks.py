@@ -17,6 +17,7 @@ class TLensHooks(TLensPatching):
 
     name = "tlens-hooks"
     what = "TransformerLens, custom hooks in batches"
+    batched = True
     joint = True
 
     source: list[Tensor]  # [layer][pair, T, ...]
@@ -30,7 +31,7 @@ class TLensHooks(TLensPatching):
 
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """As hooks in batches."""
-        return chunks(in_layer_order(cells), None, self.work.batch)
+        return chunks(in_layer_order(cells), None, self.batch)
 
     @torch.no_grad()
     def measure(self, cells: Cells) -> np.ndarray:

@@ -54,7 +54,7 @@ class TLensPatching(Peer):
     def batches(self, cells: Cells) -> list[np.ndarray]:
         """One call for each pair, cut so that it can be sampled."""
         order = np.lexsort((cells.index[:, 0], cells.position[:, 0], cells.layer[:, 0], cells.pair))
-        return chunks(order, cells.pair[order], self.work.batch)
+        return chunks(order, cells.pair[order], self.batch)
 
     @torch.no_grad()
     def measure(self, cells: Cells) -> np.ndarray:

@@ -54,10 +54,10 @@ def folder_of(tmp_path_factory):
 def work_of(folder_of):
     """A workload on it."""
 
-    def work(architecture="gpt_neox", metric="ie", batch=5):
+    def work(architecture="gpt_neox", metric="ie", batches=(5,)):
         folder = folder_of(architecture)
         ids = one_length(make_pairs(load_model(folder), PAIRS, LENGTH))
-        return Workload(str(folder), *ids, metric=metric, batch=batch)
+        return Workload(str(folder), *ids, metric=metric, batches=batches)
 
     return work
 

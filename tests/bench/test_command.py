@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from deltapatch.bench import isolate
-from deltapatch.bench.remote import Remote, SideError
+from deltapatch.bench import isolate, process
+from deltapatch.bench.job import Job, Options
+from deltapatch.bench.process import lines_of
 from deltapatch.bench.setup import side_maker
 from deltapatch.errors import DeltapatchError
 
@@ -24,6 +26,10 @@ TINY = ("--layers", 2, "--d-model", 8, "--d-mlp", 12, "--heads", 2, "--vocab", 3
         (("--rounds", 0), "rounds, check, limit and sample"),
         (("--metric", "kl"), "unknown metric 'kl'"),
         (("--architecture", "mamba"), "unknown architecture 'mamba'"),
+        (("--kv-heads", 2), "only llama has --kv-heads"),
+        (("--model", "random:gpt-9"), "unknown shape 'gpt-9': choose from gpt-neox-small, smollm2-135m"),
+        (("--batch", "16,a"), "--batch '16,a' is not a list of sizes"),
+        (("--runs", 0), "and so must runs"),
         (("--heads", 3), "does not divide into 3 heads"),
         (("--layers", 0), "every size must be at least 1"),
         (("--length", 1), "at least 1 pair and 2 tokens"),
@@ -65,6 +71,20 @@ def test_answers_of_several_tokens_are_refused(command, tmp_path):
     assert "pair 0 has one of 2" in done.err
 
 
+def test_a_size_makes_one_model_of_it_and_none_makes_the_usual_two(command, monkeypatch):
+    made = []
+
+    def workload(model, chosen, folder):
+        made.append(model)
+        raise DeltapatchError("that is enough")
+
+    monkeypatch.setattr("deltapatch.cli.bench._workload", workload)
+    for given in ((), ("--d-mlp", 12), ("--d-mlp", 2048), ("--model", "random:smollm2-135m", "--layers", 2)):
+        made.append(given)
+        command("bench", "compare", "--quiet", *given)
+    assert made[1::2] == ["random:gpt-neox-small", "random", "random", "random:smollm2-135m"]
+
+
 @pytest.mark.parametrize("values", ["a", "8,", "0"])
 def test_growth_wants_sizes(command, values):
     done = command("bench", "growth", *TINY, "--quiet", "--values", values if values != "8," else "8,x")
@@ -81,19 +101,50 @@ def test_help_shows_examples(command):
 
 
 def test_a_worker_that_ends_is_reported(tmp_path):
-    side = Remote("hooks", tmp_path / "log", python="/bin/false")
-    with pytest.raises(SideError, match="its process ended"):
-        side.ask("hello")
-    side.stop()
+    side = lines_of("/bin/false", 1, "deltapatch.bench.side", log=tmp_path / "log")
+    assert list(side) == [{"error": "its process ended (exit code 1)"}]
 
 
-def test_an_environment_that_cannot_be_made_costs_one_peer(tmp_path, monkeypatch):
+def test_a_process_goes_on_when_it_is_asked(tmp_path):
+    steps = tmp_path / "steps.py"
+    steps.write_text(
+        "import os, pathlib, sys\n"
+        "def lines(folder):\n"
+        "    for i in range(2):\n"
+        "        pathlib.Path(folder, str(i)).touch()\n"
+        "        print('a library says something')\n"
+        "        yield {'cpus': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1}\n"
+        "    raise ValueError('too\\nmuch')\n"
+    )
+    log = tmp_path / "log"
+    side = lines_of(sys.executable, 1, "steps", str(tmp_path), log=log)
+    assert next(side) == {"cpus": 1}
+    time.sleep(0.2)
+    assert not (tmp_path / "1").exists()
+    assert list(side) == [{"cpus": 1}, {"error": "ValueError: too much"}]
+    assert "a library says something" in log.read_text()
+    side = lines_of(sys.executable, 1, "steps", str(tmp_path), log=log)
+    next(side)
+    side.close()  # ends the process
+
+
+def test_cpus_are_of_different_cores_first(tmp_path, monkeypatch):
+    for cpu, core in {0: "0-1", 1: "0-1", 2: "2,5", 5: "2,5"}.items():
+        (tmp_path / str(cpu)).write_text(f"{core}\n")
+    monkeypatch.setattr(process, "_CORE", f"{tmp_path}/{{}}")
+    cpus = [0, 1, 2, 5, 7]  # of 7 the system says nothing
+    assert process.of_cores(cpus, 3) == [0, 2, 7]
+    assert process.of_cores(cpus, 4) == [0, 2, 7, 1]
+    assert process.of_cores([1, 5], 9) == [1, 5]
+
+
+def test_an_environment_that_cannot_be_made_costs_one_peer(work_of, tmp_path, monkeypatch):
     failed = SimpleNamespace(returncode=1, stderr="ERROR: No matching distribution\n", stdout="")
     monkeypatch.setattr(subprocess, "run", lambda *args, **more: failed)
     with pytest.raises(DeltapatchError, match="environment for nnsight cannot be made: ERROR: No matching"):
         isolate.isolated_python("nnsight", tmp_path, print)
-    side = side_maker(True, tmp_path, print)("nnsight", tmp_path)
-    assert "cannot be made" in side.ask("hello")["missing"]
+    side = side_maker(True, tmp_path, print)("nnsight", Job(str(tmp_path), work_of(), Options()))
+    assert "cannot be made" in next(side)["missing"]
 
 
 def test_an_environment_is_made_once(tmp_path, monkeypatch):

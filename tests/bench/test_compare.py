@@ -6,19 +6,23 @@ import numpy as np
 import pytest
 
 import deltapatch as dp
+from deltapatch.bench import markdown
 from deltapatch.bench.agreement import disagreement, rank_correlation, top_overlap
 from deltapatch.bench.cells import make_cells
-from deltapatch.bench.compare import Options, compare, fastest_peer
+from deltapatch.bench.compare import compare
+from deltapatch.bench.figures import draw_all
 from deltapatch.bench.growth import growth
+from deltapatch.bench.job import Options
 from deltapatch.bench.peers.base import Peer
 from deltapatch.bench.peers.hooks_batched import HooksBatched
 from deltapatch.bench.peers.ours import Ours
 from deltapatch.bench.random_models import Shape
-from deltapatch.bench.remote import Absent, Local, SideError
 from deltapatch.bench.report import comparison
 from deltapatch.bench.report import growth as growth_table
-from deltapatch.bench.results import stamp
-from deltapatch.bench.side import Side
+from deltapatch.bench.results import joined, stamp, write
+from deltapatch.bench.runs import fastest_peer
+from deltapatch.bench.setup import absent
+from deltapatch.bench.side import carry_out
 from deltapatch.errors import DeltapatchError
 
 
@@ -108,11 +112,11 @@ PEERS = [
 NAMES = [*(peer.name for peer in PEERS), "absent"]
 
 
-def local(name, folder):
+def local(name, job):
     if name == "absent":
-        return Absent(name, "its environment cannot be made")
+        return absent("its environment cannot be made")
     (peer,) = (p for p in PEERS if p.name == name)
-    return Local(Side(name, peer=peer))
+    return carry_out(peer, job)
 
 
 @pytest.fixture(autouse=True)
@@ -198,6 +202,66 @@ def test_the_result_is_plain_json(result):
     assert again["sides"]["hooks-batched"]["versions"]["torch"]
 
 
+def test_what_else_is_kept_of_every_repeat_and_run(result):
+    columns = result["sweeps"][0]["columns"]
+    for name in ("hooks-batched", "deltapatch-fp32"):
+        assert len(columns[name]["product_rate"]) == len(columns[name]["others"]) == 2
+        assert columns[name]["of_product_rate"] > 0
+    assert columns["hooks-batched"]["batch"] == [5]
+    assert columns["deltapatch-fp32"]["batch"] == [None]
+    assert columns[fastest_peer(result["sweeps"][0])]["times_as_fast"] == [1.0]
+    assert result["workload"]["batches"] == [5]
+    assert result["sides"]["hooks-batched"]["threads"] == result["limits"]["threads"]
+    text = comparison(result)
+    assert result["quiet"]["note"] in text
+    (line,) = (line for line in text.splitlines() if line.startswith("hooks-batched ") and " - " in line)
+    assert line.split()[6] == "5"  # after side, rate, spread of three words and ratio
+
+
+def test_several_models_are_one_result(result, tmp_path):
+    names = "one, random weights", "two, random weights"
+    models = [{**result, "model": {**result["model"], "name": name}} for name in names]
+    both = stamp("compare", joined(models))
+    text, table = comparison(both), markdown.table(both)
+    alone = markdown.table(result)
+    assert table == f"**{names[0]}**\n\n{alone}\n\n**{names[1]}**\n\n{alone}"
+    assert [text.count(f"{name}: gpt_neox") for name in names] == [1, 1]
+    assert joined(models[:1]) == models[0]
+    write(tmp_path / "both.json", both)
+    assert draw_all([tmp_path / "both.json"], tmp_path)
+
+
+def test_two_runs_are_made_with_new_sides(work_of):
+    work, made, names = work_of(), [], ["hooks-batched", "deltapatch-fp32"]
+
+    def make(name, job):
+        made.append(name)
+        (peer,) = (p for p in PEERS if p.name == name)
+        return carry_out(peer, job)
+
+    spec = dp.load_model(work.folder).spec
+    cells = make_cells("mlp_out-last", spec, len(work.clean), work.length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deltapatch.bench.limits.copy_rate", lambda device: 1e9)
+        found = compare(work, [("mlp_out-last", cells)], names, make, Options(rounds=2, runs=2, check=4))
+    assert made == names * 2
+    for column in found["sweeps"][0]["columns"].values():
+        assert len(column["rates"]) == 4
+        assert len(column["times_as_fast"]) == 2
+
+
+def test_no_process_is_started_that_memory_may_not_hold(work_of, monkeypatch):
+    work = work_of()
+    cells = make_cells("mlp_out-last", dp.load_model(work.folder).spec, len(work.clean), work.length)
+    free = iter([100, 60, 60])  # before and after the first, and before the second, which may take 80
+    monkeypatch.setattr("deltapatch.bench.compare.available", lambda: next(free))
+    monkeypatch.setattr("deltapatch.bench.limits.copy_rate", lambda device: 1e9)
+    names = ["hooks-batched", "deltapatch-fp32"]
+    found = compare(work, [("mlp_out-last", cells)], names, local, Options(rounds=1, check=4))
+    assert [c["status"] for c in found["sweeps"][0]["columns"].values()] == ["measured", "missing"]
+    assert "give fewer --peers" in comparison({**found, "model": {**found["model"], "name": "tiny"}})
+
+
 def test_growth_measures_every_point():
     shape = Shape(layers=2, d_model=8, d_mlp=8, heads=2, vocab=20, context=32)
     options = Options(rounds=1, check=4)
@@ -219,6 +283,7 @@ def test_growth_measures_every_point():
     assert [p["value"] for p in found["axes"]["vocab"]] == [8, 16]
     assert [p["interventions"] for p in found["axes"]["rows"]] == [8, 16]
     assert "Interventions per second by vocab" in growth_table(found)
+    assert found["quiet"]["note"] in growth_table(found)
     with pytest.raises(DeltapatchError, match="unknown axis 'depth'"):
         growth(["depth"], shape, 4, "neurons", [], local, options)
 
@@ -226,11 +291,6 @@ def test_growth_measures_every_point():
 def test_options_are_checked():
     with pytest.raises(DeltapatchError, match="rounds, check, limit and sample"):
         Options(rounds=0)
-
-
-def test_a_local_side_that_fails_says_so():
-    with pytest.raises(SideError, match="TypeError: expected"):
-        Local(Side("hooks", peer=Slow())).ask("load", workload=None)
 
 
 def test_ranks():

@@ -1,6 +1,5 @@
 """Peers of edges: by definition the same effects, in a process that prints JSON lines, judged by float64."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,9 +11,10 @@ import pytest
 import torch
 
 from deltapatch.bench import edge_compare, isolate, markdown
-from deltapatch.bench.edge_compare import MODELS, carry_out, config_of, judged, make_job, make_model, together
+from deltapatch.bench.edge_compare import MODELS, WORK, config_of, judged, make_job, make_model, together
 from deltapatch.bench.edge_peers.base import EdgePeer, Job, grouped, place
-from deltapatch.bench.edge_peers.work import PEERS, make_peer, work
+from deltapatch.bench.edge_peers.work import PEERS, carry_out, make_peer
+from deltapatch.bench.process import lines_of
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.nodes import Nodes
 
@@ -107,9 +107,7 @@ class Fake(EdgePeer):
 
 def test_a_process_tries_batch_sizes_and_tells_what_it_took(job_of, tmp_path):
     job, true = job_of("gpt2")
-    lines = []
-    work(Fake(), job, tmp_path / "effects.npy", lines.append)
-    said = together([json.dumps(line) for line in lines])
+    said = together(carry_out(Fake(), job, tmp_path / "effects.npy"))
     assert set(said["trials"]) == {"1", "2"}
     assert said["best"] == 2
     assert len(said["seconds"]) == job.repeats
@@ -123,12 +121,13 @@ def test_a_process_tries_batch_sizes_and_tells_what_it_took(job_of, tmp_path):
 
 def test_a_process_that_fails_says_why(tmp_path):
     (tmp_path / "job.json").write_text("{}")
-    said = carry_out(sys.executable, "eap-ig", tmp_path / "job.json", tmp_path / "effects.npy")
+    told = "eap-ig", str(tmp_path / "job.json"), str(tmp_path / "effects.npy")
+    said = together(lines_of(sys.executable, 1, WORK, *told, log=tmp_path / "log"))
     assert "KeyError" in said["error"]
     assert judged(said, tmp_path / "effects.npy", np.ones(1))["status"] == "failed"
     if Path("/bin/false").exists():
-        said = carry_out("/bin/false", "eap-ig", tmp_path / "job.json", tmp_path / "effects.npy")
-        assert said["error"] == "exit code 1"
+        said = together(lines_of("/bin/false", 1, WORK, *told, log=tmp_path / "log"))
+        assert said["error"] == "its process ended (exit code 1)"
 
 
 def test_a_comparison_in_processes_and_its_table(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ from deltapatch.bench.agreement import compare, disagreement
 from deltapatch.bench.cells import SWEEPS, make_cells
 from deltapatch.bench.oracle import oracle_values
 from deltapatch.bench.peers.registry import PEERS, make_peer, ours
-from deltapatch.bench.random_models import ARCHITECTURES
+from deltapatch.bench.random_models import ARCHITECTURES, Shape, make_model, make_pairs
 from deltapatch.bench.setup import EXTRAS
+from deltapatch.bench.workload import Workload, one_length
 from deltapatch.errors import DeltapatchError
 
 pytestmark = pytest.mark.filterwarnings("default")  # libraries of others warn about one another
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # libraries of others warn a
 
 def measured(peer, work, spec, cells):
     peer.prepare(work, spec)
+    peer.batch = 5
     peer.start(cells.site)
     values = np.full((len(cells), len(work.columns)), np.nan)
     for batch in peer.batches(cells):
@@ -43,6 +45,36 @@ def test_effects_are_the_oracle_s(peer_of, work_of, name, architecture):
                 assert disagreement(found, peer.precision, peer.difference_form) is None, (sweep, found)
             else:
                 assert found["rank_correlation"] > 0.5, (sweep, found)
+
+
+def test_a_tied_model_of_grouped_queries(tmp_path):
+    shape = Shape(
+        "llama", layers=2, d_model=12, d_mlp=20, heads=3, vocab=61, context=64, kv_heads=1, tied=True
+    )
+    model = dp.load_model(make_model(shape, tmp_path / "model"))
+    assert model.spec.tied_embeddings
+    assert (model.spec.n_heads, model.spec.n_kv_heads) == (3, 1)
+    work = Workload(str(tmp_path / "model"), *one_length(make_pairs(model, 1, 4)))
+    for sweep in ("z", "neurons-layer"):
+        cells = make_cells(sweep, model.spec, 1, 4)
+        for name in ("hooks-batched", "hooks-prefix", "deltapatch-fp32"):
+            peer = make_peer(name)
+            found = compare(work, measured(peer, work, model.spec, cells), oracle_values(model, work, cells))
+            assert disagreement(found, peer.precision, peer.difference_form) is None, (sweep, found)
+
+
+def test_logits_are_of_a_realistic_scale_tied_or_not(tmp_path):
+    for tied in (False, True):
+        shape = Shape("llama", layers=2, d_model=64, d_mlp=96, heads=2, vocab=500, context=64, tied=tied)
+        model = dp.load_model(make_model(shape, tmp_path / str(tied)))
+        assert 1.5 < model.logits(list(range(9))).std().item() < 4
+
+
+def test_shapes_that_cannot_be(tmp_path):
+    with pytest.raises(DeltapatchError, match="only llama has --kv-heads and --tied, and this is gptj"):
+        make_model(Shape("gptj", tied=True), tmp_path)
+    with pytest.raises(DeltapatchError, match="8 heads cannot share 3 key-value heads equally"):
+        make_model(Shape("llama", kv_heads=3), tmp_path)
 
 
 def test_attribution_is_exact_to_first_order(peer_of, work_of):
