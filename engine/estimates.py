@@ -5,7 +5,7 @@ layers once, of which only what enters each layer is kept; then gradients go bac
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from deltapatch.engine.gradients import Backward
 from deltapatch.engine.layers import Layers
 from deltapatch.engine.lines import Lines
-from deltapatch.engine.pool import Pool
+from deltapatch.engine.pool import Pool, workers
 from deltapatch.engine.prompts import Prompts, prompts_of
 from deltapatch.engine.question import Question
 from deltapatch.engine.reads import Reads
@@ -104,8 +104,10 @@ class Estimates:
         Raises:
             DeltapatchError: they are not finite.
         """
-        for numbers in self.chunks():
-            _Chunk(self, numbers).run(tick)
+        with workers(self.model.device) as pool:
+            setup = replace(self.setup, pool=pool)
+            for numbers in self.chunks():
+                _Chunk(self, setup, numbers).run(tick)
         if not np.isfinite(self.found[reaching(self.question)]).all():
             raise DeltapatchError(
                 "the gradients of this model are not finite in float32: load it with dtype='float64'"
@@ -146,18 +148,17 @@ class _Chunk:
 
     Args:
         whole: the estimates of all.
+        setup: what they are made with.
         numbers: of the pairs.
     """
 
-    def __init__(self, whole: Estimates, numbers: list[int]) -> None:
+    def __init__(self, whole: Estimates, setup: Setup, numbers: list[int]) -> None:
         self.whole, self.model, self.spec, self.dtype = whole, whole.model, whole.spec, whole.dtype
-        self.numbers, self.method = numbers, whole.method
+        self.setup, self.numbers, self.method = setup, numbers, whole.method
         self.prompts: Prompts = prompts_of(whole.question, numbers)
         self.shapes = self.prompts.shapes
-        self.layers = Layers(whole.setup, self.prompts, Unpatched(whole.setup, self.prompts))
-        self.backward = Backward(
-            self.spec, self.shapes, whole.setup.ops.block_tokens, frozen=self.method.name == "frozen"
-        )
+        self.layers = Layers(setup, self.prompts, Unpatched(setup, self.prompts))
+        self.backward = Backward(setup, self.shapes, frozen=self.method.name == "frozen")
         # Where the patches of a site are: which pair and column each is of, and its base token.
         self.spots = {
             g.site.name: np.array(
@@ -272,7 +273,7 @@ class _Chunk:
         for i, number in enumerate(self.numbers):
             mine = spots[spots[:, 0] == number]
             if len(mine):
-                lines = Lines(self.model, self.prompts, i, GOES_BY[self.method.by], self.method.steps)
+                lines = Lines(self.setup, self.prompts, i, GOES_BY[self.method.by], self.method.steps)
                 change = self._change(delta, mine)
                 together = g.positions == [TOGETHER]
                 slope = lines.slopes((g.site.place, l), mine[:, 2], change, together=together)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltapatch.engine.layout import PairShapes
 from deltapatch.engine.reads import Reads
+from deltapatch.engine.setup import Setup
 from deltapatch.interventions.runs import NONE
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.device import upload
@@ -27,15 +28,15 @@ class Backward:
     """Takes gradients back through the runs of some pairs.
 
     Args:
-        spec: of the model.
+        setup: what the pass is carried out with.
         shapes: of the runs.
-        most: tokens that go through a layer together, unless a single run has more.
         frozen: hold the scales of norms and the attention probabilities constant, as relevance propagation
             does (RelP, arXiv 2508.21258): what is taken back is then no derivative.
     """
 
-    def __init__(self, spec: ModelSpec, shapes: PairShapes, most: int, *, frozen: bool = False) -> None:
-        self.spec, self.shapes, self.most, self.frozen = spec, shapes, most, frozen
+    def __init__(self, setup: Setup, shapes: PairShapes, *, frozen: bool = False) -> None:
+        self.spec, self.shapes, self.frozen = setup.model.spec, shapes, frozen
+        self.block_tokens, self.pool = setup.ops.block_tokens, setup.pool
 
     def of_logits(self, x: Tensor, ends: EndWeights, reads: Reads, answers: tuple[float, float]) -> Tensor:
         """The gradient of answers[0] log P(clean answer) + answers[1] log P(corrupted answer) of each pair.
@@ -51,12 +52,14 @@ class Backward:
         weight = torch.tensor(answers, dtype=x.dtype, device=x.device)
         held = constant(ends)
         step = max(1, _LOGITS // len(ends.unembedding.weight))
-        for a in range(0, len(token), step):
-            some = token[a : a + step]
+
+        def back(piece: slice) -> None:
             with torch.enable_grad():
-                here = x[some].requires_grad_()  # [read, d_model]
-                said = log_probabilities(self._logits(here, held), targets[a : a + step])
-                (out[some],) = torch.autograd.grad((said @ weight).sum(), here)
+                here = x[token[piece]].requires_grad_()  # [read, d_model]
+                said = log_probabilities(self._logits(here, held), targets[piece])
+                (out[token[piece]],) = torch.autograd.grad((said @ weight).sum(), here)
+
+        self.pool(back, [slice(a, a + step) for a in range(0, len(token), step)])
         return out
 
     def through(
@@ -84,7 +87,8 @@ class Backward:
         widths = forward.widths(self.spec, int(self.shapes.length.max()))
         found = {p: slope if p in _AFTER else x.new_zeros(len(x), *widths[p]) for p in places}
         held = constant(layer)
-        for segment in self.shapes.segments(1, self.most):
+
+        def back(segment: Segment) -> None:
             mine = slice(segment.base, segment.base + segment.pairs * segment.length)
             slopes = self._piece(segment, x, slope, held, at, places)
             before[mine] = slopes.pop("resid_pre").flatten(0, 1)
@@ -93,6 +97,8 @@ class Backward:
                 if place == "pattern":  # as many keys as its own run has tokens
                     to = to[..., : value.shape[-1]]
                 to.copy_(value.flatten(0, 1))
+
+        self.pool(back, self.shapes.segments(1, self.block_tokens))
         return before, found
 
     def _piece(

@@ -11,8 +11,8 @@ from torch import Tensor
 from deltapatch.engine.gradients import log_probabilities
 from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.reads import Reads
+from deltapatch.engine.setup import Setup
 from deltapatch.kernels.device import upload
-from deltapatch.models.model import Model
 from deltapatch.models.patched import changed_logits
 
 _TOKENS = 4096  # that go through the model together
@@ -22,16 +22,16 @@ class Lines:
     """The lines of one pair, whose answers are single tokens.
 
     Args:
-        model, prompts: of the pass.
+        setup, prompts: of the pass.
         pair: its number among the pairs of the pass.
         answers: as of `Backward.of_logits`.
         steps: of each line; gradients are taken in the middle of each step.
     """
 
     def __init__(
-        self, model: Model, prompts: Prompts, pair: int, answers: tuple[float, float], steps: int
+        self, setup: Setup, prompts: Prompts, pair: int, answers: tuple[float, float], steps: int
     ) -> None:
-        self.model, self.answers, self.steps = model, answers, steps
+        self.model, self.pool, self.answers, self.steps = setup.model, setup.pool, answers, steps
         self.base, self.length = int(prompts.shapes.base[pair]), int(prompts.shapes.length[pair])
         self.targets = Reads(prompts.shapes, prompts.targets).any[[pair]]  # [1, answer, token]
         self.tokens = torch.from_numpy(prompts.tokens[self.base : self.base + self.length])
@@ -50,8 +50,13 @@ class Lines:
         """
         line = np.zeros(len(token), np.int64) if together else np.arange(len(token))
         most = len(token) if together else max(1, _TOKENS // (self.length * self.steps))
-        pieces = [slice(a, a + most) for a in range(0, len(token), most)]
-        return torch.cat([self._piece(place, token[p], line[p] - line[p][:1], change[p]) for p in pieces])
+        out = torch.empty_like(change)
+
+        def take(piece: slice) -> None:
+            out[piece] = self._piece(place, token[piece], line[piece] - line[piece.start], change[piece])
+
+        self.pool(take, [slice(a, a + most) for a in range(0, len(token), most)])
+        return out
 
     def _piece(self, place: tuple[str, int], token: np.ndarray, line: np.ndarray, change: Tensor) -> Tensor:
         """The lines of some spots; those of one number move together."""

@@ -73,8 +73,8 @@ class Missed:
     def __str__(self) -> str:
         return (
             f"{self.found:,} verified effects have |{self.metric}| above {self.threshold:.4g}; with "
-            f"{self.confidence:.4g} confidence at most {self.at_most:,} of the {self.unseen:,} not looked at "
-            "have"
+            f"{100 * self.confidence:g}% confidence at most {self.at_most:,} of the {self.unseen:,} not "
+            "looked at have"
         )
 
 
@@ -198,6 +198,11 @@ class Screened:
         found: np.ndarray = each[stratum]
         return found
 
+    def estimates_of_verified(self, metric: str | None = None) -> np.ndarray:
+        """[intervention], the estimates of what was verified; as of `estimate`."""
+        found: np.ndarray = self._estimated(self.by if metric is None else metric)[self._effect]
+        return found
+
     def columns(self, metrics: str | Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """The long form of what was verified, one entry each: pair, site, layer, position, index.
 
@@ -227,7 +232,7 @@ class Screened:
             columns["position"][mine] = position_column(g.positions, is_labelled(g.positions))[at[2]]
             if len(at) > 3:
                 columns["index"][mine] = at[3]
-        columns["estimate"] = self._estimates[self._effect].astype(np.float64)
+        columns["estimate"] = self.estimates_of_verified()
         columns["drawn"] = self._stratum[self._effect] >= 0
         return columns | {name: self.verified.values(name) for name in asked_of(self.metrics, metrics)}
 
