@@ -388,7 +388,7 @@ def _factor(metric: str, reference: Reference, direction: Direction) -> np.ndarr
     """[pair], how a metric moves with what it follows from, to first order."""
     n, base = len(reference.logp), 1 if direction == "denoise" else 0
     if metric in ("dp_clean", "dp_corrupted"):
-        found: np.ndarray = np.exp(reference.logp[:, base, metric == "dp_corrupted"])
+        found: np.ndarray = np.exp(reference.logp[:, base, int(metric == "dp_corrupted")])
         return found
     if metric == "ie":
         return np.full(n, 0.5 if direction == "denoise" else -0.5)
