@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deltapatch.results.effects import Effects
     from deltapatch.results.outcome import Outcome
     from deltapatch.results.reading import load_edges, load_effects, load_outcome
+    from deltapatch.results.screened import Screened, load_screened
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOME = {
     "Outcome": "results.outcome",
     "Patch": "interventions.given",
     "PromptPair": "interventions.pairs",
+    "Screened": "results.screened",
     "acdc": "analysis.acdc",
     "circuit_curve": "analysis.circuit_runs",
     "faithfulness": "analysis.circuit_runs",
@@ -50,6 +52,7 @@ _HOME = {
     "load_model": "models.load",
     "load_outcome": "results.reading",
     "load_sae": "models.autoencoder",
+    "load_screened": "results.screened",
     "path_effects": "analysis.circuit_runs",
     "load_pairs": "interventions.pairs_file",
     "run": "engine.sweep",
@@ -71,6 +74,7 @@ __all__ = [
     "Outcome",
     "Patch",
     "PromptPair",
+    "Screened",
     "acdc",
     "circuit_curve",
     "faithfulness",
@@ -82,6 +86,7 @@ __all__ = [
     "load_outcome",
     "load_pairs",
     "load_sae",
+    "load_screened",
     "path_effects",
     "run",
     "sweep",
