@@ -79,9 +79,9 @@ class Estimates:
                 "is no prompt: use attribution, or another source"
             )
         places = self.grid.places
-        if name == "frozen" and (no := sorted(places & {"q", "k", "pattern"})):
+        if name == "relp" and (no := sorted(places & {"q", "k", "pattern"})):
             raise DeltapatchError(
-                f"screen 'frozen' holds attention probabilities constant, so it says nothing of {no[0]}: "
+                f"screen 'relp' holds attention probabilities constant, so it says nothing of {no[0]}: "
                 "leave that site out, or use attribution"
             )
         if name != "ig-activations":
@@ -158,7 +158,7 @@ class _Chunk:
         self.prompts: Prompts = prompts_of(whole.question, numbers)
         self.shapes = self.prompts.shapes
         self.layers = Layers(setup, self.prompts, Unpatched(setup, self.prompts))
-        self.backward = Backward(setup, self.shapes, frozen=self.method.name == "frozen")
+        self.backward = Backward(setup, self.shapes, relp=self.method.name == "relp")
         # Where the patches of a site are: which pair and column each is of, and its base token.
         self.spots = {
             g.site.name: np.array(

@@ -30,12 +30,12 @@ class Backward:
     Args:
         setup: what the pass is carried out with.
         shapes: of the runs.
-        frozen: hold the scales of norms and the attention probabilities constant, as relevance propagation
-            does (RelP, arXiv 2508.21258): what is taken back is then no derivative.
+        relp: take back, in place of derivatives, the coefficients of relevance propagation (RelP, arXiv
+            2508.21258): see `_relp_block`.
     """
 
-    def __init__(self, setup: Setup, shapes: PairShapes, *, frozen: bool = False) -> None:
-        self.spec, self.shapes, self.frozen = setup.model.spec, shapes, frozen
+    def __init__(self, setup: Setup, shapes: PairShapes, *, relp: bool = False) -> None:
+        self.spec, self.shapes, self.relp = setup.model.spec, shapes, relp
         self.block_tokens, self.pool = setup.ops.block_tokens, setup.pool
 
     def of_logits(self, x: Tensor, ends: EndWeights, reads: Reads, answers: tuple[float, float]) -> Tensor:
@@ -118,7 +118,7 @@ class Backward:
         asked = {p: {"resid_mid": "attn_out", "pattern": "z"}.get(p, p) for p in places if p not in _AFTER}
         with torch.enable_grad():
             before = segment.run(x).detach().requires_grad_()
-            block = (_frozen_block if self.frozen else forward.block)(before, layer, context)
+            block = (_relp_block if self.relp else forward.block)(before, layer, context)
             names = sorted(set(asked.values()))
             inside = [getattr(block, name) for name in names]
             own, *rest = torch.autograd.grad(block.resid_post, [before, *inside], segment.run(slope))
@@ -131,7 +131,7 @@ class Backward:
 
     def _logits(self, x: Tensor, ends: EndWeights) -> Tensor:
         """[read, d_vocab] of [read, d_model]."""
-        if not self.frozen:
+        if not self.relp:
             return forward.readout(x, ends, self.spec)
         norm = map_tensors(ends.norm, lambda t: t.to(x.dtype))
         return forward.unembed(_held_norm(x, norm, self.spec) * self.spec.logit_scale, ends, self.spec)
@@ -152,8 +152,12 @@ def log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.where(goes_on, said, 0)
 
 
-def _frozen_block(x: Tensor, layer: LayerWeights, context: forward.LayerContext) -> forward.Activations:
-    """`forward.block`, with the scales of its norms and its attention probabilities held constant."""
+def _relp_block(x: Tensor, layer: LayerWeights, context: forward.LayerContext) -> forward.Activations:
+    """`forward.block`, of which parts are held constant, so that what it says is shared out linearly.
+
+    Those are the scales of norms, attention probabilities, and of an activation function what it multiplies
+    by, act(u) / u. Of a product of gate and neuron each has half.
+    """
     spec = context.spec
     plain = forward.attention(x.detach(), layer, context, pattern=True)
     assert plain.pattern is not None
@@ -166,12 +170,22 @@ def _frozen_block(x: Tensor, layer: LayerWeights, context: forward.LayerContext)
     normed = _held_norm(
         x if spec.parallel else x + attn_out, layer.norm1 if spec.shared_norm else layer.norm2, spec
     )
-    act, up = forward.activation(spec.activation), forward.linear(normed, layer.up)
-    mlp_post = act(up) if layer.gate is None else act(forward.linear(normed, layer.gate)) * up
+    up = forward.linear(normed, layer.up)
+    if layer.gate is None:
+        mlp_post = _held_activation(up, spec)
+    else:
+        gate = _held_activation(forward.linear(normed, layer.gate), spec)
+        mlp_post = (gate * up.detach() + gate.detach() * up) / 2
     mlp_out = _held_norm(forward.linear(mlp_post, layer.down), layer.post2, spec) * spec.residual_scale
     found = {"v": v, "z": z, "attn_out": attn_out, "mlp_post": mlp_post, "mlp_out": mlp_out}
     none = dict.fromkeys(forward.Activations._fields)
     return forward.Activations(**none | found | {"resid_post": x + attn_out + mlp_out})  # type: ignore[arg-type]
+
+
+def _held_activation(u: Tensor, spec: ModelSpec) -> Tensor:
+    """The activation function as a linear map: u times act(u) / u, which is constant."""
+    held = torch.where(u == 0, 1e-6, u.detach())
+    return u * (forward.activation(spec.activation)(held) / held)
 
 
 def _held_norm(x: Tensor, norm: Norm | None, spec: ModelSpec) -> Tensor:

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 Positions = str | int | Sequence[int | str]
 Layers = str | int | Sequence[int]
 
-SCREENS = ("attribution", "frozen", "ig-inputs", "ig-activations")
+SCREENS = ("attribution", "relp", "ig-inputs", "ig-activations")
 SCREENED_BY = ("logit_diff", "dlogp_clean", "dlogp_corrupted")
 OF_SCREENS = ("top", "screen_sample", "screen_by", "screen_steps", "threshold")
 
@@ -283,12 +283,12 @@ class SweepOptions(Options):
         other=0,
         typed={"help": "all, or numbers and ranges: 0-5,9.", "read": arguments.layers},
     )
-    screen: Literal["attribution", "frozen", "ig-inputs", "ig-activations"] | None = option(
+    screen: Literal["attribution", "relp", "ig-inputs", "ig-activations"] | None = option(
         None,
         "estimate all effects by gradients, and compute those of the `top` and of a random sample exactly; a "
-        '`Screened` is returned. "attribution" takes the gradient of the base run; "frozen" holds norms and '
-        'attention probabilities constant in it; "ig-inputs" is its mean over runs with embeddings between '
-        'those of both prompts; "ig-activations" its mean along the line of each vector that is patched, '
+        '`Screened` is returned. "attribution" takes the gradient of the base run; "relp" coefficients of '
+        'relevance propagation in its place; "ig-inputs" the mean gradient of runs with embeddings between '
+        'those of both prompts; "ig-activations" the mean along the line of each vector that is patched, '
         "which takes longer than exact effects.",
         check=lambda value: value if value is None else arguments.choice(value, SCREENS, "screen"),
         word="screen",

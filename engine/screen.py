@@ -22,7 +22,7 @@ from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.screened import NOTHING, TOP, Screened
-from deltapatch.results.strata import draw
+from deltapatch.results.strata import cut, draw
 
 _TOP, _SAMPLE, _STEPS = 1000, 1000, 5
 
@@ -71,9 +71,8 @@ class Screen:
         for number, g in enumerate(self.grid.sites):
             site[rest >= g.offset] = number
         self.stratum[best] = TOP
-        self.stratum[rest], self.strata, drawn = draw(
-            np.abs(self.estimates[rest]), site, sample, self.options.seed
-        )
+        self.stratum[rest] = stratum = cut(np.abs(self.estimates[rest]), site)
+        self.strata, drawn = draw(stratum, sample, self.options.seed)
         self.chosen = np.sort(np.concatenate([best, rest[drawn]]))
         if not len(self.chosen):
             raise DeltapatchError("nothing would be computed exactly: top and screen_sample leave nothing")

@@ -67,37 +67,44 @@ class Strata:
         return total
 
 
-def draw(size: np.ndarray, group: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, Strata, np.ndarray]:
-    """Draw a sample by strata: those of one group whose sizes are next to each other, each as densely.
+def cut(size: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """[item], the stratum of each: items of one group whose sizes are next to each other.
 
     Args:
-        size: [item], what strata are cut by.
+        size: [item].
         group: [item], a number; no stratum has two.
-        n: how many to draw, a few more where strata are many: at least two of each.
-        seed: of the draws.
-
-    Returns:
-        [item], the stratum of each; the strata; and the items that were drawn, ascending.
     """
     stratum = np.zeros(len(size), dtype=np.int64)
     count = 0
     for one in np.unique(group):
         mine = np.flatnonzero(group == one)
-        parts = np.array_split(mine[np.argsort(size[mine], kind="stable")], min(_STRATA, len(mine)))
-        for part in parts:
+        for part in np.array_split(mine[np.argsort(size[mine], kind="stable")], min(_STRATA, len(mine))):
             stratum[part] = count
             count += 1
-    sizes = np.bincount(stratum, minlength=count)
-    share = n / max(1, len(size))
-    wanted = (
-        np.minimum(np.maximum(np.ceil(share * sizes).astype(np.int64), _LEAST), sizes) if n else 0 * sizes
-    )
+    return stratum
+
+
+def draw(stratum: np.ndarray, n: int, seed: int) -> tuple[Strata, np.ndarray]:
+    """Draw a sample, from each stratum as densely.
+
+    Args:
+        stratum: [item], as `cut` gives it.
+        n: how many to draw, a few more where strata are many: at least two of each.
+        seed: of the draws.
+
+    Returns:
+        The strata, and the items that were drawn, ascending.
+    """
+    sizes = np.bincount(stratum)
+    share = np.ceil(n / max(1, len(stratum)) * sizes).astype(np.int64)
+    wanted = np.minimum(np.maximum(share, _LEAST) if n else share, sizes)
     rng = np.random.default_rng(seed)
-    order = np.lexsort((rng.random(len(size)), stratum))  # shuffled within strata
-    first = np.cumsum(sizes) - sizes
-    place = np.arange(len(size)) - first[stratum[order]]
-    chosen = np.sort(order[place < wanted[stratum[order]]])
-    return stratum, Strata(sizes, wanted), chosen
+    parts = np.split(np.argsort(stratum, kind="stable"), np.cumsum(sizes)[:-1])
+    drawn = [
+        part[rng.choice(len(part), k, replace=False)]
+        for part, k in zip(parts, wanted.tolist(), strict=False)  # of no items there is one empty part
+    ]
+    return Strata(sizes, wanted), np.sort(np.concatenate([np.empty(0, np.int64), *drawn]))
 
 
 def upper(x: int, n: int, alpha: float) -> float:

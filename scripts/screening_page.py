@@ -22,7 +22,7 @@ from deltapatch.engine.options import SCREENS, SweepOptions
 from deltapatch.engine.question import ask
 from deltapatch.models.builtin_models import ARITHMETIC_MODELS
 from deltapatch.results.folder import environment
-from deltapatch.results.strata import draw
+from deltapatch.results.strata import cut, draw
 from deltapatch.tasks.arithmetic import arithmetic_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ RESULT = ROOT / "bench" / "results" / "screening_builtin.json"
 FIGURE = ROOT / "docs" / "figures" / "screening.png"
 POSITIONS = {"mlp_post": ["op1", "op2", "last"], "mlp_out": "all", "attn_out": "all", "z": "all"}
 TRUE, SHARE, STEPS = 100, 0.05, 5
-SEEDS, TOP, SAMPLE = 1000, 1000, 1000
+SEEDS, TOP, SAMPLE = 300, 1000, 1000
 
 
 def found_by(truth: np.ndarray, estimates: np.ndarray, shares: np.ndarray) -> list[float]:
@@ -48,8 +48,9 @@ def bounds(truth: np.ndarray, estimates: np.ndarray) -> dict[str, float]:
     threshold = float(np.median(np.abs(truth[top])))
     large, size = np.abs(truth[rest]) > threshold, np.abs(estimates[rest])
     holds, at_most, missed = [], [], []
+    stratum = cut(size, np.zeros(len(rest), np.int64))
     for seed in range(SEEDS):
-        stratum, strata, drawn = draw(size, np.zeros(len(rest), np.int64), SAMPLE, seed)
+        strata, drawn = draw(stratum, SAMPLE, seed)
         counts = np.bincount(stratum[drawn][large[drawn]], minlength=len(strata.size))
         at_most.append(strata.at_most(counts, 0.95))
         missed.append(int(large.sum() - counts.sum()))
@@ -87,7 +88,8 @@ def measured(model: dp.Model, pairs: list[dp.PromptPair], site: str, shares: np.
                 truth.mean(0).ravel(), found.mean(0).ravel(), np.array([SHARE])
             )[0]
             here["curve"] = found_by(x, y, shares)
-            here["bound"] = bounds(x, y)
+            if name == "attribution":
+                here["bound"] = bounds(x, y)
         out["screens"][name] = here
     return out
 

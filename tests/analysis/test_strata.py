@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deltapatch import DeltapatchError
-from deltapatch.results.strata import Strata, draw, upper
+from deltapatch.results.strata import Strata, cut, draw, upper
 
 SEEDS = 200
 
@@ -29,7 +29,8 @@ def test_every_stratum_is_drawn_from_as_densely_and_never_twice():
     rng = np.random.default_rng(1)
     size, group = rng.exponential(size=4000), rng.choice([0, 0, 0, 0, 0, 0, 0, 3], size=4000)
     size[:500] = 0.0  # ties
-    stratum, strata, drawn = draw(size, group, 400, seed=2)
+    stratum = cut(size, group)
+    strata, drawn = draw(stratum, 400, seed=2)
     assert np.array_equal(np.bincount(stratum), strata.size)
     assert np.array_equal(np.bincount(stratum[drawn], minlength=len(strata.size)), strata.drawn)
     assert len(np.unique(drawn)) == len(drawn)
@@ -42,19 +43,20 @@ def test_every_stratum_is_drawn_from_as_densely_and_never_twice():
         others = (group == group[mine][0]) & ~mine
         between = others & (size > size[mine].min()) & (size < size[mine].max())
         assert not between.any()
-    again = draw(size, group, 400, seed=2)[2]
+    again = draw(stratum, 400, seed=2)[1]
     assert np.array_equal(again, drawn)
-    assert not np.array_equal(draw(size, group, 400, seed=3)[2], drawn)
+    assert not np.array_equal(draw(stratum, 400, seed=3)[1], drawn)
 
 
 def test_small_sets():
     none = np.empty(0), np.empty(0, dtype=np.int64)
-    stratum, strata, drawn = draw(*none, 10, seed=0)
+    stratum = cut(*none)
+    strata, drawn = draw(stratum, 10, seed=0)
     assert len(stratum) == len(drawn) == strata.unseen == strata.at_most(np.empty(0, np.int64), 0.95) == 0
-    stratum, strata, drawn = draw(np.arange(3.0), np.zeros(3, np.int64), 10, seed=0)
+    strata, drawn = draw(cut(np.arange(3.0), np.zeros(3, np.int64)), 10, seed=0)
     assert drawn.tolist() == [0, 1, 2]
     assert strata.at_most(np.array([1, 1, 1]), 0.95) == 0  # all of them were seen
-    _, strata, drawn = draw(np.arange(300.0), np.zeros(300, np.int64), 0, seed=0)
+    strata, drawn = draw(cut(np.arange(300.0), np.zeros(300, np.int64)), 0, seed=0)
     assert not len(drawn)
     assert strata.at_most(np.zeros(5, np.int64), 0.95) == 300  # nothing is known
     for confidence in (1, 0.3, math.nan):
@@ -78,8 +80,9 @@ def populations():
 def test_the_bound_holds_at_least_as_often_as_it_says(confidence):
     cases = list(populations())
     holds = np.zeros(len(cases))
+    stratum = cut(*cases[0][:2])
     for seed in range(SEEDS):
-        stratum, strata, drawn = draw(*cases[0][:2], 150, seed)
+        strata, drawn = draw(stratum, 150, seed)
         for i, (_, _, large) in enumerate(cases):
             counts = np.bincount(stratum[drawn][large[drawn]], minlength=len(strata.size))
             bound = strata.at_most(counts, confidence)

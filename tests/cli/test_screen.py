@@ -42,18 +42,18 @@ def test_what_does_not_go_together(command, tiny, write_pairs, ids_pair, tmp_pat
     pairs, out = write_pairs(ids_pair), tmp_path / "run"
     for more, said in (
         (("--out", out), "give screen as well"),
-        (("--screen", "frozen", "--dry-run"), "--screen and --dry-run"),
-        (("--screen", "frozen", "--ray", "", "--out", out), "--screen and --ray"),
+        (("--screen", "relp", "--dry-run"), "--screen and --dry-run"),
+        (("--screen", "relp", "--ray", "", "--out", out), "--screen and --ray"),
         (("--screen", "magic", "--out", out), "magic"),
-        (("--screen", "frozen", "--screen-by", "kl", "--out", out), "kl"),
-        (("--screen", "frozen", "--metrics", "kl", "--out", out), "needs it"),
+        (("--screen", "relp", "--screen-by", "kl", "--out", out), "kl"),
+        (("--screen", "relp", "--metrics", "kl", "--out", out), "needs it"),
     ):
         result = screen(command, tiny, pairs, *more)
         assert result.code == 2
         assert said in result.err
         assert "Traceback" not in result.err
         assert not out.exists()
-    assert screen(command, tiny, pairs, "--screen", "frozen", "--out", out, "--quiet").code == 0
+    assert screen(command, tiny, pairs, "--screen", "relp", "--out", out, "--quiet").code == 0
     result = command("effects", out, "--by", "layer")
     assert result.code == 2
     assert "screened sweep" in result.err

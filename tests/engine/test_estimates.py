@@ -146,7 +146,7 @@ def test_gradients_along_the_line_of_a_vector_become_its_exact_effect(variant, p
     assert np.allclose(got, want, rtol=1e-2, atol=1e-2 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("method", ["attribution", "ig-inputs", "frozen"])
+@pytest.mark.parametrize("method", ["attribution", "ig-inputs", "relp"])
 def test_streamed_or_in_chunks_they_are_the_same(method, tmp_path):
     hf_model("llama-grouped").save_pretrained(tmp_path)
     drawn = [PromptPair(*random_pair(n, seed=n)[:4]) for n in (6, 4, 5)]
@@ -178,12 +178,15 @@ def test_integrated_inputs_take_the_mean_of_gradients_between_the_prompts():
         assert not np.allclose(many[site], one[site])
 
 
-def test_frozen_gradients_of_one_layer_by_hand():
-    """The final norm's scale and the attention probabilities are those of the base run."""
+def test_relevance_in_one_layer_by_hand():
+    """Norms' scales, attention probabilities and act(u) / u are those of the base run, and constant."""
     true, model = true_model("one-layer"), deltapatch.from_transformers(hf_model("one-layer", torch.float64))
     (pair,) = pairs(true, (5,), seed=3)
     found = estimated(
-        model, [PromptPair(**pair._asdict())], "frozen", sites=["mlp_out", "attn_out", "z", "v"]
+        model,
+        [PromptPair(**pair._asdict())],
+        "relp",
+        sites=["mlp_out", "attn_out", "z", "v", "mlp_post", "resid_pre"],
     )
     base, source = true.activations(pair.corrupted), true.activations(pair.clean)
     change = {site: source[site, 0] - base[site, 0] for site in found}
@@ -197,6 +200,29 @@ def test_frozen_gradients_of_one_layer_by_hand():
     assert np.allclose(found["z"][0, 0, -1], (change["z"][-1] * heads).sum(-1))
     pattern = base["pattern", 0][-1]  # [head, T]
     assert np.allclose(found["v"][0, 0], np.einsum("thc,hc,ht->th", change["v"], heads, pattern))
+    w, d, x = true.blocks[0], change["resid_pre"], base["resid_pre", 0]
+    neurons = w.down.weight.T @ slope
+    assert np.allclose(found["mlp_post"][0, 0, -1], change["mlp_post"][-1] * neurons)
+    scaled = (d - d.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    values = (scaled * w.norm1.weight @ w.v.weight.T).reshape(change["v"].shape)
+    want = np.einsum("thc,hc,ht->t", values, heads, pattern)
+    normed = w.norm2.weight * (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    u = ((normed + w.norm2.bias) @ w.up.weight.T + w.up.bias)[-1]
+    share = base["mlp_post", 0][-1] / u
+    want[-1] += d[-1] @ slope + (scaled[-1] * w.norm2.weight @ w.up.weight.T * share) @ neurons
+    assert np.allclose(found["resid_pre"][0, 0], want)
+
+
+def test_relevance_is_kept_on_the_way():
+    """Without biases, all that the logits say is in the residual stream of every layer."""
+    model = deltapatch.from_transformers(hf_model("llama", torch.float64))
+    (pair,) = pairs(true_model("llama"), (5,), seed=3)
+    options = {"sites": ["resid_pre", "resid_mid", "resid_post"], "positions": "together", "source": "zero"}
+    found = estimated(model, [PromptPair(**pair._asdict())], "relp", **options)
+    logits = true_model("llama").logits(pair.corrupted)[-1]
+    said = logits[pair.clean_answer] - logits[pair.corrupted_answer]
+    for site, estimates in found.items():
+        assert np.allclose(estimates, -said, rtol=1e-5), site  # but for the norms' epsilon
 
 
 def test_where_nothing_can_happen():
@@ -223,7 +249,7 @@ def test_what_is_refused():
     long = with_long_answers(true_model("llama"), pairs(true_model("llama"), (4,))[0], (2, 2), 0, seed=1)
     for given, method, options, said in (
         ([short], "ig-inputs", {"source": "zero", "sites": "z"}, "is no prompt"),
-        ([short], "frozen", {"sites": ["z", "q"]}, "nothing of q"),
+        ([short], "relp", {"sites": ["z", "q"]}, "nothing of q"),
         ([short], "ig-activations", {"sites": "pattern"}, "no line for pattern"),
         ([PromptPair(**long._asdict())], "ig-activations", {"sites": "z"}, "answers of one token"),
     ):

@@ -148,7 +148,7 @@ def test_a_damaged_file_of_estimates_is_refused(found, tmp_path):
 
 
 def test_all_is_exact_where_there_is_little(model, prompts):
-    options = {"sites": "mlp_out", "positions": "last", "progress": False, "screen": "frozen"}
+    options = {"sites": "mlp_out", "positions": "last", "progress": False, "screen": "relp"}
     found = deltapatch.sweep(model, prompts, **options)
     assert found.is_verified().all()
     assert found.missed(0.0).at_most == found.missed(0.0).unseen == 0
