@@ -35,6 +35,7 @@ from deltapatch.results.tensorfile import save_file
 from deltapatch.results.wholefile import write_whole
 
 ESTIMATES = "estimates.safetensors"
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 TOP, NOTHING = -1, -2  # in the place of strata: the top, and what is no effect or can only be zero
 # What follows, to first order, from the change of a measured number.
 FIRST_ORDER = {
@@ -355,7 +356,7 @@ def load_screened(path: str | os.PathLike[str]) -> Screened:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = file.metadata() or {}
         return _read(verified, arrays, about)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (*_DAMAGE, SafetensorError) as error:
         raise DeltapatchError(
             f"{path / ESTIMATES} is damaged ({error}): run the same sweep again, elsewhere"
         ) from error
@@ -363,9 +364,10 @@ def load_screened(path: str | os.PathLike[str]) -> Screened:
 
 def _read(verified: Outcome, arrays: dict[str, np.ndarray], about: dict[str, str]) -> Screened:
     """What a file holds, checked. ValueError, KeyError or TypeError where it makes no sense."""
-    grid = Grid.of_settings(
-        json.loads(about["grid"]) | {"source": verified.meta["source"]}, len(verified.pairs)
-    )
+    axes = json.loads(about["grid"]) | {"source": verified.meta["source"]}
+    if not all(type(position) in (int, str) for position in axes["positions"]):
+        raise ValueError("positions")
+    grid = Grid.of_settings(axes, len(verified.pairs))
     estimates, stratum, size, drawn = (arrays[name] for name in ("estimate", "stratum", "size", "drawn"))
     effect = verified.interventions.labels["effect"]
     whole = all(a.ndim == 1 and a.dtype == np.int64 for a in (stratum, size, drawn, effect))
