@@ -4,6 +4,7 @@ Attribution patching (Nanda 2023; Syed et al. 2023), for all sites at once: the 
 layers once, of which only what enters each layer is kept; then gradients go back, layer by layer.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -26,13 +27,14 @@ from deltapatch.interventions.sources import DIFFERING
 from deltapatch.interventions.table import TOGETHER, place_of
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.product import PRECISIONS
+from deltapatch.models import forward
 from deltapatch.models.surroundings import undisturbed
 from deltapatch.models.weights import Converter, constant
 
 # What gradients may be of: log P(clean answer) and log P(corrupted answer), times these.
 GOES_BY = {"logit_diff": (1.0, -1.0), "dlogp_clean": (1.0, 0.0), "dlogp_corrupted": (0.0, 1.0)}
 
-_SHARE = 2  # of the memory budget, what is kept of runs may take one in so many
+_HELD = 3  # of a layer's activations, for all pairs of a chunk: the base run's, the changes, the gradients
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,10 @@ class Estimates:
         """
         question = self.question
         runs = 1 + question.n_sources + (self.method.steps if self.method.name == "ig-inputs" else 0)
-        token = (self.spec.n_layers + 1) * self.spec.d_model * runs * self.dtype.itemsize
-        most = question.memory_budget // _SHARE // token
+        widths = forward.widths(self.spec, max(run.length for run in question.runs))
+        one = sum(math.prod(w) for name, w in widths.items() if name != "pattern" or name in self.grid.places)
+        kept = (self.spec.n_layers + 1) * self.spec.d_model * runs
+        most = question.memory_budget // ((kept + _HELD * one) * self.dtype.itemsize)
         chunk: list[int] = []
         size = 0
         for number in question.order:
