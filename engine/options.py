@@ -301,8 +301,8 @@ class SweepOptions(Options):
     )
     top: int | None = option(
         None,
-        "of a screened sweep, how many are computed exactly because their estimates are largest; 1000 unless "
-        "given.",
+        "of a screened sweep, how many are computed exactly because their estimates are largest, beside the "
+        "largest of each pair; 1000 unless given.",
         check=lambda value: arguments.count(value, "top"),
         word="top",
         other=3,

@@ -3,6 +3,7 @@
 Exact are those of the largest estimates, and of a random sample of all others that can have an effect.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -57,7 +58,10 @@ class Screen:
         self._choose(reaching(question))
 
     def _choose(self, reaching: np.ndarray) -> None:
-        """The top, and a sample by strata of what is below it. reaching: [effect]."""
+        """The top, and a sample by strata of what is below it. reaching: [effect].
+
+        The largest of each pair is at the top too, so that every pair is run.
+        """
         top, sample = (
             default if given is None else given
             for given, default in ((self.options.top, _TOP), (self.options.screen_sample, _SAMPLE))
@@ -65,17 +69,22 @@ class Screen:
         self.stratum = np.full(len(reaching), NOTHING)
         can = np.flatnonzero(reaching)
         size = np.abs(self.estimates[can])
-        order = np.argsort(-size, kind="stable")
-        best, rest = can[order[:top]], np.sort(can[order[top:]])
-        site = np.zeros(len(rest), dtype=np.int64)
+        site, pair = np.zeros((2, len(can)), dtype=np.int64)
         for number, g in enumerate(self.grid.sites):
-            site[rest >= g.offset] = number
+            mine = can >= g.offset
+            site[mine], pair[mine] = number, (can[mine] - g.offset) // math.prod(g.shape(1))
+        order = np.argsort(-size, kind="stable")
+        is_top = np.zeros(len(can), dtype=bool)
+        is_top[order[:top]] = is_top[order[np.unique(pair[order], return_index=True)[1]]] = True
+        best, rest, site = can[is_top], can[~is_top], site[~is_top]
         self.stratum[best] = TOP
         self.stratum[rest] = stratum = cut(np.abs(self.estimates[rest]), site)
         self.strata, drawn = draw(stratum, sample, self.options.seed)
         self.chosen = np.sort(np.concatenate([best, rest[drawn]]))
         if not len(self.chosen):
-            raise DeltapatchError("nothing would be computed exactly: top and screen_sample leave nothing")
+            raise DeltapatchError(
+                "no effect can be anything but zero: patch where the prompts differ, before the read-out"
+            )
 
     def listed(self, spec: ModelSpec, pairs: list[EncodedPair]) -> Listed:
         """What is computed exactly, each labelled with its number among all effects."""

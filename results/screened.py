@@ -91,7 +91,8 @@ class Screened:
         by: the number that was estimated.
 
     Attributes:
-        verified: those of the top by estimate and of a random sample of the rest, as `run` returns them.
+        verified: those of the top by estimate (of each pair one at least), and of a random sample of the
+            rest, as `run` returns them.
     """
 
     def __init__(
@@ -152,12 +153,17 @@ class Screened:
         return FIRST_ORDER[self.by]
 
     def accuracy(self) -> float:
-        """As of `Effects.accuracy`."""
-        return self.reference.accuracy()
+        """As of `Effects.accuracy`, of the pairs that were run."""
+        return self._known.accuracy()
 
     def caveat(self) -> str | None:
-        """As of `Effects.caveat`."""
-        return self.reference.caveat()
+        """As of `Effects.caveat`, of the pairs that were run."""
+        return self._known.caveat()
+
+    @property
+    def _known(self) -> Reference:
+        """The unpatched runs of pairs that have an effect to be verified."""
+        return self.reference.of(~np.isnan(self.reference.logp).any((1, 2)))
 
     def values(self, metric: str | Function, site: str | None = None) -> np.ndarray:
         """Exact effects: float64, of the shape that `Effects.values` has; NaN where none was verified.
@@ -266,8 +272,6 @@ class Screened:
             )
         if threshold is None:
             threshold = self.meta.get("threshold")
-        if threshold is None and not (stratum == TOP).any():
-            raise DeltapatchError("nothing was verified by its estimate (top 0): give a threshold")
         limit = float(np.median(size[stratum == TOP])) if threshold is None else scale(threshold, "threshold")
         large = size > limit
         counts = np.bincount(stratum[large & (stratum >= 0)], minlength=len(self._strata.size))
