@@ -338,7 +338,7 @@ class SweepOptions(Options):
     )
     threshold: float | None = option(
         None,
-        "of a screened sweep, the magnitude above which effects are large, which has to be fixed beforehand; "
+        "of a screened sweep, the magnitude of `screen_by` above which effects are large, fixed beforehand: "
         "`Screened.missed` says how many may have been missed.",
         check=lambda value: value if value is None else arguments.scale(value, "threshold"),
         word="threshold",

@@ -256,8 +256,8 @@ class Screened:
         default, which follows from the top alone.
 
         Args:
-            threshold: magnitudes above it are large; by default what the sweep was given, or the median
-                magnitude of the top.
+            threshold: magnitudes above it are large; by default what the sweep was given, for what was
+                screened by, or the median magnitude of the top.
             metric: of `metrics`; what was screened by, unless told.
             confidence: from 0.5 to below 1.
 
@@ -270,7 +270,7 @@ class Screened:
             raise DeltapatchError(
                 f"{name} is NaN for some of what was verified: use {self.by}, or finish the parts of the run"
             )
-        if threshold is None:
+        if threshold is None and name == self.by:
             threshold = self.meta.get("threshold")
         limit = float(np.median(size[stratum == TOP])) if threshold is None else scale(threshold, "threshold")
         large = size > limit

@@ -80,6 +80,10 @@ def test_the_top_has_the_largest_estimates_and_the_sample_is_of_all_others(found
     assert "with 95% confidence at most" in str(missed)
     assert "certif" not in str(missed)
     assert found.missed(0.0, metric="kl").threshold == 0
+    found.verified.meta["threshold"] = 0.125  # as if it had been asked for
+    assert found.missed().threshold == 0.125
+    assert found.missed(metric="kl").threshold == pytest.approx(np.median(flat(exact, "kl")[top]), rel=1e-3)
+    found.verified.meta["threshold"] = None
 
 
 def test_the_bound_holds_over_seeds(model, prompts, exact):
