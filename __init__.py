@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deltapatch.results.effects import Effects
     from deltapatch.results.outcome import Outcome
     from deltapatch.results.reading import load_edges, load_effects, load_outcome
+    from deltapatch.results.screened import Screened, load_screened
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _HOME = {
     "Patch": "interventions.given",
     "Probe": "results.probe",
     "PromptPair": "interventions.pairs",
+    "Screened": "results.screened",
     "acdc": "analysis.acdc",
     "circuit_curve": "analysis.circuit_runs",
     "faithfulness": "analysis.circuit_runs",
@@ -51,6 +53,7 @@ _HOME = {
     "load_model": "models.load",
     "load_outcome": "results.reading",
     "load_sae": "models.autoencoder",
+    "load_screened": "results.screened",
     "path_effects": "analysis.circuit_runs",
     "load_pairs": "interventions.pairs_file",
     "run": "engine.sweep",
@@ -73,6 +76,7 @@ __all__ = [
     "Patch",
     "Probe",
     "PromptPair",
+    "Screened",
     "acdc",
     "circuit_curve",
     "faithfulness",
@@ -84,6 +88,7 @@ __all__ = [
     "load_outcome",
     "load_pairs",
     "load_sae",
+    "load_screened",
     "path_effects",
     "run",
     "sweep",

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
@@ -115,18 +116,23 @@ def effects(
     from deltapatch.results.metrics import default_metric
     from deltapatch.results.outcome import Outcome
     from deltapatch.results.reading import read_run
+    from deltapatch.results.screened import ESTIMATES
 
     found = read_run(run)
     names = (
         [name for text in metric for name in read_names(text)] if metric else [default_metric(found.metrics)]
     )
     printed = _Printed(format_, out, top)
+    screened = isinstance(found, Outcome) and (Path(run) / ESTIMATES).is_file()
     if isinstance(found, Outcome):
         asked = {"--site": site, "--effect": effect, "--interval": interval, "--fdr": fdr}
         for option, value in {**asked, "--mean-of-ratios": mean_of_ratios}.items():
             if value:
                 raise DeltapatchError(f"{run} is a run of given interventions: leave out {option}")
-        printed.show(_of_interventions(found, names, by, whole=top is None and format_ != "table"))
+        if screened:
+            printed.show(_of_screen(run, names, by))
+        else:
+            printed.show(_of_interventions(found, names, by, whole=top is None and format_ != "table"))
         return
     edges = isinstance(found, EdgeEffects)
     for given, option, has in (
@@ -197,6 +203,19 @@ def _of_interventions(found: "Outcome", metrics: list[str], by: str | None, whol
     if by == "none" or (by is None and (whole or not groups)):
         return outcome_cells(found, metrics)
     return outcome_averages(found, metrics, groups)
+
+
+def _of_screen(run: str, metrics: list[str], by: str | None) -> "Table":
+    """What a screened sweep verified, each by itself: it was chosen by its estimate, so means say nothing."""
+    from deltapatch.analysis.tables import Table
+    from deltapatch.results.screened import load_screened
+
+    if by not in (None, "none"):
+        raise DeltapatchError(
+            f"{run} is a screened sweep: what was verified was chosen by its estimate, and means over it are "
+            "none over all; leave out --by"
+        )
+    return Table(load_screened(run).columns(metrics), metrics[0])
 
 
 def _default_groups(found: "Effects | EdgeEffects", sites: list[str]) -> list[str]:

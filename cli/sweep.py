@@ -1,5 +1,6 @@
 """`deltapatch sweep` and `deltapatch edges`: every chosen site or edge of every pair, into a run folder."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
     from deltapatch.engine.forecast import Forecast
+    from deltapatch.results.screened import Screened
 
 EXAMPLES = """\b
 Examples:
@@ -32,6 +34,7 @@ Examples:
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_post --positions last --out NEURONS --resume
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_post --out NEURONS --ray head:6379
   deltapatch sweep --model MODEL --pairs pairs.jsonl --sites z --positions op1,last --layers 0-5,9 --dry-run
+  deltapatch sweep --model MODEL --pairs pairs.jsonl --sites mlp_post --screen attribution --top 500 --out TOP
 """
 
 
@@ -135,6 +138,10 @@ def _sweep(
     if ray_cpus and ray is None:
         raise DeltapatchError("--ray-cpus says of how many CPUs the workers of --ray are: give --ray as well")
     options = read_asked(kind, given)
+    screened = options.get("screen") is not None
+    for wanted, option in ((ray is not None, "--ray"), (dry_run, "--dry-run")):
+        if screened and wanted:
+            raise DeltapatchError(f"--screen and {option} do not go together: leave one out")
 
     from deltapatch.interventions.pairs_file import read_named_pairs
     from deltapatch.results.folder import RUN, check_output
@@ -211,13 +218,16 @@ def _sweep(
         return
     else:
         say(in_words(effects.meta), quiet)
+        computed = f"{len(effects.verified):,} of " if screened else ""
         say(
-            f"{plan['rows']:,} interventions in {effects.meta['seconds']:.1f} s; "
+            f"{computed}{plan['rows']:,} interventions in {effects.meta['seconds']:.1f} s; "
             f"accuracy of the unpatched runs {effects.accuracy():.1%}",
             quiet,
         )
         if caveat := effects.caveat():
             say(caveat, quiet)
+        if screened:
+            say(_of_screen(effects), quiet)
     if as_json:
         print_json(
             {
@@ -227,11 +237,28 @@ def _sweep(
                 "memory_budget": effects.meta.get("memory_budget"),
                 "accuracy": effects.accuracy(),
                 **effects.shapes(),
+                **(_screen_as_json(effects) if screened else {}),
                 "run": effects.meta,
             }
         )
     else:
         click.echo(out)
+
+
+def _of_screen(found: "Screened") -> str:
+    """What a screened sweep says of itself, in words."""
+    from deltapatch.analysis.calibration import calibration
+
+    return f"{found}\n{calibration(found)}\n{found.missed()}"
+
+
+def _screen_as_json(found: "Screened") -> dict[str, Any]:
+    """The same for programs."""
+    from deltapatch.analysis.calibration import calibration
+
+    columns = {name: column.tolist() for name, column in calibration(found).columns.items()}
+    missed = asdict(found.missed())
+    return {"verified": len(found.verified), "missed": missed, "calibration": columns}
 
 
 def _plan(found: "Forecast", stream: bool) -> str:

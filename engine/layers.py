@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from deltapatch.kernels.device import upload
 from deltapatch.models import forward
 from deltapatch.models.model_weights import PassWeights
 from deltapatch.models.spec import RopeSpec
-from deltapatch.models.weights import Converter
+from deltapatch.models.weights import Converter, LayerWeights
 
 
 @dataclass(frozen=True)
@@ -69,33 +69,15 @@ class Layers:
             hear: is given each layer, in the precision of the base runs, and its (source - base).
         """
         convert = Converter(self.device, self.setup.precision.base)
-        rotaries = {rope: self._rotary(rope) for rope in self.spec.all_ropes()}
 
         def prepare(l: int, x: Tensor, dx: Tensor) -> Ready:
             stored = read.layer(l)
-            exact = convert(stored)
-            rope = self.spec.rope_of(l)
-            base = self.unpatched.base(x, exact, l, rotaries[rope], places(l))
-            here = Layer(
-                spec=self.spec,
-                rope=rope,
-                scores=self.spec.scores(l),
-                ops=self.setup.ops,
-                precision=self.setup.precision.exact,
-                weights=narrow_layer(exact, self.setup.precision.exact),
-                norms=block_norms(exact, self.spec),
-                down=exact.down.weight if "mlp_post" in places(l) else None,
-                base=base,
-                rotary=rotaries[rope],
-                last=False,
-            )
-            dx, captured = self.unpatched.sources(dx, here, places(l))
-            deltas = source_differences(self.prompts, base, captured)
-            hear(l, here, deltas)
-            precision = self.setup.taken_in(passing(l))
+            ready = self.at(l, convert(stored), x, dx, places(l))
+            hear(l, ready.here, ready.deltas)
+            precision, here = self.setup.taken_in(passing(l)), ready.here
             if precision is not here.precision:
                 here = replace(here, precision=precision, weights=narrow_layer(stored, precision))
-            return Ready(replace(here, last=l == self.spec.n_layers - 1), deltas, base.resid_post, dx)
+            return replace(ready, here=replace(here, last=l == self.spec.n_layers - 1))
 
         ahead = self.setup.pool.ahead(partial(prepare, 0, x, dx))
         for l in range(self.spec.n_layers):
@@ -105,6 +87,37 @@ class Layers:
             yield ready
             del ready  # before the next layer is asked for: a streamed one takes its place
 
+    def at(self, l: int, exact: LayerWeights, x: Tensor, dx: Tensor, places: Sequence[str]) -> Ready:
+        """One layer, in the precision of the base runs, as if it were not the last.
+
+        Args:
+            exact: its weights, in the dtype of the base runs.
+            x, dx: before it.
+            places: what of its source runs is needed.
+        """
+        rope = self.spec.rope_of(l)
+        base = self.unpatched.base(x, exact, l, self.rotaries[rope], places)
+        here = Layer(
+            spec=self.spec,
+            rope=rope,
+            scores=self.spec.scores(l),
+            ops=self.setup.ops,
+            precision=self.setup.precision.exact,
+            weights=narrow_layer(exact, self.setup.precision.exact),
+            norms=block_norms(exact, self.spec),
+            down=exact.down.weight if "mlp_post" in places else None,
+            base=base,
+            rotary=self.rotaries[rope],
+            last=False,
+        )
+        dx, captured = self.unpatched.sources(dx, here, places)
+        return Ready(here, source_differences(self.prompts, base, captured), base.resid_post, dx)
+
+    @cached_property
+    def rotaries(self) -> dict[RopeSpec, Rotary]:
+        """Of every kind that the model has, a line of cosines and sines for every base token."""
+        return {rope: self._rotary(rope) for rope in self.spec.all_ropes()}
+
     def _rope_tables(self, run: RunShape, rope: RopeSpec) -> tuple[Tensor, Tensor]:
         """Cosines and sines, [token of the run, rope.dim // 2]."""
         position = run.positions
@@ -113,7 +126,6 @@ class Layers:
         return upload(cos, self.device), upload(sin, self.device)
 
     def _rotary(self, rope: RopeSpec) -> Rotary:
-        """A line of cosines and sines for every base token."""
         tables = {run: self._rope_tables(run, rope) for run in dict.fromkeys(self.prompts.shapes.runs)}
         parts = [tables[run] for run in self.prompts.shapes.runs]
         cos, sin = (torch.cat([part[i] for part in parts]) for i in range(2))

@@ -22,6 +22,10 @@ Result = TypeVar("Result")
 Positions = str | int | Sequence[int | str]
 Layers = str | int | Sequence[int]
 
+SCREENS = ("attribution", "relp", "ig-inputs", "ig-activations")
+SCREENED_BY = ("logit_diff", "dlogp_clean", "dlogp_corrupted")
+OF_SCREENS = ("top", "screen_sample", "screen_by", "screen_steps", "threshold")
+
 
 def option(
     default: Any,
@@ -280,6 +284,79 @@ class SweepOptions(Options):
         other=0,
         typed={"help": "all, or numbers and ranges: 0-5,9.", "read": arguments.layers},
     )
+    screen: Literal["attribution", "relp", "ig-inputs", "ig-activations"] | None = option(
+        None,
+        "estimate all effects by gradients, and compute those of the `top` and of a random sample exactly; a "
+        '`Screened` is returned. "attribution" takes the gradient of the base run; "relp" coefficients of '
+        'relevance propagation in its place; "ig-inputs" the mean gradient of runs with embeddings between '
+        'those of both prompts; "ig-activations" the mean along the line of each vector that is patched, '
+        "which takes longer than exact effects.",
+        check=lambda value: value if value is None else arguments.choice(value, SCREENS, "screen"),
+        word="screen",
+        other="attribution",
+        typed={
+            "choice": SCREENS,
+            "help": "Estimate all effects by gradients; only the top and a random sample are computed "
+            "exactly.",
+        },
+    )
+    top: int | None = option(
+        None,
+        "of a screened sweep, how many are computed exactly because their estimates are largest, beside the "
+        "largest of each pair; 1000 unless given.",
+        check=lambda value: arguments.count(value, "top"),
+        word="top",
+        other=3,
+        typed={"at_least": 0, "help": "With --screen: how many of the largest are exact; 1000 unless given."},
+    )
+    screen_sample: int | None = option(
+        None,
+        "of a screened sweep, how many of the others are drawn by `seed` and computed exactly, which says "
+        "how many large effects may have been missed; 1000 unless given.",
+        check=lambda value: arguments.count(value, "screen_sample"),
+        word="screen sample",
+        other=4,
+        typed={
+            "at_least": 0,
+            "help": "With --screen: how many of the others are drawn and exact; 1000 unless given.",
+        },
+    )
+    screen_by: Literal["logit_diff", "dlogp_clean", "dlogp_corrupted"] | None = option(
+        None,
+        "of a screened sweep, what is estimated, and ranked by; logit_diff unless given.",
+        check=lambda value: value if value is None else arguments.choice(value, SCREENED_BY, "screen_by"),
+        word="number that is screened by",
+        other="dlogp_clean",
+        typed={"choice": SCREENED_BY, "help": "With --screen: what is estimated; logit_diff unless given."},
+    )
+    screen_steps: int | None = option(
+        None,
+        "of the screens ig-inputs and ig-activations, how many gradients are averaged; 5 unless given.",
+        check=lambda value: arguments.count(value, "screen_steps"),
+        word="number of steps",
+        other=2,
+        typed={"at_least": 1, "help": "With --screen ig-...: gradients that are averaged; 5 unless given."},
+    )
+    threshold: float | None = option(
+        None,
+        "of a screened sweep, the magnitude of `screen_by` above which effects are large, fixed beforehand: "
+        "`Screened.missed` says how many may have been missed.",
+        check=lambda value: value if value is None else arguments.scale(value, "threshold"),
+        word="threshold",
+        other=0.25,
+        typed={"type": float, "help": "With --screen: effects above it in magnitude are large."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.screen is None:
+            for name in OF_SCREENS:
+                if getattr(self, name) is not None:
+                    raise DeltapatchError(
+                        f"{name} is of screened sweeps: give screen as well, or leave it out"
+                    )
+        elif self.screen_steps is not None and (self.screen_steps < 1 or not self.screen.startswith("ig-")):
+            raise DeltapatchError("screen_steps must be 1 or more, and are of ig-inputs and ig-activations")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from deltapatch.engine.passes import at_work, passes, progress_of, run_pass
 from deltapatch.engine.pool import threads
 from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.question import Decided, Question, ask
+from deltapatch.engine.screen import Screen
 from deltapatch.engine.settings import (
     check_same,
     decided_by,
@@ -40,13 +41,18 @@ from deltapatch.results.manifest import Manifest
 from deltapatch.results.measured import Found, Gathered, with_axes
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.reading import read_run
+from deltapatch.results.screened import Screened
 from deltapatch.results.truth import Truth
 from deltapatch.results.wired_outcome import WiredOutcome
 
 
+@overload
+def sweep(model: Model, pairs: Pairs, *, screen: None = None, **options: Any) -> Effects: ...
+@overload
+def sweep(model: Model, pairs: Pairs, *, screen: str, **options: Any) -> Screened: ...
 @takes(SweepOptions)
 @undisturbed()
-def sweep(model: Model, pairs: Pairs, **options: Any) -> Effects:
+def sweep(model: Model, pairs: Pairs, **options: Any) -> Effects | Screened:
     """Patch every chosen site, layer, position and index of every pair, each alone, exactly.
 
     Args:
@@ -58,11 +64,15 @@ def sweep(model: Model, pairs: Pairs, **options: Any) -> Effects:
 
     Returns:
         Effects: arrays [pair, layer, position] or [pair, layer, position, index] for every site and metric.
+        With `screen`, Screened: estimates of all, the exact effects of some, and what may have been missed.
 
     Raises:
         DeltapatchError: bad input, one clear sentence.
     """
-    found = _answer(model, pairs, SweepOptions(**options), None)
+    asked = SweepOptions(**options)
+    if asked.screen is not None:
+        return _screened(model, pairs, asked)
+    found = _answer(model, pairs, asked, None)
     assert isinstance(found, Effects)
     return found
 
@@ -156,6 +166,19 @@ def run_listed(
     outcome = _answer(model, pairs, Options(**options), make)
     assert isinstance(outcome, Outcome)
     return outcome
+
+
+def _screened(model: Model, pairs: Pairs, options: SweepOptions) -> Screened:
+    """Estimate, verify, and keep both where that is asked for. Parts have what they did themselves."""
+    if options.out is not None and not options.resume and options.part is None:
+        check_output(options.out)
+    screen = Screen(model, pairs, options)
+    verified = _answer(model, pairs, screen.options, screen.listed)
+    assert isinstance(verified, Outcome)
+    found = screen.result(verified)
+    if options.out is not None and (Path(options.out) / RUN).is_file():
+        found.put_estimates(Path(options.out))
+    return found
 
 
 def _answer(

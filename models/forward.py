@@ -360,13 +360,17 @@ def readout(x: Tensor, ends: EndWeights, spec: ModelSpec) -> Tensor:
 
     The weights may be of any dtype: they are taken in x's, never all at once.
     """
-    normed = read_norm(x, map_tensors(ends.norm, lambda t: t.to(x.dtype)), spec)
+    return unembed(read_norm(x, map_tensors(ends.norm, lambda t: t.to(x.dtype)), spec), ends, spec)
+
+
+def unembed(normed: Tensor, ends: EndWeights, spec: ModelSpec) -> Tensor:
+    """Logits [..., d_vocab] of what the unembedding reads, [..., d_model]; see `readout`."""
     weight, bias = ends.unembedding
-    logits = x.new_empty(*x.shape[:-1], len(weight))
+    logits = normed.new_empty(*normed.shape[:-1], len(weight))
     for a in range(0, len(weight), _TOKENS):
         some = slice(a, a + _TOKENS)
-        part = None if bias is None else bias[some].to(x.dtype)
-        logits[..., some] = F.linear(normed, weight[some].to(x.dtype), part)
+        part = None if bias is None else bias[some].to(normed.dtype)
+        logits[..., some] = F.linear(normed, weight[some].to(normed.dtype), part)
     return softcap(logits, spec.logit_softcap)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from deltapatch.models import forward
 from deltapatch.models.model import Model
 from deltapatch.models.surroundings import undisturbed
-from deltapatch.models.weights import LayerWeights
+from deltapatch.models.weights import LayerWeights, constant
 
 # Called with (site, layer, value [row, T, ...]) at every site; it may write into the value.
 Visit = Callable[[str, int, Tensor], None]
@@ -37,10 +37,18 @@ def patched_logits(
     Returns:
         [row, read, vocab].
     """
+    return changed_logits(model, tokens, visit, read, dtype)
+
+
+def changed_logits(
+    model: Model, tokens: Tensor, visit: Visit, read: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """As `patched_logits`, under what is switched on in PyTorch: so gradients are taken through it."""
     x = model.embed(tokens, dtype, positions=torch.arange(tokens.shape[1]))  # [row, T, d_model]
     for l, context in enumerate(forward.contexts(model.spec, tokens.shape[1], dtype, model.device)):
-        x = _block(x, model.layer(l, dtype), context, lambda site, v, l=l: visit(site, l, v))  # type: ignore[misc]
-    return forward.readout(x[:, list(read)], model.ends(dtype), model.spec)
+        layer = constant(model.layer(l, dtype))
+        x = _block(x, layer, context, lambda site, v, l=l: visit(site, l, v))  # type: ignore[misc]
+    return forward.readout(x[:, list(read)], constant(model.ends(dtype)), model.spec)
 
 
 def _block(

@@ -141,6 +141,12 @@ def cast(weights: Weights, device: torch.device, dtype: torch.dtype | None) -> W
     return moved
 
 
+def constant(weights: Weights) -> Weights:
+    """The same weights, shared, of which no gradient is taken."""
+    held: Weights = map_tensors(weights, lambda t: t.clone() if t.is_inference() else t.detach())
+    return held
+
+
 class Converter:
     """Converts layers one after the other into the same memory: fresh memory costs more than converting.
 

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -160,6 +161,18 @@ def test_tables_are_those_of_the_result_files(file, page):
     result = read(ROOT / "bench" / "results" / file)
     table = markdown.table(result)
     assert table in (ROOT / page).read_text(encoding="utf-8"), f"python -m deltapatch.bench.markdown {file}"
+
+
+def test_the_table_of_screens_is_that_of_its_result():
+    code = runpy.run_path(str(ROOT / "scripts" / "screening_page.py"))
+    result = json.loads((ROOT / "bench" / "results" / "screening_builtin.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "screening.md").read_text(encoding="utf-8")
+    assert code["table"](result["models"]) in page
+    for model in result["models"].values():
+        bound = model["mlp_post"]["screens"]["attribution"]["bound"]
+        assert bound["holds"] == 1
+        assert f"{bound['at_most']:.0f}" in page
+        assert f"{bound['missed']:.0f} were" in page
 
 
 def test_the_docs_define_every_metric_as_the_code_does():

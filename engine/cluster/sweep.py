@@ -73,7 +73,10 @@ def ray_sweep(
         DeltapatchError: bad input, Ray is not installed, the cluster cannot be reached or has no such
             workers, or a pass fails again and again.
     """
-    found = _spread(model, pairs, cluster or Cluster(), SweepOptions(**options), None)
+    asked = SweepOptions(**options)
+    if asked.screen is not None:
+        raise DeltapatchError("a screened sweep is not spread over a cluster: leave out screen, or use sweep")
+    found = _spread(model, pairs, cluster or Cluster(), asked, None)
     assert isinstance(found, Effects)
     return found
 

@@ -13,7 +13,7 @@ import deltapatch
 from deltapatch import DeltapatchError, Intervention, Patch, PromptPair
 from deltapatch.cli.sweep import edges as of_edges
 from deltapatch.cli.sweep import sweep as of_sites
-from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
+from deltapatch.engine.options import OF_SCREENS, EdgeOptions, Options, SweepOptions
 from deltapatch.results.merge import merge
 
 VARIANT = "llama-grouped"
@@ -23,7 +23,9 @@ DECISIVE = list(
 )
 OF_GRIDS = ("sites", "positions", "layers", "senders", "receivers")
 # An option that matters only beside another one.
-BESIDE = {"noise_scale": {"source": "noise"}}
+BESIDE = {"noise_scale": {"source": "noise"}} | {
+    name: {"screen": "ig-inputs", "top": 5, "screen_sample": 5} for name in OF_SCREENS
+}
 
 
 @pytest.fixture(scope="module")

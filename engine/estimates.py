@@ -1,0 +1,313 @@
+"""First-order estimates of every effect of a sweep: what a patch changes, times the gradient in the base run.
+
+Attribution patching (Nanda 2023; Syed et al. 2023), for all sites at once: the unpatched runs go through the
+layers once, of which only what enters each layer is kept; then gradients go back, layer by layer.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltapatch.engine.gradients import Backward
+from deltapatch.engine.layers import Layers
+from deltapatch.engine.lines import Lines
+from deltapatch.engine.pool import Pool, workers
+from deltapatch.engine.prompts import Prompts, prompts_of
+from deltapatch.engine.question import Question
+from deltapatch.engine.reads import Reads
+from deltapatch.engine.setup import Setup
+from deltapatch.engine.unpatched import Unpatched
+from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.grid import Grid, SiteGrid
+from deltapatch.interventions.sources import DIFFERING
+from deltapatch.interventions.table import TOGETHER, place_of
+from deltapatch.kernels.device import upload
+from deltapatch.kernels.product import PRECISIONS
+from deltapatch.models import forward
+from deltapatch.models.surroundings import undisturbed
+from deltapatch.models.weights import Converter, constant
+
+# What gradients may be of: log P(clean answer) and log P(corrupted answer), times these.
+GOES_BY = {"logit_diff": (1.0, -1.0), "dlogp_clean": (1.0, 0.0), "dlogp_corrupted": (0.0, 1.0)}
+
+_HELD = 3  # of a layer's activations, for all pairs of a chunk: the base run's, the changes, the gradients
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the gradients of an estimate are taken.
+
+    Attributes:
+        name: as the user gives it.
+        by: of `GOES_BY`, what the gradient is of.
+        steps: runs that gradients are averaged over.
+    """
+
+    name: str
+    by: str
+    steps: int
+
+
+class Estimates:
+    """Estimates the effects of a grid.
+
+    Args:
+        question: of a sweep.
+        method: how.
+
+    Raises:
+        DeltapatchError: the method does not go together with a site, a source or an answer.
+    """
+
+    def __init__(self, question: Question, method: Method) -> None:
+        assert isinstance(question.interventions, Grid)
+        self.question, self.method, self.grid = question, method, question.interventions
+        self.model, self.spec = question.model, question.model.spec
+        wide = "fp64" in (question.options.precision, {torch.float64: "fp64"}.get(self.model.dtype))
+        self.setup = Setup(self.model, PRECISIONS["fp64" if wide else "fp32"], question.backend, Pool())
+        self.dtype = self.setup.precision.base
+        self.found = np.full(self.grid.n_effects, np.nan, np.float64 if wide else np.float32)
+        self._check()
+
+    def _check(self) -> None:
+        name, source = self.method.name, self.question.options.source
+        if name == "ig-inputs" and source in ("zero", "mean"):
+            raise DeltapatchError(
+                f"screen 'ig-inputs' goes from one prompt's embeddings to another's, and the source {source} "
+                "is no prompt: use attribution, or another source"
+            )
+        places = self.grid.places
+        if name == "relp" and (no := sorted(places & {"q", "k", "pattern"})):
+            raise DeltapatchError(
+                f"screen 'relp' holds attention probabilities constant, so it says nothing of {no[0]}: "
+                "leave that site out, or use attribution"
+            )
+        if name != "ig-activations":
+            return
+        if "pattern" in places:
+            raise DeltapatchError("screen 'ig-activations' has no line for pattern: use attribution there")
+        if source == "noise" or any(pair.answer_tokens > 1 for pair in self.question.pairs):
+            raise DeltapatchError(
+                "screen 'ig-activations' takes answers of one token, and no source noise: use attribution"
+            )
+
+    @undisturbed()
+    @torch.no_grad()
+    def run(self, tick: Callable[[int], None] = lambda n: None) -> np.ndarray:
+        """The estimates, [effect], as the grid counts them; NaN where a pair has no such position.
+
+        Args:
+            tick: told of every layer that is done, forward and back.
+
+        Raises:
+            DeltapatchError: they are not finite.
+        """
+        with workers(self.model.device) as pool:
+            setup = replace(self.setup, pool=pool)
+            for numbers in self.chunks():
+                _Chunk(self, setup, numbers).run(tick)
+        if not np.isfinite(self.found[reaching(self.question)]).all():
+            raise DeltapatchError(
+                "the gradients of this model are not finite in float32: load it with dtype='float64'"
+            )
+        return self.found
+
+    @property
+    def n_steps(self) -> int:
+        """How often `run` ticks."""
+        return 2 * self.spec.n_layers * sum(1 for _ in self.chunks())
+
+    def chunks(self) -> Iterator[list[int]]:
+        """The pairs that go together, as many as the memory budget has room for.
+
+        A mean is over all pairs of one length, which are never parted.
+        """
+        question = self.question
+        runs = 1 + question.n_sources + (self.method.steps if self.method.name == "ig-inputs" else 0)
+        widths = forward.widths(self.spec, max(run.length for run in question.runs))
+        one = sum(math.prod(w) for name, w in widths.items() if name != "pattern" or name in self.grid.places)
+        kept = (self.spec.n_layers + 1) * self.spec.d_model * runs
+        most = question.memory_budget // ((kept + _HELD * one) * self.dtype.itemsize)
+        chunk: list[int] = []
+        size = 0
+        for number in question.order:
+            run = question.runs[number]
+            joined = (
+                question.options.source == "mean" and chunk and question.runs[chunk[-1]].prompt == run.prompt
+            )
+            if chunk and size + run.length > most and not joined:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(number)
+            size += run.length
+        yield chunk
+
+
+class _Chunk:
+    """The estimates of some pairs.
+
+    Args:
+        whole: the estimates of all.
+        setup: what they are made with.
+        numbers: of the pairs.
+    """
+
+    def __init__(self, whole: Estimates, setup: Setup, numbers: list[int]) -> None:
+        self.whole, self.model, self.spec, self.dtype = whole, whole.model, whole.spec, whole.dtype
+        self.setup, self.numbers, self.method = setup, numbers, whole.method
+        self.prompts: Prompts = prompts_of(whole.question, numbers)
+        self.shapes = self.prompts.shapes
+        self.layers = Layers(setup, self.prompts, Unpatched(setup, self.prompts))
+        self.backward = Backward(setup, self.shapes, relp=self.method.name == "relp")
+        # Where the patches of a site are: which pair and column each is of, and its base token.
+        self.spots = {
+            g.site.name: np.array(
+                [
+                    (number, column, int(self.shapes.base[i]) + at)
+                    for i, number in enumerate(numbers)
+                    for column, joined in g.spots(whole.question.pairs[number])
+                    for at in joined
+                ]
+            ).reshape(-1, 3)
+            for g in whole.grid.sites
+        }
+
+    def run(self, tick: Callable[[int], None]) -> None:
+        """Forward, back, and the products."""
+        for g in self.whole.grid.sites:
+            pair, column, _ = self.spots[g.site.name].T
+            self._of(g)[pair, :, column] = 0
+        kept, runs, slopes = self._forward(tick)
+        places = {
+            l: sorted({g.site.place for g, at in self._sites() if l in at})
+            for l in range(-1, self.spec.n_layers)
+        }
+        for l in range(self.spec.n_layers - 1, min(l for l, here in places.items() if here) - 1, -1):
+            if l < 0:
+                embedded = {"resid_post": self.prompts.delta(*kept[0])}
+                self._put(l, {"resid_post": torch.stack(slopes).mean(0)} if slopes else {}, embedded)
+                break
+            exact = constant(self.model.layer(l, self.dtype))
+            deltas = self.layers.at(l, exact, *kept[l], places[l]).deltas if places[l] else {}
+            means: dict[str, Tensor] = {}
+            for number, before in enumerate(runs):
+                at = l, self.layers.rotaries[self.spec.rope_of(l)]
+                slopes[number], found = self.backward.through(before[l], slopes[number], exact, at, places[l])
+                for place, value in found.items():
+                    share = value / len(runs)
+                    means[place] = share if place not in means else means[place] + share
+            self._put(l, means, deltas)
+            tick(1)
+
+    def _forward(
+        self, tick: Callable[[int], None]
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[list[Tensor]], list[Tensor]]:
+        """The unpatched runs.
+
+        Returns:
+            [layer], the base runs and the differences of the source runs before each; of the runs that
+            gradients are of, [run][layer] before each, and the gradient in what the last layer leaves.
+        """
+        # [base token, d_model], [source token, d_model]
+        x = self.prompts.embed(self._embed, with_positions=self.spec.learned_positions)
+        dx = self.prompts.embed_source_difference(self._embed)
+        way = dx[upload(self.prompts.n_sources * np.arange(len(x)) + self.prompts.n_sources - 1, dx.device)]
+        steps = self.method.steps
+        shares = [k / steps for k in range(1, steps + 1)] if self.method.name == "ig-inputs" else []
+        others = [x + share * way for share in shares]  # runs whose embeddings lie between those of both
+        kept: list[tuple[Tensor, Tensor]] = []
+        between: list[list[Tensor]] = [[] for _ in others]
+        convert = Converter(self.model.device, self.dtype)
+        with self.model.reading() as read:
+            for l in range(self.spec.n_layers):
+                exact = convert(read.layer(l))
+                kept.append((x, dx))
+                rotary = self.layers.rotaries[self.spec.rope_of(l)]
+                for number, other in enumerate(others):
+                    between[number].append(other)
+                    others[number] = self.layers.unpatched.base(other, exact, l, rotary, ()).resid_post
+                ready = self.layers.at(l, exact, x, dx, ())
+                x, dx = ready.x, ready.dx
+                tick(1)
+            ends = read.ends()
+        if self.method.name == "ig-activations":  # each line has runs of its own
+            return kept, [], []
+        runs, after = (between, others) if others else ([[x for x, _ in kept]], [x])
+        reads = Reads(self.shapes, self.prompts.targets)
+        slopes = [self.backward.of_logits(end, ends, reads, GOES_BY[self.method.by]) for end in after]
+        return kept, runs, slopes
+
+    def _embed(self, ids: Tensor, *, positions: Tensor | None = None) -> Tensor:
+        return self.model.embed(ids, self.dtype, positions=positions)
+
+    def _sites(self) -> Iterator[tuple[SiteGrid, np.ndarray]]:
+        """The sites, and the layers of their places."""
+        return ((g, np.asarray(place_of(g.site.name, g.layers)[1])) for g in self.whole.grid.sites)
+
+    def _of(self, g: SiteGrid) -> np.ndarray:
+        """The estimates of a site, [pair, layer, position, ...]."""
+        shape = g.shape(self.whole.grid.n_pairs)
+        return self.whole.found[g.offset : g.offset + int(np.prod(shape))].reshape(shape)
+
+    def _here(self, l: int) -> Iterator[tuple[SiteGrid, int, np.ndarray]]:
+        """The sites that have patches at a layer: which of their layers it is, and where they can matter."""
+        prompt = np.zeros(self.whole.grid.n_pairs, dtype=np.int64)
+        prompt[self.numbers] = self.shapes.base + self.shapes.prompt
+        for g, at in self._sites():
+            spots = self.spots[g.site.name]
+            for row in np.flatnonzero(at == l).tolist():
+                yield g, row, spots[spots[:, 2] < prompt[spots[:, 0]]]
+
+    def _put(self, l: int, slopes: dict[str, Tensor], deltas: dict[str, Tensor]) -> None:
+        """What patches of a layer are estimated to do: gradients, by place, times what they change there."""
+        for g, row, spots in self._here(l):
+            delta = deltas[g.site.place]
+            if self.method.name == "ig-activations":
+                self._put_lines(g, l, row, spots, delta)
+                continue
+            slope = slopes[g.site.place][upload(spots[:, 2], self.model.device)]
+            self._add(g, row, spots, slope * self._change(delta, spots))
+
+    def _put_lines(self, g: SiteGrid, l: int, row: int, spots: np.ndarray, delta: Tensor) -> None:
+        """The same for a site, each gradient the mean along a line of the vector that is patched."""
+        for i, number in enumerate(self.numbers):
+            mine = spots[spots[:, 0] == number]
+            if len(mine):
+                lines = Lines(self.setup, self.prompts, i, GOES_BY[self.method.by], self.method.steps)
+                change = self._change(delta, mine)
+                together = g.positions == [TOGETHER]
+                slope = lines.slopes((g.site.place, l), mine[:, 2], change, together=together)
+                self._add(g, row, mine, slope * change)
+
+    def _change(self, delta: Tensor, spots: np.ndarray) -> Tensor:
+        """(source - base) at some spots, [spot, ...]."""
+        return delta[upload(self.prompts.source_token(spots[:, 2]), self.model.device)]
+
+    def _add(self, g: SiteGrid, row: int, spots: np.ndarray, product: Tensor) -> None:
+        """Add gradient times change, [spot, ...], to the estimates: of a vector, or a head's, all of it."""
+        axes = {"": 1, "head": 2}.get(g.site.index.counts)
+        change = product if axes is None else product.flatten(axes).sum(axes)
+        np.add.at(self._of(g)[:, row], (spots[:, 0], spots[:, 1]), change.cpu().numpy())
+
+
+def reaching(question: Question) -> np.ndarray:
+    """[effect], whether a patch can do anything: it exists, is read behind, and brings something.
+
+    What is behind the read-out has no effect, and neither has what brings what is there already: of sources
+    that are one of a pair's two prompts, all before the first position at which these differ.
+    """
+    assert isinstance(question.interventions, Grid)
+    out = np.zeros(question.interventions.n_effects, dtype=bool)
+    for g in question.interventions.sites:
+        shape = g.shape(len(question.pairs))
+        own = out[g.offset : g.offset + int(np.prod(shape))].reshape(shape)
+        for number, pair in enumerate(question.pairs):
+            first = pair.first_difference if question.options.source in DIFFERING else 0
+            last = question.runs[number].prompt
+            for column, joined in g.spots(pair):
+                own[number, :, column] = joined[-1] >= first and joined[0] < last
+    return out

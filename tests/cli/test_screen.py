@@ -1,0 +1,59 @@
+"""`deltapatch sweep --screen`, and what `deltapatch effects` says of its runs."""
+
+import csv
+import io
+import json
+
+import numpy as np
+
+import deltapatch as dp
+
+
+def screen(command, tiny, pairs, *more):
+    return command("sweep", "--model", tiny, "--pairs", pairs, "--sites", "mlp_post,z", "--top", "20", *more)
+
+
+def test_a_screened_sweep(command, tiny, write_pairs, text_pair, ids_pair, tmp_path):
+    pairs, run = write_pairs(text_pair, ids_pair), tmp_path / "run"
+    asked = ("--screen", "attribution", "--screen-sample", "30", "--threshold", "0.5", "--out", run)
+    result = screen(command, tiny, pairs, *asked)
+    assert result.code == 0
+    assert result.out == f"{run}\n"
+    assert "with 95% confidence at most" in result.err
+    assert "|logit_diff| above 0.5" in result.err
+    assert "pearson" in result.err
+    again = screen(command, tiny, pairs, *asked, "--resume", "--json")
+    said = json.loads(again.out)
+    found = dp.load_screened(run)
+    assert said["missed"]["at_most"] == found.missed().at_most
+    assert said["verified"] == len(found.verified)
+    assert said["calibration"]["site"] == ["mlp_post", "z"]
+    assert "--screen attribution" not in again.err
+    rows = list(csv.DictReader(io.StringIO(command("effects", run, "--format", "csv").out)))
+    assert len(rows) == said["verified"]
+    own = found.columns("recovered")
+    assert np.allclose([float(row["estimate"]) for row in rows], own["estimate"], rtol=1e-3)
+    assert [row["site"] for row in rows] == own["site"].tolist()
+    table = command("effects", run, "--metric", "logit_diff", "--top", "3")
+    assert table.out.split()[:5] == ["pair", "site", "layer", "position", "index"]
+
+
+def test_what_does_not_go_together(command, tiny, write_pairs, ids_pair, tmp_path):
+    pairs, out = write_pairs(ids_pair), tmp_path / "run"
+    for more, said in (
+        (("--out", out), "give screen as well"),
+        (("--screen", "relp", "--dry-run"), "--screen and --dry-run"),
+        (("--screen", "relp", "--ray", "", "--out", out), "--screen and --ray"),
+        (("--screen", "magic", "--out", out), "magic"),
+        (("--screen", "relp", "--screen-by", "kl", "--out", out), "kl"),
+        (("--screen", "relp", "--metrics", "kl", "--out", out), "needs it"),
+    ):
+        result = screen(command, tiny, pairs, *more)
+        assert result.code == 2
+        assert said in result.err
+        assert "Traceback" not in result.err
+        assert not out.exists()
+    assert screen(command, tiny, pairs, "--screen", "relp", "--out", out, "--quiet").code == 0
+    result = command("effects", out, "--by", "layer")
+    assert result.code == 2
+    assert "screened sweep" in result.err
