@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from deltapatch.analysis.circuit_runs import circuit_curve, faithfulness, path_effects
     from deltapatch.analysis.directions import sweep_directions
     from deltapatch.analysis.features import sweep_features
+    from deltapatch.analysis.interactions import interactions, top_parts
     from deltapatch.analysis.joint import faithfulness_curve
+    from deltapatch.analysis.shapley import Shapley, shapley
+    from deltapatch.analysis.smallest_set import SmallestSet, smallest_set
     from deltapatch.engine.sweep import run, sweep, sweep_edges
     from deltapatch.errors import DeltapatchError
     from deltapatch.interventions.given import Intervention, Patch
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
     from deltapatch.models.model import Model
     from deltapatch.results.edge_effects import EdgeEffects
     from deltapatch.results.effects import Effects
+    from deltapatch.results.interactions import Interactions
     from deltapatch.results.outcome import Outcome
-    from deltapatch.results.reading import load_edges, load_effects, load_outcome
+    from deltapatch.results.reading import load_edges, load_effects, load_interactions, load_outcome
 
 __version__ = "0.1.0"
 
@@ -35,28 +39,36 @@ _HOME = {
     "DeltapatchError": "errors",
     "EdgeEffects": "results.edge_effects",
     "Effects": "results.effects",
+    "Interactions": "results.interactions",
     "Intervention": "interventions.given",
     "Model": "models.model",
     "Outcome": "results.outcome",
     "Patch": "interventions.given",
     "PromptPair": "interventions.pairs",
+    "Shapley": "analysis.shapley",
+    "SmallestSet": "analysis.smallest_set",
     "acdc": "analysis.acdc",
     "circuit_curve": "analysis.circuit_runs",
     "faithfulness": "analysis.circuit_runs",
     "faithfulness_curve": "analysis.joint",
     "from_transformers": "models.load",
+    "interactions": "analysis.interactions",
     "load_edges": "results.reading",
     "load_effects": "results.reading",
+    "load_interactions": "results.reading",
     "load_model": "models.load",
     "load_outcome": "results.reading",
     "load_sae": "models.autoencoder",
     "path_effects": "analysis.circuit_runs",
     "load_pairs": "interventions.pairs_file",
     "run": "engine.sweep",
+    "shapley": "analysis.shapley",
+    "smallest_set": "analysis.smallest_set",
     "sweep": "engine.sweep",
     "sweep_directions": "analysis.directions",
     "sweep_edges": "engine.sweep",
     "sweep_features": "analysis.features",
+    "top_parts": "analysis.interactions",
 }
 
 __all__ = [
@@ -66,28 +78,36 @@ __all__ = [
     "DeltapatchError",
     "EdgeEffects",
     "Effects",
+    "Interactions",
     "Intervention",
     "Model",
     "Outcome",
     "Patch",
     "PromptPair",
+    "Shapley",
+    "SmallestSet",
     "acdc",
     "circuit_curve",
     "faithfulness",
     "faithfulness_curve",
     "from_transformers",
+    "interactions",
     "load_edges",
     "load_effects",
+    "load_interactions",
     "load_model",
     "load_outcome",
     "load_pairs",
     "load_sae",
     "path_effects",
     "run",
+    "shapley",
+    "smallest_set",
     "sweep",
     "sweep_directions",
     "sweep_edges",
     "sweep_features",
+    "top_parts",
 ]
 
 

@@ -117,6 +117,7 @@ class Metric:
         skewed: a few pairs can make most of its mean, so tables show its median too.
         yes_or_no: it is 1 or 0.
         judges: its error has a say when a precision is chosen.
+        additive: it is how far one quantity moves, so that effects which do not interact add up.
     """
 
     needs: tuple[str, ...]
@@ -132,6 +133,7 @@ class Metric:
     skewed: bool = False
     yes_or_no: bool = False
     judges: bool = True
+    additive: bool = True
 
     @property
     def label(self) -> str:
@@ -196,6 +198,7 @@ METRICS: dict[str, Metric] = {
         "+",
         hint="+ towards the source's answer",
         skewed=True,
+        additive=False,
     ),
     "logit_diff": Metric(
         *_as_measured("logit_diff"),
@@ -270,6 +273,7 @@ METRICS: dict[str, Metric] = {
         "0 and more",
         "+",
         "+",
+        additive=False,
     ),
     "entropy": Metric(
         *_as_measured("entropy"),
@@ -289,6 +293,7 @@ METRICS: dict[str, Metric] = {
         "1",
         "1",
         yes_or_no=True,
+        additive=False,
     ),
     "says_clean": Metric(
         *_as_measured("says_clean"),
@@ -298,6 +303,7 @@ METRICS: dict[str, Metric] = {
         "1",
         "0",
         yes_or_no=True,
+        additive=False,
     ),
     "says_corrupted": Metric(
         *_as_measured("says_corrupted"),
@@ -307,6 +313,7 @@ METRICS: dict[str, Metric] = {
         "0",
         "1",
         yes_or_no=True,
+        additive=False,
     ),
 }
 DEFAULT = "recovered"
