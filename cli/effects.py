@@ -195,6 +195,9 @@ def _of_interactions(
         raise DeltapatchError("interactions are tested in one metric at a time: name one, or say --by none")
     if fdr is not None and len(found.pairs) < 2:
         raise DeltapatchError("intervals and tests are over pairs, and this run has one pair only")
+    noise = found.noise(metrics[0])
+    if noise is not None:
+        click.echo(f"Rounding is about {noise:.1e}: interactions of that size are nothing else.", err=True)
     table = interaction_table(found, metrics[0], draws=draws, seed=seed)
     return table if fdr is None else _discovered(table, fdr, draws)
 

@@ -404,6 +404,24 @@ def test_the_top_of_a_sweep(drawn):
         dp.top_parts(effects, 0)
 
 
+def test_what_is_shown(drawn):
+    found = dp.interactions(engine(torch.float32), given_pairs(drawn), PARTS[:4], metrics="logit_diff")
+    first, second = np.triu_indices(4, 1)
+    mean = found.values("logit_diff").mean(0)[first, second]
+    table = found.top(3, "logit_diff")
+    np.testing.assert_allclose(
+        np.abs(table.columns["logit_diff"]), np.sort(np.abs(mean))[::-1][:3], rtol=1e-12
+    )
+    frame = found.to_pandas(["logit_diff", "recovered"])
+    assert list(frame.columns) == ["pair", "first", "second", "logit_diff", "recovered"]
+    assert len(frame) == 12
+    assert "Interactions of 4 parts, 6 pairs of them" in repr(found)
+    assert found.names[0] in found._repr_html_()
+    assert len(found.plot("logit_diff").axes) == 2
+    alone = dp.interactions(engine(torch.float32), given_pairs(drawn)[:1], PARTS[:3], metrics="logit_diff")
+    assert "q" not in alone.top(3, "logit_diff").columns  # one prompt pair says nothing of the spread
+
+
 @pytest.mark.parametrize(
     ("parts", "options", "message"),
     [
