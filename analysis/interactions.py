@@ -20,7 +20,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Listed, Patch
 from deltapatch.interventions.joint import Joint, checked_parts
 from deltapatch.interventions.pairs import EncodedPair
-from deltapatch.interventions.pairs_file import Pairs, as_pairs
+from deltapatch.interventions.pairs_file import Pairs, lasting
 from deltapatch.interventions.parts import Part
 from deltapatch.interventions.sites import SITES
 from deltapatch.models.model import Model
@@ -61,7 +61,7 @@ def interactions(model: Model, pairs: Pairs, parts: Parts, **options: Any) -> In
         where some pairs do not have a part; where the precision does not keep second differences.
     """
     given = checked_parts(parts)
-    listed, _ = as_pairs(pairs)
+    pairs = lasting(pairs)
     options = options | {"metrics": _additive(options.get("metrics", "all"))}
     asked = Options(**options)
     sets, labels = _sets(len(given))
@@ -70,8 +70,8 @@ def interactions(model: Model, pairs: Pairs, parts: Parts, **options: Any) -> In
         return Joint.of(given, encoded, spec, asked.source).listed(sets, labels, complete=True)
 
     if asked.precision == "auto":
-        options["precision"] = _precision(model, listed, given, options)
-    found = Interactions(run_listed(model, listed, make, **options))
+        options["precision"] = _precision(model, pairs, given, options)
+    found = Interactions(run_listed(model, pairs, make, **options))
     off = found.relative_noise() if asked.part is None else None
     if off is not None and off > TOLERANCE:
         warnings.warn(
@@ -200,10 +200,12 @@ def _precision(model: Model, pairs: Pairs, parts: list[Patch], options: dict[str
     sets, labels = sets[kept], {name: label[kept] for name, label in labels.items()}
 
     def make(spec: ModelSpec, encoded: list[EncodedPair]) -> Listed:
-        some = np.unique(np.linspace(0, len(encoded) - 1, _PAIRS).round().astype(int))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what pairs do not have is said when all of them are run
             joint = Joint.of(parts, encoded, spec, options.get("source", "counterpart"))
+        has = (joint.row[:, used] >= 0).sum(1)  # [pair], how many of these parts
+        fullest = np.flatnonzero(has == has.max())
+        some = fullest[np.unique(np.linspace(0, len(fullest) - 1, _PAIRS).round().astype(int))]
         return joint.listed(sets, labels, pairs=some.tolist(), complete=True)
 
     quiet = {"progress": False, "out": None, "resume": False, "shard": None, "noise_sample": 0}

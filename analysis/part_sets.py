@@ -11,7 +11,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.joint import Joint, checked_parts
 from deltapatch.interventions.pairs import EncodedPair
-from deltapatch.interventions.pairs_file import Pairs, as_pairs
+from deltapatch.interventions.pairs_file import Pairs, lasting
 from deltapatch.interventions.parts import Part
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
@@ -41,7 +41,7 @@ class PartSets:
                     f"sets of parts are carried out in memory, by one metric: leave out `{name}`"
                 )
         self.model, self.metric = model, metric
-        self.pairs = as_pairs(pairs)[0]
+        self.pairs = lasting(pairs)
         self.given = checked_parts(parts)
         self.options = options | {"metrics": [metric]}
         self.asked = Options(**self.options)
@@ -78,7 +78,7 @@ class PartSets:
             return self._joint.listed(sets, labels)
 
         outcome = run_listed(self.model, self.pairs, make, **self.options)
-        out = np.zeros((len(self.pairs), len(sets)))
+        out = np.zeros((len(outcome.pairs), len(sets)))
         out[outcome.pair, outcome.interventions.labels["set"]] = outcome.terms(self.metric)[0]
         over = check_metric(self.metric).over
         if over is not None and self._over is None:

@@ -113,8 +113,9 @@ class Joint:
         row = self.row[:, of_part]  # [pair, member]
         there = row >= 0
         if complete:
+            pair, member = np.nonzero(~there)
             lost = np.zeros((len(row), len(sets)), dtype=bool)
-            lost[np.nonzero(~there)[0], of_set[np.nonzero(~there)[1]]] = True
+            lost[pair, of_set[member]] = True
             there &= ~lost[:, of_set]
         if pairs is not None:
             there[np.setdiff1d(np.arange(len(row)), pairs)] = False

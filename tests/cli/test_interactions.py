@@ -129,6 +129,15 @@ def test_mistakes(command, given, tmp_path, name, text, more, message):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("name", ["interactions", "smallest-set"])
+def test_a_mistake_in_the_pairs_is_told_by_its_line(command, given, write_pairs, text_pair, tmp_path, name):
+    write_pairs(text_pair, text_pair | {"clean": "Q: What is 3 plus 4? A: so"})
+    out = ["--out", str(tmp_path / "none")] if name == "interactions" else []
+    result = command(name, *flat(given, *out))
+    assert result.code == 2
+    assert "line 2" in result.err
+
+
 def test_a_run_without_a_number_of_parts(command, given, tmp_path):
     own = {k: v for k, v in given.items() if k != "--parts"}
     result = command("shapley", str(tmp_path), *flat(own))
