@@ -85,15 +85,18 @@ class SmallestSet:
         size, recovered = np.array(mine).reshape(-1, 2).T
         return size.astype(np.int64), recovered
 
-    def table(self) -> Table:
-        """A row a step: method, size, recovered, low, high, and parts, their numbers among the candidates."""
+    def table(self, *, parts: bool = False) -> Table:
+        """A row a step: method, size, recovered, low, high; and the names of its `parts`, where asked for."""
         columns: dict[str, np.ndarray] = {
             "method": np.array([s.method for s in self.steps], dtype=object),
             "size": np.array([len(s.members) for s in self.steps]),
         }
         for name in ("recovered", "low", "high"):
             columns[name] = np.array([getattr(s, name) for s in self.steps])
-        columns["parts"] = np.array([" ".join(map(str, s.members)) for s in self.steps], dtype=object)
+        if parts:
+            names = names_of(self.candidates)
+            joined = ["; ".join(names[i] for i in s.members) for s in self.steps]
+            columns["parts"] = np.array(joined, dtype=object)
         return Table(columns, "recovered")
 
     def in_words(self) -> list[str]:

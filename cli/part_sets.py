@@ -81,8 +81,8 @@ def smallest_set(
     """Search for the smallest set of parts whose joint patch recovers a share of the logit difference.
 
     Printed is what the best set of each size recovers: of the parts with the largest single effects (top), of
-    the search, and of what is left when parts that are not needed are taken out again (pruned); with the
-    numbers of its parts among the candidates, from 0.
+    the search, and of what is left when parts that are not needed are taken out again (pruned). csv, json and
+    parquet name the parts of each set.
     """
     parts, model, options = _given(given, quiet)
 
@@ -90,7 +90,7 @@ def smallest_set(
 
     found = find(model, Path(given["pairs_file"]), parts, share=share, beam=beam, most=most, **options)
     say(f"{found.rows:,} joint patches\n{found!r}", quiet)
-    Printed(format_, out, None).show(found.table())
+    Printed(format_, out, None).show(found.table(parts=format_ != "table"))
 
 
 def _given(given: dict[str, Any], quiet: bool) -> tuple[Any, "Model", dict[str, Any]]:
