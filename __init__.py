@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from deltapatch.analysis.circuit_runs import circuit_curve, faithfulness, path_effects
     from deltapatch.analysis.directions import sweep_directions
     from deltapatch.analysis.features import sweep_features
+    from deltapatch.analysis.interactions import interactions, top_parts
     from deltapatch.analysis.joint import faithfulness_curve
+    from deltapatch.analysis.shapley import Shapley, shapley
+    from deltapatch.analysis.smallest_set import SmallestSet, smallest_set
     from deltapatch.engine.sweep import run, sweep, sweep_edges
     from deltapatch.errors import DeltapatchError
     from deltapatch.interventions.given import Intervention, Patch
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
     from deltapatch.models.model import Model
     from deltapatch.results.edge_effects import EdgeEffects
     from deltapatch.results.effects import Effects
+    from deltapatch.results.interactions import Interactions
     from deltapatch.results.outcome import Outcome
-    from deltapatch.results.reading import load_edges, load_effects, load_outcome
+    from deltapatch.results.reading import load_edges, load_effects, load_interactions, load_outcome
     from deltapatch.results.screened import Screened, load_screened
 
 __version__ = "0.1.0"
@@ -36,6 +40,7 @@ _HOME = {
     "DeltapatchError": "errors",
     "EdgeEffects": "results.edge_effects",
     "Effects": "results.effects",
+    "Interactions": "results.interactions",
     "Intervention": "interventions.given",
     "Model": "models.model",
     "Outcome": "results.outcome",
@@ -43,13 +48,17 @@ _HOME = {
     "Probe": "results.probe",
     "PromptPair": "interventions.pairs",
     "Screened": "results.screened",
+    "Shapley": "analysis.shapley",
+    "SmallestSet": "analysis.smallest_set",
     "acdc": "analysis.acdc",
     "circuit_curve": "analysis.circuit_runs",
     "faithfulness": "analysis.circuit_runs",
     "faithfulness_curve": "analysis.joint",
     "from_transformers": "models.load",
+    "interactions": "analysis.interactions",
     "load_edges": "results.reading",
     "load_effects": "results.reading",
+    "load_interactions": "results.reading",
     "load_model": "models.load",
     "load_outcome": "results.reading",
     "load_sae": "models.autoencoder",
@@ -57,10 +66,13 @@ _HOME = {
     "path_effects": "analysis.circuit_runs",
     "load_pairs": "interventions.pairs_file",
     "run": "engine.sweep",
+    "shapley": "analysis.shapley",
+    "smallest_set": "analysis.smallest_set",
     "sweep": "engine.sweep",
     "sweep_directions": "analysis.directions",
     "sweep_edges": "engine.sweep",
     "sweep_features": "analysis.features",
+    "top_parts": "analysis.interactions",
 }
 
 __all__ = [
@@ -70,6 +82,7 @@ __all__ = [
     "DeltapatchError",
     "EdgeEffects",
     "Effects",
+    "Interactions",
     "Intervention",
     "Model",
     "Outcome",
@@ -77,13 +90,17 @@ __all__ = [
     "Probe",
     "PromptPair",
     "Screened",
+    "Shapley",
+    "SmallestSet",
     "acdc",
     "circuit_curve",
     "faithfulness",
     "faithfulness_curve",
     "from_transformers",
+    "interactions",
     "load_edges",
     "load_effects",
+    "load_interactions",
     "load_model",
     "load_outcome",
     "load_pairs",
@@ -91,10 +108,13 @@ __all__ = [
     "load_screened",
     "path_effects",
     "run",
+    "shapley",
+    "smallest_set",
     "sweep",
     "sweep_directions",
     "sweep_edges",
     "sweep_features",
+    "top_parts",
 ]
 
 

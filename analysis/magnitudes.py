@@ -43,21 +43,12 @@ def magnitudes(
     by = check_groups(by)
     if "pair" in by:
         raise DeltapatchError("intervals and tests are over pairs: do not group by pair")
-    if not 0 < level < 1:
-        raise DeltapatchError(f"the level of an interval lies between 0 and 1, as 0.95 does, not {level}")
-    if draws < 1:
-        raise DeltapatchError(f"intervals and tests need at least one draw, not {draws}")
+    check_draws(level, draws)
     if len(effects.pairs) < 2:
         raise DeltapatchError("intervals and tests are over pairs, and this run has one pair only")
 
     def numbers(metric: str, values: np.ndarray, over: np.ndarray | None) -> dict[str, np.ndarray]:
-        mean, stderr, n = mean_over_pairs(values, over)
-        low, high = bootstrap(values, level, draws, seed, over)
-        many = mean.size >= POOLED_FROM if pooled is None else pooled
-        # A ratio of means is zero where its numerator is.
-        p = sign_flip_test(values, draws, seed, many)
-        found = {metric: mean} | medians(metric, values) | {"stderr": stderr, "low": low, "high": high}
-        return found | {"p": p, "pairs": n}
+        return with_uncertainty(metric, values, over, level=level, draws=draws, seed=seed, pooled=pooled)
 
     table = collect(effects, metrics, by, sites, numbers)
     columns: dict[str, np.ndarray] = {}
@@ -66,6 +57,38 @@ def magnitudes(
         if name == "p" or name.endswith("_p"):
             columns[f"{name[:-1]}q"] = benjamini_hochberg(column)
     return Table(columns, table.metric)
+
+
+def with_uncertainty(
+    metric: str,
+    values: np.ndarray,
+    over: np.ndarray | None,
+    *,
+    level: float,
+    draws: int,
+    seed: int,
+    pooled: bool | None = None,
+) -> dict[str, np.ndarray]:
+    """Means over pairs of a metric's terms, [pair, ...] and [pair] or None, and how sure they are.
+
+    Returns:
+        The metric, median (as of `tables.averages`), stderr, low, high, p and pairs, each [...].
+    """
+    mean, stderr, n = mean_over_pairs(values, over)
+    low, high = bootstrap(values, level, draws, seed, over)
+    many = mean.size >= POOLED_FROM if pooled is None else pooled
+    # A ratio of means is zero where its numerator is.
+    p = sign_flip_test(values, draws, seed, many)
+    found = {metric: mean} | medians(metric, values) | {"stderr": stderr, "low": low, "high": high}
+    return found | {"p": p, "pairs": n}
+
+
+def check_draws(level: float, draws: int) -> None:
+    """Raise DeltapatchError where an interval has no such level, or there are no draws."""
+    if not 0 < level < 1:
+        raise DeltapatchError(f"the level of an interval lies between 0 and 1, as 0.95 does, not {level}")
+    if draws < 1:
+        raise DeltapatchError(f"intervals and tests need at least one draw, not {draws}")
 
 
 def discoveries(table: Table, rate: float, draws: int = 1000) -> Table:

@@ -10,12 +10,14 @@ from deltapatch.analysis.circuit import Circuit
 from deltapatch.analysis.curves import layer_curves, neuron_ranking
 from deltapatch.analysis.edge_plots import DRAWN, check_pair, circuit_graph, edge_heatmap
 from deltapatch.analysis.heatmaps import head_heatmaps, position_heatmaps
+from deltapatch.analysis.interaction_plots import interaction_matrix
 from deltapatch.analysis.select import one_pair
 from deltapatch.analysis.style import figure_style, save
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.sites import SITES
 from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import Effects
+from deltapatch.results.interactions import Interactions
 from deltapatch.results.metrics import check_metric, default_metric
 
 
@@ -56,6 +58,29 @@ def plot_edges(
     except OSError as error:
         raise DeltapatchError(f"cannot write figures to {folder}: {error.strerror or error}") from error
     return paths
+
+
+def plot_interactions(
+    found: Interactions, folder: str | PathLike[str], metric: str | None = None, *, dpi: int = 300
+) -> list[Path]:
+    """Draw interactions, part by part; PNG and PDF.
+
+    Args:
+        metric: what to draw; `recovered` by default, or the first that the run can answer.
+        dpi: of the PNG file.
+
+    Raises:
+        DeltapatchError: as of `Interactions.measured`; a folder that cannot be written.
+    """
+    metric = default_metric(found.metrics) if metric is None else metric
+    folder = Path(folder)
+    found.measured(metric)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with figure_style():
+            return save(interaction_matrix(found, metric), folder / f"interactions_{metric}", dpi)
+    except OSError as error:
+        raise DeltapatchError(f"cannot write figures to {folder}: {error.strerror or error}") from error
 
 
 def plot_run(

@@ -1,21 +1,22 @@
 """`deltapatch effects`: what a run found, as a table, csv, json or parquet."""
 
-import shutil
-import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 
 from deltapatch.cli.metrics import MetricHelp
 from deltapatch.cli.options import SEED, read_names
+from deltapatch.cli.printed import Printed, table_format, table_out
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
     from deltapatch.analysis.tables import Table
     from deltapatch.results.edge_effects import EdgeEffects
     from deltapatch.results.effects import Effects
+    from deltapatch.results.interactions import Interactions
     from deltapatch.results.outcome import Outcome
 
 EXAMPLES = """\b
@@ -28,8 +29,8 @@ Examples:
   deltapatch effects RUN --site mlp_out --format csv > effects.csv
   deltapatch effects EDGES --by sender,receiver --top 50
   deltapatch effects FEATURES --by layer,feature --top 20
+  deltapatch effects INTERACTIONS --top 20
 """
-_LONG, _CUT = 200, 40  # a table of more rows than the first is cut to the second
 
 
 @click.command(cls=MetricHelp, short_help="Print the effects of a run.", epilog=EXAMPLES)
@@ -77,14 +78,8 @@ _LONG, _CUT = 200, 40  # a table of more rows than the first is cut to the secon
     help="Only the K rows with the largest magnitude of the (first) metric: of the means, in every format, "
     "unless --by none says of single cells.",
 )
-@click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["table", "csv", "json", "parquet"]),
-    default="table",
-    show_default=True,
-)
-@click.option("--out", type=click.Path(dir_okay=False), help="A file to write, rather than stdout.")
+@table_format
+@table_out
 def effects(
     *,
     run: str,
@@ -110,9 +105,10 @@ def effects(
     Of several metrics the columns beside each are called METRIC_stderr and so on. Beside the mean of ie
     stands its median, since a few pairs can make most of such a mean.
     """
-    from deltapatch.analysis.magnitudes import discoveries, magnitudes
+    from deltapatch.analysis.magnitudes import magnitudes
     from deltapatch.analysis.tables import averages, cells, having
     from deltapatch.results.edge_effects import EdgeEffects
+    from deltapatch.results.interactions import Interactions, is_of_parts
     from deltapatch.results.metrics import default_metric
     from deltapatch.results.outcome import Outcome
     from deltapatch.results.reading import read_run
@@ -122,14 +118,18 @@ def effects(
     names = (
         [name for text in metric for name in read_names(text)] if metric else [default_metric(found.metrics)]
     )
-    printed = _Printed(format_, out, top)
-    screened = isinstance(found, Outcome) and (Path(run) / ESTIMATES).is_file()
+    printed = Printed(format_, out, top)
+    if isinstance(found, Outcome) and is_of_parts(found):
+        no_such = {"--site": site, "--effect": effect, "--mean-of-ratios": mean_of_ratios}
+        _leave_out(no_such, f"{run} is a run of interactions")
+        if caveat := found.caveat():
+            warnings.warn(caveat, stacklevel=1)
+        printed.show(_of_interactions(Interactions(found), names, by, fdr, draws=draws, seed=seed))
+        return
     if isinstance(found, Outcome):
         asked = {"--site": site, "--effect": effect, "--interval": interval, "--fdr": fdr}
-        for option, value in {**asked, "--mean-of-ratios": mean_of_ratios}.items():
-            if value:
-                raise DeltapatchError(f"{run} is a run of given interventions: leave out {option}")
-        if screened:
+        _leave_out(asked | {"--mean-of-ratios": mean_of_ratios}, f"{run} is a run of given interventions")
+        if (Path(run) / ESTIMATES).is_file():
             printed.show(_of_screen(run, names, by))
         else:
             printed.show(_of_interventions(found, names, by, whole=top is None and format_ != "table"))
@@ -165,34 +165,46 @@ def effects(
             table = magnitudes(found, names, groups, sites, draws=draws, seed=seed)
         else:
             table = averages(found, names, groups, sites, mean_of_ratios=mean_of_ratios)
-    if fdr is not None:
-        n_rows, table = len(table), discoveries(table, fdr, draws)
-        click.echo(f"{len(table):,} of {n_rows:,} rows have q <= {fdr:g}.", err=True)
-    printed.show(table)
+    printed.show(table if fdr is None else _discovered(table, fdr, draws))
 
 
-class _Printed(NamedTuple):
-    """How a table is printed, or written."""
+def _discovered(table: "Table", rate: float, draws: int) -> "Table":
+    """The rows of a table that are discoveries at a rate; says how many."""
+    from deltapatch.analysis.magnitudes import discoveries
 
-    format: str
-    out: str | None
-    top: int | None
+    kept = discoveries(table, rate, draws)
+    click.echo(f"{len(kept):,} of {len(table):,} rows have q <= {rate:g}.", err=True)
+    return kept
 
-    def show(self, table: "Table") -> None:
-        """Print a table, the top of it where that was asked for or it is long."""
-        from deltapatch.analysis.render import render
 
-        cut = _CUT if self.top is None and self.format == "table" and len(table) > _LONG else None
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() and not self.out else 80
-        data = render(table.top(self.top if self.top is not None else cut), self.format, width)
-        if cut:
-            click.echo(f"The top {cut} of {len(table):,} rows; --top K shows more.", err=True)
-        if self.out:
-            _write(self.out, data)
-        elif self.format == "parquet" and sys.stdout.isatty():
-            raise DeltapatchError("parquet is not text: give a file with --out, or redirect stdout")
-        else:
-            sys.stdout.buffer.write(data)
+def _leave_out(given: Mapping[str, object], why: str) -> None:
+    """Raise DeltapatchError where an option was given that makes no sense here."""
+    for option, value in given.items():
+        if value:
+            raise DeltapatchError(f"{why}: leave out {option}")
+
+
+def _of_interactions(
+    found: "Interactions", metrics: list[str], by: str | None, fdr: float | None, *, draws: int, seed: int
+) -> "Table":
+    """The table of a run of interactions: means over prompt pairs, or each with --by none."""
+    from deltapatch.analysis.interactions import interaction_table
+    from deltapatch.analysis.tables import Table
+
+    if by == "none":
+        _leave_out({"--fdr": fdr is not None}, "--by none lists every cell")
+        return Table(found.columns(metrics), metrics[0])
+    if by is not None:
+        raise DeltapatchError("interactions are told by both parts: leave out --by, or say --by none")
+    if len(metrics) > 1:
+        raise DeltapatchError("interactions are tested in one metric at a time: name one, or say --by none")
+    if fdr is not None and len(found.pairs) < 2:
+        raise DeltapatchError("intervals and tests are over pairs, and this run has one pair only")
+    noise = found.noise(metrics[0])
+    if noise is not None:
+        click.echo(f"Rounding is about {noise:.1e}: interactions of that size are nothing else.", err=True)
+    table = interaction_table(found, metrics[0], draws=draws, seed=seed)
+    return table if fdr is None else _discovered(table, fdr, draws)
 
 
 def _of_interventions(found: "Outcome", metrics: list[str], by: str | None, whole: bool) -> "Table":
@@ -228,11 +240,3 @@ def _default_groups(found: "Effects | EdgeEffects", sites: list[str]) -> list[st
     if any(indexed) and not all(indexed):
         raise DeltapatchError("name one site: whole vectors and sites with an index do not share a table")
     return ["layer", "position", *(["index"] if all(indexed) else [])]
-
-
-def _write(path: str, data: bytes) -> None:
-    try:
-        with open(path, "xb") as file:
-            file.write(data)
-    except FileExistsError as error:
-        raise DeltapatchError(f"output path {path} is taken: choose another or remove it") from error

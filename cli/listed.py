@@ -1,4 +1,4 @@
-"""What commands share that make interventions of their own: features of autoencoders, directions."""
+"""What commands share that make interventions of their own: features, directions, joint patches of parts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -68,19 +68,23 @@ def carry_out(
     adapter: str | None,
     stream: bool,
     pairs_file: str,
-    positions: str,
+    positions: str | None = None,
     out: str,
     resume: bool,
     shard: str | None,
     as_json: bool,
     quiet: bool,
     **given: Any,
-) -> None:
+) -> Any:
     """Load, sweep, and say what was done.
 
     Args:
         sweeping: takes model, pairs and the options of a run.
         what: it patches, in the plural.
+        positions: where, of what is patched at given ones.
+
+    Returns:
+        What was found.
     """
     from deltapatch import arguments
     from deltapatch.models.load import load_model
@@ -89,10 +93,11 @@ def carry_out(
     named = {} if revision is None else {"revision": revision}
     loaded = load_model(model, device=device, dtype=dtype, stream=stream, adapter=adapter, **named)
     say(repr(loaded), quiet)
+    at = {} if positions is None else {"positions": arguments.positions(positions)}
     found = sweeping(
         loaded,
         Path(pairs_file),
-        positions=arguments.positions(positions),
+        **at,
         progress=not quiet,
         out=out,
         resume=resume,
@@ -107,6 +112,7 @@ def carry_out(
         print_json({"out": out, what: len(found), "pairs": len(found.pairs), "run": found.meta})
     else:
         click.echo(out)
+    return found
 
 
 def check_free(out: str, resume: bool, shard: str | None) -> None:

@@ -13,8 +13,10 @@ from deltapatch.cli.effects import effects
 from deltapatch.cli.explore import explore
 from deltapatch.cli.features import features
 from deltapatch.cli.info import info
+from deltapatch.cli.interactions import interactions
 from deltapatch.cli.merge import merge
 from deltapatch.cli.pairs import pairs
+from deltapatch.cli.part_sets import shapley, smallest_set
 from deltapatch.cli.plot import plot
 from deltapatch.cli.reproduce import reproduce
 from deltapatch.cli.sweep import edges, sweep
@@ -27,6 +29,7 @@ Examples:
   deltapatch effects RUN --site mlp_out --by layer,class
   deltapatch edges --model MODEL --pairs pairs.jsonl --out EDGES
   deltapatch features --model MODEL --pairs pairs.jsonl --sae SAE --out FEATURES
+  deltapatch interactions RUN --top 50 --model MODEL --pairs pairs.jsonl --out INTERACTIONS
   deltapatch plot RUN
   deltapatch explore RUN
   deltapatch reproduce --model MODEL --out STUDY
@@ -40,8 +43,8 @@ def cli() -> None:
 
 
 for command in (
-    demo, pairs, sweep, edges, features, directions, merge, effects, plot, explore, circuit, info, convert,
-    reproduce, bench,
+    demo, pairs, sweep, edges, features, directions, interactions, shapley, smallest_set, merge, effects,
+    plot, explore, circuit, info, convert, reproduce, bench,
 ):  # fmt: skip
     cli.add_command(command)
 

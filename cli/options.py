@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -53,11 +53,16 @@ def loading(command: Command) -> Command:
     return command
 
 
-def asked(kind: type[Options]) -> Callable[[Command], Command]:
-    """An option of the command for each of some options that the shell takes, in their order."""
+def asked(kind: type[Options], without: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """An option of the command for each of some options that the shell takes, in their order.
+
+    Args:
+        without: names of those that this command does not take.
+    """
 
     def decorate(command: Command) -> Command:
-        for each in reversed([each for each in fields(kind) if each.metadata["typed"]]):
+        taken = [each for each in fields(kind) if each.metadata["typed"] and each.name not in without]
+        for each in reversed(taken):
             own = dict(each.metadata["typed"])
             own.pop("read", None)
             if choice := own.pop("choice", None):
@@ -77,7 +82,7 @@ def read_asked(kind: type[Options], given: Mapping[str, Any]) -> dict[str, Any]:
     out = {}
     for each in fields(kind):
         typed = each.metadata["typed"]
-        if typed:
+        if typed and each.name in given:
             value, read = given[each.name], typed.get("read")
             out[each.name] = value if read is None or not isinstance(value, str) else read(value)
     return out

@@ -46,20 +46,29 @@ def plot(
     """Draw the run folder RUN as PNG and PDF, and print the files' paths.
 
     Heatmaps of layer by position, curves by layer at the last token, heads, and rankings of neurons; of edges
-    sender by receiver, and the largest as a graph. Figures of the same name are replaced.
+    sender by receiver, and the largest as a graph; of interactions part by part. Figures of the same name are
+    replaced.
     """
-    from deltapatch.analysis.plots import plot_edges, plot_run
+    from deltapatch.analysis.plots import plot_edges, plot_interactions, plot_run
     from deltapatch.results.edge_effects import EdgeEffects
+    from deltapatch.results.interactions import Interactions, is_of_parts
     from deltapatch.results.metrics import default_metric
+    from deltapatch.results.outcome import Outcome
     from deltapatch.results.reading import load_effects, read_run
 
     found = read_run(run)
-    effects = found if isinstance(found, EdgeEffects) else load_effects(run)
+    of_parts = isinstance(found, Outcome) and is_of_parts(found)
+    effects = found if of_parts or isinstance(found, EdgeEffects) else load_effects(run)
     if caveat := effects.caveat():
         warnings.warn(caveat, stacklevel=1)
     metric = metric or default_metric(effects.metrics)
     folder = out or Path(run) / "plots"
-    if isinstance(effects, EdgeEffects):
+    if isinstance(effects, Outcome):
+        for given, option in ((site, "--site"), (pair is not None, "--pair")):
+            if given:
+                raise DeltapatchError(f"{run} is a run of interactions: leave out {option}")
+        made = plot_interactions(Interactions(effects), folder, metric, dpi=dpi)
+    elif isinstance(effects, EdgeEffects):
         if site:
             raise DeltapatchError(f"{run} is a run of edges: leave out --site")
         made = plot_edges(effects, folder, metric, pair=pair, dpi=dpi)

@@ -18,6 +18,8 @@ from deltapatch.analysis.circuit import Circuit
 from deltapatch.analysis.curves import neuron_ranking
 from deltapatch.analysis.edge_plots import circuit_graph, edge_heatmap
 from deltapatch.analysis.heatmaps import head_heatmaps, position_heatmaps
+from deltapatch.analysis.interaction_plots import interaction_matrix
+from deltapatch.analysis.interactions import interaction_table
 from deltapatch.analysis.select import one_pair, select
 from deltapatch.analysis.style import figure_style
 from deltapatch.analysis.tables import Table, averages
@@ -26,6 +28,7 @@ from deltapatch.explore.page import page, write_page
 from deltapatch.interventions.sites import SITES
 from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import Effects
+from deltapatch.results.interactions import Interactions
 from deltapatch.results.metrics import check_metric, default_metric
 
 
@@ -89,6 +92,18 @@ def top_edges(edges: EdgeEffects, n: int = 10, metric: str | None = None, effect
     metric = default_metric(edges.metrics) if metric is None else metric
     by = ["sender", "receiver", *([] if edges.grid.together else ["position"])]
     return averages(edges, metric, by, [effect or edges.grid.effects[0]]).top(n)
+
+
+def plot_interactions(found: Interactions, metric: str | None = None) -> Figure:
+    """Part by part: see `Interactions.plot`."""
+    metric = default_metric(found.metrics) if metric is None else metric
+    found.measured(metric)  # which says what is wrong
+    return _made(lambda: interaction_matrix(found, metric))
+
+
+def top_interactions(found: Interactions, n: int = 10, metric: str | None = None) -> Table:
+    """The n strongest means over pairs: see `Interactions.top`."""
+    return interaction_table(found, metric).top(n)
 
 
 def plot_circuit(circuit: Circuit, title: str = "") -> Figure:

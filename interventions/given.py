@@ -13,6 +13,7 @@ from deltapatch.arguments import position, several, whole
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.parts import Part, parts_as_file, parts_of_file
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.sites import PLACES, check_site, find_site
 from deltapatch.interventions.table import (
@@ -97,12 +98,14 @@ class Listed:
         labels: name -> [intervention], what their maker says of each.
         seen_by: [n, (patch, receiver)], the receivers that alone see a patch, as `Nodes` counts them; what
             is not named is seen by all.
+        parts: what they join, as it was asked for, where their maker counts parts in its labels.
     """
 
     table_of_all: PatchTable
     vectors: Vectors = field(default_factory=Vectors)
     labels: Mapping[str, np.ndarray] = field(default_factory=dict)
     seen_by: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    parts: tuple[Part, ...] = ()
 
     @property
     def n_effects(self) -> int:
@@ -153,7 +156,7 @@ class Listed:
         columns = {name: getattr(self.table_of_all, name).astype(np.int64) for name in names}
         labels = {f"label/{name}": array for name, array in sorted(self.labels.items())}
         seen_by = {"seen_by": self.seen_by} if len(self.seen_by) else {}
-        return columns | self.vectors.as_file() | labels | seen_by
+        return columns | self.vectors.as_file() | labels | seen_by | parts_as_file(self.parts)
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray], pairs: Sequence[EncodedPair]) -> "Listed":
@@ -184,7 +187,8 @@ class Listed:
         fits = seen_by.ndim == 2 and seen_by.shape[1:] == (2,) and seen_by.dtype == np.int64
         if not fits or (seen_by < 0).any() or (seen_by[:, 0] >= len(row)).any():
             raise ValueError("interventions")
-        return cls(PatchTable(len(pair), **columns), vectors, labels, seen_by)
+        parts = parts_of_file(arrays)
+        return cls(PatchTable(len(pair), **columns), vectors, labels, seen_by, parts)
 
 
 def listed_interventions(

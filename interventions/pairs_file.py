@@ -85,6 +85,11 @@ def as_pairs(pairs: Pairs) -> tuple[list[PromptPair], list[str]]:
     return out, [f"pair {i}" for i in range(len(out))]
 
 
+def lasting(pairs: Pairs) -> Pairs:
+    """The same, to be read several times: a file stays one, whose lines errors name, all else is a list."""
+    return pairs if isinstance(pairs, str | os.PathLike) else as_pairs(pairs)[0]
+
+
 def write_pairs(path: str | os.PathLike[str], pairs: Sequence[PromptPair]) -> None:
     """Write a pairs file, whole or not at all. Missing folders are made, an existing file is replaced.
 

@@ -118,6 +118,7 @@ class Metric:
         skewed: a few pairs can make most of its mean, so tables show its median too.
         yes_or_no: it is 1 or 0.
         judges: its error has a say when a precision is chosen.
+        additive: it is how far one quantity moves, so that effects which do not interact add up.
     """
 
     needs: tuple[str, ...]
@@ -133,6 +134,7 @@ class Metric:
     skewed: bool = False
     yes_or_no: bool = False
     judges: bool = True
+    additive: bool = True
 
     @property
     def label(self) -> str:
@@ -197,6 +199,7 @@ METRICS: dict[str, Metric] = {
         "+",
         hint="+ towards the source's answer",
         skewed=True,
+        additive=False,
     ),
     "logit_diff": Metric(
         *_as_measured("logit_diff"),
@@ -271,6 +274,7 @@ METRICS: dict[str, Metric] = {
         "0 and more",
         "+",
         "+",
+        additive=False,
     ),
     "entropy": Metric(
         *_as_measured("entropy"),
@@ -290,6 +294,7 @@ METRICS: dict[str, Metric] = {
         "1",
         "1",
         yes_or_no=True,
+        additive=False,
     ),
     "says_clean": Metric(
         *_as_measured("says_clean"),
@@ -299,6 +304,7 @@ METRICS: dict[str, Metric] = {
         "1",
         "0",
         yes_or_no=True,
+        additive=False,
     ),
     "says_corrupted": Metric(
         *_as_measured("says_corrupted"),
@@ -308,6 +314,7 @@ METRICS: dict[str, Metric] = {
         "0",
         "1",
         yes_or_no=True,
+        additive=False,
     ),
 }
 DEFAULT = "recovered"

@@ -34,6 +34,7 @@ from deltapatch.results.folder import (
     checksum,
     is_begun,
 )
+from deltapatch.results.interactions import Interactions
 from deltapatch.results.measured import Found
 from deltapatch.results.metrics import Direction, Reference, is_measured, know_all
 from deltapatch.results.outcome import Outcome
@@ -75,6 +76,15 @@ def load_edges(path: str | os.PathLike[str]) -> EdgeEffects:
         DeltapatchError: it is none, is of sites or given interventions, is damaged, or is of a newer format.
     """
     return _of_kind(EdgeEffects, read_run(path), path)
+
+
+def load_interactions(path: str | os.PathLike[str]) -> Interactions:
+    """The interactions of the parts in a run folder.
+
+    Raises:
+        DeltapatchError: it is none, is of something else, is damaged, or is of a newer format.
+    """
+    return Interactions(load_outcome(path))
 
 
 Kind = TypeVar("Kind", bound=Found)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-_DTYPES = {"float64": "F64", "int64": "I64", "float32": "F32", "bool": "BOOL"}
+_DTYPES = {"float64": "F64", "int64": "I64", "float32": "F32", "bool": "BOOL", "uint8": "U8"}
 
 
 def save_file(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write arrays of float64, int64, float32 or bool. OSError where the file cannot be written."""
+    """Write arrays of float64, int64, float32, bool or uint8. OSError where the file cannot be written."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # keeps all aligned
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     at = 0
