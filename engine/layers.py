@@ -114,7 +114,8 @@ class Layers:
 
     def _rotary(self, rope: RopeSpec) -> Rotary:
         """A line of cosines and sines for every base token."""
-        tables = {run: self._rope_tables(run, rope) for run in dict.fromkeys(self.prompts.shapes.runs)}
-        parts = [tables[run] for run in self.prompts.shapes.runs]
+        runs = self.prompts.unpatched.runs
+        tables = {run: self._rope_tables(run, rope) for run in dict.fromkeys(runs)}
+        parts = [tables[run] for run in runs]
         cos, sin = (torch.cat([part[i] for part in parts]) for i in range(2))
         return Rotary(cos, sin, rope.interleaved)

@@ -65,7 +65,8 @@ class Costs:
         Args:
             threads: how many blocks are worked on at once (`Pool.count`).
             places: where patches go.
-            against_base: whether patches bring something that is not a source run (sources zero and mean).
+            against_base: whether patches bring something that is not carried as a difference: sources zero
+                and mean, and source runs that are prompts of their own.
             stream: whether the weights are streamed.
             n_senders: of edges, if these are patched: what they say is kept, and what heads hear of it.
         """

@@ -64,10 +64,10 @@ def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
         decided.precision,
         question.backend.block_tokens,
         question.n_sources,
-        max(run.length for run in question.runs),
+        max(max(run.length, run.beside) for run in question.runs),
         threads,
         asked.places,
-        question.options.source in ("zero", "mean"),
+        question.options.source in ("zero", "mean") or any(run.beside for run in question.runs),
         stream=decided.stream,
         n_senders=senders,
     )
