@@ -385,6 +385,7 @@ def test_pairs_are_shown_token_by_token(command, tiny, write_pairs, text_pair, i
         "from_end": -6,
         "clean": " 3",
         "clean_id": first["tokens"][4]["clean_id"],
+        "corrupted_position": 4,
         "corrupted": " 5",
         "corrupted_id": first["tokens"][4]["corrupted_id"],
         "labels": ["op1"],
