@@ -94,6 +94,7 @@ def _ends(clean: Sequence[int], corrupted: Sequence[int]) -> list[list[int]]:
 def _given(align: Any, sizes: tuple[int, int], name: str) -> list[list[int]]:
     """A list of positions, checked and counted from 0."""
     must = f"{name}: align must be {ENDS!r} or a list of [clean position, corrupted position]"
+    align = align.tolist() if hasattr(align, "tolist") else align  # of an array
     if not isinstance(align, Sequence) or isinstance(align, bytes) or not align:
         raise DeltapatchError(f"{must}, not {shown(align)}.")
     found = []

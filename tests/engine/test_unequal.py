@@ -1,6 +1,7 @@
 """Pairs whose prompts have unequal numbers of tokens, and what lines up of them, against the oracle."""
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -13,6 +14,10 @@ from engine_tiny import VOCAB, hf_model, pairs, true_model, with_apt_answers, wi
 import deltapatch as dp
 from deltapatch import DeltapatchError
 from deltapatch.analysis.attribution import attribute_edges
+from deltapatch.analysis.positions import aligned
+from deltapatch.engine.options import SweepOptions
+from deltapatch.engine.question import ask
+from deltapatch.explore.collect import collect
 
 ENDS = "prefix+suffix"
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-8}
@@ -255,6 +260,56 @@ def test_features_and_directions(direction):
             at = positions.index(told) if told in positions else 2  # of a label the place is told
             got[pair, at, which] = value
         np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
+
+
+def test_a_run_folder_tells_what_lined_up(tmp_path):
+    """Its pairs, its effects, what of each pair was patched; a run with other positions is another run."""
+    given = drawn("llama", 11)
+    found = sweep("llama", given, ["z", "mlp_out"], out=tmp_path / "run")
+    again = dp.load_effects(tmp_path / "run")
+    assert again.pairs == found.pairs
+    for site in ("z", "mlp_out"):
+        assert np.array_equal(again.values("kl", site), found.values("kl", site), equal_nan=True)
+    assert again.places("z")[1] == [0, 1, None, None, 4, 5]
+    assert set(again.columns("kl", "mlp_out")["position"].tolist()) == {0, 1, 4, 5}
+    other = [given[0]._replace(align=[[0, 0], [-1, -1]]), given[1]]
+    with pytest.raises(DeltapatchError, match="a different pairs: sha256"):
+        sweep("llama", other, ["z", "mlp_out"], out=tmp_path / "run", resume=True)
+    swapped = [dp.Intervention(i, [dp.Patch("z", 0, -1, 1), dp.Patch("v", 1, 0, 0)]) for i in range(2)]
+    outcome = dp.run(model("llama"), asked(given), swapped, out=tmp_path / "given", progress=False)
+    assert np.array_equal(dp.load_outcome(tmp_path / "given").values("kl"), outcome.values("kl"))
+
+
+def test_a_damaged_map_is_no_run(tmp_path):
+    found = sweep("llama", drawn("llama", 11), ["mlp_out"])
+    for align in (None, [], [[0, 0, 0]], [[0, 9]], [[1, 1], [0, 2]]):
+        path = tmp_path / repr(align)
+        found.pairs = [replace(found.pairs[0], align=align), found.pairs[1]]
+        found.save(path)
+        with pytest.raises(DeltapatchError, match=r"damaged \(align of a pair in pairs.jsonl\)"):
+            dp.load_effects(path)
+
+
+def test_classes_and_pages_leave_out_what_was_not_patched():
+    """A class is the mean over what of it could be patched, on the axis of the clean prompt."""
+    labels = {"op1": 2, "op2": -2}  # at 2 nothing lines up
+    given = [pair._replace(labels=labels) for pair in drawn("llama", 12)]
+    found = sweep("llama", given, ["mlp_out"])
+    names, values, _ = aligned(found, "kl", "mlp_out")
+    kl = found.values("kl", "mlp_out")
+    assert names == ["early", "op2", "last"]
+    assert np.allclose(values[0], np.stack([kl[0][:, [0, 1]].mean(1), kl[0][:, 4], kl[0][:, 5]], 1))
+    page = collect(found, ["kl"])
+    assert page["sites"][0]["swept"][0] == [0, 1, None, None, 4, 5]
+    assert page["pairs"][0]["changed"] == ([2, 3], [2, 3, 4])
+
+
+def test_memory_counts_the_sources_own_runs():
+    given = drawn("llama", 13)
+    question = ask(model("llama"), asked(given), SweepOptions(sites="z"))
+    assert [run.tokens for run in question.runs] == [len(p.clean) + len(p.corrupted) for p in given]
+    whole = ask(model("llama"), asked(pairs(true_model("llama"), (6, 5))), SweepOptions(sites="z"))
+    assert [run.tokens for run in whole.runs] == [6, 5]
 
 
 REFUSED = [
