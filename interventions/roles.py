@@ -115,5 +115,5 @@ def no_place(pair: EncodedPair, position: int | str) -> str:
         )
     return (
         f"position {position!r} has no counterpart in the other prompt, so that nothing can be patched there "
-        "(`deltapatch pairs --show` shows what lines up)"
+        "(`deltapatch pairs --show FILE` shows what lines up)"
     )

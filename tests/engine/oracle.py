@@ -44,13 +44,14 @@ class Patch(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two prompts of token ids, of one length unless they are lined up, and their answers."""
+    """Two prompts of token ids, of one length unless they are lined up, and answers, as a PromptPair."""
 
     clean: list[int]
     corrupted: list[int]
     clean_answer: int | list[int] | tuple[int, ...]
     corrupted_answer: int | list[int] | tuple[int, ...]
     labels: dict[str, int] = {}  # noqa: RUF012  (never written to)
+    meta: dict[str, Any] = {}  # noqa: RUF012
     align: Any = None
 
 

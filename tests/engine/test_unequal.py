@@ -18,6 +18,7 @@ from deltapatch.analysis.positions import aligned
 from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.question import ask
 from deltapatch.explore.collect import collect
+from deltapatch.study.oracle import check_run
 
 ENDS = "prefix+suffix"
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-8}
@@ -40,7 +41,7 @@ def drawn(variant, seed=0, middles=((2, 3), (2, 0)), answers=None):
         tokens = rng.permutation(VOCAB).tolist()
         begin, end = tokens[:2], tokens[2:4]
         clean, corrupted = tokens[4 : 4 + sizes[0]], tokens[10 : 10 + sizes[1]]
-        pair = Pair([*begin, *clean, *end], [*begin, *corrupted, *end], 0, 0, {"subject": 1}, ENDS)
+        pair = Pair([*begin, *clean, *end], [*begin, *corrupted, *end], 0, 0, {"subject": 1}, align=ENDS)
         apt = with_apt_answers(true, pair)
         out.append(apt if answers is None else with_long_answers(true, apt, *answers[i], seed=seed + i))
     return out
@@ -302,6 +303,12 @@ def test_classes_and_pages_leave_out_what_was_not_patched():
     page = collect(found, ["kl"])
     assert page["sites"][0]["swept"][0] == [0, 1, None, None, 4, 5]
     assert page["pairs"][0]["changed"] == ([2, 3], [2, 3, 4])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_studys_plain_forwards_agree(direction):
+    found = sweep("llama", drawn("llama", 14), ["z", "mlp_out"], "fp64", direction=direction)
+    assert check_run(model("llama", "fp64"), found, 40, 0)["error"] < 1e-8
 
 
 def test_memory_counts_the_sources_own_runs():
