@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.block import Layer, block_norms
+from deltapatch.engine.own_runs import OwnRuns
 from deltapatch.engine.products import narrow_layer
 from deltapatch.engine.prompts import Prompts, source_differences
 from deltapatch.engine.setup import Setup
@@ -48,7 +49,12 @@ class Layers:
 
     def __init__(self, setup: Setup, prompts: Prompts, unpatched: Unpatched) -> None:
         self.setup, self.prompts, self.unpatched = setup, prompts, unpatched
+        self.own = OwnRuns(setup, prompts)
         self.spec, self.device = setup.model.spec, setup.model.device
+
+    def at_embedding(self, x: Tensor, dx: Tensor) -> Tensor:
+        """(source - base) of the embedding, [source token, d_model]; x and dx as of `of`."""
+        return self.own.into(self.prompts.delta(x, dx), "resid_post")
 
     def of(
         self,
@@ -91,6 +97,10 @@ class Layers:
             )
             dx, captured = self.unpatched.sources(dx, here, places(l))
             deltas = source_differences(self.prompts, base, captured)
+            self.own.advance(l, stored, places(l))
+            deltas = {place: self.own.into(delta, place) for place, delta in deltas.items()}
+            if l == self.spec.n_layers - 1:
+                dx = self.own.read_into(dx)
             hear(l, here, deltas)
             precision = self.setup.taken_in(passing(l))
             if precision is not here.precision:
@@ -114,8 +124,7 @@ class Layers:
 
     def _rotary(self, rope: RopeSpec) -> Rotary:
         """A line of cosines and sines for every base token."""
-        runs = self.prompts.unpatched.runs
-        tables = {run: self._rope_tables(run, rope) for run in dict.fromkeys(runs)}
-        parts = [tables[run] for run in runs]
+        tables = {run: self._rope_tables(run, rope) for run in dict.fromkeys(self.prompts.shapes.runs)}
+        parts = [tables[run] for run in self.prompts.shapes.runs]
         cos, sin = (torch.cat([part[i] for part in parts]) for i in range(2))
         return Rotary(cos, sin, rope.interleaved)

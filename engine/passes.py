@@ -67,8 +67,9 @@ def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
         max(max(run.length, run.beside) for run in question.runs),
         threads,
         asked.places,
-        question.options.source in ("zero", "mean") or any(run.beside for run in question.runs),
+        question.options.source in ("zero", "mean"),
         stream=decided.stream,
+        apart=any(run.beside for run in question.runs),
         n_senders=senders,
     )
     if isinstance(asked, Listed):  # every pass holds what its patches are given

@@ -144,7 +144,7 @@ class ReadOut:
         for some in (slice(i, min(i + step, n_reads)) for i in range(0, n_reads, step)):
             token = reads.token[some]
             at = x[upload(token, x.device)]  # [read, d_model]
-            change = self.prompts.counterpart_change(token, x, dx)
+            change = dx[upload(token * self.prompts.n_sources, dx.device)]
             shapes = PairShapes([RunShape(1, 1)] * len(at))  # a read is a run of its own here, of one token
             base, said_here = self._unpatched(ends, at, change, shapes, reads.tokens[some])
             for whole, part in zip(said, said_here, strict=True):

@@ -37,14 +37,14 @@ class Unpatched:
     """
 
     def __init__(self, setup: Setup, prompts: Prompts) -> None:
-        self.spec, self.prompts = setup.model.spec, prompts
+        self.spec, self.prompts, self.shapes = setup.model.spec, prompts, prompts.shapes
         self.block_tokens, self.pool = setup.ops.block_tokens, setup.pool
-        self.widths = forward.widths(self.spec, max(run.length for run in prompts.unpatched.runs))
+        self.widths = forward.widths(self.spec, max(run.length for run in self.shapes.runs))
 
     def base(
         self, x: Tensor, layer: LayerWeights, number: int, rotary: Rotary, places: Collection[str]
     ) -> forward.Activations:
-        """The plain forward of one block for all runs that are carried as they are.
+        """The plain forward of one block for all pairs.
 
         Args:
             x: [base token, d_model], before the layer.
@@ -58,7 +58,7 @@ class Unpatched:
         """
         kept = {"resid_pre": x} | {
             name: self._room(x, name)
-            for name in {*met(self.spec), *(places if self.prompts.against_base else ())}
+            for name in {*met(self.spec), *(places if self.prompts.kind in ("zero", "mean") else ())}
             if name in self.widths and name != "resid_pre"
         }
 
@@ -91,7 +91,7 @@ class Unpatched:
                     kept["resid_mid"][here] = mid
                 torch.add(mid, hidden.mlp_out, out=kept["resid_post"][here])
 
-        self.pool(advance, self.prompts.unpatched.segments(1, self.block_tokens))
+        self.pool(advance, self.shapes.segments(1, self.block_tokens))
         return forward.Activations(**{name: kept.get(name) for name in forward.Activations._fields})  # type: ignore[arg-type]
 
     def sources(self, dx: Tensor, here: Layer, places: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,11 +110,15 @@ class Unpatched:
 
         def advance(segment: Segment) -> None:
             mine = slice(segment.token, segment.token + segment.n_tokens)
+            if not self.prompts.carries(segment):
+                for whole in (after, *found.values()):
+                    whole[mine] = 0
+                return
             capture = {name: whole[mine] for name, whole in found.items()}
             step = BlockStep(here, [replace(segment, token=0)], {}, capture)
             step.run(dx[mine], WHOLE, after[mine], None)
 
-        self.pool(advance, self.prompts.shapes.segments(self.prompts.n_sources, self.block_tokens))
+        self.pool(advance, self.shapes.segments(self.prompts.n_sources, self.block_tokens))
         return after, found | {"resid_post": after}
 
     def _room(self, like: Tensor, name: str) -> Tensor:

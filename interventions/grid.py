@@ -292,11 +292,8 @@ def positions_of(positions: Positions, pairs: list[EncodedPair], roles: Roles) -
         DeltapatchError: no pair has one of them, or none can be patched there.
     """
     longest = max(len(p.clean) for p in pairs)
-    if isinstance(positions, str) and positions == "last":
-        return [-1]
-    given = list(
-        several(positions, "positions", "'all', 'last', 'together', or a list of numbers and labels")
-    )
+    asked = -1 if isinstance(positions, str) and positions == "last" else positions
+    given = list(several(asked, "positions", "'all', 'last', 'together', or a list of numbers and labels"))
     if _is_all(given):
         return list(range(longest))
     if TOGETHER in given:

@@ -305,6 +305,19 @@ def test_classes_and_pages_leave_out_what_was_not_patched():
     assert page["pairs"][0]["changed"] == ([2, 3], [2, 3, 4])
 
 
+def test_a_trained_model_in_float32():
+    """Where a counterpart is the same token, two float32 runs differ by too little to be subtracted."""
+    name, sites = "builtin:gpt-neox-arithmetic", ["resid_pre", "attn_out", "mlp_out"]
+    texts = [f"What is 23 plus 45{more}? The answer is" for more in ("", " plus 61")]
+    pair = dp.PromptPair(*texts, "68", "84", align=ENDS)
+    options = {"sites": sites, "metrics": "logit_diff", "progress": False, "noise_sample": 0}
+    got = dp.sweep(dp.load_model(name), [pair], precision="fp32", **options)
+    want = dp.sweep(dp.load_model(name, dtype="float64"), [pair], **options)
+    for site in sites:
+        a, b = (np.nan_to_num(found.values("logit_diff", site)) for found in (got, want))
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), site
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_studys_plain_forwards_agree(direction):
     found = sweep("llama", drawn("llama", 14), ["z", "mlp_out"], "fp64", direction=direction)
@@ -349,3 +362,10 @@ def test_what_needs_prompts_that_line_up_says_so(call, said):
     pair = drawn("llama", 10, ((2, 3),))[0]._replace(labels={"subject": 2})
     with pytest.raises(DeltapatchError, match=re.escape(said)):
         call(model("llama"), asked([pair]))
+
+
+def test_the_last_position_may_have_no_counterpart():
+    pair = drawn("llama", 10, ((2, 3),))[0]._replace(align=[[0, 0], [-2, -2]])
+    with pytest.raises(DeltapatchError, match="position -1 has no counterpart in the other prompt"):
+        dp.sweep(model("llama"), asked([pair]), positions="last")
+    assert_sweep_agrees("llama", [pair], ["z", "resid_pre"], "fp64")  # read at the end of each, all the same
