@@ -19,6 +19,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.pairs import EncodedPair, encode_pairs
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
+from deltapatch.interventions.roles import Roles, check_everywhere
 from deltapatch.interventions.wirings import existing
 from deltapatch.models import forward
 from deltapatch.models.model import Model
@@ -153,7 +154,7 @@ def attribute_edges(
         [pair, sender, receiver] float64, NaN where there is no edge.
 
     Raises:
-        DeltapatchError: bad input, or an answer of several tokens.
+        DeltapatchError: bad input, an answer of several tokens, or prompts that do not line up.
     """
     choice(method, ("eap", "eap-ig"), "method")
     steps = whole(steps, "steps must be a whole number") if method == "eap-ig" else 1
@@ -163,6 +164,7 @@ def attribute_edges(
     encoded = encode_pairs(found, model.tokenizer, model.spec.d_vocab, names)
     if any(pair.answer_tokens > 1 for pair in encoded):
         raise DeltapatchError("estimates by gradients are of answers of one token: shorten them")
+    check_everywhere(encoded, "estimates by gradients")
     nodes = Nodes.of(model.spec)
     there = existing(nodes)
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -177,7 +179,7 @@ def _estimates(
     split: SplitForward, pair: EncodedPair, method: Method, direction: Direction, steps: int
 ) -> np.ndarray:
     """[sender, receiver], where there is an edge or not."""
-    base, source = (pair.corrupted, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupted)
+    base, source = Roles(direction).prompts(pair)
     answers = pair.clean_answer + pair.clean_others, pair.corrupted_answer + pair.corrupted_others
     x, other = (split.embed(tokens) for tokens in (base, source))
     with torch.no_grad():

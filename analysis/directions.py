@@ -15,7 +15,9 @@ from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Layers, Positions, layers_of, single_positions, spots_of
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
+from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.sites import check_site, find_site
+from deltapatch.interventions.sources import check_source
 from deltapatch.interventions.table import EDIT, PatchTable, place_of
 from deltapatch.interventions.vectors import VectorsMade, as_rows, code
 from deltapatch.models.header import read_tensors
@@ -62,9 +64,12 @@ def sweep_directions(
         DeltapatchError: bad input; directions that do not fit their site.
     """
     given = None if strengths is None else _numbers(strengths)
+    asked = Options(**options)
+    roles = Roles(asked.direction, check_source(asked.source))
+    roles = roles if given is None else roles.adding
 
     def make(spec: ModelSpec, encoded: list[EncodedPair]) -> Listed:
-        at = single_positions(positions, encoded, "directions")
+        at = single_positions(positions, encoded, roles, "directions")
         if not isinstance(directions, Mapping) or not directions:
             raise DeltapatchError(f"directions must be a dictionary of sites, not {shown(directions)}")
         every, vectors = layers_of(layers, spec), VectorsMade()
@@ -73,7 +78,8 @@ def sweep_directions(
             for n, (name, value) in enumerate(directions.items())
             for cell in ((n, *cell) for cell in _cells(name, value, every, spec, vectors, given))
         ]
-        return _listed(np.array(cells), encoded, at, vectors, kind="along" if given is None else "add")
+        spots = [spots_of(at, pair, roles) for pair in encoded]
+        return _listed(np.array(cells), spots, vectors, kind="along" if given is None else "add")
 
     return run_listed(model, pairs, make, **options)
 
@@ -146,16 +152,15 @@ def _cells(
 
 def _listed(
     cells: np.ndarray,
-    pairs: Sequence[EncodedPair],
-    positions: Sequence[int | str],
+    spots: Sequence[Sequence[tuple[int, int]]],
     vectors: VectorsMade,
     *,
     kind: str,
 ) -> Listed:
-    """All cells at each position of each pair, [cell, as of _CELL]."""
+    """All cells, [cell, as of _CELL], at each spot of each pair, as of `spots_of`."""
     if not len(cells):
         raise DeltapatchError("no direction is at any of the chosen layers: nothing is to be patched")
-    at = [(i, place, told) for i, pair in enumerate(pairs) for place, told in spots_of(positions, pair)]
+    at = [(i, place, told) for i, own in enumerate(spots) for place, told in own]
     pair, position, told = np.repeat(np.array(at, dtype=np.int64).T, len(cells), axis=1)
     n = len(pair)
     column = dict(zip(_CELL, np.tile(cells, (len(at), 1)).T, strict=True))

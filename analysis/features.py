@@ -19,7 +19,10 @@ from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Positions, single_positions, spots_of
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
+from deltapatch.interventions.roles import Roles
+from deltapatch.interventions.runs import run_alike
 from deltapatch.interventions.sites import check_site, find_site
+from deltapatch.interventions.sources import check_source
 from deltapatch.interventions.table import EDIT, PatchTable, place_of
 from deltapatch.interventions.vectors import Vectors
 from deltapatch.models.activations import read_activations
@@ -73,9 +76,10 @@ def sweep_features(
         if not saes:
             raise DeltapatchError("no autoencoders were given: name at least one")
         places = [_place(sae, spec) for sae in saes]
-        at = single_positions(positions, encoded, "features")
-        changes = _changes(model, saes, places, encoded, asked)
-        return _listed(spec, saes, places, at, encoded, changes, least)
+        roles = Roles(asked.direction, check_source(asked.source))
+        at = single_positions(positions, encoded, roles, "features")
+        spots = [spots_of(at, pair, roles) for pair in encoded]
+        return _listed(spec, saes, places, spots, _changes(model, saes, places, encoded, roles), least)
 
     return run_listed(model, pairs, make, **options)
 
@@ -92,7 +96,7 @@ class _Change(NamedTuple):
     """Features of one pair."""
 
     before: Tensor  # [T, d_sae] float64, in the base run
-    after: Tensor  # [T, d_sae]
+    after: Tensor  # [T, d_sae], in the source run where it lines up; elsewhere as before
     scale: Tensor  # [T, 1], what a change is multiplied with behind the decoder
 
 
@@ -128,11 +132,11 @@ def _changes(
     saes: Sequence[Autoencoder],
     places: Sequence[_Place],
     pairs: Sequence[EncodedPair],
-    asked: Options,
+    roles: Roles,
 ) -> Iterator[tuple[int, int, _Change]]:
     """Pair, autoencoder, and what its features are in both runs."""
-    zero = asked.source == "zero"
-    both = [(p.corrupted, p.clean) if asked.direction == "denoise" else (p.clean, p.corrupted) for p in pairs]
+    zero = roles.source == "zero"
+    both = [roles.prompts(pair) for pair in pairs]
     prompts = [prompt for base, source in both for prompt in ((base,) if zero else (base, source))]
     read = read_activations(model, prompts, {(place.site, place.layer) for place in places})
     each = 1 if zero else 2
@@ -140,10 +144,15 @@ def _changes(
         here = read[place.site, place.layer]
         for i, pair in enumerate(pairs):
             before, scale = sae.encode(here[each * i])
-            after = torch.zeros_like(before) if zero else sae.encode(here[each * i + 1])[0]
-            if not zero:  # what only sees the same tokens is the same, whatever products round to
-                same = len(before) if pair.clean == pair.corrupted else pair.first_difference
-                after[:same] = before[:same]
+            if zero:
+                after = torch.zeros_like(before)
+            else:  # what only sees the same tokens is the same, whatever products round to
+                base, source = both[i]
+                alike = run_alike(pair, (len(base), len(source)), model.spec)
+                moved = [(b, s) for b, s in roles.mapped(pair) if b != s or b >= alike]
+                at, of = torch.tensor(moved, dtype=torch.int64).reshape(-1, 2).T
+                after = before.clone()
+                after[at] = sae.encode(here[each * i + 1])[0][of]
             yield i, s, _Change(before, after, scale)
 
 
@@ -151,16 +160,14 @@ def _listed(
     spec: ModelSpec,
     saes: Sequence[Autoencoder],
     places: Sequence[_Place],
-    positions: Sequence[int | str],
-    pairs: Sequence[EncodedPair],
+    spots: Sequence[Sequence[tuple[int, int]]],
     changes: Iterator[tuple[int, int, _Change]],
     least: float,
 ) -> Listed:
-    """An intervention for each feature that changes, at each position that its pair has."""
+    """An intervention for each feature that changes, at each of its pair's spots, as of `spots_of`."""
     found: list[dict[str, np.ndarray]] = []
     for i, s, change in changes:
-        spots = spots_of(positions, pairs[i])
-        at, told = np.array(spots, dtype=np.int64).reshape(-1, 2).T
+        at, told = np.array(spots[i], dtype=np.int64).reshape(-1, 2).T
         moved = (change.after - change.before)[at.tolist()]
         spot, feature = (t.cpu().numpy() for t in (moved.abs() > least).nonzero().unbind(1))
         position = at[spot]

@@ -22,7 +22,9 @@ from deltapatch.interventions.joint import Joint, checked_parts
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs, lasting
 from deltapatch.interventions.parts import Part
+from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.sites import SITES
+from deltapatch.interventions.sources import check_source
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.effects import Effects
@@ -66,8 +68,10 @@ def interactions(model: Model, pairs: Pairs, parts: Parts, **options: Any) -> In
     asked = Options(**options)
     sets, labels = _sets(len(given))
 
+    roles = Roles(asked.direction, check_source(asked.source))
+
     def make(spec: ModelSpec, encoded: list[EncodedPair]) -> Listed:
-        return Joint.of(given, encoded, spec, asked.source).listed(sets, labels, complete=True)
+        return Joint.of(given, encoded, spec, roles).listed(sets, labels, complete=True)
 
     if asked.precision == "auto":
         options["precision"] = _precision(model, pairs, given, options)
@@ -192,6 +196,8 @@ def _precision(model: Model, pairs: Pairs, parts: list[Patch], options: dict[str
         return "fp64"
     if options.get("noise_sample") == 0:
         return "fp32"
+    asked = Options(**{k: v for k, v in options.items() if k in ("direction", "source")})
+    roles = Roles(asked.direction, check_source(asked.source))
     n, rng = len(parts), np.random.default_rng(options.get("seed", 0))
     n_pairs = n * (n - 1) // 2
     sets, labels = _sets(n, rng.choice(n_pairs, min(_SAMPLED, n_pairs), replace=False))
@@ -202,7 +208,7 @@ def _precision(model: Model, pairs: Pairs, parts: list[Patch], options: dict[str
     def make(spec: ModelSpec, encoded: list[EncodedPair]) -> Listed:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what pairs do not have is said when all of them are run
-            joint = Joint.of(parts, encoded, spec, options.get("source", "counterpart"))
+            joint = Joint.of(parts, encoded, spec, roles)
         has = (joint.row[:, used] >= 0).sum(1)  # [pair], how many of these parts
         fullest = np.flatnonzero(has == has.max())
         some = fullest[np.unique(np.linspace(0, len(fullest) - 1, _PAIRS).round().astype(int))]

@@ -13,6 +13,8 @@ from deltapatch.interventions.joint import Joint, checked_parts
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs, lasting
 from deltapatch.interventions.parts import Part
+from deltapatch.interventions.roles import Roles
+from deltapatch.interventions.sources import check_source
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.interactions import check_additive
@@ -45,6 +47,7 @@ class PartSets:
         self.given = checked_parts(parts)
         self.options = options | {"metrics": [metric]}
         self.asked = Options(**self.options)
+        self.roles = Roles(self.asked.direction, check_source(self.asked.source))
         self.rows = 0  # that were carried out
         self.meta: dict[str, Any] = {}  # of the last sweep
         self._joint: Joint | None = None
@@ -74,7 +77,7 @@ class PartSets:
 
         def make(spec: ModelSpec, encoded: list[EncodedPair]) -> Listed:
             if self._joint is None:
-                self._joint = Joint.of(self.given, encoded, spec, self.asked.source)
+                self._joint = Joint.of(self.given, encoded, spec, self.roles)
             return self._joint.listed(sets, labels)
 
         outcome = run_listed(self.model, self.pairs, make, **self.options)

@@ -70,13 +70,12 @@ def class_table(
 ) -> tuple[list[str], list[list[str | None]]]:
     """The classes in order, and the class of each position of each pair, [pair][position].
 
-    None where a pair has no such position. With `paper` only the classes of the paper are told apart.
+    None where a pair has no effect at such a position. With `paper` only the paper's classes are told apart.
     """
     positions = effects.positions(site)
     table: list[list[str | None]] = []
-    for given in effects.pairs:
+    for given, places in zip(effects.pairs, effects.places(site), strict=True):
         pair = paper_labels(given) if paper else given
-        places = [pair.resolve(position) for position in positions]
         table.append([None if place is None else position_class(pair, place) for place in places])
     return _in_order(effects, table, positions), table
 
@@ -111,8 +110,7 @@ def columns(effects: Effects, site: str | None = None) -> tuple[list[str], list[
     if len(lengths) == 1 or all(isinstance(p, str) or p < 0 for p in positions):
         return token_labels(effects, site), None
     ends: list[list[str | None]] = []
-    for pair in effects.pairs:
-        places = [pair.resolve(position) for position in positions]
+    for pair, places in zip(effects.pairs, effects.places(site), strict=True):
         ends.append([None if place is None else str(place - len(pair.clean)) for place in places])
     return sorted({name for row in ends for name in row if name is not None}, key=int), ends
 
@@ -162,8 +160,12 @@ def token_labels(effects: Effects, site: str | None = None) -> list[str]:
         tokens = set()
         for pair in effects.pairs:
             place = pair.resolve(position)
-            texts = (pair.clean_text,) if len(effects.pairs) == 1 else (pair.clean_text, pair.corrupted_text)
-            tokens |= {text[place] for text in texts} if place is not None else set()
+            if place is None:
+                continue
+            tokens.add(pair.clean_text[place])
+            there = pair.counterparts[place]
+            if len(effects.pairs) > 1 and there is not None:
+                tokens.add(pair.corrupted_text[there])
         token = _visible(tokens.pop()) if len(tokens) == 1 else ""
         labels.append(f"{position} '{token}'" if token and isinstance(position, int) else str(position))
     return labels

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from textwrap import wrap
 from typing import Any
 
+from deltapatch.interventions.alignment import Column
 from deltapatch.interventions.pairs import EncodedPair, PromptPair
 from deltapatch.interventions.tokens import around, pieces
 
@@ -24,20 +25,12 @@ def shown_pairs(
     front = [] if tokenizer is None else around(tokenizer).front
     out = []
     for pair, name, own in zip(pairs, names, encoded, strict=True):
-        length = len(own.clean)
-        tokens = [
-            {
-                "position": at,
-                "from_end": at - length,
-                "clean": own.clean_text[at],
-                "clean_id": own.clean[at],
-                "corrupted": own.corrupted_text[at],
-                "corrupted_id": own.corrupted[at],
-                "labels": [label for label, place in own.labels.items() if place == at],
-            }
-            for at in range(length)
-        ]
-        found: dict[str, Any] = {"pair": name, "length": length, "tokens": tokens}
+        found: dict[str, Any] = {
+            "pair": name,
+            "length": len(own.clean),
+            "corrupted_length": len(own.corrupted),
+            "tokens": [_column(own, column) for column in own.columns],
+        }
         for which in ("clean_answer", "corrupted_answer"):
             ids = getattr(own, which)
             found[which] = {"tokens": pieces(tokenizer, ids), "ids": ids}
@@ -53,6 +46,21 @@ def shown_pairs(
     return out
 
 
+def _column(pair: EncodedPair, column: Column) -> dict[str, Any]:
+    """What stands side by side of a pair's prompts; None for what has no counterpart in one of them."""
+    at, there = column
+    return {
+        "position": at,
+        "from_end": None if at is None else at - len(pair.clean),
+        "clean": None if at is None else pair.clean_text[at],
+        "clean_id": None if at is None else pair.clean[at],
+        "corrupted_position": there,
+        "corrupted": None if there is None else pair.corrupted_text[there],
+        "corrupted_id": None if there is None else pair.corrupted[there],
+        "labels": [label for label, place in pair.labels.items() if place == at],
+    }
+
+
 def as_text(found: Sequence[dict[str, Any]]) -> str:
     """The same for people: a table a pair, in 80 columns."""
     return "\n".join(_pair(one) for one in found)
@@ -63,19 +71,25 @@ def _is_ids(prompt: Any) -> bool:
 
 
 def _pair(found: dict[str, Any]) -> str:
-    rows: list[tuple[str, str, str, str, list[str]]] = [("position", "", "clean", "corrupted", ["labels"])]
+    # Where all lines up, positions are told once, and so are tokens that are the same in both prompts.
+    in_line = all(token["position"] == token["corrupted_position"] for token in found["tokens"])
+    rows = [("position", "", "clean", "" if in_line else "at", "corrupted", ["labels"])]
     for token in found["tokens"]:
-        differs = token["corrupted_id"] != token["clean_id"]
+        differs = not in_line or token["corrupted_id"] != token["clean_id"]
         other = _token(token["corrupted"]) if differs else ""
-        where = (str(token["position"]), str(token["from_end"]))
-        rows.append((*where, _token(token["clean"]), other, token["labels"]))
-    clean, corrupted = max(len(row[2]) for row in rows), max(len(row[3]) for row in rows)
-    lines = [f"{found['pair']}: {found['length']} tokens"]
+        there = "" if in_line else _number(token["corrupted_position"])
+        own = (_number(token["position"]), _number(token["from_end"]), _token(token["clean"]))
+        rows.append((*own, there, other, token["labels"]))
+    clean, at, corrupted = (max(len(row[i]) for row in rows) for i in (2, 3, 4))
+    sizes = (found["length"],) if in_line else (found["length"], found["corrupted_length"])
+    lines = [f"{found['pair']}: {' and '.join(map(str, sizes))} tokens"]
     if found["missing_front"] is not None:
-        own = repr(found["missing_front"])
-        lines.append(f"given as ids without {own}, which the tokenizer puts at the front")
-    for place, from_end, first, second, labels in rows:
-        left = f"{place:>8} {from_end:>6}  {first:<{clean}}  {second:<{corrupted}}  "
+        lines.append(
+            f"given as ids without {found['missing_front']!r}, which the tokenizer puts at the front"
+        )
+    for place, from_end, first, there, second, labels in rows:
+        middle = f"{there:>{at}} " if at else ""
+        left = f"{place:>8} {from_end:>6}  {first:<{clean}}  {middle}{second:<{corrupted}}  "
         folded = wrap(", ".join(labels), max(12, _WIDTH - len(left))) or [""]
         lines += [f"{left}{folded[0]}".rstrip(), *(" " * len(left) + more for more in folded[1:])]
     for which in ("clean_answer", "corrupted_answer"):
@@ -86,6 +100,12 @@ def _pair(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _token(text: str) -> str:
+def _number(at: int | None) -> str:
+    return "" if at is None else str(at)
+
+
+def _token(text: str | None) -> str:
+    if text is None:
+        return ""
     shown = repr(text)
     return shown if len(shown) <= _TOKEN else f"{shown[: _TOKEN - 3]}..."

@@ -109,7 +109,7 @@ class Audit:
                 for pair in self.question.order
                 if self.question.runs[pair].prompt in prompts
             ]
-        tokens, reads = (sum(getattr(run, name) for run in runs) for name in ("length", "reads"))
+        tokens, reads = (sum(getattr(run, name) for run in runs) for name in ("tokens", "reads"))
         return (1 + self.question.n_sources) * flops(spec, tokens * spec.n_layers, reads)
 
     def _takes(self, pairs: Sequence[int]) -> float:

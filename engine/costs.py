@@ -65,8 +65,8 @@ def sweep_cost(grid: Grid, pairs: Sequence[EncodedPair], spec: ModelSpec) -> tup
     for pair in pairs:
         continued = len(continuation_of(pair).tokens)
         for site in grid.sites:
-            found = [place for p in site.positions if (place := pair.resolve(p)) is not None]
-            layers = site.layers.tolist()
+            found = [places[0] for _, places in site.spots(pair)]
+            layers, (base, _) = site.layers.tolist(), site.roles.prompts(pair)
             n_rows += rows(spec, site.site.name, layers, found)
-            needed += necessary_flops(spec, site.site.name, layers, found, len(pair.clean), continued)
+            needed += necessary_flops(spec, site.site.name, layers, found, len(base), continued)
     return n_rows, needed

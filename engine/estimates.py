@@ -75,6 +75,12 @@ class Estimates:
 
     def _check(self) -> None:
         name, source = self.method.name, self.question.options.source
+        for number, pair in enumerate(self.question.pairs):
+            if not self.question.roles.in_step(pair):
+                raise DeltapatchError(
+                    "a screen needs prompts that line up position by position, and those of pair "
+                    f"{number} (of {len(pair.clean)} and {len(pair.corrupted)} tokens) do not: leave it out"
+                )
         if name == "ig-inputs" and source in ("zero", "mean"):
             raise DeltapatchError(
                 f"screen 'ig-inputs' goes from one prompt's embeddings to another's, and the source {source} "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.block import Layer, block_norms
+from deltapatch.engine.own_runs import OwnRuns
 from deltapatch.engine.products import narrow_layer
 from deltapatch.engine.prompts import Prompts, source_differences
 from deltapatch.engine.setup import Setup
@@ -48,7 +49,12 @@ class Layers:
 
     def __init__(self, setup: Setup, prompts: Prompts, unpatched: Unpatched) -> None:
         self.setup, self.prompts, self.unpatched = setup, prompts, unpatched
+        self.own = OwnRuns(setup, prompts)
         self.spec, self.device = setup.model.spec, setup.model.device
+
+    def at_embedding(self, x: Tensor, dx: Tensor) -> Tensor:
+        """(source - base) of the embedding, [source token, d_model]; x and dx as of `of`."""
+        return self.own.into(self.prompts.delta(x, dx), "resid_post")
 
     def of(
         self,
@@ -73,6 +79,10 @@ class Layers:
         def prepare(l: int, x: Tensor, dx: Tensor) -> Ready:
             stored = read.layer(l)
             ready = self.at(l, convert(stored), x, dx, places(l))
+            self.own.advance(l, stored, places(l))
+            deltas = {place: self.own.into(delta, place) for place, delta in ready.deltas.items()}
+            after = self.own.read_into(ready.dx) if l == self.spec.n_layers - 1 else ready.dx
+            ready = replace(ready, deltas=deltas, dx=after)
             hear(l, ready.here, ready.deltas)
             precision, here = self.setup.taken_in(passing(l)), ready.here
             if precision is not here.precision:
@@ -88,7 +98,7 @@ class Layers:
             del ready  # before the next layer is asked for: a streamed one takes its place
 
     def at(self, l: int, exact: LayerWeights, x: Tensor, dx: Tensor, places: Sequence[str]) -> Ready:
-        """One layer, in the precision of the base runs, as if it were not the last.
+        """One layer, in the precision of the base runs, as if it were not the last; no source run by itself.
 
         Args:
             exact: its weights, in the dtype of the base runs.

@@ -59,6 +59,7 @@ class Costs:
         *,
         stream: bool,
         n_senders: int = 0,
+        apart: bool = False,
     ) -> "Costs":
         """The costs of a sweep of this model, with runs of at most `length` tokens.
 
@@ -67,6 +68,7 @@ class Costs:
             places: where patches go.
             against_base: whether patches bring something that is not a source run (sources zero and mean).
             stream: whether the weights are streamed.
+            apart: whether source runs are prompts of their own, which are run in float64.
             n_senders: of edges, if these are patched: what they say is kept, and what heads hear of it.
         """
         spec, size, d = model.spec, precision.base.itemsize, model.spec.d_model
@@ -80,8 +82,13 @@ class Costs:
         on_cpu = model.device.type == "cpu"
         capped = spec.logit_softcap is not None  # such logits have no expansions
         tail = 0 if capped else readout_tail.tail_bytes(spec.d_vocab, d, size, precision)
+        fixed = _layers(model, precision, block_tokens, length, threads, "mlp_post" in places)
+        if apart:  # a layer's weights, twice (see `Converter`), and a block of plain runs
+            fixed += 8 * (
+                2 * layer_parameters(spec) + threads * _block(spec, precision, block_tokens, length)
+            )
         return cls(
-            fixed=_layers(model, precision, block_tokens, length, threads, "mlp_post" in places),
+            fixed=fixed,
             read=8 * d * size + 400,
             base_token=(2 * kept + heard) * size,
             row_token=2 * d * size,

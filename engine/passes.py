@@ -64,11 +64,12 @@ def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
         decided.precision,
         question.backend.block_tokens,
         question.n_sources,
-        max(run.length for run in question.runs),
+        max(max(run.length, run.beside) for run in question.runs),
         threads,
         asked.places,
         question.options.source in ("zero", "mean"),
         stream=decided.stream,
+        apart=any(run.beside for run in question.runs),
         n_senders=senders,
     )
     if isinstance(asked, Listed):  # every pass holds what its patches are given

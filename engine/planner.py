@@ -198,7 +198,7 @@ class Used:
             self,
             pairs=self.pairs + len(runs),
             reads=self.reads + sum(run.reads for run in runs),
-            base_tokens=self.base_tokens + sum(run.length for run in runs),
+            base_tokens=self.base_tokens + sum(run.tokens for run in runs),
             prompts=self.prompts | {run.prompt for run in runs},
         )
 

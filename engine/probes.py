@@ -1,58 +1,18 @@
 """What the probes of a run see: how far each row of a pass moves the residual stream along a direction."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from torch import Tensor
 
 from deltapatch.engine.layout import Layout
+from deltapatch.engine.prompts import Prompts
 from deltapatch.engine.reads import RowReads
 from deltapatch.engine.rows import Rows
-from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.kernels.device import upload
-from deltapatch.models.spec import ModelSpec
 from deltapatch.results.probe import Probe
 
 _NUMBERS = 1 << 22  # of rows that are looked at together
-
-
-def check_probes(
-    probes: Mapping[str, Probe], pairs: Sequence[EncodedPair], length: np.ndarray, spec: ModelSpec
-) -> None:
-    """Refuse a probe that a model or a pair has no place for.
-
-    Args:
-        length: [pair], tokens up to where effects are read.
-
-    Raises:
-        DeltapatchError: its direction has another width, there is no such layer or position, or nothing is
-            computed there.
-    """
-    for name, probe in probes.items():
-        if len(probe.direction) != spec.d_model:
-            raise DeltapatchError(
-                f"probe {name} has {len(probe.direction)} numbers, and the residual stream {spec.d_model}"
-            )
-        if not 0 <= probe.layer < spec.n_layers:
-            raise DeltapatchError(
-                f"probe {name} is after layer {probe.layer}, and the model's layers go from 0 to "
-                f"{spec.n_layers - 1}"
-            )
-        for number, (pair, n) in enumerate(zip(pairs, length.tolist(), strict=True)):
-            at = pair.resolve(probe.position)
-            if at is None:
-                raise DeltapatchError(f"pair {number} has no position {probe.position!r} for probe {name}")
-            if at >= n:
-                raise DeltapatchError(
-                    f"probe {name} is at position {at} of pair {number}, after position {n - 1}, where "
-                    "effects are read: nothing is computed there"
-                )
-            if probe.layer == spec.n_layers - 1 and at != n - 1:
-                raise DeltapatchError(
-                    f"probe {name} is after the last layer, where position {n - 1} alone is computed, and of "
-                    f"pair {number} at position {at}: take an earlier layer"
-                )
 
 
 class Probed:
@@ -60,8 +20,7 @@ class Probed:
 
     Args:
         probes: by name, checked.
-        pairs: of the pass.
-        rows: of the pass.
+        prompts, rows: of the pass.
         like: says in which dtype and where.
 
     Attributes:
@@ -69,13 +28,17 @@ class Probed:
     """
 
     def __init__(
-        self, probes: Mapping[str, Probe], pairs: Sequence[EncodedPair], rows: Rows, like: Tensor
+        self,
+        probes: Mapping[str, Probe],
+        prompts: Prompts,
+        rows: Rows,
+        like: Tensor,
     ) -> None:
         self.rows = rows
         self.values = {name: like.new_zeros(len(rows.pair)) for name in probes}
         self._at: dict[int, list[tuple[str, Tensor, np.ndarray]]] = {}  # layer -> name, direction, [row]
         for name, probe in probes.items():
-            places = np.array([pair.resolve(probe.position) for pair in pairs], dtype=np.int64)
+            places = np.array([probe.place(pair, prompts.roles) for pair in prompts.pairs], dtype=np.int64)
             direction = upload(probe.direction, like.device).to(like.dtype)
             self._at.setdefault(probe.layer, []).append((name, direction, places[rows.pair]))
 

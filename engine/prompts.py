@@ -10,10 +10,37 @@ from torch import Tensor
 from deltapatch.engine.layout import PairShapes
 from deltapatch.engine.question import Question
 from deltapatch.interventions.pairs import EncodedPair
-from deltapatch.interventions.runs import any_targets
+from deltapatch.interventions.roles import Roles
+from deltapatch.interventions.runs import RunShape, any_targets, run_alike
 from deltapatch.interventions.sources import Source, check_source
 from deltapatch.kernels.device import upload
+from deltapatch.kernels.segments import Segment
 from deltapatch.models.forward import Activations
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The prompts of a pair whose source is run by itself, as what lines up is at different positions.
+
+    Attributes:
+        tokens: of the base and of the source run, with what the answers add.
+        shapes: of these runs.
+        first: the base token at which the base run begins.
+        lined_up: [n, (base, source)], the positions that line up, but those at which nothing can differ.
+        same: whether nothing differs where the runs are read.
+    """
+
+    tokens: tuple[list[int], list[int]]
+    shapes: tuple[RunShape, RunShape]
+    first: int
+    lined_up: np.ndarray
+    same: bool
+
+    @property
+    def reads(self) -> np.ndarray:
+        """[n, (base, source)], the positions that are read, whatever lines up there."""
+        each = np.arange(0 if self.same else self.shapes[0].reads)
+        return np.stack([shape.prompt - 1 + each for shape in self.shapes], 1)
 
 
 @dataclass(frozen=True)
@@ -23,13 +50,16 @@ class Prompts:
     Attributes:
         tokens: [base token], the base prompts.
         sources: [n_sources, base token], the prompts whose runs are carried as differences, and the same
-            after them. The first is the pair's counterpart; the last is the one that patches take from.
+            after them. The first is the pair's counterpart, or, of a pair whose source is run by itself, the
+            base prompt again: no difference. The last is the one that patches take from.
         noise: [base token, d_model] or None, added to the embeddings of the base run.
         source_noise: the same for the source run.
         shapes: of the pairs' runs, ordered by them.
         targets: [read, 2, token], the next tokens of the clean and the corrupted answer; see `any_targets`.
         kind: the source.
         pairs: the pairs themselves.
+        roles: of their prompts.
+        apart: those whose source is run by itself (see own_runs.py).
     """
 
     tokens: np.ndarray
@@ -40,6 +70,13 @@ class Prompts:
     targets: np.ndarray
     kind: Source
     pairs: Sequence[EncodedPair] = ()
+    roles: Roles = Roles()  # noqa: RUF009  (frozen)
+    apart: Sequence[Apart] = ()
+
+    def carries(self, segment: Segment) -> bool:
+        """Whether the source run of any pair in a segment is carried as a difference; else all are zero."""
+        here = range(segment.base, segment.base + segment.pairs * segment.length)
+        return sum(pair.first in here for pair in self.apart) < segment.pairs
 
     @property
     def n_sources(self) -> int:
@@ -79,7 +116,8 @@ class Prompts:
     def delta(self, base: Tensor, captured: Tensor) -> Tensor:
         """(source - base) at one place, [source token, ...], as `source_differences` gives it for all.
 
-        After the prompts, where nothing is patched, it may be anything.
+        After the prompts, where nothing is patched, it may be anything. Pairs whose source is run by itself
+        have no difference here: `OwnRuns` has theirs.
         """
         if self.kind == "zero":
             return -base
@@ -113,13 +151,19 @@ def source_differences(prompts: Prompts, base: Activations, captured: dict[str, 
 def prompts_of(question: Question, numbers: Sequence[int]) -> Prompts:
     """The prompts of some pairs, cut at the position where effects are read, and what their answers add."""
     parts: list[list[list[int]]] = [[], [], []]  # base, counterpart, another pair's source
+    apart: list[Apart] = []
     for i in numbers:
-        n, after = question.length[i], question.continued[i].tokens
-        base, other = _base_and_source(question, i)
+        (n, m), after = question.lengths[:, i].tolist(), question.continued[i].tokens
+        base, other = question.roles.prompts(question.pairs[i])
+        if question.runs[i].beside:
+            own = [*base[:n], *after], [*other[:m], *after]
+            apart.append(_apart(question, i, own, first=sum(map(len, parts[0]))))
+            other = base
         parts[0].append([*base[:n], *after])
         parts[1].append([*other[:n], *after])
         if question.partner is not None:
-            parts[2].append([*_base_and_source(question, int(question.partner[i]))[1][:n], *after])
+            partner = question.pairs[int(question.partner[i])]
+            parts[2].append([*question.roles.prompts(partner)[1][:n], *after])
     flat = [np.concatenate(p) for p in parts if p]
     noise = _noise(question, numbers) if question.options.source == "noise" else None
     in_base = question.options.direction == "denoise"
@@ -128,17 +172,27 @@ def prompts_of(question: Question, numbers: Sequence[int]) -> Prompts:
         sources=np.stack(flat[1:]),
         noise=noise if in_base else None,
         source_noise=None if in_base else noise,
-        shapes=PairShapes([question.runs[i] for i in numbers]),
+        shapes=PairShapes([question.runs[i]._replace(beside=0) for i in numbers]),
         targets=any_targets([question.continued[i] for i in numbers]),
         kind=check_source(question.options.source),
         pairs=[question.pairs[i] for i in numbers],
+        roles=question.roles,
+        apart=apart,
     )
 
 
-def _base_and_source(question: Question, number: int) -> tuple[list[int], list[int]]:
-    pair, options = question.pairs[number], question.options
-    corrupted = pair.clean if options.source == "noise" else pair.corrupted
-    return (corrupted, pair.clean) if options.direction == "denoise" else (pair.clean, corrupted)
+def _apart(question: Question, number: int, tokens: tuple[list[int], list[int]], *, first: int) -> Apart:
+    """A pair whose source is run by itself; its base run begins at `first`."""
+    pair = question.pairs[number]
+    base, source = (question.continued[number].shape(int(n)) for n in question.lengths[:, number])
+    alike = run_alike(pair, (base.length, source.length), question.model.spec)
+    lined_up = [
+        (b, s)
+        for b, s in question.roles.mapped(pair)
+        if b < base.prompt and s < source.prompt and (b != s or b >= alike)
+    ]
+    same = base.prompt == source.prompt <= alike
+    return Apart(tokens, (base, source), first, np.array(lined_up, np.int64).reshape(-1, 2), same)
 
 
 def _noise(question: Question, numbers: Sequence[int]) -> Tensor:
@@ -147,8 +201,8 @@ def _noise(question: Question, numbers: Sequence[int]) -> Tensor:
     scale = options.noise_scale * question.embedding_std
     parts = []
     for i in numbers:
-        n, pair = question.length[i], question.pairs[i]
+        n, pair = int(question.lengths[0, i]), question.pairs[i]
         drawn = np.random.default_rng((options.seed, i)).standard_normal((n, width)) * scale
-        differs = np.array(pair.clean[:n]) != np.array(pair.corrupted[:n])
+        differs = np.array(pair.changed[:n])
         parts += [drawn * differs[:, None], np.zeros((len(question.continued[i].tokens), width))]
     return torch.from_numpy(np.concatenate(parts))

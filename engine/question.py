@@ -14,7 +14,6 @@ import torch
 
 from deltapatch.engine.costs import flops
 from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
-from deltapatch.engine.probes import check_probes
 from deltapatch.engine.products import has_float8
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.edges import EFFECTS, EdgeGrid
@@ -23,8 +22,9 @@ from deltapatch.interventions.grid import Grid, make_grid, positions_of
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.pairs import EncodedPair, encode_pairs, read_at
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
+from deltapatch.interventions.roles import Roles, check_everywhere, check_source_fits
 from deltapatch.interventions.runs import Continuation, RunShape, check_length, check_rotary, continuation_of
-from deltapatch.interventions.sources import DIFFERING, check_source, partners
+from deltapatch.interventions.sources import check_source, partners
 from deltapatch.interventions.table import PatchTable
 from deltapatch.interventions.wirings import WiredList, Wirings, wired_interventions
 from deltapatch.kernels.backend import Backend, choose_backend
@@ -33,7 +33,7 @@ from deltapatch.models.memory import available
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.metrics import Function, functions_of, measured_for, probes_of
-from deltapatch.results.probe import Probe
+from deltapatch.results.probe import Probe, check_probes
 
 Interventions: TypeAlias = Grid | EdgeGrid | Listed | Wirings
 Tables: TypeAlias = Iterable[tuple[int, PatchTable, np.ndarray]]
@@ -66,8 +66,9 @@ class Question:
         options: as they were given.
         pairs: encoded.
         interventions: a grid, or a list.
+        roles: of the prompts of the pairs.
         continued: [pair], what the answers add to the prompt.
-        length: [pair], tokens up to the position where effects are read.
+        lengths: [(base, source), pair], tokens of each prompt up to the position where effects are read.
         measured: the numbers that are written down of each intervention.
         threads: of torch when it was asked.
     """
@@ -77,8 +78,9 @@ class Question:
     pairs: list[EncodedPair]
     interventions: Interventions
     backend: Backend
+    roles: Roles
     continued: list[Continuation]
-    length: np.ndarray
+    lengths: np.ndarray
     measured: tuple[str, ...]
     threads: int
 
@@ -129,7 +131,7 @@ class Question:
     @cached_property
     def partner(self) -> np.ndarray | None:
         """[pair], whose source run "resample" takes."""
-        return partners(self.length, self.options.seed) if self.options.source == "resample" else None
+        return partners(self.lengths[0], self.options.seed) if self.options.source == "resample" else None
 
     @property
     def n_sources(self) -> int:
@@ -138,8 +140,12 @@ class Question:
 
     @cached_property
     def runs(self) -> list[RunShape]:
-        """[pair], the shapes of their runs."""
-        return [c.shape(n) for c, n in zip(self.continued, self.length.tolist(), strict=True)]
+        """[pair], the shapes of their base runs."""
+        out = []
+        for pair, after, n, m in zip(self.pairs, self.continued, *self.lengths.tolist(), strict=True):
+            beside = 0 if self.roles.in_step(pair) else after.shape(m).length
+            out.append(after.shape(n)._replace(beside=beside))
+        return out
 
     @cached_property
     def order(self) -> list[int]:
@@ -233,7 +239,10 @@ def ask(
         raise DeltapatchError(f"precision fp8 needs a newer GPU than {model.device}: use fp16 or bf16")
     spec, (found, names) = model.spec, as_pairs(pairs)
     encoded = encode_pairs(found, model.tokenizer, spec.d_vocab, names)
-    length = np.array([read_at(options.readout, i, p) + 1 for i, p in enumerate(encoded)])
+    roles = Roles(options.direction, check_source(options.source))
+    check_source_fits(encoded, roles)
+    ends = [read_at(options.readout, i, pair) for i, pair in enumerate(encoded)]
+    lengths = 1 + np.array([roles.of(*both) for both in ends]).T
     continued = [continuation_of(pair) for pair in encoded]
     for number, pair in enumerate(encoded):
         for rope in spec.all_ropes():
@@ -242,8 +251,9 @@ def ask(
     if callable(interventions):
         patched: Interventions = interventions(spec, encoded)
     elif interventions is not None:
-        patched = listed = listed_interventions(interventions, encoded, spec)
+        patched = listed = listed_interventions(interventions, encoded, spec, roles)
         if len(listed.seen_by):
+            check_everywhere(encoded, "patches that some receivers alone see")
             patched = wired_interventions(interventions, listed, encoded, spec, options.source)
     elif isinstance(options, EdgeOptions):
         nodes = Nodes.of(spec, options.keys)
@@ -251,24 +261,38 @@ def ask(
             nodes,
             nodes.choose_senders(options.senders),
             nodes.choose_receivers(options.receivers),
-            positions_of(options.positions, encoded),
+            positions_of(options.positions, encoded, roles),
             EFFECTS[options.effect],
-            differs=options.source in DIFFERING,
+            roles,
             n_pairs=len(encoded),
         )
     else:
         assert isinstance(options, SweepOptions)
-        source = check_source(options.source)
-        patched = make_grid(options.sites, options.positions, options.layers, encoded, spec, source)
+        patched = make_grid(options.sites, options.positions, options.layers, encoded, spec, roles)
+    _check_lined_up(patched, encoded, roles)
     backend = choose_backend(options.backend, model.device)
     measured = measured_for(options.metrics)  # type: ignore[arg-type]  # which its check made a tuple
     threads = torch.get_num_threads()
-    question = Question(model, options, encoded, patched, backend, continued, length, measured, threads)
+    question = Question(
+        model, options, encoded, patched, backend, roles, continued, lengths, measured, threads
+    )
     _ = question.partner  # a pair may be alone with its length
     if question.probes and isinstance(patched, EdgeGrid | Wirings):
         raise DeltapatchError("probes are of sweeps and runs that patch sites: edges and circuits have none")
-    check_probes(question.probes, encoded, length, spec)
+    check_probes(question.probes, encoded, roles, lengths[0], spec)
     return question
+
+
+def _check_lined_up(patched: Interventions, pairs: Sequence[EncodedPair], roles: Roles) -> None:
+    """Raise DeltapatchError where what is patched needs prompts that line up entirely, and some do not."""
+    if isinstance(patched, Wirings):
+        check_everywhere(pairs, "circuits and paths")
+    elif isinstance(patched, EdgeGrid) and patched.together:
+        check_everywhere(pairs, "edges at all positions together")
+    elif isinstance(patched, Grid) and patched.together:
+        check_everywhere(pairs, "patches at all positions together", roles)
+    elif isinstance(patched, Grid) and "pattern" in patched.places:
+        check_everywhere(pairs, "attention patterns", roles)
 
 
 def default_budget(device: torch.device | None = None, stream: bool = False) -> int:

@@ -110,6 +110,10 @@ class Unpatched:
 
         def advance(segment: Segment) -> None:
             mine = slice(segment.token, segment.token + segment.n_tokens)
+            if not self.prompts.carries(segment):
+                for whole in (after, *found.values()):
+                    whole[mine] = 0
+                return
             capture = {name: whole[mine] for name, whole in found.items()}
             step = BlockStep(here, [replace(segment, token=0)], {}, capture)
             step.run(dx[mine], WHOLE, after[mine], None)

@@ -123,12 +123,13 @@ class Wavefront:
         flight = [x.new_empty(n_most, spec.d_model) for _ in range(2)]
         # Rows of direct effects are where they are read before the last layer is reached.
         ends = x.new_empty(self.row_reads.n_tokens, spec.d_model) if self.edges is not None else None
-        if self.edges is not None:
-            self.edges.hear_embedding(prompts.delta(x, dx))
-        rows, layout = self._enter_embedding(x, dx, flight[1])  # [row token, d_model], those in flight
-        if self.setup.probes:
-            self.probed = Probed(self.setup.probes, prompts.pairs, self.rows, x)
         layers = Layers(self.setup, prompts, self.unpatched)
+        delta = layers.at_embedding(x, dx)
+        if self.edges is not None:
+            self.edges.hear_embedding(delta)
+        rows, layout = self._enter_embedding(delta, flight[1])  # [row token, d_model], those in flight
+        if self.setup.probes:
+            self.probed = Probed(self.setup.probes, prompts, self.rows, x)
         ready_for = layers.of(read, x, dx, self._places, self._passing, self._hear)
         for l in range(spec.n_layers):
             # (1) The unpatched runs after this layer; those of the next one are begun meanwhile.
@@ -239,11 +240,11 @@ class Wavefront:
         n_blocks = how_many_blocks(self._n_tokens(rows), self.ops.block_tokens, spread=self.setup.on_cpu)
         return lay_out(rows, self.rows.pair, self.rows.start, self.shapes, n_blocks)
 
-    def _enter_embedding(self, x: Tensor, dx: Tensor, room: Tensor) -> tuple[Tensor, Layout]:
+    def _enter_embedding(self, delta: Tensor, room: Tensor) -> tuple[Tensor, Layout]:
         """Rows patched at the embedding enter before the first layer; `room` is where they go."""
         layout = self._layout(self.rows.before(0))
         out = room[: layout.n_tokens].zero_()
-        deltas = {"resid_post": self.prompts.delta(x, dx)}
+        deltas = {"resid_post": delta}
         for block in layout.blocks:
             swaps = self._swaps(-1, layout, block, layout.rows[block.rows], deltas, last=False)
             entry = [Part(None, swaps.get("resid_post", []))]

@@ -101,7 +101,7 @@ def _site(
         "columns": [axis.labels[c] for c in axis.kept.tolist()],
         "places": _places(effects, name, axis, where),
         "where": where[:n_pairs],
-        "swept": [[pair.resolve(p) for p in swept.positions] for pair in effects.pairs[:n_pairs]],
+        "swept": effects.places(name)[:n_pairs],
         "metrics": found,
     }
 
@@ -161,10 +161,8 @@ def _strongest(
 
 def _where(effects: Effects, site: str, axis: _Axis) -> list[list[list[int]]]:
     """[pair][column] -> the positions, from 0, that the column stands for."""
-    positions = effects.positions(site)
     out = []
-    for i, pair in enumerate(effects.pairs):
-        at = [pair.resolve(position) for position in positions]
+    for i, at in enumerate(effects.places(site)):
         columns = axis.table[i] if axis.table is not None else range(len(at))
         names = axis.labels if axis.table is not None else list(range(len(at)))
         row = [

@@ -95,9 +95,16 @@ def floor(meta: Mapping[str, Any], metric: str, cells: np.ndarray, over: np.ndar
 
 
 def _pair(pair: EncodedPair) -> dict[str, Any]:
+    """Both prompts, their answers, and which positions have no equal counterpart in the other prompt."""
+    changed: tuple[list[int], list[int]] = [], []
+    for at, there in pair.columns:
+        if at is None or there is None or pair.clean[at] != pair.corrupted[there]:
+            for positions, position in zip(changed, (at, there), strict=True):
+                positions += [] if position is None else [position]
     return {
         "clean": pair.clean_text,
         "corrupted": pair.corrupted_text,
+        "changed": changed,
         "answers": [pair.clean_answer_text, pair.corrupted_answer_text],
     }
 

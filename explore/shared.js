@@ -129,11 +129,12 @@ function drawPrompts() {
   box.replaceChildren();
   if (at.pair < 0) return;
   const pair = content.pairs[at.pair];
-  for (const [name, other, answer] of [["clean", "corrupted", 0], ["corrupted", "clean", 1]]) {
+  for (const [name, which] of [["clean", 0], ["corrupted", 1]]) {
     const line = node("div");
     line.append(node("b", `${name}: `));
-    pair[name].forEach((token, i) => line.append(token === pair[other][i] ? token : node("mark", token)));
-    line.append(node("b", " \u2192 "), pair.answers[answer]);
+    const changed = new Set(pair.changed[which]);
+    pair[name].forEach((token, i) => line.append(changed.has(i) ? node("mark", token) : token));
+    line.append(node("b", " \u2192 "), pair.answers[which]);
     box.append(line);
   }
 }

@@ -16,8 +16,8 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.grid import Grid
 from deltapatch.interventions.nodes import LOGITS, MLP, READS, Nodes, Q
 from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.runs import RunShape
-from deltapatch.interventions.sources import DIFFERING
 from deltapatch.interventions.table import EDIT, PLACE, TOGETHER, PatchTable, row_tokens
 from deltapatch.models.spec import ModelSpec
 
@@ -43,7 +43,7 @@ class EdgeGrid:
         receivers: their names.
         positions: as given; just TOGETHER for all of a prompt at once.
         effects: which are measured.
-        differs: whether patches bring nothing where both prompts are the same up to a position.
+        roles: of the pairs' prompts.
         n_pairs: of prompts.
     """
 
@@ -52,7 +52,7 @@ class EdgeGrid:
     receivers: list[str]
     positions: list[int | str]
     effects: tuple[Effect, ...]
-    differs: bool
+    roles: Roles
     n_pairs: int
 
     def __post_init__(self) -> None:
@@ -121,14 +121,15 @@ class EdgeGrid:
             raise ValueError("senders or receivers")
         if not isinstance(positions, list) or not positions or {type(p) for p in positions} - {int, str}:
             raise ValueError("positions")
-        differs = settings["source"] in DIFFERING
-        return cls(nodes, sends, list(receivers), positions, EFFECTS[effect], differs, n_pairs)
+        roles = Roles(settings["direction"], settings["source"])
+        return cls(nodes, sends, list(receivers), positions, EFFECTS[effect], roles, n_pairs)
 
     def _starts(self, pair: EncodedPair) -> tuple[np.ndarray, np.ndarray]:
-        """The positions that a pair has: which they are among `positions`, and where."""
+        """The positions that a pair has: which they are among `positions`, and where in its base run."""
         if self.together:
-            return np.zeros(1, np.int64), np.array([pair.first_difference if self.differs else 0])
-        spots = [(i, p) for i, at in enumerate(self.positions) if (p := pair.resolve(at)) is not None]
+            return np.zeros(1, np.int64), np.array([self.roles.first(pair)])
+        places = ((i, self.roles.place(pair, at)) for i, at in enumerate(self.positions))
+        spots = [(i, place) for i, place in places if place is not None]
         return np.array([i for i, _ in spots], np.int64), np.array([p for _, p in spots], np.int64)
 
     def table(self, number: int, pair: EncodedPair) -> tuple[PatchTable, np.ndarray]:

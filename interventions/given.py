@@ -14,6 +14,7 @@ from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.parts import Part, parts_as_file, parts_of_file
+from deltapatch.interventions.roles import Roles, no_place
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.sites import PLACES, check_site, find_site
 from deltapatch.interventions.table import (
@@ -37,7 +38,7 @@ class Patch:
     Attributes:
         site: a name of `sites.SITES`, or TransformerLens' hook name of it.
         layer: from 0; the same as in the site's name where that has one (``blocks.3.attn.hook_z``).
-        position: from 0, negative from the end, or one of the pair's labels.
+        position: of the clean prompt, from 0, negative from the end, or one of the pair's labels.
         index: head, neuron or coordinate, for the sites that have one.
         into: receivers that alone see the change, named as in `sweep_edges`; None: all do. Where any patch of
             a run has it, all are at what nodes say: `z` of a head, `attn_out`, `mlp_out`, or `resid_pre` of
@@ -93,7 +94,7 @@ class Listed:
     """Interventions given one by one, as arrays: their effects are [intervention].
 
     Attributes:
-        table_of_all: with the numbers of the pairs that they act on.
+        table_of_all: with the numbers of the pairs that they act on; positions are those of the base runs.
         vectors: of patches along directions, and of those that add.
         labels: name -> [intervention], what their maker says of each.
         seen_by: [n, (patch, receiver)], the receivers that alone see a patch, as `Nodes` counts them; what
@@ -169,7 +170,7 @@ class Listed:
             raise ValueError("interventions")
         if (np.unique(row) != np.arange(len(pair))).any() or (np.diff(row) < 0).any():
             raise ValueError("interventions")
-        longest = np.array([len(one.clean) for one in pairs])[pair[row]]
+        longest = np.array([max(len(one.clean), len(one.corrupted)) for one in pairs])[pair[row]]
         inside = (columns["position"] >= 0) & (columns["position"] < longest) & (columns["layer"] >= -1)
         inside &= columns["index"] >= 0
         for name, known in (("place", PLACES), ("edit", SITE_EDITS)):
@@ -192,23 +193,24 @@ class Listed:
 
 
 def listed_interventions(
-    interventions: Sequence[Intervention], pairs: Sequence[EncodedPair], spec: ModelSpec
+    interventions: Sequence[Intervention], pairs: Sequence[EncodedPair], spec: ModelSpec, roles: Roles
 ) -> Listed:
     """Given interventions as arrays.
 
     Args:
         interventions: as `checked` gives them.
+        roles: of the pairs' prompts.
 
     Raises:
         DeltapatchError: one is without patches or patches an activation twice, or names something that the
-            pair or the model does not have.
+            pair or the model does not have; a position without a counterpart is patched from there.
     """
     patches: list[tuple[int, ...]] = []
     seen_by: list[tuple[int, int]] = []
     nodes = Nodes.of(spec)
     order = {name: number for number, name in enumerate(nodes.receivers)}
     vectors = VectorsMade()
-    known: list[dict[tuple[str, int, int | str], _Place]] = [{} for _ in pairs]
+    places = [_Places(pair, spec, roles) for pair in pairs]
     for i, intervention in enumerate(interventions):
         pair = intervention.pair
         if not 0 <= pair < len(pairs):
@@ -219,7 +221,7 @@ def listed_interventions(
         for number, patch in enumerate(intervention.patches, len(patches)):
             if patch.into is not None:
                 seen_by += [(number, order[name]) for name in nodes.choose_receivers(patch.into)]
-        own = [_patch(p, where, pairs[pair], spec, known[pair], vectors) for p in intervention.patches]
+        own = [_patch(p, where, places[pair], vectors) for p in intervention.patches]
         if len(set(own)) < len(own):
             raise DeltapatchError(f"intervention {i} patches the same activation twice")
         patches += own
@@ -231,7 +233,7 @@ def listed_interventions(
 
 
 class _Place(NamedTuple):
-    """Where in a pair's run a patch is, but for its index."""
+    """Where in a pair's base run a patch is, but for its index."""
 
     layer: int  # of the place
     place: int
@@ -241,18 +243,57 @@ class _Place(NamedTuple):
     width: int  # of the vector there, of one head where it has heads; 0 where it is no vector
 
 
-def _patch(
-    patch: Patch,
-    where: str,
-    pair: EncodedPair,
-    spec: ModelSpec,
-    places: dict[tuple[str, int, int | str], _Place],
-    vectors: VectorsMade,
-) -> tuple[int, int, int, int, int]:
-    """The table's COLUMNS of a patch. There may be very many: where each is is looked up once.
+class _Places:
+    """The places of patches in the base run of one pair. There may be very many: each is looked up once."""
+
+    def __init__(self, pair: EncodedPair, spec: ModelSpec, roles: Roles) -> None:
+        self.pair, self.spec, self.roles = pair, spec, roles
+        self._known: dict[tuple[str, int, int | str, bool], _Place] = {}
+
+    def of(self, site: str, layer: int, at: int | str, where: str, *, adds: bool) -> _Place:
+        """Of a patch's site, layer and position.
+
+        Args:
+            where: what errors call the patch.
+            adds: whether it takes nothing from the source run.
+        """
+        key = site, layer, at, adds
+        if key not in self._known:
+            self._known[key] = self._found(site, layer, at, where, self.roles.adding if adds else self.roles)
+        return self._known[key]
+
+    def _found(self, name: str, layer: int, at: int | str, where: str, roles: Roles) -> _Place:
+        site, named = find_site(name)
+        spec = self.spec
+        check_site(site, spec)
+        if named not in (None, layer):
+            raise DeltapatchError(
+                f"{where}: site {name!r} is in layer {named}, but layer {layer} is given beside it: give the "
+                "same"
+            )
+        if not 0 <= layer < spec.n_layers:
+            raise DeltapatchError(
+                f"{where}: layer {layer} does not exist: this model has 0 to {spec.n_layers - 1}"
+            )
+        place = roles.place(self.pair, at)
+        if place is None:
+            raise DeltapatchError(f"{where}: {no_place(self.pair, at)}")
+        if site.place == "pattern" and not roles.everywhere(self.pair):
+            raise DeltapatchError(
+                f"{where}: an attention pattern is over all positions, and the prompts of its pair do not "
+                "line up entirely: give prompts of equal length"
+            )
+        number, shift = place_of(site.name, 0)
+        counts = site.index.counts
+        width = {"": spec.d_model, "head": spec.d_head}.get(counts, 0) if site.place != "pattern" else 0
+        return _Place(layer + int(shift), number, place, site.name, site.n_indices(spec), width)
+
+
+def _patch(patch: Patch, where: str, places: _Places, vectors: VectorsMade) -> tuple[int, int, int, int, int]:
+    """The table's COLUMNS of a patch.
 
     Args:
-        places: of the pair that are known, by the patch's site, layer and position.
+        places: of its pair.
         vectors: of all patches.
     """
     # Checked before they are looked up: 1.0 and True are equal to 1.
@@ -263,9 +304,7 @@ def _patch(
         layer = whole(layer, f"{where}: a layer must be a whole number")
     if type(at) is not int:
         at = position(at, f"{where}: a position must be a whole number or a label")
-    place = places.get((site, layer, at))
-    if place is None:
-        place = places[site, layer, at] = _find(site, layer, at, where, pair, spec)
+    place = places.of(site, layer, at, where, adds=patch.add is not None)
     size = place.size
     if not size and index is not None:
         raise DeltapatchError(f"{where}: site {place.site} takes no index, but {shown(index)} was given")
@@ -287,26 +326,3 @@ def _patch(
         number = vectors.along(patch.along, place.width, where)
         return *there, EDIT["along"], code(number, index or 0, size)
     return *there, EDIT["add"], code(vectors.add(patch.add, place.width, where), index or 0, size)
-
-
-def _find(name: str, layer: int, at: int | str, where: str, pair: EncodedPair, spec: ModelSpec) -> _Place:
-    site, named = find_site(name)
-    check_site(site, spec)
-    if named not in (None, layer):
-        raise DeltapatchError(
-            f"{where}: site {name!r} is in layer {named}, but layer {layer} is given beside it: give the same"
-        )
-    if not 0 <= layer < spec.n_layers:
-        raise DeltapatchError(
-            f"{where}: layer {layer} does not exist: this model has 0 to {spec.n_layers - 1}"
-        )
-    place = pair.resolve(at)
-    if place is None:
-        raise DeltapatchError(
-            f"{where}: its pair has no position {at!r}; "
-            f"the prompt has {len(pair.clean)} tokens and labels {sorted(pair.labels) or 'none'}"
-        )
-    number, shift = place_of(site.name, 0)
-    counts = site.index.counts
-    width = {"": spec.d_model, "head": spec.d_head}.get(counts, 0) if site.place != "pattern" else 0
-    return _Place(layer + int(shift), number, place, site.name, site.n_indices(spec), width)

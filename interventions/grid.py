@@ -11,9 +11,9 @@ import numpy as np
 from deltapatch.arguments import position, several, whole
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.roles import Roles, no_place
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.sites import SITES, Site, check_site, find_site
-from deltapatch.interventions.sources import DIFFERING, Source
 from deltapatch.interventions.table import EDIT, TOGETHER, PatchTable, place_of
 from deltapatch.models.spec import ModelSpec
 
@@ -30,7 +30,7 @@ class SiteGrid:
     positions: list[int | str]
     n_indices: int  # 0: the whole vector
     offset: int  # where its effects begin among those of all sites
-    differs: bool = False  # patches bring nothing where both prompts are the same up to a position
+    roles: Roles
 
     def shape(self, n_pairs: int) -> tuple[int, ...]:
         """The shape of its effects."""
@@ -61,10 +61,15 @@ class SiteGrid:
         )
 
     def spots(self, pair: EncodedPair) -> list[tuple[int, list[int]]]:
-        """The positions that a pair has: which they are among `positions`, and which places they join."""
+        """The positions that a pair has: which they are among `positions`, and which places they join.
+
+        Places are those of the base run.
+        """
         if self.positions == [TOGETHER]:
-            return [(0, list(range(pair.first_difference if self.differs else 0, len(pair.clean))))]
-        return [(i, [p]) for i, at in enumerate(self.positions) if (p := pair.resolve(at)) is not None]
+            base, _ = self.roles.prompts(pair)
+            return [(0, list(range(self.roles.first(pair), len(base))))]
+        places = ((i, self.roles.place(pair, at)) for i, at in enumerate(self.positions))
+        return [(i, [place]) for i, place in places if place is not None]
 
     def position_tokens(self, pair: EncodedPair, run: RunShape) -> np.ndarray:
         """[position that the pair has], the tokens of a row that starts there; none behind the read-out."""
@@ -92,6 +97,11 @@ class Grid:
         return frozenset(g.site.place for g in self.sites)
 
     @property
+    def together(self) -> bool:
+        """Whether sites are patched at all positions of a prompt at once."""
+        return self.sites[0].positions == [TOGETHER]
+
+    @property
     def acted(self) -> list[int]:
         """The pairs that are patched: all of them."""
         return list(range(self.n_pairs))
@@ -107,7 +117,8 @@ class Grid:
     def of_settings(cls, settings: Mapping[str, Any], n_pairs: int) -> "Grid":
         """What `settings` told, for so many pairs."""
         sites = [(SITES[s["site"]], s["layers"], s["indices"]) for s in settings["sites"]]
-        return cls.of(sites, settings["positions"], n_pairs, differs=settings["source"] in DIFFERING)
+        roles = Roles(settings["direction"], settings["source"])
+        return cls.of(sites, settings["positions"], n_pairs, roles)
 
     @classmethod
     def of(
@@ -115,13 +126,12 @@ class Grid:
         sites: Sequence[tuple[Site, list[int], int]],
         positions: list[int | str],
         n_pairs: int,
-        *,
-        differs: bool,
+        roles: Roles,
     ) -> "Grid":
         """Of sites, their layers and how many indices they have, one site's effects after the other's."""
         grids, offset = [], 0
         for site, layers, n_indices in sites:
-            grid = SiteGrid(site, np.array(layers, dtype=np.int64), positions, n_indices, offset, differs)
+            grid = SiteGrid(site, np.array(layers, dtype=np.int64), positions, n_indices, offset, roles)
             offset += math.prod(grid.shape(n_pairs))
             grids.append(grid)
         return cls(grids, n_pairs, offset)
@@ -175,7 +185,7 @@ def make_grid(
     layers: Layers,
     pairs: list[EncodedPair],
     spec: ModelSpec,
-    source: Source = "counterpart",
+    roles: Roles,
 ) -> Grid:
     """The grid of a sweep.
 
@@ -185,10 +195,10 @@ def make_grid(
         layers: "all", or ints and ranges.
         pairs: decide how many positions "all" are, and which labels there are.
         spec: of the model.
-        source: where patches come from.
+        roles: of the pairs' prompts.
 
     Raises:
-        DeltapatchError: an unknown site, layer, position or label.
+        DeltapatchError: an unknown site, layer, position or label; a position where no pair can be patched.
     """
     chosen: dict[str, tuple[Site, list[int]]] = {}
     every = layers_of(layers, spec)
@@ -200,29 +210,31 @@ def make_grid(
         known += [l for l in wanted if l not in known]
     if not chosen:
         raise DeltapatchError("no sites were given: name at least one, for example mlp_out")
-    at = positions_of(positions, pairs)
+    at = positions_of(positions, pairs, roles)
     found = [(site, sorted(wanted), site.n_indices(spec)) for site, wanted in chosen.values()]
-    return Grid.of(found, at, len(pairs), differs=source in DIFFERING)
+    return Grid.of(found, at, len(pairs), roles)
 
 
-def single_positions(positions: Positions, pairs: list[EncodedPair], what: str) -> list[int | str]:
+def single_positions(
+    positions: Positions, pairs: list[EncodedPair], roles: Roles, what: str
+) -> list[int | str]:
     """As `positions_of`, for what is patched one position at a time. DeltapatchError for 'together'."""
-    found = positions_of(positions, pairs)
+    found = positions_of(positions, pairs, roles)
     if found == [TOGETHER]:
         raise DeltapatchError(f"{what} are patched one position at a time: 'together' is none")
     return found
 
 
-def spots_of(positions: Sequence[int | str], pair: EncodedPair) -> list[tuple[int, int]]:
-    """The places of a pair that are asked for, each once, and how results tell of each.
+def spots_of(positions: Sequence[int | str], pair: EncodedPair, roles: Roles) -> list[tuple[int, int]]:
+    """The places of a pair's base run that are asked for, each once, and how results tell of each.
 
-    A number is told as it was asked for, -1 the last token of every pair; of a label the place is told.
+    A number is told as it was asked for, -1 the last token of every pair; of a label the position is told.
     """
     found: dict[int, int] = {}
     for asked in positions:
-        place = pair.resolve(asked)
-        if place is not None and place not in found:
-            found[place] = asked if isinstance(asked, int) else place
+        place, at = roles.place(pair, asked), pair.resolve(asked)
+        if place is not None and at is not None and place not in found:
+            found[place] = asked if isinstance(asked, int) else at
     return list(found.items())
 
 
@@ -273,18 +285,15 @@ def _is_all(given: Sequence[object]) -> bool:
     return len(given) == 1 and isinstance(given[0], str) and given[0] == "all"
 
 
-def positions_of(positions: Positions, pairs: list[EncodedPair]) -> list[int | str]:
+def positions_of(positions: Positions, pairs: list[EncodedPair], roles: Roles) -> list[int | str]:
     """The positions that a sweep was asked for; just TOGETHER for all of a prompt at once.
 
     Raises:
-        DeltapatchError: no pair has one of them.
+        DeltapatchError: no pair has one of them, or none can be patched there.
     """
     longest = max(len(p.clean) for p in pairs)
-    if isinstance(positions, str) and positions == "last":
-        return [-1]
-    given = list(
-        several(positions, "positions", "'all', 'last', 'together', or a list of numbers and labels")
-    )
+    asked = -1 if isinstance(positions, str) and positions == "last" else positions
+    given = list(several(asked, "positions", "'all', 'last', 'together', or a list of numbers and labels"))
     if _is_all(given):
         return list(range(longest))
     if TOGETHER in given:
@@ -303,6 +312,8 @@ def positions_of(positions: Positions, pairs: list[EncodedPair]) -> list[int | s
             raise DeltapatchError(
                 f"position {at} does not exist: the longest prompt has positions 0 to {longest - 1}"
             )
+        if all(roles.place(p, at) is None for p in pairs):
+            raise DeltapatchError(next(no_place(p, at) for p in pairs if p.resolve(at) is not None))
         if at not in out:
             out.append(at)
     if not out:

@@ -16,8 +16,8 @@ from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.given import Intervention, Listed, Patch, listed_interventions
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.parts import Part, names_of
+from deltapatch.interventions.roles import Roles, check_everywhere
 from deltapatch.interventions.sites import find_site
-from deltapatch.interventions.sources import DIFFERING
 from deltapatch.interventions.table import COLUMNS, TOGETHER, PatchTable
 from deltapatch.models.spec import ModelSpec
 
@@ -62,7 +62,7 @@ class Joint:
 
     @classmethod
     def of(
-        cls, parts: Sequence[Patch], pairs: Sequence[EncodedPair], spec: ModelSpec, source: str
+        cls, parts: Sequence[Patch], pairs: Sequence[EncodedPair], spec: ModelSpec, roles: Roles
     ) -> "Joint":
         """Parts as of `checked_parts`, in some pairs.
 
@@ -70,20 +70,22 @@ class Joint:
             where a pair does not have a part.
 
         Raises:
-            DeltapatchError: a part is nowhere, or a pair has none; two parts patch one activation; as of
-                `listed_interventions`.
+            DeltapatchError: a part is nowhere, or a pair has none; two parts patch one activation; prompts
+                do not line up, and a part is at all positions together; as of `listed_interventions`.
         """
         told = [_told(part, number) for number, part in enumerate(parts)]
+        if any(part.position == TOGETHER for part in told):
+            check_everywhere(pairs, "parts at all positions together")
         row, single = np.full((len(pairs), len(parts)), -1), list[Intervention]()
         for i, pair in enumerate(pairs):
             for j, part in enumerate(parts):
-                places = _places(told[j].position, pair, source)
+                places = _places(told[j].position, pair, roles if part.add is None else roles.adding)
                 if places:
                     row[i, j] = len(single)
                     single.append(Intervention(i, [replace(part, position=at) for at in places]))
         _check_there(row >= 0, told)
         try:
-            alone = listed_interventions(single, pairs, spec)
+            alone = listed_interventions(single, pairs, spec, roles)
         except DeltapatchError as error:  # which counts interventions
             named = re.match(r"intervention (\d+)(.*)", str(error))
             if named is None:
@@ -141,12 +143,12 @@ def _told(part: Patch, number: int) -> Part:
     return Part(site.name, layer, -1 if at == "last" else at, index)
 
 
-def _places(at: int | str, pair: EncodedPair, source: str) -> Sequence[int]:
-    """Where in a pair a part is: one position, all that "together" joins, or none."""
+def _places(at: int | str, pair: EncodedPair, roles: Roles) -> Sequence[int]:
+    """Where in a pair's clean prompt a part is: one position, all that "together" joins, or none."""
     if at == TOGETHER:
-        return range(pair.first_difference if source in DIFFERING else 0, len(pair.clean))
+        return range(roles.first(pair), len(pair.clean))
     place = pair.resolve(at)
-    return () if place is None else (place,)
+    return () if place is None or roles.place(pair, at) is None else (place,)
 
 
 def _check_there(there: np.ndarray, parts: Sequence[Part]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from deltapatch import markup
 from deltapatch.arguments import check_label, label_name, whole
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.alignment import REMEDY, Align, Column, common, lined_up, side_by_side
 from deltapatch.interventions.tokens import (
     Tokens,
     after,
@@ -42,7 +43,7 @@ Prompt = str | list[int] | list[dict[str, str]]
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Two prompts of equal token length and their answers.
+    """Two prompts and their answers.
 
     Attributes:
         clean, corrupted: text, or a list of token ids, or a conversation, a list of messages as in
@@ -52,8 +53,12 @@ class PromptPair:
         labels: name -> position, for example ``{"op1": 4, "subject": -3}``; or a text of the clean prompt,
             ``{"subject": "Eiffel Tower"}``, whose tokens are then `subject[0]`, `subject[1]` and so on,
             `subject[-1]` and just `subject` the last. A word of the tool, as `last`, names only what it means
-            without a label.
+            without a label. Positions count in the clean prompt, in both directions.
         meta: anything else that should travel with the pair (template, operands, ...).
+        align: which positions line up, where prompts have unequal numbers of tokens: "prefix+suffix", the
+            tokens that both begin and end with, or a list of ``[clean position, corrupted position]``, which
+            ascend in both. A position that has no counterpart cannot be patched from the other prompt. None
+            for prompts of equal length, of which each position lines up with itself.
     """
 
     clean: Prompt
@@ -62,6 +67,7 @@ class PromptPair:
     corrupted_answer: Answer
     labels: Mapping[str, int | str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    align: Align = None
 
     def _repr_html_(self) -> str:
         rows = [
@@ -76,13 +82,15 @@ class EncodedPair:
     """A checked pair in token ids, with the pieces of text that tables and plots show.
 
     Attributes:
-        clean, corrupted: token ids, of equal length.
+        clean, corrupted: token ids, of equal length unless `align` is given.
         clean_answer, corrupted_answer: token ids, one or several.
-        labels: name -> position, from 0.
+        labels: name -> position in the clean prompt, from 0.
         meta: as in the `PromptPair`.
         clean_text, corrupted_text: one string a token; ``str(id)`` without a tokenizer.
         clean_answer_text, corrupted_answer_text: likewise, in one string.
         clean_others, corrupted_others: tokens that count as the answer beside the one above (see `AnyOf`).
+        align: [clean position, corrupted position] of what lines up, ascending; None: every position lines up
+            with itself.
     """
 
     clean: list[int]
@@ -97,30 +105,63 @@ class EncodedPair:
     corrupted_answer_text: str
     clean_others: list[int] = field(default_factory=list)
     corrupted_others: list[int] = field(default_factory=list)
+    align: list[list[int]] | None = None
 
     @property
     def answer_tokens(self) -> int:
         """How many tokens the longer answer has."""
         return max(len(self.clean_answer), len(self.corrupted_answer))
 
+    @cached_property
+    def counterparts(self) -> list[int | None]:
+        """[clean position], the position of the corrupted prompt that it lines up with, if there is one."""
+        return [column.corrupted for column in self.columns if column.clean is not None]
+
+    @property
+    def columns(self) -> list[Column]:
+        """Both prompts side by side: what lines up in one column."""
+        return side_by_side(self.align, (len(self.clean), len(self.corrupted)))
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the prompts have one length, and what lines up has the same position in both."""
+        return self.align is None or (
+            len(self.clean) == len(self.corrupted) and all(a == b for a, b in self.align)
+        )
+
+    @property
+    def shared(self) -> int:
+        """How many tokens both prompts begin with."""
+        return common(self.clean, self.corrupted)
+
+    @property
+    def changed(self) -> list[bool]:
+        """[clean position], whether it has another token in the corrupted prompt, or no counterpart there."""
+        there = zip(self.clean, self.counterparts, strict=True)
+        return [at is None or self.corrupted[at] != token for token, at in there]
+
     @property
     def first_difference(self) -> int:
-        """The first position at which the prompts differ; the last one where none does."""
-        both = enumerate(zip(self.clean, self.corrupted, strict=True))
-        return next((i for i, (a, b) in both if a != b), len(self.clean) - 1)
+        """The first position of the clean prompt that is `changed`; the last one where none is."""
+        return next((i for i, differs in enumerate(self.changed) if differs), len(self.clean) - 1)
 
     def _repr_html_(self) -> str:
-        changed = [a != b for a, b in zip(self.clean, self.corrupted, strict=True)]
+        clean, corrupted = zip(*self.columns, strict=True)
+        changed = self.changed
         rows = [
-            ("position", *range(len(changed)), "answer"),
-            ("clean", *self.clean_text, self.clean_answer_text),
-            ("corrupted", *self.corrupted_text, self.corrupted_answer_text),
-            ("", *("changed" if differs else "" for differs in changed), ""),
+            ("position", *("" if at is None else at for at in clean), "answer"),
+            ("clean", *("" if at is None else self.clean_text[at] for at in clean), self.clean_answer_text),
+            (
+                "corrupted",
+                *("" if at is None else self.corrupted_text[at] for at in corrupted),
+                self.corrupted_answer_text,
+            ),
+            ("", *("changed" if at is None or changed[at] else "" for at in clean), ""),
         ]
         return markup.table("EncodedPair", rows, notes=_notes(self.labels))
 
     def resolve(self, position: int | str) -> int | None:
-        """The place, from 0, of an int (from the end where negative) or a label; None where there is none."""
+        """The place in the clean prompt, from 0, of an int (negative: from the end) or a label, if any."""
         if isinstance(position, str):
             return len(self.clean) - 1 if position == "last" else self.labels.get(position)
         place = position + len(self.clean) if position < 0 else position
@@ -153,10 +194,11 @@ def encode_pairs(
 
     Raises:
         DeltapatchError: no pairs; text without a tokenizer; an empty prompt or answer; prompts of unequal
-            length; a token id or a label position out of range; a label that says something else than the
-            word of the tool that it is; an answer that changes the tokens of its prompt or is unknown to the
-            tokenizer; a prompt of ids that ends in an end token; `AnyOf` nothing, of answers that are not one
-            token each or come twice, or of one that the other answer, of several tokens, begins with.
+            length that are not lined up, or an `align` that lines nothing up; a token id or a label position
+            out of range; a label that says something else than the word of the tool that it is; an answer
+            that changes the tokens of its prompt or is unknown to the tokenizer; a prompt of ids that ends in
+            an end token; `AnyOf` nothing, of answers that are not one token each or come twice, or of one
+            that the other answer, of several tokens, begins with.
 
     Warns:
         where a prompt's tokens are not those that the tokenizer itself would make of it.
@@ -172,17 +214,30 @@ def encode_pairs(
     return encoded
 
 
-def read_at(readout: int | str, number: int, pair: EncodedPair) -> int:
-    """Where the effect on a pair is read. DeltapatchError where it has no such position."""
+def read_at(readout: int | str, number: int, pair: EncodedPair) -> tuple[int, int]:
+    """Where the effect on a pair is read, in the clean and in the corrupted prompt: the last is that of each.
+
+    Raises:
+        DeltapatchError: the pair has no such position, or that has no counterpart, or is before the end of a
+            prompt with an answer of several tokens.
+    """
     at = pair.resolve(readout)
     if at is None:
         raise DeltapatchError(f"pair {number} has no position {readout!r} to read the effect at")
-    if pair.answer_tokens > 1 and at < len(pair.clean) - 1:
+    if at == len(pair.clean) - 1:
+        return at, len(pair.corrupted) - 1
+    if pair.answer_tokens > 1:
         raise DeltapatchError(
             f"pair {number} has an answer of {pair.answer_tokens} tokens, and these are read from the end of "
             f"its prompt on: leave out readout={readout!r}, or give answers of one token"
         )
-    return at
+    there = pair.counterparts[at]
+    if there is None:
+        raise DeltapatchError(
+            f"position {readout!r} of pair {number} has no counterpart in the corrupted prompt: effects are "
+            "read in both, at the last of each or where they line up"
+        )
+    return at, there
 
 
 class _Encoder:
@@ -203,10 +258,12 @@ class _Encoder:
         clean, corrupted = (
             self._prompt(p, w, name) for p, w in zip(texts, ("clean", "corrupted"), strict=True)
         )
-        if len(clean) != len(corrupted):
+        align = getattr(pair, "align", None)  # which pairs that are no `PromptPair` need not have
+        if align is None and len(clean) != len(corrupted):
             raise DeltapatchError(
                 f"{name}: the prompts must have the same number of tokens, but clean has {len(clean)} "
-                f"{self._pieces(clean)} and corrupted has {len(corrupted)} {self._pieces(corrupted)}."
+                f"{self._pieces(clean)} and corrupted has {len(corrupted)} {self._pieces(corrupted)}; "
+                f"{REMEDY}."
             )
         clean_any = self._any_of(pair.clean_answer, texts[0], clean, "clean_answer", name)
         corrupted_any = self._any_of(pair.corrupted_answer, texts[1], corrupted, "corrupted_answer", name)
@@ -238,6 +295,7 @@ class _Encoder:
             corrupted_answer_text=self._any_text(corrupted_any),
             clean_others=[token for (token,) in clean_any[1:]],
             corrupted_others=[token for (token,) in corrupted_any[1:]],
+            align=lined_up(align, clean, corrupted, name),
         )
 
     def _text(self, prompt: Prompt, which: str, name: str) -> str | list[int]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.interventions.alignment import ENDS
 from deltapatch.interventions.pairs import AnyOf, PromptPair
 from deltapatch.models.header import check_file
 
@@ -98,7 +99,7 @@ def write_pairs(path: str | os.PathLike[str], pairs: Sequence[PromptPair]) -> No
     """
     path = path_of(path, "a pairs file")
     try:
-        text = "".join(json.dumps(asdict(p), ensure_ascii=False, allow_nan=False) + "\n" for p in pairs)
+        text = "".join(json.dumps(_fields(p), ensure_ascii=False, allow_nan=False) + "\n" for p in pairs)
     except (TypeError, ValueError, RecursionError) as error:
         raise DeltapatchError(f"The pairs cannot be written to {path}: {error}.") from None
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -110,6 +111,14 @@ def write_pairs(path: str | os.PathLike[str], pairs: Sequence[PromptPair]) -> No
     except OSError as error:
         part.unlink(missing_ok=True)
         raise DeltapatchError(f"The pairs file {path} cannot be written: {error.strerror}.") from None
+
+
+def _fields(pair: PromptPair) -> dict[str, Any]:
+    """What a line says of a pair; `align` only where there is something to say."""
+    found = asdict(pair)
+    if pair.align is None:
+        del found["align"]
+    return found
 
 
 def _pair(line: str, name: str) -> PromptPair:
@@ -149,6 +158,11 @@ def _pair(line: str, name: str) -> PromptPair:
         )
     if not isinstance(found.get("meta", {}), dict):
         raise DeltapatchError(f"{name}: 'meta' must be an object, not {_kind(found['meta'])}.")
+    align = found.get("align")
+    if align is not None and align != ENDS and not _is_map(align):
+        raise DeltapatchError(
+            f"{name}: 'align' must be {ENDS!r} or a list of [clean position, corrupted position]."
+        )
     return _made(found)
 
 
@@ -195,6 +209,10 @@ def _is_int(value: Any) -> bool:
 
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(_is_int(i) for i in value)
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_ids(one) and len(one) == 2 for one in value)
 
 
 def _is_chat(value: Any) -> bool:

@@ -27,11 +27,18 @@ class RunShape(NamedTuple):
         prompt: tokens up to the first position that is read, the end of the prompt.
         length: all tokens.
         fork: where the run parts into two branches, if it does.
+        beside: tokens of the source's run, where that is a prompt of its own and not a difference.
     """
 
     prompt: int
     length: int
     fork: Fork | None = None
+    beside: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are with those of the source's own run."""
+        return self.length + self.beside
 
     @property
     def reads(self) -> int:
@@ -113,7 +120,7 @@ def any_targets(continued: Sequence[Continuation]) -> np.ndarray:
 
 def check_length(pair: EncodedPair, number: int, spec: ModelSpec) -> None:
     """Raise DeltapatchError where a model has no embedding for a position of the pair."""
-    n_tokens = len(pair.clean) + pair.answer_tokens - 1
+    n_tokens = _longer(pair) + pair.answer_tokens - 1
     if spec.learned_positions and n_tokens > spec.context:
         raise DeltapatchError(
             f"pair {number} has {n_tokens} tokens, and the model knows {spec.context} positions: shorten it"
@@ -126,12 +133,32 @@ def check_rotary(pair: EncodedPair, number: int, rope: RopeSpec) -> None:
     Raises:
         DeltapatchError: an answer has several tokens, and the angles of all depend on how many there are.
     """
-    n_tokens = len(pair.clean) + pair.answer_tokens - 1
+    n_tokens = _longer(pair) + pair.answer_tokens - 1
     # Longrope's frequencies are the same for all that is beyond the original context.
-    settled = rope.scaling == "longrope" and rope.depends_on_length(len(pair.clean))
+    shorter = min(len(pair.clean), len(pair.corrupted))
+    settled = rope.scaling == "longrope" and rope.depends_on_length(shorter)
     if pair.answer_tokens > 1 and rope.depends_on_length(n_tokens) and not settled:
         raise DeltapatchError(
             f"pair {number} has an answer of {pair.answer_tokens} tokens and goes beyond the context of a "
             f"model with {rope.scaling} rotary scaling, where its tokens change all those before them: give "
             "answers of one token, or shorter prompts"
         )
+
+
+def run_alike(pair: EncodedPair, lengths: tuple[int, int], spec: ModelSpec) -> int:
+    """How many tokens at the beginning are the same, and run the same, in both prompts of a pair.
+
+    What sees only these is equal in both runs, unless rotary angles depend on how long a run is.
+
+    Args:
+        lengths: tokens of both runs.
+    """
+    unequal = lengths[0] != lengths[1]
+    if unequal and any(rope.depends_on_length(max(lengths)) for rope in spec.all_ropes()):
+        return 0
+    return pair.shared
+
+
+def _longer(pair: EncodedPair) -> int:
+    """Tokens of the longer prompt."""
+    return max(len(pair.clean), len(pair.corrupted))

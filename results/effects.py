@@ -11,6 +11,7 @@ from deltapatch import markup
 from deltapatch.arguments import several
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.sites import SITES, find_site
 from deltapatch.results.folder import Record, reference_tensors
 from deltapatch.results.metrics import Direction, Own, Reference, asked_of, compute, metrics_of, terms
@@ -78,8 +79,8 @@ class Effects(Result):
     def values(self, metric: str | Own, site: str | None = None) -> np.ndarray:
         """A metric of a site: float64, [pair, layer, position] or, where the site has one, [..., index].
 
-        NaN where a pair has no such position. A full hook name (``blocks.3.mlp.hook_post``) asks for that
-        layer only, and the layer axis then has length 1.
+        NaN where a pair has no such position, or none that can be patched. A full hook name
+        (``blocks.3.mlp.hook_post``) asks for that layer only, and the layer axis then has length 1.
 
         Raises:
             DeltapatchError: an unknown metric or site, or one that was not swept.
@@ -114,6 +115,17 @@ class Effects(Result):
     def positions(self, site: str | None = None) -> list[int | str]:
         """[position], as the user gave them: ints (negative from the end) or label names."""
         return list(self._find(site)[0].positions)
+
+    def places(self, site: str | None = None) -> list[list[int | None]]:
+        """[pair][position], where each position of a site is in the pair's clean prompt, from 0.
+
+        None where a pair has no such position, or one that could not be patched: it has no counterpart.
+        """
+        roles, positions = Roles(self.direction, self.meta.get("source", "counterpart")), self.positions(site)
+        return [
+            [pair.resolve(at) if roles.place(pair, at) is not None else None for at in positions]
+            for pair in self.pairs
+        ]
 
     @property
     def metrics(self) -> list[str]:

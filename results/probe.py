@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,10 @@ import numpy as np
 from deltapatch.arguments import position as checked_position
 from deltapatch.arguments import whole
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.roles import Roles, no_place
 from deltapatch.models.header import read_tensors
+from deltapatch.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +62,10 @@ class Probe:
         must = f"probe {self.name}: its position must be a whole number or a label"
         object.__setattr__(self, "position", checked_position(self.position, must))
 
+    def place(self, pair: EncodedPair, roles: Roles) -> int | None:
+        """Where in the base run of a pair it reads; None where there is no such position."""
+        return roles.adding.place(pair, self.position)
+
     def digest(self) -> str:
         """A hash of all that decides what it says."""
         said = f"{self.layer} {self.position} ".encode() + self.direction.tobytes()
@@ -86,3 +94,46 @@ def load_probes(path: str | os.PathLike[str]) -> list[Probe]:
         at = int(position) if position.removeprefix("-").isdecimal() else position
         found.append(Probe(name, tensor.float(), int(layer), at))
     return found
+
+
+def check_probes(
+    probes: Mapping[str, Probe],
+    pairs: Sequence[EncodedPair],
+    roles: Roles,
+    length: np.ndarray,
+    spec: ModelSpec,
+) -> None:
+    """Refuse a probe that a model or a pair has no place for.
+
+    Args:
+        roles: of their prompts.
+        length: [pair], tokens of the base run up to where effects are read.
+
+    Raises:
+        DeltapatchError: its direction has another width, there is no such layer or position, or nothing is
+            computed there.
+    """
+    for name, probe in probes.items():
+        if len(probe.direction) != spec.d_model:
+            raise DeltapatchError(
+                f"probe {name} has {len(probe.direction)} numbers, and the residual stream {spec.d_model}"
+            )
+        if not 0 <= probe.layer < spec.n_layers:
+            raise DeltapatchError(
+                f"probe {name} is after layer {probe.layer}, and the model's layers go from 0 to "
+                f"{spec.n_layers - 1}"
+            )
+        for number, (pair, n) in enumerate(zip(pairs, length.tolist(), strict=True)):
+            at = probe.place(pair, roles)
+            if at is None:
+                raise DeltapatchError(f"probe {name}, pair {number}: {no_place(pair, probe.position)}")
+            if at >= n:
+                raise DeltapatchError(
+                    f"probe {name} is at position {at} of pair {number}, after position {n - 1}, where "
+                    "effects are read: nothing is computed there"
+                )
+            if probe.layer == spec.n_layers - 1 and at != n - 1:
+                raise DeltapatchError(
+                    f"probe {name} is after the last layer, where position {n - 1} alone is computed, and of "
+                    f"pair {number} at position {at}: take an earlier layer"
+                )

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from deltapatch.arguments import check_label
 from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.interventions.alignment import makes_sense
 from deltapatch.interventions.edges import SETTINGS, EdgeGrid
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.pairs import EncodedPair
@@ -46,7 +47,7 @@ _KINDS: dict[type, tuple[str, str]] = {
 }
 _MEND = "copy it again, or remove it and run the sweep again"
 _HINTS = get_type_hints(EncodedPair)
-_REQUIRED = _HINTS.keys() - {"clean_others", "corrupted_others"}  # which runs of 0.2 do not have
+_REQUIRED = _HINTS.keys() - {"clean_others", "corrupted_others", "align"}  # which older runs do not have
 _MOST = 2**50  # of anything that is counted
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
@@ -246,6 +247,7 @@ def _pair(found: Any) -> EncodedPair:
     for name, value in found.items():
         _need(_is(value, _HINTS[name]), f"{name} of a pair in {PAIRS}")
     pair = EncodedPair(**found)
+    _need(makes_sense(pair.align, (len(pair.clean), len(pair.corrupted))), f"align of a pair in {PAIRS}")
     for label, place in pair.labels.items():
         check_label(label, place, len(pair.clean), PAIRS)
     return pair

@@ -368,7 +368,7 @@ def load_screened(path: str | os.PathLike[str]) -> Screened:
 
 def _read(verified: Outcome, arrays: dict[str, np.ndarray], about: dict[str, str]) -> Screened:
     """What a file holds, checked. ValueError, KeyError or TypeError where it makes no sense."""
-    axes = json.loads(about["grid"]) | {"source": verified.meta["source"]}
+    axes = json.loads(about["grid"]) | {"source": verified.meta["source"], "direction": verified.direction}
     if not all(type(position) in (int, str) for position in axes["positions"]):
         raise ValueError("positions")
     grid = Grid.of_settings(axes, len(verified.pairs))

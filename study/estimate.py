@@ -8,6 +8,7 @@ from deltapatch.engine.costs import sweep_cost
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.grid import make_grid
 from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.roles import Roles
 from deltapatch.models.model import Model
 from deltapatch.study import pairs as pair_files
 from deltapatch.study.found import Found
@@ -54,7 +55,7 @@ def estimate(model: Model, settings: Settings, names: Sequence[str]) -> list[Est
         for run in experiment.runs:
             plan = RUNS[run]
             layers: str | list[int] = [layer] if plan.one_layer else "all"
-            grid = make_grid(plan.sites, alone.positions(run), layers, encoded, model.spec)
+            grid = make_grid(plan.sites, alone.positions(run), layers, encoded, model.spec, Roles())
             more = sweep_cost(grid, encoded, model.spec)
             rows, flops = rows + more[0], flops + more[1]
         commands = tuple(alone.commands())

@@ -211,7 +211,7 @@ class Found:
 
 def _first(pair: EncodedPair) -> int:
     """One before the first position at which the prompts of a pair differ, or the first that has a label."""
-    differ = np.flatnonzero(np.array(pair.clean) != np.array(pair.corrupted)).tolist()
+    differ = np.flatnonzero(pair.changed).tolist()
     return max(0, min([*(at - 1 for at in differ[:1]), *pair.labels.values(), len(pair.clean) - 1]))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltapatch.interventions.given import Patch
 from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.roles import Roles
 from deltapatch.models.model import Model
 from deltapatch.models.patched import Visit, patched_logits
 from deltapatch.results.effects import Effects
@@ -83,7 +84,8 @@ def plain_effects(model: Model, pair: EncodedPair, rows: Rows, direction: Direct
 
     Of an answer of several tokens it is the log-probability of all, each after those before it.
     """
-    base, source = (pair.corrupted, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupted)
+    roles = Roles(direction)
+    base, source = roles.prompts(pair)
     values: dict[tuple[str, int], Tensor] = {}
     needed = {(_place(patch.site), patch.layer) for row in rows for patch in row}
 
@@ -98,7 +100,7 @@ def plain_effects(model: Model, pair: EncodedPair, rows: Rows, direction: Direct
         parts = []
         for start in range(0, len(rows), _ROWS):
             some = rows[start : start + _ROWS]
-            parts.append(_logp(model, base, tokens, len(some), _swap(some, pair, values)))
+            parts.append(_logp(model, base, tokens, len(some), _swap(some, pair, roles, values)))
         change[name] = np.concatenate(parts) - unpatched
     # Logits of one run differ as log-probabilities do.
     return {
@@ -117,8 +119,9 @@ def _logp(model: Model, prompt: list[int], answer: list[int], n_rows: int, visit
     return logp.gather(2, own).sum(dim=(1, 2)).cpu().numpy()
 
 
-def _swap(rows: Rows, pair: EncodedPair, values: dict[tuple[str, int], Tensor]) -> Visit:
+def _swap(rows: Rows, pair: EncodedPair, roles: Roles, values: dict[tuple[str, int], Tensor]) -> Visit:
     """Writes the source's values into each row, where its patches are."""
+    counterpart = dict(roles.mapped(pair))
     todo: dict[tuple[str, int], list[tuple[int, Patch]]] = defaultdict(list)
     for number, patches in enumerate(rows):
         for patch in patches:
@@ -126,9 +129,10 @@ def _swap(rows: Rows, pair: EncodedPair, values: dict[tuple[str, int], Tensor]) 
 
     def visit(site: str, layer: int, value: Tensor) -> None:
         for row, patch in todo.get((site, layer), ()):
-            at = pair.resolve(patch.position)
-            where = (at,) if patch.index is None else (at, patch.index)
-            value[(row, *where)] = values[site, layer][where]
+            at = roles.place(pair, patch.position)
+            assert at is not None
+            index = () if patch.index is None else (patch.index,)
+            value[(row, at, *index)] = values[site, layer][(counterpart[at], *index)]
 
     return visit
 

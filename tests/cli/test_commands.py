@@ -388,6 +388,7 @@ def test_pairs_are_shown_token_by_token(command, tiny, write_pairs, text_pair, i
         "from_end": -6,
         "clean": " 3",
         "clean_id": first["tokens"][4]["clean_id"],
+        "corrupted_position": 4,
         "corrupted": " 5",
         "corrupted_id": first["tokens"][4]["corrupted_id"],
         "labels": ["op1"],
@@ -395,6 +396,47 @@ def test_pairs_are_shown_token_by_token(command, tiny, write_pairs, text_pair, i
     assert [token["clean_id"] for token in found["pairs"][1]["tokens"]] == ids_pair["clean"]
     assert found["pairs"][1]["clean_answer"] == {"tokens": ["$", "#"], "ids": [4, 3]}
     assert first["missing_front"] is None
+
+
+UNEQUAL = """{file}, line 1: 4 and 5 tokens
+position         clean  at corrupted  labels
+       0     -4  '!'     0 '!'
+       1     -3  '$'                  op
+                         1 '%'
+                         2 '&'
+       2     -2  '('     3 '('
+       3     -1  ')'     4 ')'
+clean answer      '*'
+corrupted answer  '+'
+"""
+
+
+def test_prompts_of_unequal_length(command, tiny, write_pairs, tmp_path):
+    """From the file to the effects of what lines up; what cannot be patched gets one sentence."""
+    pair = {"clean": [1, 4, 8, 9], "corrupted": [1, 5, 6, 8, 9], "clean_answer": 10, "corrupted_answer": 11}
+    lined_up = pair | {"align": "prefix+suffix", "labels": {"op": 1}}
+    file = write_pairs(lined_up)
+    shown = command("pairs", "--show", file, "--model", tiny)
+    assert shown.out == UNEQUAL.format(file=file)
+    found = json.loads(command("pairs", "--show", file, "--model", tiny, "--json").out)["pairs"][0]
+    assert (found["length"], found["corrupted_length"]) == (4, 5)
+    assert [token["corrupted_position"] for token in found["tokens"]] == [0, None, 1, 2, 3, 4]
+    run = tmp_path / "run"
+    swept = ("sweep", "--model", tiny, "--sites", "mlp_out", "--layers", "0", "--quiet")
+    assert command(*swept, "--pairs", file, "--out", run).code == 0
+    rows = command("effects", run, "--format", "csv", "--metric", "kl").out.splitlines()
+    assert [row.split(",")[3] for row in rows] == ["position", "0", "2", "3"]
+    for wrong, words, said in (
+        (pair, (), "line them up with align="),
+        (pair | {"align": [[0, 5]]}, (), "align has position 5 of the corrupted prompt, which has 5 tokens"),
+        (lined_up, ("--positions", "op"), "position 'op' has no counterpart in the other prompt"),
+        (lined_up, ("--positions", "together"), "need prompts that line up entirely"),
+        (lined_up, ("--source", "mean"), "choose counterpart, zero or noise"),
+    ):
+        result = command(*swept, *words, "--pairs", write_pairs(wrong), "--out", tmp_path / "other")
+        assert result.code == 2
+        assert said in result.err
+        assert not (tmp_path / "other").exists()
 
 
 def test_ids_without_what_the_tokenizer_puts_at_the_front_are_shown(command, write_pairs, ids_pair):

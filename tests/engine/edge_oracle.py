@@ -16,6 +16,7 @@ from engine_oracle import (
     _linear,
     _rotate,
     continuations,
+    counterparts,
     metrics_of_answers,
 )
 
@@ -137,6 +138,8 @@ def effects(
         tokens = [*prompt, *after]
         own = unpatched(true, tokens)
         theirs = unpatched(true, [*other, *after])
+        if pair.align is not None:  # at the places of the base run that they line up with
+            theirs = {name: _lined_up(pair, value, own[name], direction) for name, value in theirs.items()}
         if source == "zero":
             theirs = {name: np.zeros_like(value) for name, value in theirs.items()}
         elif source == "mean":
@@ -160,6 +163,15 @@ def effects(
     )
     base = corrupted if direction == "denoise" else clean
     return metrics_of_answers(base, runs, clean, corrupted, pair, direction)
+
+
+def _lined_up(pair: Pair, theirs: np.ndarray, own: np.ndarray, direction: str) -> np.ndarray:
+    """[position of the base run, ...], what the source run says where it lines up, and else the base run."""
+    out = own.copy()
+    for clean, corrupted in counterparts(pair).items():
+        b, s = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+        out[b] = theirs[s]
+    return out
 
 
 def total(edge: tuple[str, str], kind: Any = SOURCE) -> Wiring:

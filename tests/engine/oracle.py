@@ -44,13 +44,15 @@ class Patch(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two prompts of token ids, of one length, and their answers, of one token or several."""
+    """Two prompts of token ids, of one length unless they are lined up, and answers, as a PromptPair."""
 
     clean: list[int]
     corrupted: list[int]
     clean_answer: int | list[int] | tuple[int, ...]
     corrupted_answer: int | list[int] | tuple[int, ...]
     labels: dict[str, int] = {}  # noqa: RUF012  (never written to)
+    meta: dict[str, Any] = {}  # noqa: RUF012
+    align: Any = None
 
 
 # ---------------------------------------------------------------------------------------------- weights
@@ -590,11 +592,13 @@ class TrueModel:
         source: Activations,
         rows: Sequence[Sequence[Patch]],
         after: Sequence[int] = (),
+        places: Callable[[int], tuple[int, int]] = lambda position: (position, position),
     ) -> np.ndarray:
         """Read-out logits [row, vocab] of one base prompt, each row with its own set of patches.
 
         All patches of a row act in one forward. A patched value is the source's, whatever arrived there. With
-        tokens after the prompt, [row, 1 + n, vocab]: at its end and at each of them.
+        tokens after the prompt, [row, 1 + n, vocab]: at its end and at each of them. `places` says where a
+        patch's position is in the base and in the source prompt.
         """
         todo = defaultdict(list)  # (site, layer) -> [(row, patch)]
         for r, patches in enumerate(rows):
@@ -606,9 +610,10 @@ class TrueModel:
                 return value
             value = value.copy()
             for r, patch in todo[site, layer]:
-                position = patch.position % len(base)  # of the prompt, whatever comes after it
-                where = position if patch.index is None else (position, patch.index)
-                new = source[site, layer][where]
+                at, of = places(patch.position)
+                at, index = at % len(base), () if patch.index is None else (patch.index,)  # of the prompt,
+                where = (at, *index)  # whatever comes after it
+                new = source[site, layer][(of, *index)]
                 if site == "pattern":  # the source run may have fewer tokens: none of the others is seen
                     value[r][where] = 0
                     value[r][where][: len(new)] = new
@@ -628,13 +633,18 @@ class TrueModel:
     ) -> dict[str, np.ndarray]:
         """Every metric of a list of interventions on one pair: name -> [row]."""
         base, other = (pair.corrupted, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupted)
-        values = self.activations(other)
+        values = self.activations(base if source == "zero" else other)
         if source == "zero":
             values = {site: np.zeros_like(v) for site, v in values.items()}
 
+        def places(position: int) -> tuple[int, int]:
+            found = places_of(pair, position % len(pair.clean), direction, source)
+            assert found is not None
+            return found
+
         def patched(after: Sequence[int]) -> np.ndarray:
-            some = [self.patched(base, values, rows[i : i + 512], after) for i in range(0, len(rows), 512)]
-            return np.concatenate(some)
+            parts = [rows[i : i + 512] for i in range(0, len(rows), 512)]
+            return np.concatenate([self.patched(base, values, some, after, places) for some in parts])
 
         clean, corrupted = (
             [self.logits([*prompt, *after])[len(prompt) - 1 :] for after in continuations(pair)]
@@ -660,8 +670,8 @@ class TrueModel:
     ) -> dict[str, np.ndarray]:
         """Every metric of one site: name -> [pair, layer, position(, index)].
 
-        NaN where a pair has no such position. `positions` are ints, negative from the end, or labels; None is
-        every position of the longest prompt.
+        NaN where a pair has no such position, or none to take from. `positions` are ints, negative from the
+        end, or labels; None is every position of the longest prompt.
         """
         positions = range(max(len(p.clean) for p in pairs)) if positions is None else positions
         layers = range(self.n_layers) if layers is None else layers
@@ -670,6 +680,7 @@ class TrueModel:
         found = {name: np.full(shape, np.nan) for name in METRICS}
         for i, pair in enumerate(pairs):
             there = [(j, t) for j, p in enumerate(positions) if (t := resolve(pair, p)) is not None]
+            there = [(j, t) for j, t in there if places_of(pair, t, direction, source) is not None]
             cells = [
                 (a, j, b, Patch(site, l, t, n))
                 for a, l in enumerate(layers)
@@ -683,6 +694,34 @@ class TrueModel:
             for name in METRICS:
                 found[name][i, a, j, b] = values[name]
         return found if self.n_indices(site) else {name: v[..., 0] for name, v in found.items()}
+
+
+def counterparts(pair: Pair) -> dict[int, int]:
+    """Clean position -> the position of the corrupted prompt that it lines up with."""
+    clean, corrupted = pair.clean, pair.corrupted
+    n, m = len(clean), len(corrupted)
+    if pair.align is None or (pair.align == "prefix+suffix" and n == m):
+        return {t: t for t in range(n)}
+    if pair.align != "prefix+suffix":
+        return {a % n: b % m for a, b in pair.align}
+    found = {t: t for t in range(min(n, m)) if clean[: t + 1] == corrupted[: t + 1]}
+    begin = len(found)
+    for back in range(1, min(n, m) - begin + 1):
+        if clean[-back:] == corrupted[-back:]:
+            found[n - back] = m - back
+    return found
+
+
+def places_of(pair: Pair, position: int, direction: str, source: str) -> tuple[int, int] | None:
+    """Where a position of the clean prompt is in the base and in the source prompt; None where in neither.
+
+    Zero is taken from no prompt: its place is that in the base.
+    """
+    there = counterparts(pair).get(position)
+    base, other = (there, position) if direction == "denoise" else (position, there)
+    if base is None or (other is None and source != "zero"):
+        return None
+    return base, base if source == "zero" else other
 
 
 def resolve(pair: Pair, position: int | str) -> int | None:

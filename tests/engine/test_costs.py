@@ -6,6 +6,7 @@ import pytest
 from deltapatch.engine.costs import layer_parameters, necessary_flops, parameters, rows, sweep_cost
 from deltapatch.interventions.grid import Grid, SiteGrid
 from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.sites import SITES
 from deltapatch.models.spec import ModelSpec, RopeSpec
 
@@ -54,7 +55,7 @@ def test_what_answers_add_is_counted():
     """Three positions from the patch on, two more for the answers; read at the end and at both."""
     expected = 2 * LAYER * (3 + 2) * (2 + 1 + 0) + 2 * 8 * 100 * 3 * (1 + 2)
     assert necessary_flops(SPEC, "mlp_out", range(3), [2], length=5, continued=2) == expected
-    columns = (np.arange(3), [2], 0, 0)
+    columns = (np.arange(3), [2], 0, 0, Roles())
     grid = Grid([SiteGrid(SITES["mlp_out"], *columns)], 1, 3)
     ids = [1, 2, 3, 4, 5]
     pair = EncodedPair(ids, ids, [7, 8], [9, 8], {}, {}, [], [], "", "")

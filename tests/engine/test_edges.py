@@ -11,6 +11,7 @@ import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.nodes import Nodes
+from deltapatch.interventions.roles import Roles
 from deltapatch.results.merge import merge
 
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-8}
@@ -269,7 +270,13 @@ def test_as_many_edges_as_are_published(shape, keys, n):
     """By MIB's benchmark."""
     nodes = Nodes(*shape, False, keys)
     grid = EdgeGrid(
-        nodes, nodes.choose_senders("all"), nodes.choose_receivers("all"), ["together"], ("total",), True, 1
+        nodes,
+        nodes.choose_senders("all"),
+        nodes.choose_receivers("all"),
+        ["together"],
+        ("total",),
+        Roles("noise"),
+        1,
     )
     assert nodes.n_edges == len(grid.edges) == n
 

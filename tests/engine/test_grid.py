@@ -9,6 +9,7 @@ from deltapatch import DeltapatchError, PromptPair
 from deltapatch.engine.costs import sweep_cost
 from deltapatch.interventions.grid import make_grid
 from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.table import EDIT, place_of
 
 SPEC = deltapatch.from_transformers(hf_model("neox-parallel")).spec  # 3 layers, 2 heads, 24 neurons
@@ -23,7 +24,7 @@ PAIRS = encode_pairs(
 
 
 def grid(sites="mlp_out", positions="all", layers="all", pairs=PAIRS):
-    return make_grid(sites, positions, layers, pairs, SPEC)
+    return make_grid(sites, positions, layers, pairs, SPEC, Roles())
 
 
 @pytest.mark.parametrize(

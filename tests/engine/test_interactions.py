@@ -20,6 +20,7 @@ from deltapatch.interventions.given import listed_interventions
 from deltapatch.interventions.joint import Joint, checked_parts
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.parts import Part
+from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.table import COLUMNS
 
 VARIANT = "llama-grouped"
@@ -215,7 +216,7 @@ def test_sets_as_arrays_are_those_of_objects(parts, data):
         assume(len(set(spots)) == len(spots))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        joint = Joint.of(checked_parts(parts), asked, spec, "zero")
+        joint = Joint.of(checked_parts(parts), asked, spec, Roles(source="zero"))
     rows = st.lists(st.booleans(), min_size=len(parts), max_size=len(parts)).filter(any)
     sets = np.array(data.draw(st.lists(rows, min_size=1, max_size=4)))
     want = []
@@ -227,7 +228,7 @@ def test_sets_as_arrays_are_those_of_objects(parts, data):
             if patches:
                 want.append(dp.Intervention(i, patches))
     assume(want)
-    table = listed_interventions(want, asked, spec).table_of_all
+    table = listed_interventions(want, asked, spec, Roles(source="zero")).table_of_all
     found = joint.listed(sets, {"set": np.arange(len(sets))}).table_of_all
     for name in ("pair", "row", *COLUMNS):
         np.testing.assert_array_equal(getattr(found, name), getattr(table, name))

@@ -57,6 +57,43 @@ def test_text_becomes_ids_and_pieces() -> None:
     assert encoded.meta == {"who": "me"}
 
 
+@pytest.mark.parametrize(
+    ("clean", "corrupted", "align", "found"),
+    [
+        ([1, 2, 3, 4], [1, 2, 7, 8, 4], "prefix+suffix", [[0, 0], [1, 1], [3, 4]]),
+        ([1, 2, 3], [3], "prefix+suffix", [[2, 0]]),
+        ([1], [1, 2, 3], "prefix+suffix", [[0, 0]]),
+        ([1, 1, 1], [1, 1], "prefix+suffix", [[0, 0], [1, 1]]),  # no token twice
+        ([1, 2, 3], [4, 5, 6], "prefix+suffix", None),  # of one length all lines up
+        ([1, 2, 3], [4, 5, 6], [[0, 0], [1, 1], [2, 2]], None),
+        ([1, 2, 3], [4, 5, 6], np.array([[0, 1], [-1, -1]]), [[0, 1], [2, 2]]),
+        ([1, 2, 3], [4, 5], ((1, -1),), [[1, 1]]),
+    ],
+)
+def test_what_lines_up(clean, corrupted, align, found) -> None:
+    (encoded,) = encode_pairs([PromptPair(clean, corrupted, 8, 9, align=align)], None, 10)
+    assert encoded.align == found
+    again = encode_pairs([encoded], None, 10)[0]  # what is encoded may be given as pairs
+    assert again == encoded
+    there = dict(found if found is not None else [[at, at] for at in range(len(clean))])
+    assert encoded.counterparts == [there.get(at) for at in range(len(clean))]
+    for which, prompt in enumerate((clean, corrupted)):
+        assert [c[which] for c in encoded.columns if c[which] is not None] == list(range(len(prompt)))
+    assert {tuple(c) for c in encoded.columns if None not in c} == set(there.items())
+
+
+def test_a_notebook_shows_prompts_side_by_side() -> None:
+    (encoded,) = encode_pairs([PromptPair([11, 12, 13], [11, 14], 8, 9, align=[[0, 0], [2, 1]])], None, 20)
+    cells = re.findall(r"<tr>(.*?)</tr>", encoded._repr_html_())
+    rows = [re.findall(r">([^<]*)</td>", row) for row in cells]
+    assert rows[:3] == [
+        ["position", "0", "1", "2", "answer"],
+        ["clean", "11", "12", "13", "8"],
+        ["corrupted", "11", "", "14", "9"],
+    ]
+    assert rows[3] == ["", "", "changed", "changed", ""]
+
+
 def test_ids_need_no_tokenizer() -> None:
     raw = PromptPair([1, 2], [3, 4], 5, 6, {"op": -2})
     (encoded,) = encode_pairs([raw], None, 7)
@@ -132,6 +169,21 @@ MISTAKES = [
     (
         pair(clean="The city is ", corrupted="The city is ", clean_answer="Rome"),
         "tokenised; .*drop the space that ends",
+    ),
+    (pair(corrupted="The city"), r'; line them up with align="prefix\+suffix", or with a list'),
+    (pair(align="suffix"), "align must be 'prefix\\+suffix' or a list of positions, not 'suffix'"),
+    (pair(align=3), r"align must be .* or a list of \[clean position, corrupted position\], not 3"),
+    (pair(align=[]), r"corrupted position\], not \[\]"),
+    (pair(align=[1, 2]), r"corrupted position\], and 1 is none"),
+    (pair(align=[[1, 2, 3]]), r"and \[1, 2, 3\] is none"),
+    (pair(align=[[0, True]]), r"corrupted position\], not True"),
+    (pair(align=[[0, 3]]), "align has position 3 of the corrupted prompt, which has 3 tokens"),
+    (pair(align=[[-4, 0]]), "align has position -4 of the clean prompt"),
+    (pair(align=[[0, 1], [1, 1]]), "positions of align must ascend in both prompts, each once"),
+    (pair(align=[[1, 0], [0, 1]]), "positions of align must ascend"),
+    (
+        pair(clean=[1, 2, 3], corrupted=[4, 5], align="prefix+suffix"),
+        "begin and end in different tokens: nothing lines up by",
     ),
     (pair(labels={"op1": 3}), "label 'op1' is at position 3, but the prompt has 3 tokens"),
     (pair(labels={"op1": -4}), "label 'op1' is at position -4"),

@@ -26,6 +26,7 @@ PAIRS = st.builds(
     ANSWER,
     st.dictionaries(st.text(), st.integers(-100, 100), max_size=3),
     st.dictionaries(st.text(), JSON, max_size=3),
+    st.sampled_from([None, "prefix+suffix", [[0, 1], [-1, -1]]]),
 )
 GOOD = '{"clean": "a", "corrupted": [1, 2], "clean_answer": " b", "corrupted_answer": 3}'
 
@@ -87,6 +88,10 @@ MISTAKES = [
     (changed(corrupted_answer={}), "must be any of several answers"),
     (changed(labels=[1]), "'labels' must be an object of positions"),
     (changed(labels={"last": 1.5}), "'labels' must be an object of positions"),
+    (changed(align="both"), "'align' must be 'prefix\\+suffix' or a list of"),
+    (changed(align=[[1, 2], [3]]), "'align' must be"),
+    (changed(align=[["a", 2]]), "'align' must be"),
+    (changed(align={"1": 2}), "'align' must be"),
     (changed(meta="note"), "'meta' must be an object, not text"),
 ]
 

@@ -7,6 +7,7 @@ import pytest
 
 from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.nodes import Nodes
+from deltapatch.interventions.roles import Roles
 from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.metrics import MEASURED
 
@@ -27,7 +28,7 @@ def make_edges(make_effects) -> Callable[..., EdgeEffects]:
             list(nodes.receivers) if receivers is None else receivers,
             list(positions),
             ("total", "direct"),
-            True,
+            Roles("noise"),
             n_pairs,
         )
         found = {name: rng.normal(size=grid.shape).astype(np.float32) for name in measured}

@@ -553,7 +553,7 @@ MODELS = pytest.mark.parametrize(
 ANSWERS = [([5, 1, 2], [5, 7]), (3, 4), ([8, 9], [10, 11, 12])]
 
 
-def assert_same_sweep(make, sites, precision, answers):
+def assert_same_sweep(make, sites, precision, answers, longer=0):
     torch.manual_seed(0)
     hf = make()
     for weight in hf.parameters():
@@ -561,7 +561,12 @@ def assert_same_sweep(make, sites, precision, answers):
     model = deltapatch.from_transformers(hf.eval())
     rng = np.random.default_rng(0)
     pairs = [
-        deltapatch.PromptPair(*rng.integers(0, 31, (2, n)).tolist(), *both)
+        deltapatch.PromptPair(
+            rng.integers(0, 31, n).tolist(),
+            rng.integers(0, 31, n + longer).tolist(),
+            *both,
+            align=[[0, 0], [-1, -1]] if longer else None,
+        )
         for n, both in zip((3, 4, 4), answers, strict=False)
     ]
     options = {"sites": list(sites), "positions": [0, -1], "precision": precision, "progress": False}
@@ -626,6 +631,10 @@ def test_edits_that_are_not_fused_go_beside_the_kernels(make, precision):
 @MODELS
 def test_a_sweep_gives_what_the_reference_gives(make, sites):
     assert_same_sweep(make, sites[-2:], "fp32", ANSWERS[:1])
+
+
+def test_prompts_of_unequal_length():
+    assert_same_sweep(_llama, ("z", "mlp_out"), "fp32", ANSWERS[1:2], longer=2)
 
 
 @pytest.mark.slow
