@@ -379,13 +379,14 @@ def test_screens_and_parts_at_all_positions_refuse_them_and_parts_elsewhere_are_
     engine, options = model("gptj", "fp64"), {"precision": "fp64", "progress": False}
     with pytest.raises(DeltapatchError, match="a screen needs prompts that line up"):
         dp.sweep(engine, given, sites="mlp_out", screen="attribution", **options)
-    parts = [dp.Patch("mlp_out", 0, -1), dp.Patch("attn_out", 0, -2)]
+    parts = [dp.Patch("attn_out", 0, -1), dp.Patch("attn_out", 0, -2)]
     with pytest.raises(DeltapatchError, match="line up entirely"):
         dp.interactions(engine, given, [*parts, dp.Patch("mlp_out", 1, "together")], **options)
     found = dp.interactions(engine, given, parts, metrics="logit_diff", **options)
     sets = [[parts[0]], [parts[1]], parts]
     each = dp.run(engine, given, [dp.Intervention(i, some) for i in range(2) for some in sets], **options)
     a, b, both = each.values("logit_diff").reshape(2, 3).T
+    assert np.abs(both - a - b).min() > 1e-6
     np.testing.assert_allclose(found.values("logit_diff")[:, 0, 1], both - a - b, rtol=1e-6)
 
 
