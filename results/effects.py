@@ -117,7 +117,7 @@ class Effects(Result):
         return list(self._find(site)[0].positions)
 
     def places(self, site: str | None = None) -> list[list[int | None]]:
-        """[pair][position], where each position of a site is in the pair's clean prompt, from 0.
+        """Where each position of a site is in the clean prompt of each pair, from 0: a list for each pair.
 
         None where a pair has no such position, or one that could not be patched: it has no counterpart.
         """

@@ -76,7 +76,7 @@ def populations():
             yield estimate, group, large
 
 
-@pytest.mark.parametrize("confidence", [0.95, 0.6])
+@pytest.mark.parametrize("confidence", [0.95, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_the_bound_holds_at_least_as_often_as_it_says(confidence):
     cases = list(populations())
     holds = np.zeros(len(cases))

@@ -49,8 +49,10 @@ def streams(true, pair, rows):
     return {layer: found["patched"][layer] - found["base"][layer] for layer in found["base"]}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-@pytest.mark.parametrize("variant", ["gptj", "neox-parallel", "llama-grouped", "gemma2"])
+@pytest.mark.parametrize(
+    ("variant", "precision"),
+    [("gptj", "fp32"), ("neox-parallel", "fp64"), ("llama-grouped", "fp32"), ("gemma2", "fp64")],
+)
 def test_a_probe_reads_what_the_oracle_has_there(variant, precision):
     true, model = true_model(variant), engine_of(variant, precision)
     drawn = pairs(true, (6, 4, 6))

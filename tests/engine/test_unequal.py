@@ -25,6 +25,7 @@ TOLERANCE = {"fp32": 1e-5, "fp64": 1e-8}
 DIRECTIONS = ("denoise", "noise")
 # Parallel and sequential blocks, rotary of two kinds, learned positions, windows, norms of heads.
 VARIANTS = ("neox-parallel", "neox-sequential", "gptj", "gpt2", "gemma2", "qwen3", "phi3")
+QUICK = ("neox-sequential", "gptj", "gemma2")  # the others are slow
 EXPONENTIAL = ("ie", "dp_clean", "dp_corrupted", "prob_diff")
 
 
@@ -90,7 +91,10 @@ def assert_sweep_agrees(variant, given, sites, precision, positions="all", **opt
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS],
+)
 def test_all_sites_at_all_positions(variant, direction):
     """Beside pairs of equal length, in the same passes."""
     given = [*drawn(variant), *pairs(true_model(variant), (5,))]
@@ -103,7 +107,7 @@ def test_all_sites_at_all_positions(variant, direction):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("variant", ["neox-sequential", "gemma2"])
+@pytest.mark.parametrize("variant", ["neox-sequential", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_in_float64(variant, direction):
     given = [*drawn(variant, 1), *mapped(variant, 1)]
     assert_sweep_agrees(variant, given, sites_of(variant), "fp64", [-1, 0, 3, "subject"], direction=direction)
