@@ -15,9 +15,7 @@ from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Layers, Positions, layers_of, single_positions, spots_of
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
-from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.sites import check_site, find_site
-from deltapatch.interventions.sources import check_source
 from deltapatch.interventions.table import EDIT, PatchTable, place_of
 from deltapatch.interventions.vectors import VectorsMade, as_rows, code
 from deltapatch.models.header import read_tensors
@@ -65,7 +63,7 @@ def sweep_directions(
     """
     given = None if strengths is None else _numbers(strengths)
     asked = Options(**options)
-    roles = Roles(asked.direction, check_source(asked.source))
+    roles = asked.roles
     roles = roles if given is None else roles.adding
 
     def make(spec: ModelSpec, encoded: list[EncodedPair]) -> Listed:

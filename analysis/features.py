@@ -22,7 +22,6 @@ from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.runs import run_alike
 from deltapatch.interventions.sites import check_site, find_site
-from deltapatch.interventions.sources import check_source
 from deltapatch.interventions.table import EDIT, PatchTable, place_of
 from deltapatch.interventions.vectors import Vectors
 from deltapatch.models.activations import read_activations
@@ -76,7 +75,7 @@ def sweep_features(
         if not saes:
             raise DeltapatchError("no autoencoders were given: name at least one")
         places = [_place(sae, spec) for sae in saes]
-        roles = Roles(asked.direction, check_source(asked.source))
+        roles = asked.roles
         at = single_positions(positions, encoded, roles, "features")
         spots = [spots_of(at, pair, roles) for pair in encoded]
         return _listed(spec, saes, places, spots, _changes(model, saes, places, encoded, roles), least)

@@ -24,7 +24,6 @@ from deltapatch.interventions.pairs_file import Pairs, lasting
 from deltapatch.interventions.parts import Part
 from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.sites import SITES
-from deltapatch.interventions.sources import check_source
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.effects import Effects
@@ -68,13 +67,13 @@ def interactions(model: Model, pairs: Pairs, parts: Parts, **options: Any) -> In
     asked = Options(**options)
     sets, labels = _sets(len(given))
 
-    roles = Roles(asked.direction, check_source(asked.source))
+    roles = asked.roles
 
     def make(spec: ModelSpec, encoded: list[EncodedPair]) -> Listed:
         return Joint.of(given, encoded, spec, roles).listed(sets, labels, complete=True)
 
     if asked.precision == "auto":
-        options["precision"] = _precision(model, pairs, given, options)
+        options["precision"] = _precision(model, pairs, given, roles, options)
     found = Interactions(run_listed(model, pairs, make, **options))
     off = found.relative_noise() if asked.part is None else None
     if off is not None and off > TOLERANCE:
@@ -190,14 +189,12 @@ def _sets(n: int, some: np.ndarray | None = None) -> tuple[np.ndarray, dict[str,
     return sets, dict(zip(PAIR_OF_PARTS, both.T, strict=True))
 
 
-def _precision(model: Model, pairs: Pairs, parts: list[Patch], options: dict[str, Any]) -> str:
+def _precision(model: Model, pairs: Pairs, parts: list[Patch], roles: Roles, options: dict[str, Any]) -> str:
     """float32, or float64 where a sample of the interactions is further off in float32 than TOLERANCE."""
     if isinstance(model, Model) and model.dtype == torch.float64:
         return "fp64"
     if options.get("noise_sample") == 0:
         return "fp32"
-    asked = Options(**{k: v for k, v in options.items() if k in ("direction", "source")})
-    roles = Roles(asked.direction, check_source(asked.source))
     n, rng = len(parts), np.random.default_rng(options.get("seed", 0))
     n_pairs = n * (n - 1) // 2
     sets, labels = _sets(n, rng.choice(n_pairs, min(_SAMPLED, n_pairs), replace=False))

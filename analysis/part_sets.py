@@ -13,8 +13,6 @@ from deltapatch.interventions.joint import Joint, checked_parts
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs, lasting
 from deltapatch.interventions.parts import Part
-from deltapatch.interventions.roles import Roles
-from deltapatch.interventions.sources import check_source
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.interactions import check_additive
@@ -47,7 +45,7 @@ class PartSets:
         self.given = checked_parts(parts)
         self.options = options | {"metrics": [metric]}
         self.asked = Options(**self.options)
-        self.roles = Roles(self.asked.direction, check_source(self.asked.source))
+        self.roles = self.asked.roles
         self.rows = 0  # that were carried out
         self.meta: dict[str, Any] = {}  # of the last sweep
         self._joint: Joint | None = None

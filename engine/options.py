@@ -11,10 +11,13 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from os import PathLike
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from deltapatch import arguments
 from deltapatch.errors import DeltapatchError, path_of, shown
+
+if TYPE_CHECKING:
+    from deltapatch.interventions.roles import Roles
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -240,6 +243,13 @@ class Options:
             object.__setattr__(self, each.name, each.metadata["check"](getattr(self, each.name)))
         if self.shard is not None and self.out is None:
             raise DeltapatchError("a shard needs an output folder, which all shards share")
+
+    @property
+    def roles(self) -> "Roles":
+        """Which prompt of a pair is the base, and which the source."""
+        from deltapatch.interventions.roles import Roles
+
+        return Roles(self.direction, self.source)  # type: ignore[arg-type]  # which its check made a Source
 
     def decisive(self) -> Iterator[tuple[Field[Any], Any]]:
         """The options that decide something of a result, and their values."""

@@ -24,7 +24,7 @@ from deltapatch.interventions.pairs import EncodedPair, encode_pairs, read_at
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
 from deltapatch.interventions.roles import Roles, check_everywhere, check_source_fits
 from deltapatch.interventions.runs import Continuation, RunShape, check_length, check_rotary, continuation_of
-from deltapatch.interventions.sources import check_source, partners
+from deltapatch.interventions.sources import partners
 from deltapatch.interventions.table import PatchTable
 from deltapatch.interventions.wirings import WiredList, Wirings, wired_interventions
 from deltapatch.kernels.backend import Backend, choose_backend
@@ -239,7 +239,7 @@ def ask(
         raise DeltapatchError(f"precision fp8 needs a newer GPU than {model.device}: use fp16 or bf16")
     spec, (found, names) = model.spec, as_pairs(pairs)
     encoded = encode_pairs(found, model.tokenizer, spec.d_vocab, names)
-    roles = Roles(options.direction, check_source(options.source))
+    roles = options.roles
     check_source_fits(encoded, roles)
     ends = [read_at(options.readout, i, pair) for i, pair in enumerate(encoded)]
     lengths = 1 + np.array([roles.of(*both) for both in ends]).T
