@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from deltapatch.cli.listed import at_positions, carry_out, check_free, listing, of_pairs
+from deltapatch.cli.listed import at_positions, carry_out, listing, of_pairs
 from deltapatch.cli.options import read_names
 from deltapatch.errors import DeltapatchError
 
@@ -41,7 +41,7 @@ def directions(*, path: str, layers: str, strengths: str | None, **given: Any) -
     --strengths nothing is swapped: multiples of each direction are added to the base run.
     """
     wanted = None if strengths is None else _numbers(strengths)
-    check_free(given["out"], given["resume"], given["shard"])
+    given["folder"].check()
 
     from deltapatch import arguments
     from deltapatch.analysis.directions import load_directions, sweep_directions

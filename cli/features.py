@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-from deltapatch.cli.listed import at_positions, carry_out, check_free, listing, of_pairs
-from deltapatch.cli.options import say
+from deltapatch.cli.listed import at_positions, carry_out, listing, of_pairs
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
@@ -54,14 +53,14 @@ def features(*, paths: tuple[str, ...], places: tuple[str, ...], least: float, *
         raise DeltapatchError(f"{len(places)} --at and {len(paths)} --sae: give one for each, or none")
     unknown: list[tuple[str | None, int | None]] = [(None, None)] * len(paths)
     at = [_place(text) for text in places] or unknown
-    check_free(given["out"], given["resume"], given["shard"])
+    given["folder"].check()
 
     from deltapatch.analysis.features import sweep_features
     from deltapatch.models.autoencoder import load_sae
 
     saes = [load_sae(path, site=site, layer=l) for path, (site, l) in zip(paths, at, strict=True)]
     for sae in saes:
-        say(repr(sae), given["quiet"])
+        given["folder"].say(repr(sae))
     carry_out(partial(sweep_features, autoencoders=saes, least=least), what="features", **given)
 
 

@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-from deltapatch.cli.listed import carry_out, check_free, listing, of_pairs
-from deltapatch.cli.options import say
+from deltapatch.cli.listed import carry_out, listing, of_pairs
 from deltapatch.cli.parts import of_parts, read_parts
 
 EXAMPLES = """\b
@@ -41,11 +40,11 @@ def interactions(
     float32, or float64 where float32 does not keep the interactions, which are second differences.
     """
     parts = read_parts(run, top, rank_by, site, parts_file)
-    check_free(given["out"], given["resume"], given["shard"])
+    given["folder"].check()
 
     from deltapatch.analysis.interactions import interactions as sweeping
 
     found = carry_out(partial(sweeping, parts=parts), what="interactions", **given)
-    noise = found.relative_noise() if given["shard"] is None and found.metrics else None
+    noise = found.relative_noise() if given["folder"].part is None and found.metrics else None
     if noise is not None:
-        say(f"rounding is about {noise:.0e} of the interactions' own size", given["quiet"])
+        given["folder"].say(f"rounding is about {noise:.0e} of the interactions' own size")

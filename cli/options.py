@@ -1,10 +1,10 @@
 """Options that several commands share, and how their text is read."""
 
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import wraps
 from typing import Any, TypeVar
 
 import click
@@ -12,7 +12,6 @@ import click
 from deltapatch import arguments
 from deltapatch.arguments import scaled
 from deltapatch.engine.options import Options
-from deltapatch.errors import DeltapatchError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,24 +32,29 @@ revision = click.option(
 )
 adapter = click.option("--adapter", help="A LoRA adapter (PEFT, safetensors) to merge into the model.")
 
+pairs_file = click.option(
+    "--pairs", "pairs_file", required=True, help="Prompt pairs, one JSON object a line."
+)
+
 SEED = click.IntRange(0)
 read_names, read_positions, read_layers = arguments.names, arguments.positions, arguments.layers
 
 
-def loading(command: Command) -> Command:
-    """The options that say which model is loaded, and how."""
-    for option in (
-        stream,
-        adapter,
-        click.option(
-            "--dtype", default="auto", show_default=True, help="Of the weights: float32, bfloat16, ..."
-        ),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-        revision,
-        model,
-    ):
-        command = option(command)
-    return command
+def as_record(kind: type, name: str, options: Sequence[Any]) -> Callable[[Command], Command]:
+    """Options, in their order, that the command gets as one argument: a record with a field for each."""
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def collected(**given: Any) -> Any:
+            record = kind(**{each.name: given.pop(each.name) for each in fields(kind)})
+            return command(**{name: record}, **given)
+
+        found: Any = collected
+        for option in reversed(options):
+            found = option(found)
+        return found
+
+    return decorate
 
 
 def asked(kind: type[Options], without: Sequence[str] = ()) -> Callable[[Command], Command]:
@@ -86,16 +90,6 @@ def read_asked(kind: type[Options], given: Mapping[str, Any]) -> dict[str, Any]:
             value, read = given[each.name], typed.get("read")
             out[each.name] = value if read is None or not isinstance(value, str) else read(value)
     return out
-
-
-def read_shard(text: str | None) -> tuple[int, int] | None:
-    """2/8: the second of eight parts."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d{1,9})/(\d{1,9})\s*", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise DeltapatchError(f"--shard {text!r} is not a part such as 2/8, from 1/8 to 8/8")
-    return int(match[1]), int(match[2])
 
 
 def in_flops(number: float) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltapatch.cli.listed import of_pairs
+from deltapatch.cli.loading import Loading
 from deltapatch.cli.options import asked, quiet, read_asked, say
 from deltapatch.cli.parts import of_parts, read_parts
 from deltapatch.cli.printed import Printed, table_format, table_out
@@ -42,14 +43,21 @@ Examples:
 @table_out
 @quiet
 def shapley(
-    *, permutations: int, metric: str, format_: str, out: str | None, quiet: bool, **given: Any
+    *,
+    permutations: int,
+    metric: str,
+    loading: Loading,
+    format_: str,
+    out: str | None,
+    quiet: bool,
+    **given: Any,
 ) -> None:
     """Shapley values: what each part adds on the average of random orders in which parts are joined.
 
     They sum to the effect of all parts at once. `stderr` is that of the sampling of orders, low and high are
     the ends of a 95% bootstrap interval over prompt pairs, `alone` is the mean effect alone.
     """
-    parts, model, options = _given(given, quiet)
+    parts, model, options = _given(given, loading, quiet)
 
     from deltapatch.analysis.shapley import shapley as find
 
@@ -73,6 +81,7 @@ def smallest_set(
     share: float,
     beam: int,
     most: int | None,
+    loading: Loading,
     format_: str,
     out: str | None,
     quiet: bool,
@@ -84,7 +93,7 @@ def smallest_set(
     the search, and of what is left when parts that are not needed are taken out again (pruned). csv, json and
     parquet name the parts of each set.
     """
-    parts, model, options = _given(given, quiet)
+    parts, model, options = _given(given, loading, quiet)
 
     from deltapatch.analysis.smallest_set import smallest_set as find
 
@@ -93,15 +102,8 @@ def smallest_set(
     Printed(format_, out, None).show(found.table(parts=format_ != "table"))
 
 
-def _given(given: dict[str, Any], quiet: bool) -> tuple[Any, "Model", dict[str, Any]]:
+def _given(given: dict[str, Any], loading: Loading, quiet: bool) -> tuple[Any, "Model", dict[str, Any]]:
     """The parts, the model, and the options of the runs."""
     names = ("run", "top", "rank_by", "site", "parts_file")
     parts = read_parts(*(given[name] for name in names))
-
-    from deltapatch.models.load import load_model
-
-    named = {} if given["revision"] is None else {"revision": given["revision"]}
-    how = {name: given[name] for name in ("device", "dtype", "stream", "adapter")}
-    model = load_model(given["model"], **how, **named)
-    say(repr(model), quiet)
-    return parts, model, read_asked(Options, given) | {"progress": not quiet}
+    return parts, loading.load(quiet=quiet), read_asked(Options, given) | {"progress": not quiet}

@@ -5,11 +5,11 @@ from typing import Any
 import click
 
 from deltapatch.arguments import n_bytes
+from deltapatch.cli.loading import Loading, loading
 from deltapatch.cli.options import (
     SEED,
     as_json,
     in_flops,
-    loading,
     print_json,
     quiet,
     read_names,
@@ -100,12 +100,7 @@ def _list(context: click.Context, option: click.Parameter, asked: bool) -> None:
 @quiet
 def reproduce(
     *,
-    model: str,
-    revision: str | None,
-    device: str,
-    dtype: str,
-    stream: bool,
-    adapter: str | None,
+    loading: Loading,
     names: tuple[str, ...],
     compare: str | None,
     compare_revision: str | None,
@@ -136,16 +131,13 @@ def reproduce(
     settings = _settings(given)
     settings.check()
 
-    from deltapatch.models.load import load_model
     from deltapatch.study.reproduce import check_folder, check_inputs
     from deltapatch.study.reproduce import reproduce as run_study
 
     if out and not dry_run:
         check_folder(out, resume)
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "stream": stream}
-    loaded = load_model(model, adapter=adapter, revision=revision, **how)
-    say(f"{loaded!r}", quiet)
-    other = None if compare is None else load_model(compare, revision=compare_revision, **how)
+    loaded = loading.load(quiet=quiet)
+    other = None if compare is None else loading.load_other(compare, compare_revision)
     check_inputs(loaded, settings, order, other)
     if dry_run:
         _estimate(loaded, settings, order, as_json)
@@ -156,7 +148,7 @@ def reproduce(
         out,
         settings,
         chosen,
-        adapter=adapter,
+        adapter=loading.adapter,
         other=other,
         resume=resume,
         progress=not quiet,

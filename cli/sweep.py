@@ -1,29 +1,29 @@
 """`deltapatch sweep` and `deltapatch edges`: every chosen site or edge of every pair, into a run folder."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltapatch.arguments import in_bytes
+from deltapatch.cli.loading import Loading, loading
 from deltapatch.cli.options import (
     Command,
-    as_json,
     asked,
     in_flops,
     in_seconds,
-    loading,
+    pairs_file,
     print_json,
-    quiet,
     read_asked,
-    read_shard,
     say,
 )
+from deltapatch.cli.run_folder import RunFolder, run_folder
 from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
+    from deltapatch.engine.cluster.worker import Report
     from deltapatch.engine.forecast import Forecast
     from deltapatch.results.screened import Screened
 
@@ -49,9 +49,8 @@ Examples:
 
 def sweeping(command: Command) -> Command:
     """The options of every command that sweeps, but for what it patches."""
+    command = run_folder(command)
     for option in (
-        quiet,
-        as_json,
         click.option("--dry-run", is_flag=True, help="Check everything, say what it would take, and stop."),
         click.option(
             "--ray-cpus", type=click.IntRange(1), help="With --ray: workers of so many CPUs each, no GPUs."
@@ -65,19 +64,6 @@ def sweeping(command: Command) -> Command:
             "else that of RAY_ADDRESS, one that runs on this machine, or one that is started here until the "
             "end.",
         ),
-        click.option(
-            "--shard",
-            metavar="I/N",
-            help="Do part I of N only: N processes share the folder --out, and `deltapatch merge` finishes "
-            "it.",
-        ),
-        click.option(
-            "--resume",
-            is_flag=True,
-            help="Go on with the same sweep where it was cut off: only what is missing or damaged is "
-            "computed.",
-        ),
-        click.option("--out", help="The run folder to make; it must not exist, unless a sweep is resumed."),
     ):
         command = option(command)
     return command
@@ -85,7 +71,7 @@ def sweeping(command: Command) -> Command:
 
 @click.command(short_help="Patch every chosen site of every pair.", epilog=EXAMPLES)
 @loading
-@click.option("--pairs", "pairs_file", required=True, help="Prompt pairs, one JSON object a line.")
+@pairs_file
 @asked(SweepOptions)
 @sweeping
 def sweep(**given: Any) -> None:
@@ -95,7 +81,7 @@ def sweep(**given: Any) -> None:
 
 @click.command(short_help="Patch every edge between heads, MLPs and logits.", epilog=EDGE_EXAMPLES)
 @loading
-@click.option("--pairs", "pairs_file", required=True, help="Prompt pairs, one JSON object a line.")
+@pairs_file
 @asked(EdgeOptions)
 @sweeping
 def edges(**given: Any) -> None:
@@ -111,28 +97,19 @@ def edges(**given: Any) -> None:
 def _sweep(
     kind: type[Options],
     *,
-    model: str,
-    revision: str | None,
-    device: str,
-    dtype: str,
-    adapter: str | None,
-    stream: bool,
+    loading: Loading,
+    folder: RunFolder,
     pairs_file: str,
-    out: str | None,
-    resume: bool,
-    shard: str | None,
     ray: str | None,
     ray_cpus: int | None,
     dry_run: bool,
-    as_json: bool,
-    quiet: bool,
     **given: Any,
 ) -> None:
     """Carry out a sweep of sites or edges as the shell asked for it."""
-    if not out and not dry_run:
-        raise DeltapatchError("Missing option '--out': the run folder to make (or --dry-run to make none)")
-    part = read_shard(shard)
-    for wanted, option in ((part, "--shard"), (dry_run, "--dry-run")):
+    out, quiet = folder.out, folder.quiet
+    if out or not dry_run:
+        folder.check(" (or --dry-run to make none)")
+    for wanted, option in ((folder.part, "--shard"), (dry_run, "--dry-run")):
         if ray is not None and wanted:
             raise DeltapatchError(f"--ray and {option} do not go together: leave one out")
     if ray_cpus and ray is None:
@@ -144,77 +121,67 @@ def _sweep(
             raise DeltapatchError(f"--screen and {option} do not go together: leave one out")
 
     from deltapatch.interventions.pairs_file import read_named_pairs
-    from deltapatch.results.folder import RUN, check_output
+    from deltapatch.results.folder import RUN
 
     # Of a run that is finished it is only seen whether it is of this sweep: nothing of that is told.
-    finished = bool(out) and (resume or part is not None) and (Path(out or "") / RUN).is_file()
+    finished = out is not None and (Path(out) / RUN).is_file()  # else it would be taken
     hushed = quiet or finished
-    if out and not resume and part is None:
-        check_output(out)
     named = read_named_pairs(pairs_file)
     names, pairs = [name for name, _ in named], [pair for _, pair in named]
 
     from deltapatch.engine import sweep as sweeps
     from deltapatch.engine.question import ask
     from deltapatch.interventions.pairs import encode_pairs
-    from deltapatch.models.load import load_model
     from deltapatch.results.truth import in_words
 
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "stream": stream, "adapter": adapter}
-    loading |= {} if revision is None else {"revision": revision}
+    plan: dict[str, Any] = {"model": loading.model, "pairs": len(pairs)}
 
-    plan: dict[str, Any] = {"model": model, "pairs": len(pairs)}
-
-    def planned(loaded: str, rows: int, flops: float) -> None:
+    def planned(rows: int, flops: float) -> None:
         plan.update(rows=rows, necessary_flops=flops)
-        say(loaded, hushed)
         say(f"{len(pairs)} pairs, {rows:,} interventions, {in_flops(flops)} necessary", hushed)
 
     if ray is not None and not finished:
         from deltapatch.engine.cluster.sweep import Cluster, ray_sweep, ray_sweep_edges
 
-        cluster = Cluster(
-            address=ray or None,
-            cpus=ray_cpus,
-            loading=loading,
-            names=names,
-            told=lambda report: planned(report.model, report.rows, report.flops),
-        )
+        def told(report: "Report") -> None:
+            say(report.model, hushed)
+            planned(report.rows, report.flops)
+
+        how = loading.arguments()
+        cluster = Cluster(address=ray or None, cpus=ray_cpus, loading=how, names=names, told=told)
         spread = ray_sweep_edges if kind is EdgeOptions else ray_sweep
-        effects: Any = spread(model, pairs, cluster, out=out, resume=resume, progress=not quiet, **options)
+        goes = {"out": out, "resume": folder.resume, "progress": not quiet}
+        effects: Any = spread(loading.model, pairs, cluster, **goes, **options)
     else:
-        loaded = load_model(model, **loading | ({"stream": True} if finished else {}))
+        # Of a finished run the model's header is enough.
+        loaded = (replace(loading, stream=True) if finished else loading).load(quiet=hushed)
         encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names)
         question = ask(loaded, pairs, kind(**options))
-        planned(repr(loaded), question.n_rows, question.flops)
+        planned(question.n_rows, question.flops)
         longest = max(pair.answer_tokens for pair in encoded)
         if longest > 1:
             say(
                 f"answers have up to {longest} tokens: effects are of the probability of whole answers",
                 hushed,
             )
-        if loaded.stream and not stream:
+        if loaded.stream and not loading.stream:
             size = in_bytes(loaded.n_bytes)
             say(f"its {size} do not fit into the memory: every pass reads them from the file", hushed)
         if dry_run and not finished:
             from deltapatch.engine.forecast import forecast
 
             found = forecast(question)
-            if as_json:
+            if folder.as_json:
                 print_json({"model": loaded.name, "stream": loaded.stream, **found.as_dict()})
             else:
                 click.echo(_plan(found, loaded.stream))
             return
         here = sweeps.sweep_edges if kind is EdgeOptions else sweeps.sweep
-        effects = here(loaded, pairs, progress=not quiet, out=out, resume=resume, shard=part, **options)
+        effects = here(loaded, pairs, **folder.arguments(), **options)
     if finished:
         say(f"{out} is finished already: nothing to do", quiet)
-    elif part is not None:
-        say(f"part {shard} is done; when all are: deltapatch merge {out}", quiet)
-        if as_json:
-            print_json({"out": out, "part": shard})
-        else:
-            click.echo(out)
+    elif folder.part is not None:
+        folder.tell_part()
         return
     else:
         say(in_words(effects.meta), quiet)
@@ -228,21 +195,17 @@ def _sweep(
             say(caveat, quiet)
         if screened:
             say(_of_screen(effects), quiet)
-    if as_json:
-        print_json(
-            {
-                "out": out,
-                **plan,
-                "answer_tokens": max(pair.answer_tokens for pair in effects.pairs),
-                "memory_budget": effects.meta.get("memory_budget"),
-                "accuracy": effects.accuracy(),
-                **effects.shapes(),
-                **(_screen_as_json(effects) if screened else {}),
-                "run": effects.meta,
-            }
-        )
-    else:
-        click.echo(out)
+    folder.tell(
+        {
+            **plan,
+            "answer_tokens": max(pair.answer_tokens for pair in effects.pairs),
+            "memory_budget": effects.meta.get("memory_budget"),
+            "accuracy": effects.accuracy(),
+            **effects.shapes(),
+            **(_screen_as_json(effects) if screened and folder.as_json else {}),
+            "run": effects.meta,
+        }
+    )
 
 
 def _of_screen(found: "Screened") -> str:
