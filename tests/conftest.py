@@ -21,7 +21,7 @@ def _pair(rng: np.random.Generator, length: int, labels: bool) -> EncodedPair:
     ids = [int(i) for i in rng.integers(0, 200, length)]
     return EncodedPair(
         clean=ids,
-        corrupted=ids,
+        corrupted=[*ids[: at - 1], 200, *ids[at:]],
         clean_answer=[5],
         corrupted_answer=[6],
         clean_text=clean,
