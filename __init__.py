@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deltapatch.results.reading import load_edges, load_effects, load_interactions, load_outcome
     from deltapatch.results.screened import Screened, load_screened
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOME = {
     "AnyOf": "interventions.pairs",
