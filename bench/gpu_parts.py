@@ -26,7 +26,7 @@ from deltapatch.bench.cases import OPERATIONS, Cases
 from deltapatch.bench.clock import Clock
 from deltapatch.bench.peers import wiring
 from deltapatch.bench.precision import precision
-from deltapatch.bench.random_models import Shape, make_pairs
+from deltapatch.bench.random_models import make_pairs
 from deltapatch.bench.setup import make_workload
 from deltapatch.bench.true_shapes import CONFIGS, random_model, spec_of
 from deltapatch.engine.costs import necessary_flops
@@ -259,7 +259,7 @@ class Bench:
         """Errors of every method, relative to float64."""
         with TemporaryDirectory() as folder:
             n_pairs, on = (1 if self.tiny else 4), self.device.type
-            work = make_workload(model, Shape(), None, n_pairs, 16, Path(folder), device=on)
+            work = make_workload(model, Path(folder), n_pairs=n_pairs, device=on)
             found = precision(work)["methods"]
         keep = ("error", "rank_correlation", "top_worst", "reason")
         return {method: {key: told[key] for key in keep if key in told} for method, told in found.items()}

@@ -41,10 +41,11 @@ def growth(
     axes: Sequence[str],
     shape: Shape,
     length: int,
-    sweep: str | None,
     names: Sequence[str],
     make_side: MakeSide,
     options: Options,
+    *,
+    sweep: str | None = None,
     values: Sequence[int] | None = None,
     work: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -56,8 +57,8 @@ def growth(
         axes: keys of AXES.
         shape: of the random models.
         length: tokens of the prompts.
-        sweep: what is swept (see `make_cells`); neurons unless given, along the pairs one site of each.
         names, make_side, options, say: as for `compare`.
+        sweep: what is swept (see `make_cells`); neurons unless given, along the pairs one site of each.
         values: of the axes, in place of VALUES.
         work: further options of `make_workload`.
         keep: called with the result so far after every size: all of them take long.
@@ -94,7 +95,7 @@ def _point(
         shape = replace(shape, vocab=value)
     length = value if axis == "length" else length
     n_pairs = value if axis == "pairs" else 1
-    work = make_workload(RANDOM, shape, None, n_pairs, length, folder, **more)
+    work = make_workload(RANDOM, folder, shape=shape, n_pairs=n_pairs, length=length, **more)
     spec = load_model(work.folder, device=work.device).spec
     cells = make_cells(sweep, spec, n_pairs, length)
     if axis == "rows":

@@ -35,28 +35,28 @@ EXTRAS = {
 
 def make_workload(
     model: str,
-    shape: Shape,
-    pairs_file: str | None,
-    n_pairs: int,
-    length: int,
     folder: Path,
+    *,
+    shape: Shape | None = None,
+    pairs_file: str | None = None,
+    n_pairs: int = 1,
+    length: int = 16,
     metric: str = "ie",
     device: str = "cpu",
     batches: Sequence[int] = (16, 64, 256),
     threads: int = 0,
     seed: int = 0,
-    *,
     revision: str | None = None,
 ) -> Workload:
     """The workload of a command.
 
     Args:
         model: `random`, `random:` and one of SHAPES, or what `load_model` takes.
-        shape: of `random`.
+        folder: where a random model is written.
+        shape: of `random`; a small GPT-NeoX's unless given.
         pairs_file: prompt pairs, all of one length; without it built-in models get arithmetic, others
             random tokens.
         n_pairs, length: of pairs that are made.
-        folder: where a random model is written.
         metric, device, batches, threads: of the workload.
         seed: of a random model and of pairs that are made.
         revision: of a model of the hub.
@@ -75,7 +75,7 @@ def make_workload(
     if kind == RANDOM and name and name not in SHAPES:
         raise DeltapatchError(f"unknown shape {name!r}: choose from {', '.join(SHAPES)}")
     if kind == RANDOM:
-        path = make_model(SHAPES[name] if name else shape, folder, seed)
+        path = make_model(SHAPES[name] if name else shape or Shape(), folder, seed)
     else:
         path = find_folder(model, revision=revision)
     loaded = load_model(path, device=device)

@@ -63,6 +63,7 @@ _shape = _options(
     click.option("--tied", is_flag=True, help="The embedding of llama is its read-out too."),
     click.option("--length", default=16, show_default=True, help="Tokens of prompts that are made up."),
 )
+_OF_WORKLOAD = ("metric", "device", "threads", "seed")
 _SIZES = ("architecture", "layers", "d_model", "d_mlp", "heads", "kv_heads", "vocab", "tied")
 _work = _options(
     click.option("--metric", default="ie", show_default=True, help="ie (log-probabilities) or logit_diff."),
@@ -183,17 +184,17 @@ def growth(
         list(AXES) if axes == "all" else read_names(axes),
         _shape_of(chosen),
         chosen["length"],
-        sweep,
         names,
         make_side,
         options,
-        sizes,
-        {
+        sweep=sweep,
+        values=sizes,
+        work={
             "batches": read_sizes("--batch", chosen["batch"]),
-            **{name: chosen[name] for name in ("metric", "device", "threads", "seed")},
+            **{name: chosen[name] for name in _OF_WORKLOAD},
         },
-        lambda text: say(text, quiet),
-        keep,
+        say=lambda text: say(text, quiet),
+        keep=keep,
     )
     deliver("growth", result, out, as_json, table)
 
@@ -310,15 +311,8 @@ def _workload(model: str, chosen: dict[str, Any], folder: Path) -> Any:
 
     return make_workload(
         model,
-        _shape_of(chosen),
-        chosen["pairs_file"],
-        chosen["n_pairs"],
-        chosen["length"],
         folder,
-        chosen["metric"],
-        chosen["device"],
-        read_sizes("--batch", chosen["batch"]),
-        chosen["threads"],
-        chosen["seed"],
-        revision=chosen["revision"],
+        shape=_shape_of(chosen),
+        batches=read_sizes("--batch", chosen["batch"]),
+        **{name: chosen[name] for name in ("pairs_file", "n_pairs", "length", "revision", *_OF_WORKLOAD)},
     )

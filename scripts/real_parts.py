@@ -42,7 +42,7 @@ METRICS = ["logit_diff", "kl"]
 
 def drinks() -> list[dp.PromptPair]:
     """Whose name is told twice differs; the other one gets the drink (Wang et al. 2022, shortened)."""
-    labels: dict[str, int | str] = {"[name 1]": 1, "[name 2]": 3, "[giver]": 9, "to": "last"}
+    labels: dict[str, int | str] = {"[name 1]": 1, "[name 2]": 3, "[giver]": 9, "to": -1}
     text = "When {} and {} went to the store, {} gave a drink to"
     return [
         dp.PromptPair(text.format(a, b, b), text.format(a, b, a), f" {a}", f" {b}", labels=labels)
@@ -86,9 +86,8 @@ def main(work: Path) -> None:
     givers = drinks()
 
     def run(name: str, pairs: list[dp.PromptPair], sites: Any, positions: Any) -> dp.Effects:
-        folder = work / name
-        how = {"sites": sites, "positions": positions, "metrics": METRICS}
-        return dp.sweep(model, pairs, out=folder, resume=True, **how)
+        how = {"sites": sites, "positions": positions, "metrics": METRICS, "precision": "fp32"}
+        return dp.sweep(model, pairs, out=work / name, resume=True, **how)
 
     sweeps = {
         "capitals, heads": run("capital-heads", capitals, ["z"], ["[country]", "last"]),

@@ -272,7 +272,6 @@ def test_growth_measures_every_point():
             ["rows", "vocab"],
             shape,
             4,
-            "neurons",
             ["hooks-batched", "deltapatch-fp32"],
             local,
             options,
@@ -285,7 +284,7 @@ def test_growth_measures_every_point():
     assert "Interventions per second by vocab" in growth_table(found)
     assert found["quiet"]["note"] in growth_table(found)
     with pytest.raises(DeltapatchError, match="unknown axis 'depth'"):
-        growth(["depth"], shape, 4, "neurons", [], local, options)
+        growth(["depth"], shape, 4, [], local, options)
 
 
 def test_options_are_checked():
