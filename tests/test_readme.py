@@ -198,6 +198,26 @@ def test_the_readme_says_what_the_result_of_its_picture_says():
     assert f"mean of {len(result['pairs'])} pairs" in text
 
 
+def test_the_page_of_a_real_model_says_what_its_result_says():
+    result = json.loads((ROOT / "bench" / "results" / "real_parts_cpu.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "real.md").read_text(encoding="utf-8")
+    capitals, drinks = (result[f"{name}, heads"]["largest"]["z"] for name in ("capitals", "drinks"))
+    rows = [(capitals, 6, ""), (drinks, 7, "| {position} ")]
+    for heads, shown, at in rows:
+        for head in heads[:shown]:
+            row = "| layer {layer}, head {index} " + at + "| {recovered:.3f} | {stderr:.3f} |"
+            assert row.format_map(head) in text
+    curve = result["neurons together"]
+    together = dict(zip(curve["size"], curve["recovered"], strict=True))
+    assert (
+        f"strongest 64 recover {together[64]:.2f}, the strongest 4,096 recover {together[4096]:.2f}" in text
+    )
+    assert f"recover {result['all MLPs at the last position']:.2f}." in text
+    for name in ("capitals", "drinks"):
+        assert f"| {result[f'{name}, heads']['accuracy']:.0%} |" in text
+    assert f"head 4, recovers {capitals[0]['recovered']:.2f}" in README.read_text(encoding="utf-8")
+
+
 def test_the_readme_names_the_two_commands():
     text = README.read_text(encoding="utf-8")
     assert "make demo" in text
