@@ -155,7 +155,7 @@ def _sweep(
     else:
         # Of a finished run the model's header is enough.
         loaded = (replace(loading, stream=True) if finished else loading).load(quiet=hushed)
-        encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names)
+        encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names, options["align"])
         question = ask(loaded, pairs, kind(**options))
         planned(question.n_rows, question.flops)
         longest = max(pair.answer_tokens for pair in encoded)

@@ -81,6 +81,16 @@ def _source(value: Any) -> str:
     return check_source(_name("source")(value))
 
 
+def _align(value: Any) -> str | None:
+    from deltapatch.interventions.alignment import ENDS
+
+    if value not in (None, ENDS):
+        raise DeltapatchError(
+            f"align must be {ENDS!r} or None, not {shown(value)}: a list of positions is given with its pair"
+        )
+    return value
+
+
 def _out(value: Any) -> Any:
     return value if value is None else path_of(value, "out")
 
@@ -186,6 +196,19 @@ class Options:
         typed={
             "help": "Where the effect is read: last, a number or a label.",
             "read": arguments.number_or_label,
+        },
+    )
+    align: str | None = option(
+        None,
+        'what lines up in pairs of unequal length that do not say so themselves: "prefix+suffix", the tokens '
+        "that both prompts begin and end with. Such pairs are refused without it.",
+        check=_align,
+        word="align",
+        other="prefix+suffix",
+        typed={
+            "choice": ("prefix+suffix",),
+            "help": "Of pairs of unequal length that do not say what lines up: the tokens that both prompts "
+            "begin and end with.",
         },
     )
     seed: int = option(
