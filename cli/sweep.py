@@ -249,7 +249,8 @@ def _of_screen(found: "Screened") -> str:
     """What a screened sweep says of itself, in words."""
     from deltapatch.analysis.calibration import calibration
 
-    return f"{found}\n{calibration(found)}\n{found.missed()}"
+    verdict = "" if found.verdict is None else f"\n{found.verdict}"
+    return f"{found}\n{calibration(found)}\n{found.missed(confidence=found.confidence)}{verdict}"
 
 
 def _screen_as_json(found: "Screened") -> dict[str, Any]:
@@ -257,8 +258,9 @@ def _screen_as_json(found: "Screened") -> dict[str, Any]:
     from deltapatch.analysis.calibration import calibration
 
     columns = {name: column.tolist() for name, column in calibration(found).columns.items()}
-    missed = asdict(found.missed())
-    return {"verified": len(found.verified), "missed": missed, "calibration": columns}
+    missed = found.missed(confidence=found.confidence)
+    said = {"verified": len(found.verified), "missed": asdict(missed), "calibration": columns}
+    return said if found.goal is None else said | {"recall": missed.recall, "reached": found.reached}
 
 
 def _plan(found: "Forecast", stream: bool) -> str:

@@ -22,10 +22,11 @@ from deltapatch.interventions.table import COLUMNS, PatchTable, take
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.outcome import Outcome
-from deltapatch.results.screened import NOTHING, TOP, Screened
-from deltapatch.results.strata import cut, draw
+from deltapatch.results.screened import NOTHING, TOP, Choice, Screened
+from deltapatch.results.strata import Strata, cut, draw
 
-_TOP, _SAMPLE, _STEPS = 1000, 1000, 5
+TOP_UNLESS_GIVEN, SAMPLE_UNLESS_GIVEN = 1000, 1000
+_STEPS = 5
 
 
 class Screen:
@@ -37,6 +38,8 @@ class Screen:
 
     Attributes:
         options: of the exact effects. In precision "auto" they are float32, or float64 as the model is.
+        can: ascending, the effects that can be anything but zero.
+        spec, pairs: of the model, and encoded.
 
     Raises:
         DeltapatchError: bad input, or a screen that does not go together with it.
@@ -51,24 +54,46 @@ class Screen:
             raise DeltapatchError(f"a sweep that is screened by {self.by} needs it: name it among metrics")
         exact = "fp64" if model.dtype == torch.float64 else "fp32"
         self.options = replace(options, precision=exact) if options.precision == "auto" else options
-        self.grid = question.interventions
+        self.grid, self.spec, self.pairs = question.interventions, model.spec, question.pairs
         estimates = Estimates(question, Method(options.screen, self.by, options.screen_steps or _STEPS))
         with progress_bar("estimating", estimates.n_steps, options.progress) as tick:
             self.estimates = estimates.run(tick)
-        self._choose(reaching(question))
+        self.can = np.flatnonzero(reaching(question))
+        if not len(self.can):
+            raise DeltapatchError(
+                "no effect can be anything but zero: patch where the prompts differ, before the read-out"
+            )
 
-    def _choose(self, reaching: np.ndarray) -> None:
-        """The top, and a sample by strata of what is below it. reaching: [effect].
+    @property
+    def top(self) -> int:
+        """How many of the largest are computed exactly, to begin with."""
+        return TOP_UNLESS_GIVEN if self.options.top is None else self.options.top
+
+    def choose(self) -> Choice:
+        """The top, and a sample by strata of what is below it."""
+        sample = SAMPLE_UNLESS_GIVEN if self.options.screen_sample is None else self.options.screen_sample
+        rest, site = self._below(self.top)
+        cut_up = cut(np.abs(self.estimates[rest]), site)
+        strata, drawn = draw(cut_up, sample, self.options.seed)
+        return self._choice(rest, cut_up, strata, rest[drawn])
+
+    def choose_nested(self, top: int, sample: int) -> Choice:
+        """The top, and a sample of what is below it: the beginning of one random order of that.
+
+        So a larger sample has the smaller ones, but for what has come to the top.
+        """
+        rest, _ = self._below(top)
+        turn = np.random.default_rng(self.options.seed).permutation(len(self.estimates))
+        drawn = rest[np.argsort(turn[rest])[:sample]]
+        strata = Strata(np.array([len(rest)]), np.array([len(drawn)]))
+        return self._choice(rest, np.zeros(len(rest), np.int64), strata, drawn)
+
+    def _below(self, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """What can have an effect and is not at the top, and its site.
 
         The largest of each pair is at the top too, so that every pair is run.
         """
-        top, sample = (
-            default if given is None else given
-            for given, default in ((self.options.top, _TOP), (self.options.screen_sample, _SAMPLE))
-        )
-        self.stratum = np.full(len(reaching), NOTHING)
-        can = np.flatnonzero(reaching)
-        size = np.abs(self.estimates[can])
+        can, size = self.can, np.abs(self.estimates[self.can])
         site, pair = np.zeros((2, len(can)), dtype=np.int64)
         for number, g in enumerate(self.grid.sites):
             mine = can >= g.offset
@@ -76,23 +101,21 @@ class Screen:
         order = np.argsort(-size, kind="stable")
         is_top = np.zeros(len(can), dtype=bool)
         is_top[order[:top]] = is_top[order[np.unique(pair[order], return_index=True)[1]]] = True
-        best, rest, site = can[is_top], can[~is_top], site[~is_top]
-        self.stratum[best] = TOP
-        self.stratum[rest] = stratum = cut(np.abs(self.estimates[rest]), site)
-        self.strata, drawn = draw(stratum, sample, self.options.seed)
-        self.chosen = np.sort(np.concatenate([best, rest[drawn]]))
-        if not len(self.chosen):
-            raise DeltapatchError(
-                "no effect can be anything but zero: patch where the prompts differ, before the read-out"
-            )
+        return can[~is_top], site[~is_top]
 
-    def listed(self, spec: ModelSpec, pairs: list[EncodedPair]) -> Listed:
-        """What is computed exactly, each labelled with its number among all effects."""
+    def _choice(self, rest: np.ndarray, cut_up: np.ndarray, strata: Strata, drawn: np.ndarray) -> Choice:
+        stratum = np.full(len(self.estimates), NOTHING)
+        stratum[self.can] = TOP
+        stratum[rest] = cut_up
+        return Choice(stratum, strata, np.union1d(np.setdiff1d(self.can, rest), drawn))
+
+    def listed(self, chosen: np.ndarray, spec: ModelSpec, pairs: list[EncodedPair]) -> Listed:
+        """Some effects as interventions, each labelled with its number among all."""
         parts: list[PatchTable] = []
         effects = []
         for number, pair in enumerate(pairs):
             table, out = self.grid.table(number, pair)
-            rows = np.flatnonzero(np.isin(out, self.chosen))
+            rows = np.flatnonzero(np.isin(out, chosen))
             parts.append(take(table, rows))
             effects.append(out[rows])
         first = np.cumsum([0, *(part.n_rows for part in parts)])
@@ -104,6 +127,6 @@ class Screen:
         )
         return Listed(whole, labels={"effect": np.concatenate(effects)})
 
-    def result(self, verified: Outcome) -> Screened:
+    def result(self, verified: Outcome, choice: Choice) -> Screened:
         """What is known, now that these are."""
-        return Screened(verified, self.grid, self.estimates, self.stratum, self.strata, self.by)
+        return Screened(verified, self.grid, self.estimates, choice, self.by)
