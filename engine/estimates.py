@@ -127,6 +127,20 @@ class Estimates:
         """How often `run` ticks."""
         return 2 * self.spec.n_layers * sum(1 for _ in self.chunks())
 
+    @property
+    def token_layers(self) -> int:
+        """How many tokens go through a layer, forward or back, in all."""
+        steps, question = self.method.steps, self.question
+        total = 0
+        for number in question.order:
+            # A gradient takes the forward of a layer again, and the way back, which takes as long.
+            runs = 3 * steps if self.method.name == "ig-inputs" else 2
+            if self.method.name == "ig-activations":  # a line for each vector, in runs of its own
+                spots = [sum(1 for _ in g.spots(question.pairs[number])) for g in self.grid.sites]
+                runs = 2 * steps * sum(n * len(g.layers) for n, g in zip(spots, self.grid.sites, strict=True))
+            total += question.runs[number].length * (1 + question.n_sources + runs)
+        return total * self.spec.n_layers
+
     def chunks(self) -> Iterator[list[int]]:
         """The pairs that go together, as many as the memory budget has room for.
 

@@ -12,7 +12,7 @@ from itertools import count
 
 import numpy as np
 
-from deltapatch.engine.screen import SAMPLE_UNLESS_GIVEN, Screen
+from deltapatch.engine.screen import SAMPLE_UNLESS_GIVEN, Screen, first_sizes
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.recall import Recall, in_round
 from deltapatch.results.screened import Choice, Screened
@@ -69,7 +69,7 @@ class _Rounds:
 
     def _top(self) -> int:
         """How long the top is before anything is drawn; its effects are verified."""
-        top = min(max(1, self.screen.top), self.most)
+        top = min(max(1, first_sizes(self.screen.options)[0]), self.most)
         while True:
             choice = self.screen.choose_nested(top, 0)
             self._verify(choice)

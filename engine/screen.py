@@ -12,7 +12,7 @@ import torch
 from deltapatch.engine.estimates import Estimates, Method, reaching
 from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.progress import progress_bar
-from deltapatch.engine.question import ask
+from deltapatch.engine.question import Question, ask
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid
@@ -25,8 +25,8 @@ from deltapatch.results.outcome import Outcome
 from deltapatch.results.screened import NOTHING, TOP, Choice, Screened
 from deltapatch.results.strata import Strata, cut, draw
 
-TOP_UNLESS_GIVEN, SAMPLE_UNLESS_GIVEN = 1000, 1000
-_STEPS = 5
+SAMPLE_UNLESS_GIVEN = 1000
+_TOP, _STEPS = 1000, 5
 
 
 class Screen:
@@ -46,16 +46,12 @@ class Screen:
     """
 
     def __init__(self, model: Model, pairs: Pairs, options: SweepOptions) -> None:
-        self.by = options.screen_by or "logit_diff"
         question = ask(model, pairs, options)
         assert isinstance(question.interventions, Grid)
-        assert options.screen is not None
-        if self.by not in question.measured:
-            raise DeltapatchError(f"a sweep that is screened by {self.by} needs it: name it among metrics")
-        exact = "fp64" if model.dtype == torch.float64 else "fp32"
-        self.options = replace(options, precision=exact) if options.precision == "auto" else options
         self.grid, self.spec, self.pairs = question.interventions, model.spec, question.pairs
-        estimates = Estimates(question, Method(options.screen, self.by, options.screen_steps or _STEPS))
+        self.options = verified_with(model, options)
+        estimates = estimates_of(question)
+        self.by = estimates.method.by
         with progress_bar("estimating", estimates.n_steps, options.progress) as tick:
             self.estimates = estimates.run(tick)
         self.can = np.flatnonzero(reaching(question))
@@ -64,15 +60,10 @@ class Screen:
                 "no effect can be anything but zero: patch where the prompts differ, before the read-out"
             )
 
-    @property
-    def top(self) -> int:
-        """How many of the largest are computed exactly, to begin with."""
-        return TOP_UNLESS_GIVEN if self.options.top is None else self.options.top
-
     def choose(self) -> Choice:
         """The top, and a sample by strata of what is below it."""
-        sample = SAMPLE_UNLESS_GIVEN if self.options.screen_sample is None else self.options.screen_sample
-        rest, site = self._below(self.top)
+        top, sample = first_sizes(self.options)
+        rest, site = self._below(top)
         cut_up = cut(np.abs(self.estimates[rest]), site)
         strata, drawn = draw(cut_up, sample, self.options.seed)
         return self._choice(rest, cut_up, strata, rest[drawn])
@@ -110,23 +101,51 @@ class Screen:
         return Choice(stratum, strata, np.union1d(np.setdiff1d(self.can, rest), drawn))
 
     def listed(self, chosen: np.ndarray, spec: ModelSpec, pairs: list[EncodedPair]) -> Listed:
-        """Some effects as interventions, each labelled with its number among all."""
-        parts: list[PatchTable] = []
-        effects = []
-        for number, pair in enumerate(pairs):
-            table, out = self.grid.table(number, pair)
-            rows = np.flatnonzero(np.isin(out, chosen))
-            parts.append(take(table, rows))
-            effects.append(out[rows])
-        first = np.cumsum([0, *(part.n_rows for part in parts)])
-        whole = PatchTable(
-            int(first[-1]),
-            np.repeat(np.arange(len(pairs)), np.diff(first)),
-            np.concatenate([part.row + a for part, a in zip(parts, first[:-1], strict=True)]),
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS),
-        )
-        return Listed(whole, labels={"effect": np.concatenate(effects)})
+        """`listed_effects` of its grid, as `ask` takes it."""
+        return listed_effects(self.grid, chosen, pairs)
 
     def result(self, verified: Outcome, choice: Choice) -> Screened:
         """What is known, now that these are."""
         return Screened(verified, self.grid, self.estimates, choice, self.by)
+
+
+def verified_with(model: Model, options: SweepOptions) -> SweepOptions:
+    """The options of the exact effects: in precision "auto" float32, or float64 as the model is."""
+    exact = "fp64" if model.dtype == torch.float64 else "fp32"
+    return replace(options, precision=exact) if options.precision == "auto" else options
+
+
+def first_sizes(options: SweepOptions) -> tuple[int, int]:
+    """How many are verified at the top, and how many are drawn, to begin with."""
+    top, sample = options.top, options.screen_sample
+    return _TOP if top is None else top, SAMPLE_UNLESS_GIVEN if sample is None else sample
+
+
+def estimates_of(question: Question) -> Estimates:
+    """The estimates that a sweep with a screen asks for."""
+    options = question.options
+    assert isinstance(options, SweepOptions)
+    assert options.screen is not None
+    by = options.screen_by or "logit_diff"
+    if by not in question.measured:
+        raise DeltapatchError(f"a sweep that is screened by {by} needs it: name it among metrics")
+    return Estimates(question, Method(options.screen, by, options.screen_steps or _STEPS))
+
+
+def listed_effects(grid: Grid, chosen: np.ndarray, pairs: list[EncodedPair]) -> Listed:
+    """Some effects of a grid as interventions, each labelled with its number among all."""
+    parts: list[PatchTable] = []
+    effects = []
+    for number, pair in enumerate(pairs):
+        table, out = grid.table(number, pair)
+        rows = np.flatnonzero(np.isin(out, chosen))
+        parts.append(take(table, rows))
+        effects.append(out[rows])
+    first = np.cumsum([0, *(part.n_rows for part in parts)])
+    whole = PatchTable(
+        int(first[-1]),
+        np.repeat(np.arange(len(pairs)), np.diff(first)),
+        np.concatenate([part.row + a for part, a in zip(parts, first[:-1], strict=True)]),
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS),
+    )
+    return Listed(whole, labels={"effect": np.concatenate(effects)})

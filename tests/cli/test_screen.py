@@ -55,11 +55,22 @@ def test_until_enough_was_found(command, tiny, write_pairs, text_pair, ids_pair,
     assert "NOT enough" in limited.err
 
 
+def test_a_plan(command, tiny, write_pairs, text_pair, ids_pair):
+    asked = ("--screen", "relp", "--screen-sample", "5", "--dry-run")
+    pairs = write_pairs(text_pair, ids_pair)
+    result = screen(command, tiny, pairs, *asked)
+    assert result.code == 0
+    assert "verified       25 on 2 pairs" in result.out
+    assert "of it for the estimates" in result.out
+    said = json.loads(screen(command, tiny, pairs, *asked, "--json").out)
+    assert said["rows"] == 25
+    assert "estimates" in said["seconds_by_part"]
+
+
 def test_what_does_not_go_together(command, tiny, write_pairs, ids_pair, tmp_path):
     pairs, out = write_pairs(ids_pair), tmp_path / "run"
     for more, said in (
         (("--out", out), "give screen as well"),
-        (("--screen", "relp", "--dry-run"), "--screen and --dry-run"),
         (("--screen", "relp", "--ray", "", "--out", out), "--screen and --ray"),
         (("--screen", "magic", "--out", out), "magic"),
         (("--screen", "relp", "--until", "0.9", "--out", out), "recall:0.9"),
