@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from deltapatch.results.interactions import Interactions
     from deltapatch.results.outcome import Outcome
     from deltapatch.results.reading import load_edges, load_effects, load_interactions, load_outcome
+    from deltapatch.results.recall import Recall
     from deltapatch.results.screened import Screened, load_screened
 
 __version__ = "0.2.0.dev0"
@@ -47,6 +48,7 @@ _HOME = {
     "Patch": "interventions.given",
     "Probe": "results.probe",
     "PromptPair": "interventions.pairs",
+    "Recall": "results.recall",
     "Screened": "results.screened",
     "Shapley": "analysis.shapley",
     "SmallestSet": "analysis.smallest_set",
@@ -89,6 +91,7 @@ __all__ = [
     "Patch",
     "Probe",
     "PromptPair",
+    "Recall",
     "Screened",
     "Shapley",
     "SmallestSet",

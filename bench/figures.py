@@ -13,6 +13,7 @@ from deltapatch.analysis.style import COLOURS, QUIET, figure_style, save
 from deltapatch.bench.cells import SWEEPS
 from deltapatch.bench.growth import AXES
 from deltapatch.bench.peers.ours import PREFIX
+from deltapatch.bench.peers.registry import ESTIMATES
 from deltapatch.bench.results import cases, read_all
 from deltapatch.errors import DeltapatchError
 from deltapatch.results.metrics import METRICS
@@ -58,7 +59,7 @@ def rates(result: dict[str, Any]) -> Figure | None:
         axes.set_visible(False)
     for axes, (model, sweep) in zip(grid.flat, sweeps, strict=False):
         shown = {
-            n: c for n, c in sweep["columns"].items() if c["status"] == "measured" and n != "attribution"
+            n: c for n, c in sweep["columns"].items() if c["status"] == "measured" and n not in ESTIMATES
         }
         names = list(shown)[::-1]
         middle = np.array([shown[n]["rate"] for n in names])

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from deltapatch.bench.peers.ours import PREFIX
+from deltapatch.bench.peers.registry import ESTIMATES
 
 Columns = dict[str, dict[str, Any]]  # what there is to say of a sweep, by side
 
@@ -53,7 +54,7 @@ def fastest_peer(sweep: dict[str, Any]) -> str | None:
     rates = {
         name: column["rate"]
         for name, column in sweep["columns"].items()
-        if column["status"] == "measured" and not name.startswith(PREFIX) and name != "attribution"
+        if column["status"] == "measured" and not name.startswith(PREFIX) and name not in ESTIMATES
     }
     return max(rates, key=lambda name: rates[name]) if rates else None
 

@@ -26,6 +26,7 @@ RANDOM = "random"
 EXTRAS = {
     "tlens-patching": "transformer-lens",
     "tlens-hooks": "transformer-lens",
+    "tlens-attribution": "transformer-lens",
     "nnsight": "nnsight",
     "nnsight-invokes": "nnsight",
     "pyvene": "pyvene",

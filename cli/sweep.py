@@ -116,9 +116,8 @@ def _sweep(
         raise DeltapatchError("--ray-cpus says of how many CPUs the workers of --ray are: give --ray as well")
     options = read_asked(kind, given)
     screened = options.get("screen") is not None
-    for wanted, option in ((ray is not None, "--ray"), (dry_run, "--dry-run")):
-        if screened and wanted:
-            raise DeltapatchError(f"--screen and {option} do not go together: leave one out")
+    if screened and ray is not None:
+        raise DeltapatchError("--screen and --ray do not go together: leave one out")
 
     from deltapatch.interventions.pairs_file import read_named_pairs
     from deltapatch.results.folder import RUN
@@ -168,9 +167,9 @@ def _sweep(
             size = in_bytes(loaded.n_bytes)
             say(f"its {size} do not fit into the memory: every pass reads them from the file", hushed)
         if dry_run and not finished:
-            from deltapatch.engine.forecast import forecast
+            from deltapatch.engine.forecast import forecast, forecast_screen
 
-            found = forecast(question)
+            found = forecast_screen(question) if screened else forecast(question)
             if folder.as_json:
                 print_json({"model": loaded.name, "stream": loaded.stream, **found.as_dict()})
             else:
@@ -212,7 +211,8 @@ def _of_screen(found: "Screened") -> str:
     """What a screened sweep says of itself, in words."""
     from deltapatch.analysis.calibration import calibration
 
-    return f"{found}\n{calibration(found)}\n{found.missed()}"
+    verdict = "" if found.verdict is None else f"\n{found.verdict}"
+    return f"{found}\n{calibration(found)}\n{found.missed(confidence=found.confidence)}{verdict}"
 
 
 def _screen_as_json(found: "Screened") -> dict[str, Any]:
@@ -220,23 +220,28 @@ def _screen_as_json(found: "Screened") -> dict[str, Any]:
     from deltapatch.analysis.calibration import calibration
 
     columns = {name: column.tolist() for name, column in calibration(found).columns.items()}
-    missed = asdict(found.missed())
-    return {"verified": len(found.verified), "missed": missed, "calibration": columns}
+    missed = found.missed(confidence=found.confidence)
+    said = {"verified": len(found.verified), "missed": asdict(missed), "calibration": columns}
+    return said if found.goal is None else said | {"recall": missed.recall, "reached": found.reached}
 
 
 def _plan(found: "Forecast", stream: bool) -> str:
     """A plan in words."""
     plan, memory = found.plan, found.plan.memory
     passes = f"{len(plan.passes):,} pass{'' if len(plan.passes) == 1 else 'es'}"
-    seconds = found.total
-    assert seconds is not None
+    assert found.seconds is not None
+    assert found.total is not None
+    estimates = found.seconds.get("estimates")
     lines = {
-        "interventions": f"{plan.rows:,} on {plan.pairs:,} pairs, in {passes}, {found.precision}",
+        "interventions"
+        if estimates is None
+        else "verified": f"{plan.rows:,} on {plan.pairs:,} pairs, in {passes}, {found.precision}",
         "necessary": in_flops(plan.flops),
         "model": in_bytes(memory["model"]) + (", read from the file in every pass" if stream else ""),
         "memory": f"{in_bytes(memory['pass'])} beside the model, {in_bytes(memory['rows'])} of it rows; "
         f"at most {in_bytes(plan.budget)}",
         "results": in_bytes(memory["results"]),
-        "time": f"about {in_seconds(seconds)} on this machine",
+        "time": f"about {in_seconds(found.total)} on this machine"
+        + ("" if estimates is None else f", {in_seconds(estimates)} of it for the estimates"),
     }
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items()) + "\nnothing was run"

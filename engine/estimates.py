@@ -127,17 +127,32 @@ class Estimates:
         """How often `run` ticks."""
         return 2 * self.spec.n_layers * sum(1 for _ in self.chunks())
 
+    @property
+    def token_layers(self) -> int:
+        """How many tokens go through a layer, forward or back, in all."""
+        steps, question = self.method.steps, self.question
+        total = 0
+        for number in question.order:
+            # A gradient takes the forward of a layer again, and the way back, which takes as long.
+            runs = 3 * steps if self.method.name == "ig-inputs" else 2
+            if self.method.name == "ig-activations":  # a line for each vector, in runs of its own
+                spots = [sum(1 for _ in g.spots(question.pairs[number])) for g in self.grid.sites]
+                runs = 2 * steps * sum(n * len(g.layers) for n, g in zip(spots, self.grid.sites, strict=True))
+            total += question.runs[number].length * (1 + question.n_sources + runs)
+        return total * self.spec.n_layers
+
     def chunks(self) -> Iterator[list[int]]:
         """The pairs that go together, as many as the memory budget has room for.
 
         A mean is over all pairs of one length, which are never parted.
         """
-        question = self.question
-        runs = 1 + question.n_sources + (self.method.steps if self.method.name == "ig-inputs" else 0)
-        widths = forward.widths(self.spec, max(run.length for run in question.runs))
-        one = sum(math.prod(w) for name, w in widths.items() if name != "pattern" or name in self.grid.places)
-        kept = (self.spec.n_layers + 1) * self.spec.d_model * runs
-        most = question.memory_budget // ((kept + _HELD * one) * self.dtype.itemsize)
+        question, spec = self.question, self.spec
+        widths = forward.widths(spec, max(run.length for run in question.runs))
+        held = sum(
+            math.prod(w) for name, w in widths.items() if name != "pattern" or name in self.grid.places
+        )
+        runs = self.method.steps if self.method.name == "ig-inputs" else 1
+        token = _HELD * held + (spec.n_layers + 1) * spec.d_model * runs  # numbers that one takes
         chunk: list[int] = []
         size = 0
         for number in question.order:
@@ -145,11 +160,16 @@ class Estimates:
             joined = (
                 question.options.source == "mean" and chunk and question.runs[chunk[-1]].prompt == run.prompt
             )
-            if chunk and size + run.length > most and not joined:
+            own = token * run.length + sum(
+                len(g.layers) * math.prod(widths[g.site.place]) * sum(len(at) for _, at in g.spots(pair))
+                for g in self.grid.sites
+                for pair in [question.pairs[number]]
+            )
+            if chunk and (size + own) * self.dtype.itemsize > question.memory_budget and not joined:
                 yield chunk
                 chunk, size = [], 0
             chunk.append(number)
-            size += run.length
+            size += own
         yield chunk
 
 
@@ -169,6 +189,7 @@ class _Chunk:
         self.shapes = self.prompts.shapes
         self.layers = Layers(setup, self.prompts, Unpatched(setup, self.prompts))
         self.backward = Backward(setup, self.shapes, relp=self.method.name == "relp")
+        self.changes: dict[tuple[str, int], Tensor] = {}  # (site, row): [spot, ...], until they are used
         # Where the patches of a site are: which pair and column each is of, and its base token.
         self.spots = {
             g.site.name: np.array(
@@ -187,36 +208,38 @@ class _Chunk:
         for g in self.whole.grid.sites:
             pair, column, _ = self.spots[g.site.name].T
             self._of(g)[pair, :, column] = 0
-        kept, runs, slopes = self._forward(tick)
+        runs, slopes = self._forward(tick)
         places = {
             l: sorted({g.site.place for g, at in self._sites() if l in at})
             for l in range(-1, self.spec.n_layers)
         }
         for l in range(self.spec.n_layers - 1, min(l for l, here in places.items() if here) - 1, -1):
             if l < 0:
-                embedded = {"resid_post": self.prompts.delta(*kept[0])}
-                self._put(l, {"resid_post": torch.stack(slopes).mean(0)} if slopes else {}, embedded)
+                self._put(l, {"resid_post": torch.stack(slopes).mean(0)} if slopes else {})
                 break
-            exact = constant(self.model.layer(l, self.dtype))
-            deltas = self.layers.at(l, exact, *kept[l], places[l]).deltas if places[l] else {}
-            means: dict[str, Tensor] = {}
-            for number, before in enumerate(runs):
-                at = l, self.layers.rotaries[self.spec.rope_of(l)]
-                slopes[number], found = self.backward.through(before[l], slopes[number], exact, at, places[l])
-                for place, value in found.items():
-                    share = value / len(runs)
-                    means[place] = share if place not in means else means[place] + share
-            self._put(l, means, deltas)
+            self._put(l, self._back(l, runs, slopes, places[l]) if runs else {})
             tick(1)
 
-    def _forward(
-        self, tick: Callable[[int], None]
-    ) -> tuple[list[tuple[Tensor, Tensor]], list[list[Tensor]], list[Tensor]]:
-        """The unpatched runs.
+    def _back(
+        self, l: int, runs: list[list[Tensor]], slopes: list[Tensor], places: list[str]
+    ) -> dict[str, Tensor]:
+        """Take the gradient of each run back through a layer: the means of those inside it, by place."""
+        exact = constant(self.model.layer(l, self.dtype))
+        means: dict[str, Tensor] = {}
+        for number, before in enumerate(runs):
+            at = l, self.layers.rotaries[self.spec.rope_of(l)]
+            slopes[number], found = self.backward.through(before[l], slopes[number], exact, at, places)
+            for place, value in found.items():
+                share = value / len(runs)
+                means[place] = share if place not in means else means[place] + share
+        return means
+
+    def _forward(self, tick: Callable[[int], None]) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """The unpatched runs; what patches change is kept in `changes`.
 
         Returns:
-            [layer], the base runs and the differences of the source runs before each; of the runs that
-            gradients are of, [run][layer] before each, and the gradient in what the last layer leaves.
+            Of the runs that gradients are of, [run][layer] what is before each, and the gradient in what the
+            last layer leaves. None of them of lines, each of which has runs of its own.
         """
         # [base token, d_model], [source token, d_model]
         x = self.prompts.embed(self._embed, with_positions=self.spec.learned_positions)
@@ -224,28 +247,34 @@ class _Chunk:
         way = dx[upload(self.prompts.n_sources * np.arange(len(x)) + self.prompts.n_sources - 1, dx.device)]
         steps = self.method.steps
         shares = [k / steps for k in range(1, steps + 1)] if self.method.name == "ig-inputs" else []
-        others = [x + share * way for share in shares]  # runs whose embeddings lie between those of both
-        kept: list[tuple[Tensor, Tensor]] = []
-        between: list[list[Tensor]] = [[] for _ in others]
+        # Runs whose embeddings lie between those of both prompts, or the base run itself.
+        others = [x + share * way for share in shares]
+        before: list[list[Tensor]] = [[] for _ in others or [x]]
+        self._keep(-1, {"resid_post": self.prompts.delta(x, dx)})
         convert = Converter(self.model.device, self.dtype)
         with self.model.reading() as read:
             for l in range(self.spec.n_layers):
                 exact = convert(read.layer(l))
-                kept.append((x, dx))
                 rotary = self.layers.rotaries[self.spec.rope_of(l)]
-                for number, other in enumerate(others):
-                    between[number].append(other)
-                    others[number] = self.layers.unpatched.base(other, exact, l, rotary, ()).resid_post
-                ready = self.layers.at(l, exact, x, dx, ())
+                for run, now in zip(before, others or [x], strict=True):
+                    run.append(now)
+                others = [self.layers.unpatched.base(now, exact, l, rotary, ()).resid_post for now in others]
+                ready = self.layers.at(l, exact, x, dx, sorted({g.site.place for g, _, _ in self._here(l)}))
+                self._keep(l, ready.deltas)
                 x, dx = ready.x, ready.dx
                 tick(1)
             ends = read.ends()
-        if self.method.name == "ig-activations":  # each line has runs of its own
-            return kept, [], []
-        runs, after = (between, others) if others else ([[x for x, _ in kept]], [x])
-        reads = Reads(self.shapes, self.prompts.targets)
-        slopes = [self.backward.of_logits(end, ends, reads, GOES_BY[self.method.by]) for end in after]
-        return kept, runs, slopes
+        if self.method.name == "ig-activations":
+            return [], []
+        reads, by = Reads(self.shapes, self.prompts.targets), GOES_BY[self.method.by]
+        return before, [self.backward.of_logits(end, ends, reads, by) for end in others or [x]]
+
+    def _keep(self, l: int, deltas: dict[str, Tensor]) -> None:
+        """Keep (source - base) of what is patched at a layer, where it is patched."""
+        for g, row, spots in self._here(l):
+            delta = deltas[g.site.place]
+            token = upload(self.prompts.source_token(spots[:, 2]), self.model.device)
+            self.changes[g.site.name, row] = delta[token]
 
     def _embed(self, ids: Tensor, *, positions: Tensor | None = None) -> Tensor:
         return self.model.embed(ids, self.dtype, positions=positions)
@@ -268,30 +297,25 @@ class _Chunk:
             for row in np.flatnonzero(at == l).tolist():
                 yield g, row, spots[spots[:, 2] < prompt[spots[:, 0]]]
 
-    def _put(self, l: int, slopes: dict[str, Tensor], deltas: dict[str, Tensor]) -> None:
+    def _put(self, l: int, slopes: dict[str, Tensor]) -> None:
         """What patches of a layer are estimated to do: gradients, by place, times what they change there."""
         for g, row, spots in self._here(l):
-            delta = deltas[g.site.place]
+            change = self.changes.pop((g.site.name, row))
             if self.method.name == "ig-activations":
-                self._put_lines(g, l, row, spots, delta)
+                self._put_lines(g, l, row, spots, change)
                 continue
             slope = slopes[g.site.place][upload(spots[:, 2], self.model.device)]
-            self._add(g, row, spots, slope * self._change(delta, spots))
+            self._add(g, row, spots, slope * change)
 
-    def _put_lines(self, g: SiteGrid, l: int, row: int, spots: np.ndarray, delta: Tensor) -> None:
+    def _put_lines(self, g: SiteGrid, l: int, row: int, spots: np.ndarray, change: Tensor) -> None:
         """The same for a site, each gradient the mean along a line of the vector that is patched."""
         for i, number in enumerate(self.numbers):
-            mine = spots[spots[:, 0] == number]
+            mine = np.flatnonzero(spots[:, 0] == number)
             if len(mine):
                 lines = Lines(self.setup, self.prompts, i, GOES_BY[self.method.by], self.method.steps)
-                change = self._change(delta, mine)
-                together = g.positions == [TOGETHER]
-                slope = lines.slopes((g.site.place, l), mine[:, 2], change, together=together)
-                self._add(g, row, mine, slope * change)
-
-    def _change(self, delta: Tensor, spots: np.ndarray) -> Tensor:
-        """(source - base) at some spots, [spot, ...]."""
-        return delta[upload(self.prompts.source_token(spots[:, 2]), self.model.device)]
+                own, together = change[upload(mine, self.model.device)], g.positions == [TOGETHER]
+                slope = lines.slopes((g.site.place, l), spots[mine, 2], own, together=together)
+                self._add(g, row, spots[mine], slope * own)
 
     def _add(self, g: SiteGrid, row: int, spots: np.ndarray, product: Tensor) -> None:
         """Add gradient times change, [spot, ...], to the estimates: of a vector, or a head's, all of it."""

@@ -1,16 +1,22 @@
 """How long a run will take: the FLOPs, numbers and bytes of its plan over the rates of this machine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from deltapatch.engine.audit import Audit
 from deltapatch.engine.costs import layer_parameters
+from deltapatch.engine.estimates import reaching
 from deltapatch.engine.layout import how_many_blocks
+from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.passes import at_work
 from deltapatch.engine.plan import Plan, plan
 from deltapatch.engine.question import Question
 from deltapatch.engine.rates import Rates, measure
+from deltapatch.engine.screen import estimates_of, first_sizes, listed_effects, verified_with
+from deltapatch.interventions.grid import Grid
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.kernels.readout_tail import worth_a_tail
 
@@ -82,6 +88,42 @@ def forecasts(questions: Sequence[Question], timed: bool = True) -> list[Forecas
                 spent = seconds(question, found, precision, known[precision.name], audit, pool.count)
             out.append(Forecast(found, precision.name, spent))
     return out
+
+
+def forecast_screen(question: Question) -> Forecast:
+    """What a screened sweep will do: estimate everything, and compute as many effects as it begins with.
+
+    Which these are is known only when all is estimated, so as many are counted that are drawn from all. What
+    is verified takes less where it is in late layers, and more where it is in early ones. With `until`, more
+    may be needed.
+
+    Args:
+        question: of a sweep with a screen.
+
+    Returns:
+        The forecast of what is verified; its `seconds` have "estimates" beside the rest.
+
+    Raises:
+        DeltapatchError: bad input; the memory budget has no room for one intervention.
+    """
+    options, grid, model = question.options, question.interventions, question.model
+    assert isinstance(options, SweepOptions)
+    assert isinstance(grid, Grid)
+    estimates, can = estimates_of(question), np.flatnonzero(reaching(question))
+    drawn = np.random.default_rng(options.seed).permutation(can)[: max(1, sum(first_sizes(options)))]
+    verified = replace(
+        question,
+        options=verified_with(model, options),
+        interventions=listed_effects(grid, drawn, question.pairs),
+    )
+    found = forecast(verified)
+    assert found.seconds is not None
+    with at_work(question) as pool:
+        rates = measure(question, estimates.setup.precision, pool)
+    spent = 2 * layer_parameters(model.spec) * estimates.token_layers / rates.exact / _BESIDE_OTHERS
+    if model.stream:  # which is read forwards and back
+        spent = max(spent, 2 * sum(1 for _ in estimates.chunks()) * model.n_bytes / rates.file)
+    return replace(found, seconds={"estimates": spent, **found.seconds})
 
 
 def seconds(

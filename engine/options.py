@@ -18,6 +18,7 @@ from deltapatch.errors import DeltapatchError, path_of, shown
 
 if TYPE_CHECKING:
     from deltapatch.interventions.roles import Roles
+    from deltapatch.results.recall import Recall
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -27,7 +28,7 @@ Layers = str | int | Sequence[int]
 
 SCREENS = ("attribution", "relp", "ig-inputs", "ig-activations")
 SCREENED_BY = ("logit_diff", "dlogp_clean", "dlogp_corrupted")
-OF_SCREENS = ("top", "screen_sample", "screen_by", "screen_steps", "threshold")
+OF_SCREENS = ("top", "screen_sample", "screen_by", "screen_steps", "threshold", "until", "screen_limit")
 
 
 def option(
@@ -89,6 +90,13 @@ def _align(value: Any) -> str | None:
             f"align must be {ENDS!r} or None, not {shown(value)}: a list of positions is given with its pair"
         )
     return value
+
+
+def _until(value: Any) -> str | None:
+    """As text, which a record can keep."""
+    from deltapatch.results.recall import Recall
+
+    return value if value is None else str(Recall.of(value))
 
 
 def _out(value: Any) -> Any:
@@ -379,6 +387,29 @@ class SweepOptions(Options):
         other=0.25,
         typed={"type": float, "help": "With --screen: effects above it in magnitude are large."},
     )
+    until: "str | Recall | None" = option(
+        None,
+        'of a screened sweep, `Recall(0.9)`, or as text "recall:0.9": the top and the sample grow round by '
+        "round, until with 95% confidence at least that share of all effects above `threshold` was found, "
+        "which holds although it was looked at after every round. `top` and `screen_sample` are where they "
+        "begin; unless given the sample is as large as it has to be if none of it is large.",
+        check=_until,
+        word="recall that is gone on until",
+        other="recall:0.7",
+        typed={
+            "help": "With --screen and --threshold: go on until so much of what is above the threshold was "
+            "found, recall:0.9, with 95% confidence or another, recall:0.9:0.99."
+        },
+    )
+    screen_limit: int | None = option(
+        None,
+        "of a screened sweep with `until`, how many are computed exactly at most, beside the largest of each "
+        "pair; all, if need be, unless given. Where it ends first, the result says so.",
+        check=lambda value: arguments.count(value, "screen_limit"),
+        word="limit of a screen",
+        other=30,
+        typed={"at_least": 1, "help": "With --until: how many are exact at most; all unless given."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -390,6 +421,19 @@ class SweepOptions(Options):
                     )
         elif self.screen_steps is not None and (self.screen_steps < 1 or not self.screen.startswith("ig-")):
             raise DeltapatchError("screen_steps must be 1 or more, and are of ig-inputs and ig-activations")
+        if self.until is None:
+            if self.screen_limit is not None:
+                raise DeltapatchError(
+                    "screen_limit is of sweeps with until: give until as well, or leave it out"
+                )
+        elif self.threshold is None:
+            raise DeltapatchError(
+                "until needs threshold, the magnitude above which effects are large: give it"
+            )
+        elif self.shard is not None:
+            raise DeltapatchError("until goes on from what was found, so it has no parts: leave out shard")
+        elif self.screen_limit == 0:
+            raise DeltapatchError("screen_limit must be 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from deltapatch.engine.estimates import Estimates, Method, reaching
 from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.progress import progress_bar
-from deltapatch.engine.question import ask
+from deltapatch.engine.question import Question, ask
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid
@@ -22,10 +22,11 @@ from deltapatch.interventions.table import COLUMNS, PatchTable, take
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.outcome import Outcome
-from deltapatch.results.screened import NOTHING, TOP, Screened
-from deltapatch.results.strata import cut, draw
+from deltapatch.results.screened import NOTHING, TOP, Choice, Screened
+from deltapatch.results.strata import Strata, cut, draw
 
-_TOP, _SAMPLE, _STEPS = 1000, 1000, 5
+SAMPLE_UNLESS_GIVEN = 1000
+_TOP, _STEPS = 1000, 5
 
 
 class Screen:
@@ -37,38 +38,53 @@ class Screen:
 
     Attributes:
         options: of the exact effects. In precision "auto" they are float32, or float64 as the model is.
+        can: ascending, the effects that can be anything but zero.
+        spec, pairs: of the model, and encoded.
 
     Raises:
         DeltapatchError: bad input, or a screen that does not go together with it.
     """
 
     def __init__(self, model: Model, pairs: Pairs, options: SweepOptions) -> None:
-        self.by = options.screen_by or "logit_diff"
         question = ask(model, pairs, options)
         assert isinstance(question.interventions, Grid)
-        assert options.screen is not None
-        if self.by not in question.measured:
-            raise DeltapatchError(f"a sweep that is screened by {self.by} needs it: name it among metrics")
-        exact = "fp64" if model.dtype == torch.float64 else "fp32"
-        self.options = replace(options, precision=exact) if options.precision == "auto" else options
-        self.grid = question.interventions
-        estimates = Estimates(question, Method(options.screen, self.by, options.screen_steps or _STEPS))
+        self.grid, self.spec, self.pairs = question.interventions, model.spec, question.pairs
+        self.options = verified_with(model, options)
+        estimates = estimates_of(question)
+        self.by = estimates.method.by
         with progress_bar("estimating", estimates.n_steps, options.progress) as tick:
             self.estimates = estimates.run(tick)
-        self._choose(reaching(question))
+        self.can = np.flatnonzero(reaching(question))
+        if not len(self.can):
+            raise DeltapatchError(
+                "no effect can be anything but zero: patch where the prompts differ, before the read-out"
+            )
 
-    def _choose(self, reaching: np.ndarray) -> None:
-        """The top, and a sample by strata of what is below it. reaching: [effect].
+    def choose(self) -> Choice:
+        """The top, and a sample by strata of what is below it."""
+        top, sample = first_sizes(self.options)
+        rest, site = self._below(top)
+        cut_up = cut(np.abs(self.estimates[rest]), site)
+        strata, drawn = draw(cut_up, sample, self.options.seed)
+        return self._choice(rest, cut_up, strata, rest[drawn])
+
+    def choose_nested(self, top: int, sample: int) -> Choice:
+        """The top, and a sample of what is below it: the beginning of one random order of that.
+
+        So a larger sample has the smaller ones, but for what has come to the top.
+        """
+        rest, _ = self._below(top)
+        turn = np.random.default_rng(self.options.seed).permutation(len(self.estimates))
+        drawn = rest[np.argsort(turn[rest])[:sample]]
+        strata = Strata(np.array([len(rest)]), np.array([len(drawn)]))
+        return self._choice(rest, np.zeros(len(rest), np.int64), strata, drawn)
+
+    def _below(self, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """What can have an effect and is not at the top, and its site.
 
         The largest of each pair is at the top too, so that every pair is run.
         """
-        top, sample = (
-            default if given is None else given
-            for given, default in ((self.options.top, _TOP), (self.options.screen_sample, _SAMPLE))
-        )
-        self.stratum = np.full(len(reaching), NOTHING)
-        can = np.flatnonzero(reaching)
-        size = np.abs(self.estimates[can])
+        can, size = self.can, np.abs(self.estimates[self.can])
         site, pair = np.zeros((2, len(can)), dtype=np.int64)
         for number, g in enumerate(self.grid.sites):
             mine = can >= g.offset
@@ -76,34 +92,60 @@ class Screen:
         order = np.argsort(-size, kind="stable")
         is_top = np.zeros(len(can), dtype=bool)
         is_top[order[:top]] = is_top[order[np.unique(pair[order], return_index=True)[1]]] = True
-        best, rest, site = can[is_top], can[~is_top], site[~is_top]
-        self.stratum[best] = TOP
-        self.stratum[rest] = stratum = cut(np.abs(self.estimates[rest]), site)
-        self.strata, drawn = draw(stratum, sample, self.options.seed)
-        self.chosen = np.sort(np.concatenate([best, rest[drawn]]))
-        if not len(self.chosen):
-            raise DeltapatchError(
-                "no effect can be anything but zero: patch where the prompts differ, before the read-out"
-            )
+        return can[~is_top], site[~is_top]
 
-    def listed(self, spec: ModelSpec, pairs: list[EncodedPair]) -> Listed:
-        """What is computed exactly, each labelled with its number among all effects."""
-        parts: list[PatchTable] = []
-        effects = []
-        for number, pair in enumerate(pairs):
-            table, out = self.grid.table(number, pair)
-            rows = np.flatnonzero(np.isin(out, self.chosen))
-            parts.append(take(table, rows))
-            effects.append(out[rows])
-        first = np.cumsum([0, *(part.n_rows for part in parts)])
-        whole = PatchTable(
-            int(first[-1]),
-            np.repeat(np.arange(len(pairs)), np.diff(first)),
-            np.concatenate([part.row + a for part, a in zip(parts, first[:-1], strict=True)]),
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS),
-        )
-        return Listed(whole, labels={"effect": np.concatenate(effects)})
+    def _choice(self, rest: np.ndarray, cut_up: np.ndarray, strata: Strata, drawn: np.ndarray) -> Choice:
+        stratum = np.full(len(self.estimates), NOTHING)
+        stratum[self.can] = TOP
+        stratum[rest] = cut_up
+        return Choice(stratum, strata, np.union1d(np.setdiff1d(self.can, rest), drawn))
 
-    def result(self, verified: Outcome) -> Screened:
+    def listed(self, chosen: np.ndarray, spec: ModelSpec, pairs: list[EncodedPair]) -> Listed:
+        """`listed_effects` of its grid, as `ask` takes it."""
+        return listed_effects(self.grid, chosen, pairs)
+
+    def result(self, verified: Outcome, choice: Choice) -> Screened:
         """What is known, now that these are."""
-        return Screened(verified, self.grid, self.estimates, self.stratum, self.strata, self.by)
+        return Screened(verified, self.grid, self.estimates, choice, self.by)
+
+
+def verified_with(model: Model, options: SweepOptions) -> SweepOptions:
+    """The options of the exact effects: in precision "auto" float32, or float64 as the model is."""
+    exact = "fp64" if model.dtype == torch.float64 else "fp32"
+    return replace(options, precision=exact) if options.precision == "auto" else options
+
+
+def first_sizes(options: SweepOptions) -> tuple[int, int]:
+    """How many are verified at the top, and how many are drawn, to begin with."""
+    top, sample = options.top, options.screen_sample
+    return _TOP if top is None else top, SAMPLE_UNLESS_GIVEN if sample is None else sample
+
+
+def estimates_of(question: Question) -> Estimates:
+    """The estimates that a sweep with a screen asks for."""
+    options = question.options
+    assert isinstance(options, SweepOptions)
+    assert options.screen is not None
+    by = options.screen_by or "logit_diff"
+    if by not in question.measured:
+        raise DeltapatchError(f"a sweep that is screened by {by} needs it: name it among metrics")
+    return Estimates(question, Method(options.screen, by, options.screen_steps or _STEPS))
+
+
+def listed_effects(grid: Grid, chosen: np.ndarray, pairs: list[EncodedPair]) -> Listed:
+    """Some effects of a grid as interventions, each labelled with its number among all."""
+    parts: list[PatchTable] = []
+    effects = []
+    for number, pair in enumerate(pairs):
+        table, out = grid.table(number, pair)
+        rows = np.flatnonzero(np.isin(out, chosen))
+        parts.append(take(table, rows))
+        effects.append(out[rows])
+    first = np.cumsum([0, *(part.n_rows for part in parts)])
+    whole = PatchTable(
+        int(first[-1]),
+        np.repeat(np.arange(len(pairs)), np.diff(first)),
+        np.concatenate([part.row + a for part, a in zip(parts, first[:-1], strict=True)]),
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS),
+    )
+    return Listed(whole, labels={"effect": np.concatenate(effects)})

@@ -6,6 +6,7 @@ A sweep patches a grid, each activation alone; a run carries out given intervent
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,6 +18,7 @@ from deltapatch.engine.passes import at_work, passes, progress_of, run_pass
 from deltapatch.engine.pool import threads
 from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.question import Decided, Question, ask
+from deltapatch.engine.rounds import verify_until
 from deltapatch.engine.screen import Screen
 from deltapatch.engine.settings import (
     check_same,
@@ -41,7 +43,7 @@ from deltapatch.results.manifest import Manifest
 from deltapatch.results.measured import Found, Gathered, with_axes
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.reading import read_run
-from deltapatch.results.screened import Screened
+from deltapatch.results.screened import Screened, load_screened
 from deltapatch.results.truth import Truth
 from deltapatch.results.wired_outcome import WiredOutcome
 
@@ -173,11 +175,40 @@ def _screened(model: Model, pairs: Pairs, options: SweepOptions) -> Screened:
     if options.out is not None and not options.resume and options.part is None:
         check_output(options.out)
     screen = Screen(model, pairs, options)
-    verified = _answer(model, pairs, screen.options, screen.listed)
+    if options.until is not None:
+        return _until(model, pairs, screen)
+    choice = screen.choose()
+    verified = _answer(model, pairs, screen.options, partial(screen.listed, choice.effects))
     assert isinstance(verified, Outcome)
-    found = screen.result(verified)
+    found = screen.result(verified, choice)
     if options.out is not None and (Path(options.out) / RUN).is_file():
         found.put_estimates(Path(options.out))
+    return found
+
+
+def _until(model: Model, pairs: Pairs, screen: Screen) -> Screened:
+    """Verify in rounds, each a run of its own; in a run folder theirs are kept until the last is done."""
+
+    def verify(folder: Path | None, effects: np.ndarray, number: int) -> Outcome:
+        out = None if folder is None else folder / str(number)
+        own = replace(screen.options, out=out, resume=out is not None)
+        found = _answer(model, pairs, own, partial(screen.listed, effects))
+        assert isinstance(found, Outcome)
+        return found
+
+    options = screen.options
+    if options.out is None:
+        return verify_until(screen, partial(verify, None))
+    path = Path(options.out)
+    with unfinished(path, options.resume) as kept:
+        if not kept.finished:
+            found = verify_until(screen, partial(verify, kept.rounds))
+            found.put_estimates(path)
+            kept.finish(found.verified)
+            return found
+    found = load_screened(path)
+    effects = found.verified.interventions.labels["effect"]
+    _finished(ask(model, pairs, options, partial(screen.listed, effects)))
     return found
 
 

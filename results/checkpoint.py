@@ -5,6 +5,7 @@
     RUN/unfinished/interventions.safetensors   those of a run of given interventions, likewise
     RUN/unfinished/0.safetensors ...   a shard for each pass that is done (see shards.py)
     RUN/unfinished/*.lock              who is at work
+    RUN/unfinished/rounds/1 ...        in the place of all but locks, of a sweep in rounds: a run folder each
 
 When all is there, the files of a run folder are written into RUN, run.json as the last, and `unfinished` is
 removed. So a folder with run.json is whole, whatever lies beside it.
@@ -28,6 +29,7 @@ from deltapatch.results.folder import (
     LOCK,
     MANIFEST,
     PAIRS,
+    ROUNDS,
     RUN,
     UNFINISHED,
     check_output,
@@ -64,6 +66,16 @@ class Unfinished:
         self.passes = KeptPasses(self.folder, "")
         if (self.folder / MANIFEST).exists():
             self._adopt(read_plan(path))
+
+    @property
+    def rounds(self) -> Path:
+        """Where the run folders of rounds are."""
+        return self.folder / ROUNDS
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether it goes on in rounds, and has begun one."""
+        return self.rounds.is_dir() and any(self.rounds.iterdir())
 
     @property
     def whole(self) -> bool:
@@ -162,6 +174,8 @@ class Unfinished:
     def state(self) -> str:
         """What is kept, and how to go on."""
         n = len(self.passes.numbers())
+        if self.has_rounds:
+            return f"its rounds are kept in {self.path}, and {GO_ON}"
         if not n:
             return "nothing was kept, so run it again"
         total = "" if self.manifest is None else f" of {self.manifest.n_passes}"
@@ -170,7 +184,7 @@ class Unfinished:
     def drop_if_empty(self) -> bool:
         """Remove what this process began, where no pass is done and nobody else is at work."""
         mine = self._began or self.manifest is None
-        if self.part is not None or not mine or self.passes.numbers():
+        if self.part is not None or not mine or self.passes.numbers() or self.has_rounds:
             return False
         clean(self.path)
         return True
@@ -213,8 +227,9 @@ def unfinished(path: Path, resume: bool, part: tuple[int, int] | None = None) ->
     if not (join and (is_begun(path) or (path / RUN).is_file())):  # another process may just have finished it
         check_output(path)
     folder = path / UNFINISHED
-    if folder.is_symlink():
-        raise DeltapatchError(f"{folder} is a link: what is written must stay in the run folder; remove it")
+    for link in (folder, folder / ROUNDS):
+        if link.is_symlink():
+            raise DeltapatchError(f"{link} is a link: what is written must stay in the run folder; remove it")
     finished = False
     busy = f"another process works on run folder {path}: wait until it is done, or choose another output path"
     with ExitStack() as locks:
@@ -275,6 +290,8 @@ def clean(path: Path) -> None:
     """Remove what a finished run no longer needs, and nothing that is not its own; the locks go last."""
     folder = path / UNFINISHED
     _remove_drafts(folder)
+    if not (folder / ROUNDS).is_symlink():
+        shutil.rmtree(folder / ROUNDS, ignore_errors=True)
     for pattern in ("*.safetensors", MANIFEST, PAIRS, "*.lock"):
         for file in folder.glob(pattern):
             if file.is_symlink() or not file.is_dir():

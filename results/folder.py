@@ -44,6 +44,7 @@ CHECKSUM = "sha256"  # in run.json
 RUN, PAIRS, EFFECTS = "run.json", "pairs.jsonl", "effects.safetensors"
 INTERVENTIONS = "interventions.safetensors"
 UNFINISHED, MANIFEST, LOCK = "unfinished", "manifest.json", "run.lock"
+ROUNDS = "rounds"  # in UNFINISHED, of a sweep that goes on until it has found enough: a run folder each
 _REFERENCE_AXES = {
     "logit": "pair,run,answer",
     "logp": "pair,run,answer",
@@ -57,7 +58,7 @@ def is_begun(path: Path) -> bool:
     folder = path / UNFINISHED
     if not folder.is_dir():
         return False
-    return (folder / LOCK).exists() or (folder / MANIFEST).exists() or not any(folder.iterdir())
+    return any((folder / name).exists() for name in (LOCK, MANIFEST, ROUNDS)) or not any(folder.iterdir())
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:

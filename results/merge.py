@@ -13,7 +13,7 @@ from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.models.header import check_regular
-from deltapatch.results.checkpoint import Unfinished, read_plan, tidy, unfinished
+from deltapatch.results.checkpoint import GO_ON, Unfinished, read_plan, tidy, unfinished
 from deltapatch.results.folder import INTERVENTIONS, PAIRS, RUN, UNFINISHED, is_begun
 from deltapatch.results.kept import DamagedPass, KeptPasses
 from deltapatch.results.manifest import Manifest, digest_of
@@ -57,6 +57,8 @@ def join(run: Unfinished) -> Found:
         DeltapatchError: passes are missing or damaged, or the disk is full.
     """
     path = run.path
+    if run.has_rounds:
+        raise DeltapatchError(f"run {path} is one in rounds, which has no parts to merge: {GO_ON}")
     manifest = run.manifest or read_plan(path)
     pairs = _pairs(path, manifest)
     interventions = _interventions(path, manifest, pairs)

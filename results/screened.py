@@ -30,6 +30,7 @@ from deltapatch.results.metrics import (
 )
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.reading import load_outcome
+from deltapatch.results.recall import CONFIDENCE, Recall, in_round
 from deltapatch.results.strata import Strata
 from deltapatch.results.tensorfile import save_file
 from deltapatch.results.wholefile import write_whole
@@ -79,6 +80,23 @@ class Missed:
         )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What is computed exactly: the largest estimates, and a sample of all others that can have an effect.
+
+    Attributes:
+        stratum: [effect], TOP, NOTHING or a number of `strata`.
+        strata: of what is not at the top.
+        effects: ascending, what is at the top or was drawn.
+        looks: in which round of a sweep with `until` this is; 0 of what is looked at once.
+    """
+
+    stratum: np.ndarray
+    strata: Strata
+    effects: np.ndarray
+    looks: int = 0
+
+
 class Screened:
     """What a screened sweep found.
 
@@ -86,26 +104,19 @@ class Screened:
         verified: the exact effects, each labelled with `effect`, which it is of the grid's.
         grid: all that was screened, as axes.
         estimates: [effect], of `by`.
-        stratum: [effect], a number of `strata`, TOP, or NOTHING.
-        strata: of what is not at the top.
+        choice: what was verified, and why.
         by: the number that was estimated.
 
     Attributes:
         verified: those of the top by estimate (of each pair one at least), and of a random sample of the
             rest, as `run` returns them.
+        looks: rounds after which a sweep with `until` looked at its sample; 0 of any other.
     """
 
-    def __init__(
-        self,
-        verified: Outcome,
-        grid: Grid,
-        estimates: np.ndarray,
-        stratum: np.ndarray,
-        strata: Strata,
-        by: str,
-    ) -> None:
-        self.verified, self.by = verified, by
-        self._grid, self._estimates, self._stratum, self._strata = grid, estimates, stratum, strata
+    def __init__(self, verified: Outcome, grid: Grid, estimates: np.ndarray, choice: Choice, by: str) -> None:
+        self.verified, self.by, self.looks = verified, by, choice.looks
+        self._grid, self._estimates = grid, estimates
+        self._stratum, self._strata = choice.stratum, choice.strata
         self._effect = verified.interventions.labels["effect"]  # [intervention]
 
     def __repr__(self) -> str:
@@ -248,12 +259,13 @@ class Screened:
         return import_pandas().DataFrame(self.columns(metrics))
 
     def missed(
-        self, threshold: float | None = None, metric: str | None = None, confidence: float = 0.95
+        self, threshold: float | None = None, metric: str | None = None, confidence: float = CONFIDENCE
     ) -> Missed:
         """A bound on how many large effects are among those that were not looked at (see strata.py).
 
         It holds for a threshold that is fixed before the sample is seen: one that is given beforehand, or the
-        default, which follows from the top alone.
+        default, which follows from the top alone. It holds with its confidence for sweeps with `until`, too,
+        which looked at it in several rounds before they stopped.
 
         Args:
             threshold: magnitudes above it are large; by default what the sweep was given, for what was
@@ -275,8 +287,42 @@ class Screened:
         limit = float(np.median(size[stratum == TOP])) if threshold is None else scale(threshold, "threshold")
         large = size > limit
         counts = np.bincount(stratum[large & (stratum >= 0)], minlength=len(self._strata.size))
-        bound = self._strata.at_most(counts, confidence)
+        sure = in_round(confidence, self.looks) if self.looks else confidence
+        bound = self._strata.at_most(counts, sure)
         return Missed(name, limit, int(large.sum()), bound, self._strata.unseen, confidence)
+
+    @property
+    def goal(self) -> Recall | None:
+        """What the sweep went on until."""
+        until = self.meta.get("until")
+        return None if until is None else Recall.of(until)
+
+    @property
+    def confidence(self) -> float:
+        """That of its goal, or 0.95."""
+        return CONFIDENCE if self.goal is None else self.goal.confidence
+
+    @property
+    def reached(self) -> bool:
+        """Whether it found what it went on until; False of a sweep that has no goal."""
+        missed = self.missed(confidence=self.confidence)
+        return self.goal is not None and self.goal.reached(missed.found, missed.at_most)
+
+    @property
+    def verdict(self) -> str | None:
+        """How a sweep with `until` ended, in words."""
+        if self.goal is None:
+            return None
+        recall = self.missed(confidence=self.confidence).recall
+        least = "100%" if math.isnan(recall) else f"{math.floor(1000 * recall) / 10:g}%"
+        found = f"at least {least} of the large effects were found"
+        wanted, rounds = f"{100 * self.goal.share:g}%", f"{self.looks} round{'' if self.looks == 1 else 's'}"
+        if self.reached:
+            return f"enough after {rounds}: {found}, and {wanted} was asked for"
+        return (
+            f"NOT enough: the limit of {self.meta['screen_limit']:,} exact effects ended after {rounds}; "
+            f"{found}, and {wanted} was asked for: raise screen_limit or threshold, or ask for less"
+        )
 
     def shapes(self) -> dict[str, Any]:
         """The axes of every site, for programs."""
@@ -303,7 +349,7 @@ class Screened:
             "size": self._strata.size,
             "drawn": self._strata.drawn,
         }
-        about = {"by": self.by, "grid": json.dumps(self._grid.settings())}
+        about = {"by": self.by, "looks": str(self.looks), "grid": json.dumps(self._grid.settings())}
         with plain_errors(path):
             write_whole(path / ESTIMATES, lambda draft: save_file(arrays, draft, metadata=about))
 
@@ -387,7 +433,10 @@ def _read(verified: Outcome, arrays: dict[str, np.ndarray], about: dict[str, str
     right &= (np.bincount(mine[mine >= 0], minlength=len(size)) == drawn).all()
     if not right or about["by"] not in FIRST_ORDER:
         raise ValueError("strata do not fit what was verified")
-    return Screened(verified, grid, estimates, stratum, Strata(size, drawn), about["by"])
+    choice = Choice(stratum, Strata(size, drawn), np.sort(effect), int(about.get("looks", 0)))
+    if (choice.looks > 0) != (verified.meta.get("until") is not None):
+        raise ValueError("looks")
+    return Screened(verified, grid, estimates, choice, about["by"])
 
 
 def _factor(metric: str, reference: Reference, direction: Direction) -> np.ndarray:

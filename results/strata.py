@@ -7,7 +7,8 @@ theorem 4) shows that among such sums with one mean m the binomial one is likeli
 P(X <= x) <= P(Binomial(n, m / n) <= x) for x <= m - 1. So the upper bound of Clopper and Pearson for x of n
 holds for the mean of X, whatever the strata are, without a bound for each and a union of these, which would
 cost a factor of their number. A stratum of which one in k was drawn adds a kth of its large effects to that
-mean; the worst way to share it out says how many there can be.
+mean; the worst way to share it out says how many there can be. Where there is one stratum, the hypergeometric
+numbers themselves give the bound (Buonaccorsi 1987), which is smaller where much was drawn.
 """
 
 import math
@@ -56,6 +57,8 @@ class Strata:
         if not drawn.all():
             return self.unseen
         x, n = int(seen.sum()), int(drawn.sum())
+        if len(size) == 1:
+            return most_large(x, n, int(size[0]), 1 - confidence) - x
         mean = max(n * upper(x, n, 1 - confidence), x + 1)
         fraction = drawn / size
         left = mean - float((fraction * seen).sum())  # of the mean, for those that were not drawn
@@ -127,3 +130,40 @@ def upper(x: int, n: int, alpha: float) -> float:
         chance = math.exp(terms.max()) * np.exp(terms - terms.max()).sum()
         low, high = (p, high) if chance > alpha else (low, p)
     return high
+
+
+def most_large(x: int, n: int, size: int, alpha: float) -> int:
+    """How many of some items can be large, where x of n that were drawn are: with chance alpha it is more.
+
+    Args:
+        x: of n.
+        size: how many items there are, n of which were drawn, none twice.
+        alpha: one less the confidence.
+    """
+    low, high = x, size - n + x + 1  # that can be, and what cannot
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if chance(x, n, middle, size) > alpha else (low, middle)
+    return low
+
+
+def chance(x: int, n: int, large: int, size: int) -> float:
+    """The chance that x or fewer of n draws are large: the hypergeometric distribution.
+
+    Args:
+        large: of all items.
+        size: how many items there are.
+    """
+    k = np.arange(max(0, n - (size - large)), min(x, n, large) + 1)
+    if not len(k):
+        return 0.0
+    first = int(k[0])
+    ways = _log_choose(large, first) + _log_choose(size - large, n - first) - _log_choose(size, n)
+    before = k[:-1]
+    grows = (large - before) * (n - before) / ((before + 1.0) * (size - large - n + before + 1))
+    terms = ways + np.cumsum(np.log(np.append(1.0, grows)))
+    return min(1.0, math.exp(terms.max()) * float(np.exp(terms - terms.max()).sum()))
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

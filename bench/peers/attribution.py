@@ -41,15 +41,8 @@ class Attribution(Hooks):
         return [np.arange(len(cells))]
 
     def measure(self, cells: Cells) -> np.ndarray:
-        """Half of the estimate for each answer, since they are apart by it; joint patches add up."""
-        total = np.zeros(len(cells))
-        for patch in range(cells.patches):
-            layer, position, index = (a[:, patch] for a in (cells.layer, cells.position, cells.index))
-            values = torch.stack(self.estimate).numpy()  # [layer, pair, T(, index)]
-            at: Any = (layer, cells.pair, position)
-            total += values[at] if index[0] < 0 else values[(*at, index)]
-        both = np.stack([total / 2, -total / 2], axis=1)
-        return total[:, None] if self.work.metric == "logit_diff" else both
+        """What was estimated of these cells."""
+        return estimated(cells, self.estimate, self.work.metric)
 
     def _some_pairs(self, site: str, pairs: Tensor) -> list[Tensor]:
         """[layer][pair, T(, index)] for some of the pairs."""
@@ -73,3 +66,18 @@ class Attribution(Hooks):
             # of a neuron it is the product itself, of a vector or a head the sum over its coordinates
             out.append((product if site == "mlp_post" else product.sum(-1)).cpu())
         return out
+
+
+def estimated(cells: Cells, estimate: list[Tensor], metric: str) -> np.ndarray:
+    """What the metric needs of cells, [n, column], of [layer][pair, T(, index)]; joint patches add up."""
+    total, values = np.zeros(len(cells)), torch.stack(estimate).numpy()  # [layer, pair, T(, index)]
+    for patch in range(cells.patches):
+        layer, position, index = (a[:, patch] for a in (cells.layer, cells.position, cells.index))
+        at: Any = (layer, cells.pair, position)
+        total += values[at] if index[0] < 0 else values[(*at, index)]
+    return of_answers(total, metric)
+
+
+def of_answers(total: np.ndarray, metric: str) -> np.ndarray:
+    """Half of the estimate for each answer, since they are apart by it: [n, column] of [n]."""
+    return total[:, None] if metric == "logit_diff" else np.stack([total / 2, -total / 2], axis=1)

@@ -20,7 +20,13 @@ PEERS = {
     "hooks-layer": "hooks_layer.HooksLayer",
     "hooks-prefix": "hooks_prefix.HooksPrefix",
     "attribution": "attribution.Attribution",
+    "tlens-attribution": "tlens_attribution.TLensAttribution",
+    "deltapatch-screen": "screen.Screen",
+    "deltapatch-verified": "screen.Verified",
 }
+
+# Those that estimate; no exact side is compared with them.
+ESTIMATES = ("attribution", "tlens-attribution", "deltapatch-screen", "deltapatch-verified")
 
 
 def ours() -> list[str]:

@@ -38,13 +38,42 @@ def test_a_screened_sweep(command, tiny, write_pairs, text_pair, ids_pair, tmp_p
     assert table.out.split()[:5] == ["pair", "site", "layer", "position", "index"]
 
 
+def test_until_enough_was_found(command, tiny, write_pairs, text_pair, ids_pair, tmp_path):
+    pairs, run = write_pairs(text_pair, ids_pair), tmp_path / "run"
+    asked = ("--screen", "relp", "--threshold", "0.3", "--until", "recall:0.8:0.9", "--out", run)
+    result = screen(command, tiny, pairs, *asked)
+    assert result.code == 0
+    assert "have to be drawn" in result.err.split("round 1:")[0]  # told beforehand
+    found = dp.load_screened(run)
+    assert found.reached
+    assert found.verdict in result.err
+    said = json.loads(screen(command, tiny, pairs, *asked, "--resume", "--json").out)
+    assert said["reached"] is True
+    assert said["recall"] == found.missed(confidence=0.9).recall
+    limited = screen(command, tiny, pairs, *asked[:-1], tmp_path / "limited", "--screen-limit", "25")
+    assert limited.code == 0
+    assert "NOT enough" in limited.err
+
+
+def test_a_plan(command, tiny, write_pairs, text_pair, ids_pair):
+    asked = ("--screen", "relp", "--screen-sample", "5", "--dry-run")
+    pairs = write_pairs(text_pair, ids_pair)
+    result = screen(command, tiny, pairs, *asked)
+    assert result.code == 0
+    assert "verified       25 on 2 pairs" in result.out
+    assert "of it for the estimates" in result.out
+    said = json.loads(screen(command, tiny, pairs, *asked, "--json").out)
+    assert said["rows"] == 25
+    assert "estimates" in said["seconds_by_part"]
+
+
 def test_what_does_not_go_together(command, tiny, write_pairs, ids_pair, tmp_path):
     pairs, out = write_pairs(ids_pair), tmp_path / "run"
     for more, said in (
         (("--out", out), "give screen as well"),
-        (("--screen", "relp", "--dry-run"), "--screen and --dry-run"),
         (("--screen", "relp", "--ray", "", "--out", out), "--screen and --ray"),
         (("--screen", "magic", "--out", out), "magic"),
+        (("--screen", "relp", "--until", "0.9", "--out", out), "recall:0.9"),
         (("--screen", "relp", "--screen-by", "kl", "--out", out), "kl"),
         (("--screen", "relp", "--metrics", "kl", "--out", out), "needs it"),
     ):

@@ -9,8 +9,10 @@ from engine_tiny import build, hf_model, pairs, random_pair, true_model, with_lo
 import deltapatch
 from deltapatch import AnyOf, DeltapatchError, PromptPair
 from deltapatch.engine.estimates import Estimates, Method, reaching
+from deltapatch.engine.gradients import Backward
 from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.question import ask
+from deltapatch.engine.unpatched import Unpatched
 
 ALL = (
     "resid_pre", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "pattern", "z", "mlp_post",
@@ -255,3 +257,22 @@ def test_what_is_refused():
     ):
         with pytest.raises(DeltapatchError, match=said):
             estimated(model, given, method, **options)
+
+
+@pytest.mark.parametrize("method", ["attribution", "ig-inputs"])
+def test_what_they_take_is_known_beforehand(method, monkeypatch):
+    """Token by token: forwards of base and source runs, and what gradients go back through."""
+    model = deltapatch.from_transformers(hf_model("llama-grouped"))
+    prompts = [PromptPair(*pair) for pair in pairs(true_model("llama-grouped"), (5, 3))]
+    question = ask(model, prompts, SweepOptions(sites=["z", "resid_pre"], metrics="logit_diff"))
+    estimates, took = Estimates(question, Method(method, "logit_diff", 3)), []
+    for kind, name, runs in ((Unpatched, "base", 1), (Unpatched, "sources", 1), (Backward, "through", 2)):
+        real = getattr(kind, name)
+
+        def counted(self, x, *args, real=real, runs=runs):
+            took.append(runs * len(x))
+            return real(self, x, *args)
+
+        monkeypatch.setattr(kind, name, counted)
+    estimates.run()
+    assert sum(took) == estimates.token_layers
