@@ -167,7 +167,8 @@ class Options:
         'which metrics will be asked for, or "all"; leaving out kl, entropy, flip and says_* is faster. A '
         "function (logits [row, d_vocab], base_logits [d_vocab], pair) -> [row] is one too, named after "
         "itself: it is given the patched logits at the end of the prompt, some rows at a time. So is a "
-        "`Probe`, or a file of them, which reads the residual stream.",
+        "`Probe`, or a file of them, which reads the residual stream. `weighted_logits`, of pairs that "
+        "have `weights`, is not among all.",
         check=_metrics,
         word="metrics",
         other="kl",
