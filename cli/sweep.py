@@ -184,7 +184,7 @@ def _sweep(
         effects: Any = spread(model, pairs, cluster, out=out, resume=resume, progress=not quiet, **options)
     else:
         loaded = load_model(model, **loading | ({"stream": True} if finished else {}))
-        encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names)
+        encoded = encode_pairs(pairs, loaded.tokenizer, loaded.spec.d_vocab, names, options.get("align"))
         question = ask(loaded, pairs, kind(**options))
         planned(repr(loaded), question.n_rows, question.flops)
         longest = max(pair.answer_tokens for pair in encoded)

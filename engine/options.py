@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from deltapatch import arguments
 from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.interventions.alignment import ENDS
 
 if TYPE_CHECKING:
     from deltapatch.interventions.roles import Roles
@@ -127,6 +128,19 @@ class Options:
         word="source",
         other="zero",
         typed={"help": "Where activations come from: counterpart, zero, mean, resample or noise."},
+    )
+    align: str | None = option(
+        None,
+        'how pairs line up that do not say so themselves: "prefix+suffix", by the tokens that both prompts '
+        "begin and end with. It changes nothing for prompts of equal length.",
+        check=lambda value: value if value is None else arguments.choice(value, (ENDS,), "align"),
+        word="alignment",
+        other=ENDS,
+        typed={
+            "choice": (ENDS,),
+            "help": "How pairs line up that do not say so themselves: by the tokens that both prompts begin "
+            "and end with.",
+        },
     )
     precision: str = option(
         "auto",

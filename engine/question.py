@@ -238,7 +238,7 @@ def ask(
     if options.precision == "fp8" and not has_float8(model.device):
         raise DeltapatchError(f"precision fp8 needs a newer GPU than {model.device}: use fp16 or bf16")
     spec, (found, names) = model.spec, as_pairs(pairs)
-    encoded = encode_pairs(found, model.tokenizer, spec.d_vocab, names)
+    encoded = encode_pairs(found, model.tokenizer, spec.d_vocab, names, options.align)
     roles = options.roles
     check_source_fits(encoded, roles)
     ends = [read_at(options.readout, i, pair) for i, pair in enumerate(encoded)]

@@ -182,7 +182,11 @@ def _notes(labels: Mapping[str, int | str]) -> list[str]:
 
 
 def encode_pairs(
-    pairs: Sequence[PromptPair], tokenizer: Any, d_vocab: int, names: Sequence[str] | None = None
+    pairs: Sequence[PromptPair],
+    tokenizer: Any,
+    d_vocab: int,
+    names: Sequence[str] | None = None,
+    align: str | None = None,
 ) -> list[EncodedPair]:
     """Tokenise and check pairs.
 
@@ -200,6 +204,7 @@ def encode_pairs(
         tokenizer: a Hugging Face tokenizer, or None where prompts and answers are ids.
         d_vocab: ids must be below it.
         names: what errors call each pair, for example "pairs.jsonl, line 7"; "pair 0" and so on by default.
+        align: how pairs line up that do not say so themselves: "prefix+suffix", or None.
 
     Raises:
         DeltapatchError: no pairs; text without a tokenizer; an empty prompt or answer; prompts of unequal
@@ -217,7 +222,7 @@ def encode_pairs(
         raise DeltapatchError("There are no prompt pairs: give at least one.")
     if names is None:
         names = [f"pair {i}" for i in range(len(pairs))]
-    encoder = _Encoder(tokenizer, d_vocab)
+    encoder = _Encoder(tokenizer, d_vocab, align)
     encoded = [encoder.encode(pair, name) for pair, name in zip(pairs, names, strict=True)]
     for note in encoder.notes.values():
         warnings.warn(note, stacklevel=2)
@@ -257,8 +262,8 @@ class _Encoder:
         notes: what was done that users would not expect, each kind once.
     """
 
-    def __init__(self, tokenizer: Any, d_vocab: int) -> None:
-        self.tokenizer, self.d_vocab = tokenizer, d_vocab
+    def __init__(self, tokenizer: Any, d_vocab: int, align: str | None) -> None:
+        self.tokenizer, self.d_vocab, self.align = tokenizer, d_vocab, align
         self.notes: dict[str, str] = {}
         self._texts: dict[int, str] = {}  # of every token that was met
 
@@ -269,6 +274,7 @@ class _Encoder:
             self._prompt(p, w, name) for p, w in zip(texts, ("clean", "corrupted"), strict=True)
         )
         align = getattr(pair, "align", None)  # which pairs that are no `PromptPair` need not have
+        align = self.align if align is None else align
         if align is None and len(clean) != len(corrupted):
             raise DeltapatchError(
                 f"{name}: the prompts must have the same number of tokens, but clean has {len(clean)} "

@@ -97,7 +97,8 @@ class Worker:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
             model = load_model(request.model, **request.loading)
-            encode_pairs(request.pairs, model.tokenizer, model.spec.d_vocab, request.names)
+            align = request.options.align
+            encode_pairs(request.pairs, model.tokenizer, model.spec.d_vocab, request.names, align)
             question = ask(model, request.pairs, request.options, request.interventions)
         self._question = question
         told = [str(w.message) for w in said if issubclass(w.category, UserWarning)]

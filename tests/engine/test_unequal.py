@@ -408,3 +408,18 @@ def test_probes_read_where_the_clean_position_is_in_the_base_run(direction):
     )
     want = clean - corrupted if direction == "denoise" else corrupted - clean
     assert got.values("mood")[0, 0, 0] == pytest.approx(want, rel=1e-8)
+
+
+def test_pairs_that_do_not_say_it_line_up_as_the_option_says(tmp_path):
+    """A pair's own list stays; of equal prompts nothing changes; a run is held to it."""
+    variant = "llama-grouped"
+    said = [*drawn(variant), *mapped(variant)]
+    silent = [pair._replace(align=None) if pair.align == "prefix+suffix" else pair for pair in said]
+    assert silent != said
+    options = {"sites": ["mlp_out"], "out": tmp_path / "run"}
+    found = sweep(variant, silent, align="prefix+suffix", **options)
+    np.testing.assert_array_equal(found.values("kl"), sweep(variant, said, ["mlp_out"]).values("kl"))
+    with pytest.raises(DeltapatchError, match="same number of tokens"):
+        sweep(variant, silent, resume=True, **options)
+    with pytest.raises(DeltapatchError, match="align"):
+        sweep(variant, silent, ["mlp_out"], align="suffix")
