@@ -8,6 +8,7 @@ from click.core import ParameterSource
 
 from deltapatch.cli.options import SEED, adapter, as_json, model, print_json, quiet, read_names, revision, say
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.alignment import ENDS
 
 EXAMPLES = """\b
 Tasks:
@@ -39,6 +40,9 @@ Examples:
     metavar="FILE",
     help="Make no pairs: print those of a pairs file as MODEL sees them, each token with its position, with "
     "labels and answers.",
+)
+@click.option(
+    "--align", type=click.Choice([ENDS]), help="With --show: how pairs line up that do not say so themselves."
 )
 @click.option("--task", default="arithmetic", show_default=True, help="What the pairs are about.")
 @model
@@ -102,7 +106,7 @@ def pairs(
     """
     if show is not None:
         _refuse_beside_show()
-        _show(show, model, as_json)
+        _show(show, model, given["align"], as_json)
         return
     if not out:
         raise DeltapatchError("Missing option '--out': the pairs file to make (or --show FILE to make none)")
@@ -143,12 +147,12 @@ def _refuse_beside_show() -> None:
     context = click.get_current_context()
     for name in context.params:
         given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if given and name not in ("show", "model", "as_json", "quiet"):
+        if given and name not in ("show", "model", "align", "as_json", "quiet"):
             option = name.replace("_", "-")
             raise DeltapatchError(f"--show and --{option} do not go together: leave one out")
 
 
-def _show(path: str, model: str, as_json: bool) -> None:
+def _show(path: str, model: str, align: str | None, as_json: bool) -> None:
     """Print the pairs of a file as a model sees them."""
     from deltapatch.cli.show import as_text, shown_pairs
     from deltapatch.interventions.pairs import encode_pairs
@@ -157,7 +161,7 @@ def _show(path: str, model: str, as_json: bool) -> None:
 
     names, given = zip(*read_named_pairs(path), strict=True)
     loaded = load_model(model, "cpu", stream=True)  # of which only the tokenizer is read
-    encoded = encode_pairs(given, loaded.tokenizer, loaded.spec.d_vocab, names)
+    encoded = encode_pairs(given, loaded.tokenizer, loaded.spec.d_vocab, names, align)
     found = shown_pairs(given, names, encoded, loaded.tokenizer)
     if as_json:
         print_json({"model": model, "pairs": found})

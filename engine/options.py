@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from deltapatch import arguments
 from deltapatch.errors import DeltapatchError, path_of, shown
+from deltapatch.interventions.alignment import ENDS
 
 if TYPE_CHECKING:
     from deltapatch.interventions.roles import Roles
@@ -82,16 +83,6 @@ def _source(value: Any) -> str:
     return check_source(_name("source")(value))
 
 
-def _align(value: Any) -> str | None:
-    from deltapatch.interventions.alignment import ENDS
-
-    if value not in (None, ENDS):
-        raise DeltapatchError(
-            f"align must be {ENDS!r} or None, not {shown(value)}: a list of positions is given with its pair"
-        )
-    return value
-
-
 def _until(value: Any) -> str | None:
     """As text, which a record can keep."""
     from deltapatch.results.recall import Recall
@@ -146,6 +137,19 @@ class Options:
         other="zero",
         typed={"help": "Where activations come from: counterpart, zero, mean, resample or noise."},
     )
+    align: str | None = option(
+        None,
+        'how pairs line up that do not say so themselves: "prefix+suffix", by the tokens that both prompts '
+        "begin and end with. It changes nothing for prompts of equal length.",
+        check=lambda value: value if value is None else arguments.choice(value, (ENDS,), "align"),
+        word="alignment",
+        other=ENDS,
+        typed={
+            "choice": (ENDS,),
+            "help": "How pairs line up that do not say so themselves: by the tokens that both prompts begin "
+            "and end with.",
+        },
+    )
     precision: str = option(
         "auto",
         'of the products of differences: "fp64", "fp32", "tf32", "bf16", "fp16" (each row scaled by a power '
@@ -185,7 +189,8 @@ class Options:
         'which metrics will be asked for, or "all"; leaving out kl, entropy, flip and says_* is faster. A '
         "function (logits [row, d_vocab], base_logits [d_vocab], pair) -> [row] is one too, named after "
         "itself: it is given the patched logits at the end of the prompt, some rows at a time. So is a "
-        "`Probe`, or a file of them, which reads the residual stream.",
+        "`Probe`, or a file of them, which reads the residual stream. `weighted_logits`, of pairs that "
+        "have `weights`, is not among all.",
         check=_metrics,
         word="metrics",
         other="kl",
@@ -204,19 +209,6 @@ class Options:
         typed={
             "help": "Where the effect is read: last, a number or a label.",
             "read": arguments.number_or_label,
-        },
-    )
-    align: str | None = option(
-        None,
-        'what lines up in pairs of unequal length that do not say so themselves: "prefix+suffix", the tokens '
-        "that both prompts begin and end with. Such pairs are refused without it.",
-        check=_align,
-        word="align",
-        other="prefix+suffix",
-        typed={
-            "choice": ("prefix+suffix",),
-            "help": "Of pairs of unequal length that do not say what lines up: the tokens that both prompts "
-            "begin and end with.",
         },
     )
     seed: int = option(

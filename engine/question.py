@@ -32,7 +32,7 @@ from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.memory import available
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
-from deltapatch.results.metrics import Function, functions_of, measured_for, probes_of
+from deltapatch.results.metrics import WEIGHTED, Function, functions_of, measured_for, probes_of
 from deltapatch.results.probe import Probe, check_probes
 
 Interventions: TypeAlias = Grid | EdgeGrid | Listed | Wirings
@@ -272,6 +272,8 @@ def ask(
     _check_lined_up(patched, encoded, roles)
     backend = choose_backend(options.backend, model.device)
     measured = measured_for(options.metrics)  # type: ignore[arg-type]  # which its check made a tuple
+    if WEIGHTED in measured:
+        _check_weights(encoded, names)
     threads = torch.get_num_threads()
     question = Question(
         model, options, encoded, patched, backend, roles, continued, lengths, measured, threads
@@ -293,6 +295,16 @@ def _check_lined_up(patched: Interventions, pairs: Sequence[EncodedPair], roles:
         check_everywhere(pairs, "patches at all positions together", roles)
     elif isinstance(patched, Grid) and "pattern" in patched.places:
         check_everywhere(pairs, "attention patterns", roles)
+
+
+def _check_weights(pairs: Sequence[EncodedPair], names: Sequence[str]) -> None:
+    """Raise DeltapatchError where a pair has no weights of logits."""
+    for pair, name in zip(pairs, names, strict=True):
+        if pair.weights is None:
+            raise DeltapatchError(
+                f"{name} has no weights, which the metric {WEIGHTED} needs: give each pair some, such as "
+                'weights {" yes": 1, " no": -1}, or leave the metric out'
+            )
 
 
 def default_budget(device: torch.device | None = None, stream: bool = False) -> int:

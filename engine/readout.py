@@ -1,5 +1,6 @@
 """The end of a pass: the final norm and the read-out of its rows and of the pairs' unpatched runs."""
 
+from collections.abc import Sequence
 from threading import Lock
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.softcap import CAP_NUMBERS, cap_difference, cap_slope, softcap
 from deltapatch.models.forward import norm_scale, read_norm
 from deltapatch.models.weights import EndWeights, map_tensors
-from deltapatch.results.metrics import Function, Reference
+from deltapatch.results.metrics import WEIGHTED, Function, Reference
 
 _PIECE, _PIECE_ON_CPU = 1 << 26, 1 << 22  # entries of the unembedding that base runs take at a time
 _HELD, _HELD_ON_CPU = 1 << 30, 1 << 27  # bytes of output distributions that are held at a time
@@ -203,11 +204,14 @@ class ReadOut:
             dn = self._normed(ends, at, d, block.segments)
             of_reads = ReadRows(dn, block.segments, block.first_pairs)
             values: dict[str, Tensor] = {}
-            if ours := [name for name in asked if name not in self.setup.functions]:
+            if ours := self._fused(asked):
                 values = self.ops.readout(of_reads, unembedding, base, measured=ours, pool=pool)
             if theirs := [name for name in asked if name in self.setup.functions]:
                 pair = row_reads.reads.pair[some]
                 values |= self._by_functions(theirs, of_reads, ends.unembedding.weight, base, pair)
+            if WEIGHTED in asked:
+                pair = row_reads.reads.pair[some]
+                values[WEIGHTED] = self._by_weights(of_reads, ends.unembedding.weight, base, pair)
             for i, name in enumerate(asked):
                 out[i] = values[name]
 
@@ -249,6 +253,29 @@ class ReadOut:
                     logits[:, piece] += base.capped(read, piece, change)
                 for name in names:
                     out[name][some] = said_by(self.setup.functions[name], name, logits, base.logits[read], of)
+        return out
+
+    def _fused(self, names: Sequence[str]) -> list[str]:
+        """Those of some measured numbers that the read-out operation gives."""
+        return [name for name in names if name not in self.setup.functions and name != WEIGHTED]
+
+    def _by_weights(self, rows: ReadRows, unembedding: Tensor, base: BaseReadout, pair: np.ndarray) -> Tensor:
+        """How far some rows move the weighted sums of logits of their pairs: [row].
+
+        Products with the weighted tokens' columns alone; args as of `_by_functions`.
+        """
+        dn = rows.dn
+        out = dn.new_empty(len(dn))
+        for some, read in rows.spans():
+            # The columns are few: in float64, where what they have in common cancels.
+            tokens, weights = zip(*(self.prompts.pairs[pair[read]].weights or []), strict=True)
+            token = torch.tensor(tokens, device=dn.device)
+            weight = torch.tensor(weights, dtype=torch.float64, device=dn.device)
+            columns = unembedding[token].double()  # [token, d_model]
+            if base.cap is None:
+                out[some] = dn[some] @ (weight @ columns).to(dn.dtype)
+            else:
+                out[some] = (base.capped(read, token, dn[some].double() @ columns.T) @ weight).to(dn.dtype)
         return out
 
     def _unpatched(
@@ -323,7 +350,7 @@ class ReadOut:
         for part in row_reads.parts if expands else []:
             number, n_rows = np.unique(row_reads.read[part.rows], return_counts=True)
             names = part.asked.names
-            ours = [name for name in names if name not in self.setup.functions]
+            ours = self._fused(names)
             out[number] = [worth_a_tail(n, d_vocab, d_model, precision, ours) for n in n_rows.tolist()]
         return out
 

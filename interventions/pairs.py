@@ -4,6 +4,8 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 from deltapatch import markup
@@ -39,6 +41,7 @@ class AnyOf:
 
 Answer = str | int | list[int] | AnyOf
 Prompt = str | list[int] | list[dict[str, str]]
+Weights = Mapping[str | int, float] | Sequence[tuple[str | int, float]] | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class PromptPair:
             tokens that both begin and end with, or a list of ``[clean position, corrupted position]``, which
             ascend in both. A position that has no counterpart cannot be patched from the other prompt. None
             for prompts of equal length, of which each position lines up with itself.
+        weights: token -> the weight of its logit in the metric `weighted_logits`, for example
+            ``{" yes": 1, " Yes": 0.5, " no": -1}``. A token is text, found as an answer to the clean prompt
+            is, or an id. None of pairs of which that metric is not asked.
     """
 
     clean: Prompt
@@ -68,6 +74,7 @@ class PromptPair:
     labels: Mapping[str, int | str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     align: Align = None
+    weights: Weights = None
 
     def _repr_html_(self) -> str:
         rows = [
@@ -91,6 +98,7 @@ class EncodedPair:
         clean_others, corrupted_others: tokens that count as the answer beside the one above (see `AnyOf`).
         align: [clean position, corrupted position] of what lines up, ascending; None: every position lines up
             with itself.
+        weights: (token id, weight of its logit in the metric `weighted_logits`), if there are any.
     """
 
     clean: list[int]
@@ -106,6 +114,7 @@ class EncodedPair:
     clean_others: list[int] = field(default_factory=list)
     corrupted_others: list[int] = field(default_factory=list)
     align: list[list[int]] | None = None
+    weights: list[tuple[int, float]] | None = None
 
     @property
     def answer_tokens(self) -> int:
@@ -203,7 +212,8 @@ def encode_pairs(
             out of range; a label that says something else than the word of the tool that it is; an answer
             that changes the tokens of its prompt or is unknown to the tokenizer; a prompt of ids that ends in
             an end token; `AnyOf` nothing, of answers that are not one token each or come twice, or of one
-            that the other answer, of several tokens, begins with.
+            that the other answer, of several tokens, begins with; `weights` that are no finite numbers, or of
+            what is not one token each, or comes twice.
 
     Warns:
         where a prompt's tokens are not those that the tokenizer itself would make of it.
@@ -303,6 +313,7 @@ class _Encoder:
             clean_others=[token for (token,) in clean_any[1:]],
             corrupted_others=[token for (token,) in corrupted_any[1:]],
             align=lined_up(align, clean, corrupted, name),
+            weights=self._weights(getattr(pair, "weights", None), texts[0], clean, name),
         )
 
     def _text(self, prompt: Prompt, which: str, name: str) -> str | list[int]:
@@ -408,6 +419,28 @@ class _Encoder:
                 )
         return found
 
+    def _weights(
+        self, weights: Weights, prompt: str | list[int], ids: list[int], name: str
+    ) -> list[tuple[int, float]] | None:
+        """The tokens that are weighted, by id."""
+        if weights is None:
+            return None
+        found: dict[int, float] = {}
+        for token, weight in weighted(weights, name):
+            tokens = self._answer(token, prompt, ids, "weights", name)
+            if len(tokens) > 1:
+                raise DeltapatchError(
+                    f"{name}: weights are of one token each, and {shown(token)} has {len(tokens)}: weight "
+                    "its first, or another."
+                )
+            if tokens[0] in found:
+                raise DeltapatchError(
+                    f"{name}: weights have the token {self._as_one(tokens)!r} twice, as {shown(token)} too: "
+                    "add its weights up."
+                )
+            found[tokens[0]] = weight
+        return list(found.items())
+
     def _any_text(self, answers: list[list[int]]) -> str:
         """An answer as one string, several with bars between."""
         text = " | ".join(self._as_one(tokens) for tokens in answers[:_SHOWN])
@@ -474,6 +507,30 @@ class _Encoder:
     def _as_one(self, ids: list[int]) -> str:
         """Tokens as one string."""
         return (" " if self.tokenizer is None else "").join(self._pieces(ids))
+
+
+def weighted(weights: Any, name: str) -> list[tuple[str | int, float]]:
+    """Tokens, as text or ids, and the weights of their logits, as they are given.
+
+    Raises:
+        DeltapatchError: they are something else, or none, or a weight is no finite number.
+    """
+    given = weights.items() if isinstance(weights, Mapping) else weights
+    try:
+        found = [(token, weight) for token, weight in given]
+    except (TypeError, ValueError):
+        found = []
+    if not found:
+        raise DeltapatchError(
+            f'{name}: weights must be of tokens, such as {{" yes": 1, " no": -1}}, or a list of '
+            f"[text or token id, weight], not {shown(weights)}."
+        )
+    for token, weight in found:
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not isfinite(weight):
+            raise DeltapatchError(
+                f"{name}: the weight of {shown(token)} must be a finite number, not {shown(weight)}."
+            )
+    return [(token, float(weight)) for token, weight in found]
 
 
 def _check_apart(clean: list[list[int]], corrupted: list[list[int]], name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.interventions.alignment import ENDS
-from deltapatch.interventions.pairs import AnyOf, PromptPair
+from deltapatch.interventions.pairs import AnyOf, PromptPair, weighted
 from deltapatch.models.header import check_file
 
 # What may be given as the pairs of a sweep or run.
@@ -114,11 +114,11 @@ def write_pairs(path: str | os.PathLike[str], pairs: Sequence[PromptPair]) -> No
 
 
 def _fields(pair: PromptPair) -> dict[str, Any]:
-    """What a line says of a pair; `align` only where there is something to say."""
+    """What a line says of a pair; `align` and `weights` only where there is something to say."""
     found = asdict(pair)
-    if pair.align is None:
-        del found["align"]
-    return found
+    if isinstance(pair.weights, Mapping):  # keys of JSON are text, which ids are not
+        found["weights"] = list(pair.weights.items())
+    return {field: value for field, value in found.items() if value is not None}
 
 
 def _pair(line: str, name: str) -> PromptPair:
@@ -163,6 +163,8 @@ def _pair(line: str, name: str) -> PromptPair:
         raise DeltapatchError(
             f"{name}: 'align' must be {ENDS!r} or a list of [clean position, corrupted position]."
         )
+    if found.get("weights") is not None:
+        weighted(found["weights"], name)
     return _made(found)
 
 

@@ -318,8 +318,19 @@ METRICS: dict[str, Metric] = {
     ),
 }
 DEFAULT = "recovered"
-# Metrics that users bring: name -> what is said of it. A run keeps their values.
-OWN: dict[str, Metric] = {}
+WEIGHTED = "weighted_logits"
+# Metrics that users bring, in Python or as the weights of their pairs: name -> what is said of it. A run
+# keeps their values. "all" has none of them.
+OWN: dict[str, Metric] = {
+    WEIGHTED: Metric(
+        *_as_measured(WEIGHTED),
+        "change of weighted logits",
+        f"Σ w (logit* - logit_base) at {_ANSWER}, over the tokens of the pair's `weights`",
+        "any",
+        "either",
+        "either",
+    )
+}
 Function = Callable[..., Any]  # (logits [row, d_vocab], base logits [d_vocab], pair) -> [row]
 Own = Function | Probe
 
@@ -336,23 +347,28 @@ def name_of(metric: str | Own) -> str:
         DeltapatchError: a function or probe whose name cannot stand for it.
     """
     if isinstance(metric, Probe):
-        if metric.name in METRICS or metric.name == "all":
+        if _is_taken(metric.name):
             raise DeltapatchError(f"a probe is called {metric.name!r}, which is taken: rename it")
         return metric.name
     if not callable(metric):
         return metric
     name = getattr(metric, "__name__", "")
-    if not name.isidentifier() or name in METRICS or name == "all":
+    if not name.isidentifier() or _is_taken(name):
         raise DeltapatchError(
             f"a metric that is a function goes by its name, and {shown(name or metric)} "
-            f"{'is taken' if name in METRICS else 'is none'}: define it with `def` under another"
+            f"{'is taken' if _is_taken(name) else 'is none'}: define it with `def` under another"
         )
     return name
 
 
+def _is_taken(name: str) -> bool:
+    """Whether a metric of a user's cannot be called so."""
+    return name in METRICS or name in ("all", WEIGHTED)
+
+
 def know(name: str) -> str:
     """Let a name stand for a metric of a user's. ValueError where it cannot."""
-    if not name.isidentifier() or name in METRICS or name == "all":
+    if not name.isidentifier() or _is_taken(name):
         raise ValueError(f"metric {name}")
     if name not in OWN:
         needs, formula = _as_measured(name)
@@ -397,7 +413,7 @@ def metric_names(metrics: str | Own | Sequence[str | Own]) -> tuple[str | Own, .
         raise DeltapatchError(f"no metrics were given: metrics must be {_EXAMPLE}")
     out: list[str | Own] = []
     for name in names:
-        if isinstance(name, str) and name == "all" and (len(names) == 1 or any(map(is_own, names))):
+        if name == "all" and (len(names) == 1 or any(is_own(n) or n == WEIGHTED for n in names)):
             out += METRICS
         elif is_own(name):
             know(name_of(name))
@@ -493,9 +509,10 @@ def terms(
     metric = check_metric(name)
     for need in metric.needs:
         if need not in measured:
+            again = f"[{name_of(name)}]" if need in OWN else repr("all")
             raise DeltapatchError(
                 f"this run did not measure what metric {name_of(name)!r} needs: sweep again with "
-                f"metrics={'[' + name_of(name) + ']' if need in OWN else repr('all')}"
+                f"metrics={repr(WEIGHTED) if need == WEIGHTED else again}"
             )
     arrays = {need: np.asarray(measured[need], dtype=np.float64) for need in metric.needs}
     trailing = (1,) * (next(iter(arrays.values())).ndim - 1)

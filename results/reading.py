@@ -47,7 +47,8 @@ _KINDS: dict[type, tuple[str, str]] = {
 }
 _MEND = "copy it again, or remove it and run the sweep again"
 _HINTS = get_type_hints(EncodedPair)
-_REQUIRED = _HINTS.keys() - {"clean_others", "corrupted_others", "align"}  # which older runs do not have
+# Without those that older runs do not have.
+_REQUIRED = _HINTS.keys() - {"clean_others", "corrupted_others", "align", "weights"}
 _MOST = 2**50  # of anything that is counted
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
@@ -246,6 +247,8 @@ def _pair(found: Any) -> EncodedPair:
         _need(bool(found[name]), f"{name} of a pair in {PAIRS}")
     for name, value in found.items():
         _need(_is(value, _HINTS[name]), f"{name} of a pair in {PAIRS}")
+    if found.get("weights") is not None:
+        found["weights"] = [(token, weight) for token, weight in found["weights"]]
     pair = EncodedPair(**found)
     _need(makes_sense(pair.align, (len(pair.clean), len(pair.corrupted))), f"align of a pair in {PAIRS}")
     for label, place in pair.labels.items():
@@ -254,12 +257,14 @@ def _pair(found: Any) -> EncodedPair:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a type: a plain one, a list, a dictionary or a choice."""
+    """Whether a JSON value is of a type: a plain one, a list, a tuple, a dictionary or a choice."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return any(_is(value, part) for part in parts)
     if kind is list:
         return isinstance(value, list) and _all(value, parts[0])
+    if kind is tuple:
+        return isinstance(value, list) and len(value) == len(parts) and all(map(_is, value, parts))
     if kind is dict:
         return isinstance(value, dict) and _all(value.values(), parts[1])
     return hint is Any or type(value) is hint or (hint is type(None) and value is None)

@@ -426,6 +426,14 @@ def test_prompts_of_unequal_length(command, tiny, write_pairs, tmp_path):
     assert command(*swept, "--pairs", file, "--out", run).code == 0
     rows = command("effects", run, "--format", "csv", "--metric", "kl").out.splitlines()
     assert [row.split(",")[3] for row in rows] == ["position", "0", "2", "3"]
+    silent = write_pairs(pair | {"labels": {"op": 1}})
+    aligned = command("pairs", "--show", silent, "--model", tiny, "--align", "prefix+suffix")
+    assert aligned.out == UNEQUAL.format(file=silent)
+    everywhere = tmp_path / "everywhere"
+    said_once = ("--pairs", write_pairs(pair), "--align", "prefix+suffix", "--out", everywhere)
+    assert command(*swept, *said_once).code == 0
+    again = command("effects", everywhere, "--format", "csv", "--metric", "kl").out.splitlines()
+    assert again == rows
     for wrong, words, said in (
         (pair, (), "line them up with align="),
         (pair | {"align": [[0, 5]]}, (), "align has position 5 of the corrupted prompt, which has 5 tokens"),

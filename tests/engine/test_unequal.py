@@ -176,22 +176,6 @@ def test_what_only_sees_the_same_tokens_is_exactly_zero():
         assert (np.nan_to_num(effects) == 0).all()
 
 
-def test_an_option_lines_up_the_pairs_that_do_not_say():
-    given = drawn("neox-sequential", 7)
-    own = given[0]._replace(align=[[0, 0], [-1, -1]])
-    silent = [own, *(pair._replace(align=None) for pair in given[1:])]
-    with pytest.raises(DeltapatchError, match='align="prefix\\+suffix"'):
-        sweep("neox-sequential", silent, ["mlp_out"])
-    found, want = (
-        sweep("neox-sequential", p, ["mlp_out"], metrics="kl", **option)
-        for p, option in ((silent, {"align": ENDS}), ([own, *given[1:]], {}))
-    )
-    assert np.array_equal(found.values("kl"), want.values("kl"), equal_nan=True)
-    assert [pair.align for pair in found.pairs] == [pair.align for pair in want.pairs]
-    with pytest.raises(DeltapatchError, match="a list of positions is given with its pair"):
-        sweep("neox-sequential", silent, ["mlp_out"], align=[[0, 0]])
-
-
 def test_where_angles_depend_on_the_length_even_the_beginning_differs():
     """Dynamic rotary scaling turns every token of a longer prompt by other angles."""
     given = drawn("llama-dynamic", 6)
@@ -424,3 +408,18 @@ def test_probes_read_where_the_clean_position_is_in_the_base_run(direction):
     )
     want = clean - corrupted if direction == "denoise" else corrupted - clean
     assert got.values("mood")[0, 0, 0] == pytest.approx(want, rel=1e-8)
+
+
+def test_pairs_that_do_not_say_it_line_up_as_the_option_says(tmp_path):
+    """A pair's own list stays; of equal prompts nothing changes; a run is held to it."""
+    variant = "llama-grouped"
+    said = [*drawn(variant), *mapped(variant)]
+    silent = [pair._replace(align=None) if pair.align == "prefix+suffix" else pair for pair in said]
+    assert silent != said
+    options = {"sites": ["mlp_out"], "out": tmp_path / "run"}
+    found = sweep(variant, silent, align="prefix+suffix", **options)
+    np.testing.assert_array_equal(found.values("kl"), sweep(variant, said, ["mlp_out"]).values("kl"))
+    with pytest.raises(DeltapatchError, match="same number of tokens"):
+        sweep(variant, silent, resume=True, **options)
+    with pytest.raises(DeltapatchError, match="align"):
+        sweep(variant, silent, ["mlp_out"], align="suffix")
