@@ -69,7 +69,7 @@ def test_paths(variant):
         loose[0], effects(true, drawn[0], [total(p[:2]) for p in paths])["logit_diff"], rtol=1e-8
     )
     # Of one step the frozen path is the direct effect.
-    two = effects(true, drawn[0], [direct(true, paths[0][:2])])["logit_diff"]
+    two = effects(true, drawn[0], [direct(paths[0][:2])])["logit_diff"]
     assert got[0][0] == pytest.approx(two[0], rel=1e-8)
 
 

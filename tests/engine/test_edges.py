@@ -55,7 +55,7 @@ def of_pairs(true, drawn, wirings, **options):
 def test_the_oracle_is_the_plain_forward(variant):
     """With all as it is, and with every edge carrying what the base run says, nothing changes."""
     true, (pair,) = true_model(variant), pairs(true_model(variant), (5,))
-    assert set(unpatched(true, pair.clean)) == set(senders(true))
+    assert set(unpatched(true, tuple(pair.clean))) == set(senders(true))
     found = effects(true, pair, [{}, dict.fromkeys(edges(true), BASE), dict.fromkeys(edges(true), OWN)])
     assert np.abs(found["logit_diff"]).max() < 1e-12
 
@@ -68,7 +68,7 @@ def test_all_edges(variant):
     got = sweep(variant, drawn, precision, effect="both", direction=direction)
     assert (got.senders, got.receivers, got.edges) == (senders(true), receivers(true), edges(true))
     for effect in ("total", "direct"):
-        wirings = [total(e) if effect == "total" else direct(true, e) for e in edges(true)]
+        wirings = [total(e) if effect == "total" else direct(e) for e in edges(true)]
         want = of_pairs(true, drawn, wirings, direction=direction)
         assert_close(lambda metric, e=effect: got.flat(metric, e), want, precision, effect)
 
@@ -89,7 +89,7 @@ def test_every_position_by_itself(variant):
                     assert np.isnan(values["logit_diff"][i, :, position]).all()
                     continue
                 here = kind[: len(pair.clean)]
-                wirings = [total(e, here) if effect == "total" else direct(true, e, here) for e in names]
+                wirings = [total(e, here) if effect == "total" else direct(e, here) for e in names]
                 if effect == "direct":  # elsewhere the edge carries what it does without the patch
                     wirings = [
                         w | {e: np.where(here == SOURCE, SOURCE, BASE)}

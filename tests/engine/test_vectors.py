@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from engine_oracle import METRICS, continuations, metrics_of_answers
+from engine_oracle import METRICS, both, continuations, metrics_of_answers
 from engine_tiny import hf_model, pairs, true_model, with_long_answers
 
 import deltapatch
@@ -46,12 +46,12 @@ def truth(true, pair, patches):
                     value[at] = value[at] + (new - value[at]) @ u.T @ u
         return value
 
-    runs = [
-        true.forward([*pair.corrupted, *after], 1, visit)[:, len(pair.clean) - 1 :]
-        for after in continuations(pair)
-    ]
+    after = continuations(pair)
+    runs = both(
+        after, lambda more: true.forward([*pair.corrupted, *more], 1, visit)[:, len(pair.clean) - 1 :]
+    )
     clean, corrupted = (
-        [true.logits([*p, *after])[len(p) - 1 :] for after in continuations(pair)]
+        both(after, lambda more, p=p: true.logits([*p, *more])[len(p) - 1 :])
         for p in (pair.clean, pair.corrupted)
     )
     return metrics_of_answers(corrupted, runs, clean, corrupted, pair, "denoise")
