@@ -118,7 +118,7 @@ def metrics_of(pair):
 def test_all_sites_at_all_positions(variant, direction):
     """Answers of every shape in one sweep."""
     true = true_model(variant)
-    drawn = answered(true, SHAPES[direction == "noise" :: 2])
+    drawn = answered(true, SHAPES[direction == "noise" :: 2], (4, 3))
     assert_sweep_agrees(true, model(variant), drawn, true.sites(), "fp32", direction=direction)
 
 

@@ -113,21 +113,13 @@ def test_acdc_is_the_sequential_one(variant, metric):
     names, columns = senders(true), receivers(true)
     first = order(Nodes.of(model.spec))[0]
     assert (names[first[0]], columns[first[1]]) == (names[-1], "logits")
-    for threshold in (0.003, 0.03):
+    options = {"metric": metric, "precision": "fp64", "progress": False}
+    for threshold, at_once in ((0.003, 64), (0.03, 5)):
         want = sequential(true, drawn, threshold, metric)
-        for at_once in (5, 64):
-            found = acdc(
-                model,
-                given(drawn),
-                threshold,
-                metric=metric,
-                at_once=at_once,
-                precision="fp64",
-                progress=False,
-            )
-            kept = {(names[s], columns[r]) for s, r in np.argwhere(found.kept)}
-            assert kept == want
-            assert set(found.circuit.edges) <= want
+        found = acdc(model, given(drawn), threshold, at_once=at_once, **options)
+        kept = {(names[s], columns[r]) for s, r in np.argwhere(found.kept)}
+        assert kept == want
+        assert set(found.circuit.edges) <= want
         assert 0 < len(want) < len(edges(true))
     assert found.noise == 0
     assert found.close == []

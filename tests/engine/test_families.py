@@ -51,10 +51,18 @@ def test_logits_are_those_of_transformers(family):
         assert np.linalg.norm(true_model(family).logits(tokens) - theirs) <= 2e-6 * np.linalg.norm(theirs)
 
 
-@FAMILY
-@PRECISION
+# In turn: joint patches, below, are of each precision in each direction.
 @pytest.mark.parametrize(
-    ("direction", "source"), [("denoise", "counterpart"), ("noise", "zero")], ids=["denoise", "zero"]
+    ("family", "precision", "direction", "source"),
+    [
+        (family, precision, *how)
+        for i, family in enumerate(FAMILIES)
+        for precision, how in zip(
+            ("fp32", "fp64") if i % 2 else ("fp64", "fp32"),
+            (("denoise", "counterpart"), ("noise", "zero")),
+            strict=True,
+        )
+    ],
 )
 def test_all_sites(family, precision, direction, source):
     true, drawn = true_model(family), pairs(true_model(family), (6, 4), seed=3)

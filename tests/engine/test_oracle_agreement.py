@@ -18,7 +18,7 @@ from engine_tiny import (
     true_model,
     without_overlaps,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import deltapatch
@@ -138,27 +138,20 @@ def sites_of(variant):
 # ------------------------------------------------------------------------------------------------ sweeps
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+# Each source in each direction, and each of both in each precision.
+@pytest.mark.parametrize(
+    ("precision", "direction", "source"),
+    [
+        ("fp32", "denoise", "counterpart"),
+        ("fp32", "noise", "zero"),
+        ("fp64", "noise", "counterpart"),
+        ("fp64", "denoise", "zero"),
+    ],
+)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_all_sites_at_all_positions(variant, direction, source):
-    assert_sweep_agrees(
-        variant, of_variant(variant), sites_of(variant), "fp32", direction=direction, source=source
-    )
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_all_sites_in_float64(variant, direction):
-    source = "zero" if direction == "noise" else "counterpart"
-    assert_sweep_agrees(
-        variant,
-        of_variant(variant, (4, 5), seed=1),
-        sites_of(variant),
-        "fp64",
-        direction=direction,
-        source=source,
-    )
+def test_all_sites_at_all_positions(variant, precision, direction, source):
+    drawn = of_variant(variant, (5, 4), seed=int(precision == "fp64"))
+    assert_sweep_agrees(variant, drawn, sites_of(variant), precision, direction=direction, source=source)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -298,11 +291,12 @@ def test_random_joint_patches(variant, precision):
     two, true = of_variant(variant), true_model(variant)
     sources = SOURCES if precision == "fp64" else ("counterpart",)  # zeroed streams are singular, see above
 
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
     @given(interventions(true, two), st.sampled_from(DIRECTIONS), st.sampled_from(sources))
     def check(drawn, direction, source):
-        asked = [*drawn, *ANCHORS]
         options = {"direction": direction, "source": source}
+        assume(not any(is_singular(variant, p.site, options) for _, patches in drawn for p in patches))
+        asked = [*drawn, *ANCHORS]
         outcome = run(model(variant, precision), two, asked, precision=precision, **options)
         want = oracle_run(true, two, asked, **options)
         assert_agrees(outcome.values, want, TOLERANCE[precision], f"{variant}, {options}, {asked}")
@@ -439,9 +433,20 @@ def test_recovered_is_nan_with_a_warning_where_the_runs_do_not_differ():
 HUGE_TOLERANCE = {"fp32": 1e-3, "fp64": 1e-8}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("variant", ["neox-parallel", "neox-sequential", "gptj", "llama-grouped"])
+# Each source in each precision, once of parallel blocks and once of sequential ones.
+@pytest.mark.parametrize(
+    ("variant", "source", "precision"),
+    [
+        ("neox-parallel", "counterpart", "fp32"),
+        ("neox-parallel", "zero", "fp64"),
+        ("gptj", "counterpart", "fp64"),
+        ("gptj", "zero", "fp32"),
+        ("neox-sequential", "counterpart", "fp64"),
+        ("neox-sequential", "zero", "fp32"),
+        ("llama-grouped", "counterpart", "fp32"),
+        ("llama-grouped", "zero", "fp64"),
+    ],
+)
 def test_huge_effects(variant, source, precision):
     """Attention logits change by hundreds, and so do the final ones: finite and right."""
     hf = huge(variant)
