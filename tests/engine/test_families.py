@@ -4,18 +4,13 @@ import numpy as np
 import pytest
 import torch
 from engine_oracle import METRICS, Patch, hf_hooks_logits
-from engine_tiny import FAMILIES, hf_model, pairs, true_model, with_long_answers, without_overlaps
+from engine_tiny import FAMILIES, hf_model, model_of, pairs, true_model, with_long_answers, without_overlaps
 
 import deltapatch
 
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-8}
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 PRECISION = pytest.mark.parametrize("precision", TOLERANCE)
-
-
-def model_of(family, precision):
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    return deltapatch.from_transformers(hf_model(family, dtype))
 
 
 def assert_close(got, want, precision, where):
