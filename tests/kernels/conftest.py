@@ -9,8 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from deltapatch.engine.pool import threads
-
 # --import-mode=importlib puts no test folder on sys.path, so a plain import would not find it
 for _name in ("packing", "attention_inputs"):
     _spec = importlib.util.spec_from_file_location(
@@ -34,13 +32,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 # test_triton.py sets this to run the interpreter's tests on a GPU.
 torch.set_default_device(os.environ.get("DELTAPATCH_TEST_DEVICE", "cpu"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny products are slower on several threads."""
-    with threads(1):
-        yield
 
 
 @pytest.fixture(autouse=True)
