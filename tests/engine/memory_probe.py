@@ -44,7 +44,7 @@ class Case(NamedTuple):
 LENGTHS = {
     "short": [24] * 16,
     "few": [24] * 4,
-    "long": [700] * 2,
+    "long": [1000] * 2,
     "mixed": [8] * 40 + [24] * 20 + [100] * 10 + [300] * 3,
     "many": [12] * 400,
 }
