@@ -1,10 +1,11 @@
-"""Fixtures shared by tests of results, tables, plots and commands: effects that no model had to make."""
+"""Fixtures shared by all tests: one thread; and effects that no model had to make."""
 
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from deltapatch.engine.pool import threads
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import Effects, SiteEffects
 from deltapatch.results.metrics import MEASURED, Reference
@@ -52,6 +53,13 @@ def _site(
                 for array in measured.values():
                     array[i, :, j] = np.nan
     return SiteEffects(name, np.arange(n_layers), positions, measured)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tiny products are slower on several threads; and the tests have a process for each core."""
+    with threads(1):
+        yield
 
 
 @pytest.fixture

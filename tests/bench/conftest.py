@@ -12,17 +12,9 @@ from deltapatch.bench.peers.registry import make_peer
 from deltapatch.bench.random_models import Shape, make_model, make_pairs
 from deltapatch.bench.workload import Workload, one_length
 from deltapatch.cli.main import cli
-from deltapatch.engine.pool import threads
 from deltapatch.models.load import load_model
 
 LENGTH, PAIRS = 6, 2
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny products are slower on several threads."""
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="session")

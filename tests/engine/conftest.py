@@ -8,8 +8,6 @@ from types import ModuleType
 
 import pytest
 
-from deltapatch.engine.pool import threads
-
 
 def _register(name: str, file: str) -> ModuleType:
     # --import-mode=importlib puts no test folder on sys.path, so a plain import would not find them
@@ -26,13 +24,6 @@ _register("engine_oracle", "oracle.py")
 _register("engine_tiny", "tiny.py")
 _register("engine_edge_oracle", "edge_oracle.py")
 survivor = _register("engine_survivor", "survivor.py")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny products are slower on several threads."""
-    with threads(1):
-        yield
 
 
 @pytest.fixture(autouse=True)

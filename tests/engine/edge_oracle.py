@@ -4,7 +4,9 @@ Each node's output is kept apart; what a receiver reads is added up anew from wh
 run, in the source run or in the unpatched base run, as a wiring tells it. It shares no code with deltapatch.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from engine_oracle import (
     _attend,
     _linear,
     _rotate,
+    both,
     continuations,
     counterparts,
     metrics_of_answers,
@@ -22,7 +25,8 @@ from engine_oracle import (
 
 OWN, SOURCE, BASE = range(3)  # what of a sender an edge carries
 Said = dict[str, np.ndarray]  # sender -> [T, ...]: the embedding, z of a head, mlp_out
-Wiring = Mapping[tuple[str, str], Any]  # (sender, receiver) -> what it carries, [row, T]; OWN where not told
+Wiring = Mapping[tuple[str, str], Any]  # (sender, receiver) -> what it carries
+REST = ("", "")  # in a wiring, all edges that it does not name; they carry OWN where it does not say
 
 
 def senders(true: TrueModel) -> list[str]:
@@ -48,11 +52,13 @@ def speaks_before(true: TrueModel, sender: str, receiver: str) -> bool:
     return from_layer < to_layer
 
 
+@cache
 def edges(true: TrueModel) -> list[tuple[str, str]]:
     return [(s, r) for r in receivers(true) for s in senders(true) if speaks_before(true, s, r)]
 
 
-def unpatched(true: TrueModel, tokens: Sequence[int]) -> Said:
+@cache
+def unpatched(true: TrueModel, tokens: tuple[int, ...]) -> Said:
     """What every node says in a plain run."""
     _, said = forward(true, tokens, 1, {}, {}, {})
     return {name: value[0] for name, value in said.items()}
@@ -61,7 +67,10 @@ def unpatched(true: TrueModel, tokens: Sequence[int]) -> Said:
 def forward(
     true: TrueModel, tokens: Sequence[int], n_rows: int, wiring: Wiring, source: Said, base: Said
 ) -> tuple[np.ndarray, Said]:
-    """Logits [row, T, vocab] of a wired run, and what every node says in it, [row, T, ...]."""
+    """Logits [row, T, vocab] of a wired run, and what every node says in it, [row, T, ...].
+
+    `wiring` has [row, T] for each edge that does not carry OWN everywhere.
+    """
     shape = true.shape
     x = true.embedding[list(tokens)] * true.embedding.dtype.type(shape.embedding_scale)
     if true.positions is not None:
@@ -74,7 +83,7 @@ def forward(
         kind = wiring.get((sender, receiver))
         if kind is None:
             return own
-        kind = np.broadcast_to(np.asarray(kind), own.shape[:2])[..., None]
+        kind = kind[..., None]
         out = np.where(kind == OWN, own, 0)
         for value, which in ((source, SOURCE), (base, BASE)):
             if (kind == which).any():
@@ -133,36 +142,48 @@ def effects(
         source: "counterpart", "zero", or "mean" over the runs of `runs_of`, prompts of one length.
     """
     prompt, other = (pair.corrupted, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupted)
-    runs = []
-    for after in continuations(pair):
-        tokens = [*prompt, *after]
+
+    def run(after: Sequence[int]) -> np.ndarray:
+        """Logits [row, 1 + n, vocab] at the end of the prompt and at each of the tokens after it."""
+        tokens = (*prompt, *after)
         own = unpatched(true, tokens)
-        theirs = unpatched(true, [*other, *after])
+        theirs = unpatched(true, (*other, *after))
         if pair.align is not None:  # at the places of the base run that they line up with
             theirs = {name: _lined_up(pair, value, own[name], direction) for name, value in theirs.items()}
         if source == "zero":
             theirs = {name: np.zeros_like(value) for name, value in theirs.items()}
         elif source == "mean":
-            every = [unpatched(true, [*p, *after]) for p in runs_of]
+            every = [unpatched(true, (*p, *after)) for p in runs_of]
             theirs = {name: np.mean([run[name] for run in every], axis=0) for name in theirs}
         elif runs_of:
-            theirs = unpatched(true, [*runs_of[0], *after])
-        together: dict[tuple[str, str], np.ndarray] = {}
-        for row, wiring in enumerate(wirings):
-            for edge, kind in wiring.items():
-                # What comes after the prompt is never patched.
-                rest = BASE if np.all(np.asarray(kind) == BASE) else OWN
-                there = together.setdefault(edge, np.zeros((len(wirings), len(tokens)), int))
-                there[row, : len(prompt)] = kind
-                there[row, len(prompt) :] = rest
+            theirs = unpatched(true, (*runs_of[0], *after))
+        together = _together(true, wirings, len(prompt), len(tokens))
         logits, _ = forward(true, tokens, len(wirings), together, theirs, own)
-        runs.append(logits[:, len(prompt) - 1 :])
+        return logits[:, len(prompt) - 1 :]
+
+    runs = both(continuations(pair), run)
     clean, corrupted = (
-        [true.logits([*p, *after])[len(p) - 1 :] for after in continuations(pair)]
+        both(continuations(pair), lambda after, p=p: true.logits([*p, *after])[len(p) - 1 :])
         for p in (pair.clean, pair.corrupted)
     )
     base = corrupted if direction == "denoise" else clean
     return metrics_of_answers(base, runs, clean, corrupted, pair, direction)
+
+
+def _together(true: TrueModel, wirings: Sequence[Wiring], n_prompt: int, n_tokens: int) -> Wiring:
+    """What each edge carries in every row, [row, T]; what comes after the prompt is never patched."""
+    rest = np.array([wiring.get(REST, OWN) for wiring in wirings])
+    told = defaultdict(list)  # edge -> [(row, kind)]
+    for row, wiring in enumerate(wirings):
+        for edge, kind in wiring.items():
+            told[edge].append((row, kind))
+    out = {}
+    for edge in edges(true) if rest.any() else told:
+        out[edge] = kinds = np.repeat(rest[:, None], n_tokens, axis=1)
+        for row, kind in told[edge]:
+            kinds[row, :n_prompt] = kind
+            kinds[row, n_prompt:] = BASE if np.all(kind == BASE) else OWN
+    return out
 
 
 def _lined_up(pair: Pair, theirs: np.ndarray, own: np.ndarray, direction: str) -> np.ndarray:
@@ -179,11 +200,8 @@ def total(edge: tuple[str, str], kind: Any = SOURCE) -> Wiring:
     return {edge: kind}
 
 
-def direct(true: TrueModel, edge: tuple[str, str], kind: Any = SOURCE) -> Wiring:
+def direct(edge: tuple[str, str], kind: Any = SOURCE) -> Wiring:
     """That of an edge whose receiver the logits alone hear."""
-    receiver = edge[1]
-    node = receiver.split("<")[0]
-    frozen = {other: BASE for other in edges(true) if other != edge and other != (node, "logits")}
-    if receiver == "logits":
-        frozen = {}
+    node = edge[1].split("<")[0]
+    frozen = {} if node == "logits" else {REST: BASE, (node, "logits"): OWN}
     return frozen | {edge: kind}

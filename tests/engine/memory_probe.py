@@ -44,9 +44,9 @@ class Case(NamedTuple):
 LENGTHS = {
     "short": [24] * 16,
     "few": [24] * 4,
-    "long": [1500] * 2,
+    "long": [1000] * 2,
     "mixed": [8] * 40 + [24] * 20 + [100] * 10 + [300] * 3,
-    "many": [12] * 1000,
+    "many": [12] * 400,
 }
 HEADS = {"sites": "q,z", "positions": [0, -1]}
 CAPPED = {"metrics": "all", "layers": [1]}  # every logit of a row goes through the cap
@@ -158,7 +158,7 @@ def measure(model, prompts, case):
 
 def random_model(family, vocab):
     sizes = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 1024}
-    sizes |= {"vocab_size": vocab, "max_position_embeddings": 2048}
+    sizes |= {"vocab_size": vocab, "max_position_embeddings": 1024}
     if family == "gpt_neox":
         return deltapatch.from_transformers(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)))
     sizes |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")) | {"num_key_value_heads": 2}

@@ -349,8 +349,10 @@ def _erf(x: np.ndarray) -> np.ndarray:
     term = x.copy()
     total = x.copy()
     for n in range(1, 400):
-        term = term * 2 * x * x / (2 * n + 1)
-        total = total + term
+        term *= 2 * x * x / (2 * n + 1)
+        total += term
+        if (np.abs(term) <= np.finfo(x.dtype).eps * np.abs(total) / 8).all():
+            break
     return 2 / np.sqrt(np.arccos(x.dtype.type(-1))) * np.exp(-x * x) * total
 
 
@@ -359,7 +361,7 @@ def _activation(name: str, x: np.ndarray) -> np.ndarray:
         return x * (1 + _erf(x / np.sqrt(x.dtype.type(2)))) / 2
     if name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
         pi = np.arccos(x.dtype.type(-1))
-        return x * (1 + np.tanh(np.sqrt(2 / pi) * (x + x.dtype.type(44715) / 1_000_000 * x**3))) / 2
+        return x * (1 + np.tanh(np.sqrt(2 / pi) * (x + x.dtype.type(44715) / 1_000_000 * x * x * x))) / 2
     if name == "silu":
         return x / (1 + np.exp(-x))
     if name == "relu":
@@ -430,9 +432,9 @@ def _rotate(x: np.ndarray, rope: Rope | None) -> np.ndarray:
     cos, sin = factor * np.cos(angle)[:, None], factor * np.sin(angle)[:, None]  # [T, 1, dim/2]
     half = rope.dim // 2
     if rope.interleaved:
-        first, second = np.arange(0, rope.dim, 2), np.arange(1, rope.dim, 2)
+        first, second = slice(0, rope.dim, 2), slice(1, rope.dim, 2)
     else:
-        first, second = np.arange(half), np.arange(half, rope.dim)
+        first, second = slice(half), slice(half, rope.dim)
     turned = x.copy()
     turned[..., first] = x[..., first] * cos - x[..., second] * sin
     turned[..., second] = x[..., second] * cos + x[..., first] * sin
@@ -488,6 +490,7 @@ class TrueModel:
             self.norm = Affine(self.norm.weight + 1)
         self.positions = read.array("transformer.wpe.weight") if cfg.model_type == "gpt2" else None
         self.unembedding = read.affine(head)
+        self._unpatched: dict[tuple[int, ...], tuple[np.ndarray, Activations]] = {}
 
     @property
     def n_layers(self) -> int:
@@ -571,20 +574,29 @@ class TrueModel:
         cap = self.shape.logit_cap
         return logits if cap is None else cap * np.tanh(logits / cap)
 
+    def unpatched(self, tokens: Sequence[int]) -> tuple[np.ndarray, Activations]:
+        """Logits [T, vocab] and every site's value in an unpatched run, which is kept."""
+        prompt = tuple(tokens)
+        if prompt not in self._unpatched:
+            seen: Activations = {}
+
+            def keep(site: str, layer: int, value: np.ndarray) -> np.ndarray:
+                seen[site, layer] = value[0]
+                return value
+
+            logits = self.forward(prompt, 1, keep)[0]
+            for kept in (logits, *seen.values()):
+                kept.flags.writeable = False
+            self._unpatched[prompt] = logits, seen
+        return self._unpatched[prompt]
+
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """[T, vocab]."""
-        return self.forward(tokens, 1, lambda site, layer, value: value)[0]
+        return self.unpatched(tokens)[0]
 
     def activations(self, tokens: Sequence[int]) -> Activations:
         """Every site's value in an unpatched run."""
-        seen: Activations = {}
-
-        def keep(site: str, layer: int, value: np.ndarray) -> np.ndarray:
-            seen[site, layer] = value[0]
-            return value
-
-        self.forward(tokens, 1, keep)
-        return seen
+        return dict(self.unpatched(tokens)[1])
 
     def patched(
         self,
@@ -644,15 +656,16 @@ class TrueModel:
 
         def patched(after: Sequence[int]) -> np.ndarray:
             parts = [rows[i : i + 512] for i in range(0, len(rows), 512)]
-            return np.concatenate([self.patched(base, values, some, after, places) for some in parts])
+            read = np.concatenate([self.patched(base, values, some, after, places) for some in parts])
+            return read.reshape(len(rows), 1 + len(after), -1)
 
         clean, corrupted = (
-            [self.logits([*prompt, *after])[len(prompt) - 1 :] for after in continuations(pair)]
+            both(continuations(pair), lambda after, p=prompt: self.logits([*p, *after])[len(p) - 1 :])
             for prompt in (pair.clean, pair.corrupted)
         )
         return metrics_of_answers(
             corrupted if direction == "denoise" else clean,
-            [patched(after).reshape(len(rows), 1 + len(after), -1) for after in continuations(pair)],
+            both(continuations(pair), patched),
             clean,
             corrupted,
             pair,
@@ -739,13 +752,15 @@ def resolve(pair: Pair, position: int | str) -> int | None:
 
 def _expm1_minus_x(x: np.ndarray) -> np.ndarray:
     """e^x - 1 - x, by its series where the subtraction would cancel."""
-    term = x * x / 2
-    series = term.copy()
-    with np.errstate(over="ignore", invalid="ignore"):
-        for n in range(3, 40):
-            term = term * x / n
-            series = series + term
-    return np.where(np.abs(x) < 1, series, np.expm1(x) - x)
+    out, small = np.expm1(x) - x, np.abs(x) < 1
+    x = x[small]
+    series = np.ones_like(x)  # e^x - 1 - x = x² / 2 (1 + x / 3 (1 + x / 4 (1 + ...)))
+    for n in range(25, 2, -1):  # 1 / 26! is beyond 80 bits
+        series *= x
+        series /= n
+        series += 1
+    out[small] = series * x * x / 2
+    return out
 
 
 def answers_of(pair: Pair) -> list[list[int]]:
@@ -756,8 +771,19 @@ def answers_of(pair: Pair) -> list[list[int]]:
 
 
 def continuations(pair: Pair) -> list[list[int]]:
-    """What the model reads after the prompt to give each token of an answer: all tokens but the last."""
-    return [answer[:-1] for answer in answers_of(pair)]
+    """What the model reads after the prompt to give each token of an answer: all tokens but the last.
+
+    One list twice where it is the same for both answers, so that it is run once.
+    """
+    clean, corrupted = (answer[:-1] for answer in answers_of(pair))
+    return [clean, clean if clean == corrupted else corrupted]
+
+
+def both(two: Sequence[Any], work: Callable[[Any], np.ndarray]) -> list[np.ndarray]:
+    """What `work` makes of each of two things, once where they are one and the same."""
+    first, second = two
+    done = work(first)
+    return [done, done if second is first else work(second)]
 
 
 def oracle_metrics(
@@ -793,10 +819,8 @@ def metrics_of_answers(
         patched: likewise [row, token, vocab].
         pair: its answers.
     """
-    base, patched, clean_run, corrupted_run = (
-        [np.asarray(x).astype(np.longdouble) for x in run]
-        for run in (base, patched, clean_run, corrupted_run)
-    )
+    runs = (both(run, lambda x: x.astype(np.longdouble)) for run in (base, patched, clean_run, corrupted_run))
+    base, patched, clean_run, corrupted_run = runs
     answers = answers_of(pair)
 
     def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -804,13 +828,14 @@ def metrics_of_answers(
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
     def entropy(x: np.ndarray) -> np.ndarray:
-        return -(np.exp(log_softmax(x)) * log_softmax(x)).sum(-1)
+        logp = log_softmax(x)
+        return -(np.exp(logp) * logp).sum(-1)
 
     def logp_of(run: Sequence[np.ndarray]) -> list[np.ndarray]:
         """log P of the clean and of the corrupted answer, by the chain rule."""
         return [
-            sum(of_token(log_softmax(x[..., i, :]), token) for i, token in enumerate(answer))
-            for x, answer in zip(run, answers, strict=True)
+            sum(of_token(x[..., i, :], token) for i, token in enumerate(answer))
+            for x, answer in zip(both(run, log_softmax), answers, strict=True)
         ]
 
     def of_token(logp: np.ndarray, token: int | tuple[int, ...]) -> np.ndarray:
@@ -823,17 +848,16 @@ def metrics_of_answers(
             return np.isin(run[which].argmax(-1), answers[which][0]).all(-1)
         return (run[which].argmax(-1) == np.array(answers[which])).all(-1)
 
-    def apart(run: Sequence[np.ndarray]) -> np.ndarray:
-        clean, corrupted = logp_of(run)
-        return clean - corrupted
+    def apart(logp: Sequence[np.ndarray]) -> np.ndarray:
+        return logp[0] - logp[1]
 
     logp, logp_star = logp_of(base), logp_of(patched)
     p, p_star = [np.exp(x) for x in logp], [np.exp(x) for x in logp_star]
     src, own = (0, 1) if direction == "denoise" else (1, 0)
     towards_source = (p_star[src] - p[src]) / p[src]
     away_from_base = (p[own] - p_star[own]) / p_star[own]
-    logit_diff = apart(patched) - apart(base)
-    gap = apart(clean_run) - apart(corrupted_run)
+    logit_diff = apart(logp_star) - apart(logp)
+    gap = apart(logp_of(clean_run)) - apart(logp_of(corrupted_run))
     gap = gap if direction == "denoise" else -gap  # from the base run to the source run
 
     # KL = Σ p (log p - log p*) = log Σ p e^c with c the logit change centred under p; as Σ p c = 0, the sum

@@ -3,17 +3,15 @@
 The oracle runs each answer by itself, after its prompt in a plain forward; the engine has both in one run.
 """
 
-from functools import cache
-
 import numpy as np
 import pytest
-import torch
 from engine_oracle import FLAGS, METRICS, Patch, TrueModel, answers_of
 from engine_tiny import (
     VARIANTS,
-    hf_model,
+    model_of,
     nearly_equal_tokens,
     pairs,
+    prompt_pairs,
     random_pair,
     said,
     true_model,
@@ -39,13 +37,6 @@ SHAPES = (
 )  # fmt: skip
 
 
-@cache
-def model(variant, precision="fp32"):
-    return deltapatch.from_transformers(
-        hf_model(variant, torch.float64 if precision == "fp64" else torch.float32)
-    )
-
-
 def answered(true, shapes, lengths=(5, 4), seed=0):
     """A pair of each shape of answers, with prompts of these lengths in turn."""
     drawn = pairs(true, [lengths[i % len(lengths)] for i in range(len(shapes))], seed)
@@ -53,10 +44,6 @@ def answered(true, shapes, lengths=(5, 4), seed=0):
         with_long_answers(true, pair, *shape, seed=10 * seed + i)
         for i, (pair, shape) in enumerate(zip(drawn, shapes, strict=True))
     ]
-
-
-def prompt_pairs(drawn):
-    return [deltapatch.PromptPair(**pair._asdict()) for pair in drawn]
 
 
 def sweep(engine, drawn, sites, **options):
@@ -118,8 +105,8 @@ def metrics_of(pair):
 def test_all_sites_at_all_positions(variant, direction):
     """Answers of every shape in one sweep."""
     true = true_model(variant)
-    drawn = answered(true, SHAPES[direction == "noise" :: 2])
-    assert_sweep_agrees(true, model(variant), drawn, true.sites(), "fp32", direction=direction)
+    drawn = answered(true, SHAPES[direction == "noise" :: 2], (4, 3))
+    assert_sweep_agrees(true, model_of(variant), drawn, true.sites(), "fp32", direction=direction)
 
 
 @pytest.mark.filterwarnings("ignore:recovered is undefined")
@@ -131,7 +118,7 @@ def test_in_float64_at_some_positions(variant):
     sites = ["mlp_out", "z", "k", "mlp_post", "v", "attn_out.dim"]
     positions = [-1, 0, "subject", -3]
     effects = assert_sweep_agrees(
-        true, model(variant, "fp64"), drawn, sites, "fp64", positions, direction="noise", source="zero"
+        true, model_of(variant, "fp64"), drawn, sites, "fp64", positions, direction="noise", source="zero"
     )
     assert effects.meta["answer_tokens"] == 4
 
@@ -158,7 +145,7 @@ def test_random_joint_patches(variant, precision):
     def check(joint, shapes, seed, direction):
         drawn = answered(true, shapes, (5,), seed)
         asked = [(i, patches) for i in range(len(drawn)) for patches in (*joint, *ANCHORS)]
-        outcome = run(model(variant, precision), drawn, asked, precision=precision, direction=direction)
+        outcome = run(model_of(variant, precision), drawn, asked, precision=precision, direction=direction)
         each = [true.effects(pair, [*joint, *ANCHORS], direction) for pair in drawn]
         want = {m: np.concatenate([effects[m] for effects in each]) for m in METRICS}
         metrics = [m for m in METRICS if m != "recovered"]
@@ -209,20 +196,20 @@ def test_what_the_run_says(variant):
     assert len(drawn) == 4
     sites = ["resid_pre", "resid_post", "mlp_out", "attn_out"]
     for direction in DIRECTIONS:
-        effects = assert_sweep_agrees(true, model(variant), drawn, sites, "fp32", direction=direction)
+        effects = assert_sweep_agrees(true, model_of(variant), drawn, sites, "fp32", direction=direction)
         assert effects.accuracy() == 1
         found = {m: np.concatenate([effects.values(m, site=s).ravel() for s in sites]) for m in FLAGS}
         assert 0 < np.nanmean(found["says_clean"]) < 1
         assert 0 < np.nanmean(found["says_corrupted"]) < 1
         assert np.nanmax(found["says_clean"] + found["says_corrupted"]) == 1
     half = [pair._replace(clean_answer=[*pair.clean_answer[:-1], 0]) for pair in drawn]
-    assert sweep(model(variant), half, "mlp_out", positions="last").accuracy() == 0.5
+    assert sweep(model_of(variant), half, "mlp_out", positions="last").accuracy() == 0.5
 
 
 def test_a_patch_that_changes_nothing_gives_exactly_zero():
     pair = random_pair(5, seed=4, first=2)._replace(clean_answer=[4, 5, 6], corrupted_answer=[4, 9])
     effects = sweep(
-        model("gptj"), [pair, pair._replace(corrupted=pair.clean)], ["z", "mlp_post", "resid_pre"]
+        model_of("gptj"), [pair, pair._replace(corrupted=pair.clean)], ["z", "mlp_post", "resid_pre"]
     )
     for site in effects.sites:
         for metric in ("ie", "logit_diff", "dlogp_clean", "dlogp_corrupted", "kl", "entropy", "flip"):
@@ -247,9 +234,9 @@ def tight(monkeypatch):
 def test_many_passes_give_what_one_gives(source, tight):
     drawn = answered(true_model("llama-grouped"), SHAPES[:8], (5, 3))
     options = {"source": source, "seed": 3, "precision": "fp64"}
-    one = sweep(model("llama-grouped", "fp64"), drawn, ["mlp_out", "k", "mlp_post"], **options)
+    one = sweep(model_of("llama-grouped", "fp64"), drawn, ["mlp_out", "k", "mlp_post"], **options)
     many = sweep(
-        model("llama-grouped", "fp64"), drawn, ["mlp_out", "k", "mlp_post"], memory_budget=2500, **options
+        model_of("llama-grouped", "fp64"), drawn, ["mlp_out", "k", "mlp_post"], memory_budget=2500, **options
     )
     assert (one.meta["passes"], many.meta["rows"]) == (1, one.meta["rows"])
     assert many.meta["passes"] > 10
@@ -264,11 +251,11 @@ def test_many_passes_give_what_one_gives(source, tight):
 def test_a_run_folder_holds_them_and_resumes(tmp_path, tight):
     drawn = answered(true_model("gptj"), SHAPES[:5], (5, 3))
     options = {"precision": "fp32", "memory_budget": 3000, "noise_sample": 0}
-    effects = sweep(model("gptj"), drawn, ["mlp_out", "z"], out=tmp_path / "whole", **options)
+    effects = sweep(model_of("gptj"), drawn, ["mlp_out", "z"], out=tmp_path / "whole", **options)
     for part in (1, 2):
-        sweep(model("gptj"), drawn, ["mlp_out", "z"], out=tmp_path / "run", shard=(part, 2), **options)
+        sweep(model_of("gptj"), drawn, ["mlp_out", "z"], out=tmp_path / "run", shard=(part, 2), **options)
     (tmp_path / "run/unfinished/1.safetensors").unlink()
-    again = sweep(model("gptj"), drawn, ["mlp_out", "z"], out=tmp_path / "run", resume=True, **options)
+    again = sweep(model_of("gptj"), drawn, ["mlp_out", "z"], out=tmp_path / "run", resume=True, **options)
     loaded = deltapatch.load_effects(tmp_path / "run")
     for found in (again, loaded):
         assert found.pairs == effects.pairs
@@ -287,7 +274,7 @@ def test_a_run_folder_holds_them_and_resumes(tmp_path, tight):
 )
 def test_metrics_that_are_asked_for_alone_are_what_they_are_among_all(asked):
     drawn = answered(true_model("neox-sequential"), SHAPES)
-    few, every = (sweep(model("neox-sequential"), drawn, "z", metrics=m) for m in (asked, "all"))
+    few, every = (sweep(model_of("neox-sequential"), drawn, "z", metrics=m) for m in (asked, "all"))
     for name in asked:
         a, b = few.values(name), every.values(name)
         assert np.array_equal(np.isnan(a), np.isnan(b))
@@ -297,11 +284,11 @@ def test_metrics_that_are_asked_for_alone_are_what_they_are_among_all(asked):
 def test_the_expansion_of_the_read_out_keeps_its_bound(monkeypatch):
     drawn = answered(true_model("neox-parallel"), SHAPES)
     options = {"metrics": ["ie", "logit_diff"], "noise_sample": 0}
-    want = sweep(model("neox-parallel", "fp64"), drawn, "mlp_post", precision="fp64", **options)
-    plain = sweep(model("neox-parallel"), drawn, "mlp_post", precision="fp16", **options)
+    want = sweep(model_of("neox-parallel", "fp64"), drawn, "mlp_post", precision="fp64", **options)
+    plain = sweep(model_of("neox-parallel"), drawn, "mlp_post", precision="fp16", **options)
     made = []
     monkeypatch.setattr("deltapatch.engine.readout.worth_a_tail", lambda *sizes: made.append(1) or True)
-    got = sweep(model("neox-parallel"), drawn, "mlp_post", precision="fp16", **options)
+    got = sweep(model_of("neox-parallel"), drawn, "mlp_post", precision="fp16", **options)
     assert made
     changed = False
     for name in ("dlogp_clean", "dlogp_corrupted", "logit_diff"):
@@ -360,7 +347,7 @@ def test_answers_of_one_token_add_nothing(monkeypatch):
     """Not to a run, not to a row, not to what is read."""
     (pair,) = pairs(true_model("gptj"), (5,))
     spelt = pair._replace(clean_answer=[pair.clean_answer], corrupted_answer=[pair.corrupted_answer])
-    one, other = (sweep(model("gptj"), [p], ["mlp_out", "z"]) for p in (pair, spelt))
+    one, other = (sweep(model_of("gptj"), [p], ["mlp_out", "z"]) for p in (pair, spelt))
     assert one.pairs == other.pairs
     assert one.meta["answer_tokens"] == 1
     for site in one.sites:
@@ -372,18 +359,18 @@ def test_answers_of_one_token_add_nothing(monkeypatch):
 
 def test_they_are_said_out_loud():
     drawn = answered(true_model("gptj"), SHAPES[:4])
-    effects = sweep(model("gptj"), drawn, "mlp_out", positions="last")
+    effects = sweep(model_of("gptj"), drawn, "mlp_out", positions="last")
     assert effects.meta["answer_tokens"] == 3
     assert "answers of up to 3 tokens" in repr(effects)
-    assert "tokens" not in repr(sweep(model("gptj"), drawn[:1], "mlp_out", positions="last"))
+    assert "tokens" not in repr(sweep(model_of("gptj"), drawn[:1], "mlp_out", positions="last"))
 
 
 def test_another_readout_is_for_answers_of_one_token():
     drawn = answered(true_model("gptj"), SHAPES[:2])
     with pytest.raises(DeltapatchError, match=r"pair 1 has an answer of 2 tokens.*leave out readout=2"):
-        sweep(model("gptj"), drawn, "mlp_out", readout=2)
-    effects = sweep(model("gptj"), drawn, "mlp_out", readout=-1)
-    same = sweep(model("gptj"), drawn, "mlp_out")
+        sweep(model_of("gptj"), drawn, "mlp_out", readout=2)
+    effects = sweep(model_of("gptj"), drawn, "mlp_out", readout=-1)
+    same = sweep(model_of("gptj"), drawn, "mlp_out")
     assert np.array_equal(effects.values("ie"), same.values("ie"), equal_nan=True)
 
 
@@ -391,6 +378,6 @@ def test_dynamic_rotary_scaling_beyond_the_context():
     """Its angles depend on how many tokens there are: what follows a prompt would change it."""
     drawn = answered(true_model("llama-dynamic"), SHAPES[:2], (4,))
     with pytest.raises(DeltapatchError, match=r"pair 1 has an answer of 2 tokens.* dynamic rotary scaling"):
-        sweep(model("llama-dynamic"), drawn, "mlp_out")
+        sweep(model_of("llama-dynamic"), drawn, "mlp_out")
     (short,) = answered(true_model("llama-dynamic"), SHAPES[1:2], (3,))
-    assert np.isfinite(sweep(model("llama-dynamic"), [short], "mlp_out").values("ie")).all()
+    assert np.isfinite(sweep(model_of("llama-dynamic"), [short], "mlp_out").values("ie")).all()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_oracle import FLAGS, METRICS, Patch, TrueModel
-from engine_tiny import VARIANTS, VOCAB, hf_model, nearly_equal_tokens, pairs, true_model
+from engine_tiny import VARIANTS, VOCAB, model_of, nearly_equal_tokens, pairs, true_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,11 +21,6 @@ from deltapatch.tasks.answered import answered
 
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-8}
 SITES = ["resid_pre", "mlp_out", "z", "attn_out"]
-
-
-def model(variant, precision="fp32"):
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    return dp.from_transformers(hf_model(variant, dtype))
 
 
 def with_any(true, seed=0):
@@ -80,7 +75,7 @@ def test_sweeps(variant, precision):
     drawn = with_any(true)
     for direction in ("denoise", "noise"):
         effects = dp.sweep(
-            model(variant, precision),
+            model_of(variant, precision),
             given_pairs(drawn),
             sites=SITES,
             direction=direction,
@@ -119,7 +114,7 @@ def test_random_joint_patches(seed, variant):
         for i in range(len(drawn))
         for patches in joint
     ]
-    outcome = dp.run(model(variant, "fp64"), given_pairs(drawn), asked, precision="fp64")
+    outcome = dp.run(model_of(variant, "fp64"), given_pairs(drawn), asked, precision="fp64")
     each = [true.effects(pair, joint) for pair in drawn]
     want = {m: np.concatenate([e[m] for e in each]) for m in METRICS}
     metrics = [m for m in METRICS if m != "recovered"]
@@ -141,7 +136,7 @@ def test_tiny_effects(variant):
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_one_is_the_answer_itself(precision):
     """Any of one is that one, and all of the vocabulary is certain."""
-    engine, drawn = model("llama-grouped", precision), pairs(true_model("llama-grouped"))
+    engine, drawn = model_of("llama-grouped", precision), pairs(true_model("llama-grouped"))
     single = [dp.PromptPair(**p._asdict()) for p in drawn]
     one = [p._replace(clean_answer=(p.clean_answer,), corrupted_answer=(p.corrupted_answer,)) for p in drawn]
     options = {"sites": ["mlp_out"], "precision": precision}
@@ -173,7 +168,7 @@ def test_large_changes():
 def test_edges_and_estimates():
     """Edges read the same; estimates by gradients are of the same logit difference."""
     true = true_model("llama-grouped")
-    engine, drawn = model("llama-grouped", "fp64"), with_any(true)[:3]
+    engine, drawn = model_of("llama-grouped", "fp64"), with_any(true)[:3]
     edges = dp.sweep_edges(engine, given_pairs(drawn), precision="fp64").values("logit_diff")
     estimates = attribute_edges(engine, given_pairs(drawn))
     there = np.isfinite(edges)
@@ -189,7 +184,7 @@ def test_edges_and_estimates():
 
 
 def test_runs_and_files_keep_them(tmp_path):
-    engine = model("llama-grouped")
+    engine = model_of("llama-grouped")
     drawn = given_pairs(with_any(true_model("llama-grouped")))
     write_pairs(tmp_path / "pairs.jsonl", drawn)
     lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
@@ -206,7 +201,7 @@ def test_runs_and_files_keep_them(tmp_path):
 
 
 def test_the_filter_takes_any(tmp_path):
-    engine, true = model("llama-grouped"), true_model("llama-grouped")
+    engine, true = model_of("llama-grouped"), true_model("llama-grouped")
     (pair,) = pairs(true, (5,))
     best = [int(true.logits(prompt)[-1].argmax()) for prompt in (pair.clean, pair.corrupted)]
     other = next(t for t in range(VOCAB) if t not in best)
@@ -230,7 +225,7 @@ def test_the_filter_takes_any(tmp_path):
 )
 def test_what_is_refused(answers, message):
     with pytest.raises(DeltapatchError, match=re.escape(message)):
-        dp.sweep(model("llama-grouped"), dp.PromptPair([1, 2], [1, 3], *answers), sites="mlp_out")
+        dp.sweep(model_of("llama-grouped"), dp.PromptPair([1, 2], [1, 3], *answers), sites="mlp_out")
 
 
 @pytest.mark.parametrize(

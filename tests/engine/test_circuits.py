@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from engine_edge_oracle import BASE, OWN, SOURCE, direct, edges, effects, receivers, senders, total
-from engine_tiny import hf_model, pairs, true_model
+from engine_tiny import hf_model, model_of, pairs, prompt_pairs, true_model
 
 import deltapatch
 from deltapatch import Circuit, DeltapatchError
@@ -16,14 +15,6 @@ from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.wirings import existing
 
 VARIANTS = pytest.mark.parametrize("variant", ["neox-parallel", "llama-grouped", "gemma2", "olmo2"])
-
-
-def model_of(variant):
-    return deltapatch.from_transformers(hf_model(variant, torch.float64))
-
-
-def given(drawn):
-    return [deltapatch.PromptPair(**pair._asdict()) for pair in drawn]
 
 
 def told(true, circuit):
@@ -36,7 +27,7 @@ def told(true, circuit):
 @pytest.mark.parametrize("source", ["counterpart", "zero"])
 def test_faithfulness(variant, source):
     true, drawn = true_model(variant), pairs(true_model(variant), (5, 4), seed=1)
-    model = model_of(variant)
+    model = model_of(variant, "fp64")
     nodes, rng = Nodes.of(model.spec), np.random.default_rng(0)
     scores = rng.normal(size=existing(nodes).shape)
     circuits = [Circuit.of_scores(nodes, scores, 16, n) for n in (10, 60, nodes.n_edges)]
@@ -44,7 +35,9 @@ def test_faithfulness(variant, source):
         chosen = [c.complement() for c in circuits] if removed else circuits
         wirings = [dict.fromkeys(edges(true), SOURCE), *(told(true, c) for c in chosen)]
         want = np.stack([effects(true, pair, wirings, "noise", source)["logit_diff"] for pair in drawn], 1)
-        got = faithfulness(model, given(drawn), circuits, source=source, removed=removed, progress=False)
+        got = faithfulness(
+            model, prompt_pairs(drawn), circuits, source=source, removed=removed, progress=False
+        )
         assert np.allclose(got.raw, want[1:], rtol=1e-8, atol=1e-12)
         assert np.allclose(got.empty, want[0], rtol=1e-8)
         assert np.allclose(got.share, 1 - want[1:].mean(1) / want[0].mean(), rtol=1e-8, atol=1e-12)
@@ -55,7 +48,7 @@ def test_faithfulness(variant, source):
 def test_paths(variant):
     true, drawn = true_model(variant), pairs(true_model(variant), (4,), seed=3)
     paths = [("a0.h1", "a1.h0<v>", "logits"), ("input", "m0", "m1", "logits"), ("m0", "logits")]
-    got = path_effects(model_of(variant), given(drawn), paths, progress=False)
+    got = path_effects(model_of(variant, "fp64"), prompt_pairs(drawn), paths, progress=False)
     nodes = [[p.split("<")[0] for p in path] for path in paths]
     wirings = []
     for path, names in zip(paths, nodes, strict=True):
@@ -64,12 +57,12 @@ def test_paths(variant):
         wirings.append(kinds | {(path[0], path[1]): SOURCE})
     want = effects(true, drawn[0], wirings)["logit_diff"]
     assert np.allclose(got[0], want, rtol=1e-8)
-    loose = path_effects(model_of(variant), given(drawn), paths, freeze=False, progress=False)
+    loose = path_effects(model_of(variant, "fp64"), prompt_pairs(drawn), paths, freeze=False, progress=False)
     assert np.allclose(
         loose[0], effects(true, drawn[0], [total(p[:2]) for p in paths])["logit_diff"], rtol=1e-8
     )
     # Of one step the frozen path is the direct effect.
-    two = effects(true, drawn[0], [direct(true, paths[0][:2])])["logit_diff"]
+    two = effects(true, drawn[0], [direct(paths[0][:2])])["logit_diff"]
     assert got[0][0] == pytest.approx(two[0], rel=1e-8)
 
 
@@ -84,7 +77,7 @@ def test_paths(variant):
 )
 def test_a_path_that_is_none(path, said):
     with pytest.raises(DeltapatchError, match=said):
-        path_effects(model_of("llama"), given(pairs(true_model("llama"), (4,))), [path])
+        path_effects(model_of("llama", "fp64"), prompt_pairs(pairs(true_model("llama"), (4,))), [path])
 
 
 def sequential(true, drawn, threshold, metric):
@@ -109,32 +102,24 @@ def sequential(true, drawn, threshold, metric):
 @pytest.mark.parametrize("variant", ["neox-parallel", "gpt2"])
 def test_acdc_is_the_sequential_one(variant, metric):
     true, drawn = true_model(variant), pairs(true_model(variant), (4, 4), seed=5)
-    model = model_of(variant)
+    model = model_of(variant, "fp64")
     names, columns = senders(true), receivers(true)
     first = order(Nodes.of(model.spec))[0]
     assert (names[first[0]], columns[first[1]]) == (names[-1], "logits")
-    for threshold in (0.003, 0.03):
+    options = {"metric": metric, "precision": "fp64", "progress": False}
+    for threshold, at_once in ((0.003, 64), (0.03, 5)):
         want = sequential(true, drawn, threshold, metric)
-        for at_once in (5, 64):
-            found = acdc(
-                model,
-                given(drawn),
-                threshold,
-                metric=metric,
-                at_once=at_once,
-                precision="fp64",
-                progress=False,
-            )
-            kept = {(names[s], columns[r]) for s, r in np.argwhere(found.kept)}
-            assert kept == want
-            assert set(found.circuit.edges) <= want
+        found = acdc(model, prompt_pairs(drawn), threshold, at_once=at_once, **options)
+        kept = {(names[s], columns[r]) for s, r in np.argwhere(found.kept)}
+        assert kept == want
+        assert set(found.circuit.edges) <= want
         assert 0 < len(want) < len(edges(true))
     assert found.noise == 0
     assert found.close == []
 
 
 def test_decisions_near_the_threshold_are_told():
-    drawn = given(pairs(true_model("llama"), (4,), seed=5))
+    drawn = prompt_pairs(pairs(true_model("llama"), (4,), seed=5))
     model = deltapatch.from_transformers(hf_model("llama"))
     plain = acdc(model, drawn, 0.01, precision="fp32", progress=False)
     assert 0 < plain.noise < 1e-4
@@ -151,7 +136,7 @@ def test_decisions_near_the_threshold_are_told():
 @pytest.fixture(scope="module")
 def swept():
     model = deltapatch.from_transformers(hf_model("llama-grouped"))
-    drawn = given(pairs(true_model("llama-grouped"), (5, 4), seed=7))
+    drawn = prompt_pairs(pairs(true_model("llama-grouped"), (5, 4), seed=7))
     options = {"progress": False, "precision": "fp32"}
     return (
         model,

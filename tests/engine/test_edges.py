@@ -2,10 +2,18 @@
 
 import numpy as np
 import pytest
-import torch
 from engine_edge_oracle import BASE, OWN, SOURCE, direct, edges, effects, receivers, senders, total, unpatched
 from engine_oracle import METRICS, Patch
-from engine_tiny import FAMILIES, VARIANTS, hf_model, pairs, true_model, with_long_answers
+from engine_tiny import (
+    FAMILIES,
+    VARIANTS,
+    hf_model,
+    model_of,
+    pairs,
+    prompt_pairs,
+    true_model,
+    with_long_answers,
+)
 
 import deltapatch
 from deltapatch import DeltapatchError
@@ -19,18 +27,9 @@ ALL = [*VARIANTS, *FAMILIES]
 FEW = ["neox-parallel", "llama-grouped", "gemma2", "olmo2"]  # block kinds, groups, norms behind, wide norms
 
 
-def model_of(variant, precision="fp32"):
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    return deltapatch.from_transformers(hf_model(variant, dtype))
-
-
-def as_pairs(drawn):
-    return [deltapatch.PromptPair(**pair._asdict()) for pair in drawn]
-
-
 def sweep(variant, drawn, precision="fp32", **options):
     options = {"precision": precision, "metrics": "all", "progress": False} | options
-    return deltapatch.sweep_edges(model_of(variant, precision), as_pairs(drawn), **options)
+    return deltapatch.sweep_edges(model_of(variant, precision), prompt_pairs(drawn), **options)
 
 
 def assert_close(got, want, precision, where):
@@ -55,7 +54,7 @@ def of_pairs(true, drawn, wirings, **options):
 def test_the_oracle_is_the_plain_forward(variant):
     """With all as it is, and with every edge carrying what the base run says, nothing changes."""
     true, (pair,) = true_model(variant), pairs(true_model(variant), (5,))
-    assert set(unpatched(true, pair.clean)) == set(senders(true))
+    assert set(unpatched(true, tuple(pair.clean))) == set(senders(true))
     found = effects(true, pair, [{}, dict.fromkeys(edges(true), BASE), dict.fromkeys(edges(true), OWN)])
     assert np.abs(found["logit_diff"]).max() < 1e-12
 
@@ -68,7 +67,7 @@ def test_all_edges(variant):
     got = sweep(variant, drawn, precision, effect="both", direction=direction)
     assert (got.senders, got.receivers, got.edges) == (senders(true), receivers(true), edges(true))
     for effect in ("total", "direct"):
-        wirings = [total(e) if effect == "total" else direct(true, e) for e in edges(true)]
+        wirings = [total(e) if effect == "total" else direct(e) for e in edges(true)]
         want = of_pairs(true, drawn, wirings, direction=direction)
         assert_close(lambda metric, e=effect: got.flat(metric, e), want, precision, effect)
 
@@ -89,7 +88,7 @@ def test_every_position_by_itself(variant):
                     assert np.isnan(values["logit_diff"][i, :, position]).all()
                     continue
                 here = kind[: len(pair.clean)]
-                wirings = [total(e, here) if effect == "total" else direct(true, e, here) for e in names]
+                wirings = [total(e, here) if effect == "total" else direct(e, here) for e in names]
                 if effect == "direct":  # elsewhere the edge carries what it does without the patch
                     wirings = [
                         w | {e: np.where(here == SOURCE, SOURCE, BASE)}
@@ -190,7 +189,9 @@ def test_a_run_folder_holds_them(tmp_path):
             sweep("llama", drawn, out=tmp_path / "run", resume=True, **options | other)
     with pytest.raises(DeltapatchError, match="a sweep of edges, not a sweep: load_edges reads it"):
         deltapatch.load_effects(tmp_path / "run")
-    deltapatch.sweep(model_of("llama"), as_pairs(drawn), sites="z", out=tmp_path / "sites", progress=False)
+    deltapatch.sweep(
+        model_of("llama"), prompt_pairs(drawn), sites="z", out=tmp_path / "sites", progress=False
+    )
     with pytest.raises(DeltapatchError, match="not a sweep of edges: load_effects reads it"):
         deltapatch.load_edges(tmp_path / "sites")
 
@@ -230,7 +231,7 @@ def test_names_of_many():
 def test_a_site_at_all_positions_together(variant):
     """The same as a joint patch of every position of the prompt."""
     true, drawn = true_model(variant), pairs(true_model(variant), (5, 3), seed=11)
-    model, given = model_of(variant, "fp64"), as_pairs(drawn)
+    model, given = model_of(variant, "fp64"), prompt_pairs(drawn)
     for site, source in (("z", "counterpart"), ("attn_out", "zero"), ("resid_pre", "counterpart")):
         options = {"sites": site, "source": source, "progress": False}
         got = deltapatch.sweep(model, given, positions="together", **options)
@@ -245,7 +246,7 @@ def test_a_site_at_all_positions_together(variant):
 
 
 def test_together_survives_a_run_folder(tmp_path):
-    given = as_pairs(pairs(true_model("llama"), (5, 3), seed=12))
+    given = prompt_pairs(pairs(true_model("llama"), (5, 3), seed=12))
     options = {"sites": "z,mlp_out", "positions": "together", "progress": False, "precision": "fp32"}
     whole = deltapatch.sweep(model_of("llama"), given, **options)
     for part in (1, 2):
@@ -285,7 +286,7 @@ def test_as_many_edges_as_are_published(shape, keys, n):
 def test_a_streamed_model_has_the_same_edges(variant, tmp_path):
     """Bit for bit: its weights are read in every pass. Circuits too."""
     hf_model(variant).save_pretrained(tmp_path / "model")
-    given = as_pairs(pairs(true_model(variant), (5, 4), seed=13))
+    given = prompt_pairs(pairs(true_model(variant), (5, 4), seed=13))
     options = {"precision": "fp32", "progress": False, "noise_sample": 0, "metrics": "logit_diff"}
     found, shares = [], []
     for stream in (False, True):

@@ -4,18 +4,13 @@ import numpy as np
 import pytest
 import torch
 from engine_oracle import METRICS, Patch, hf_hooks_logits
-from engine_tiny import FAMILIES, hf_model, pairs, true_model, with_long_answers, without_overlaps
+from engine_tiny import FAMILIES, hf_model, model_of, pairs, true_model, with_long_answers, without_overlaps
 
 import deltapatch
 
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-8}
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 PRECISION = pytest.mark.parametrize("precision", TOLERANCE)
-
-
-def model_of(family, precision):
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    return deltapatch.from_transformers(hf_model(family, dtype))
 
 
 def assert_close(got, want, precision, where):
@@ -51,10 +46,18 @@ def test_logits_are_those_of_transformers(family):
         assert np.linalg.norm(true_model(family).logits(tokens) - theirs) <= 2e-6 * np.linalg.norm(theirs)
 
 
-@FAMILY
-@PRECISION
+# In turn: joint patches, below, are of each precision in each direction.
 @pytest.mark.parametrize(
-    ("direction", "source"), [("denoise", "counterpart"), ("noise", "zero")], ids=["denoise", "zero"]
+    ("family", "precision", "direction", "source"),
+    [
+        (family, precision, *how)
+        for i, family in enumerate(FAMILIES)
+        for precision, how in zip(
+            ("fp32", "fp64") if i % 2 else ("fp64", "fp32"),
+            (("denoise", "counterpart"), ("noise", "zero")),
+            strict=True,
+        )
+    ],
 )
 def test_all_sites(family, precision, direction, source):
     true, drawn = true_model(family), pairs(true_model(family), (6, 4), seed=3)

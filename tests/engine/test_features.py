@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from engine_oracle import METRICS, metrics_of_answers
-from engine_tiny import hf_model, pairs, true_model
+from engine_tiny import model_of, pairs, prompt_pairs, true_model
 from safetensors.torch import save_file
 
 import deltapatch as dp
@@ -118,14 +118,6 @@ def assert_agrees(outcome, drawn, true, weights, site, tolerance, rows=None, sou
         assert error <= (0 if exact else 2 * tolerance * size), f"{m}: {error / size}"
 
 
-def model_of(variant, precision="fp64"):
-    return dp.from_transformers(hf_model(variant, torch.float64 if precision == "fp64" else torch.float32))
-
-
-def given(drawn):
-    return [dp.PromptPair(**pair._asdict()) for pair in drawn]
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,7 +127,9 @@ def test_every_kind(tmp_path, kind, norm, precision):
     folder = written(tmp_path / "sae", weights, kind, normalize_activations=norm, k=5)
     drawn = pairs(true, (5, 4))
     sae = dp.load_sae(folder)
-    outcome = dp.sweep_features(model_of("llama-grouped", precision), given(drawn), sae, precision=precision)
+    outcome = dp.sweep_features(
+        model_of("llama-grouped", precision), prompt_pairs(drawn), sae, precision=precision
+    )
     assert_agrees(outcome, drawn, true, weights, "resid_post", TOLERANCE[precision], kind=kind, norm=norm)
 
 
@@ -149,7 +143,9 @@ def test_every_site_of_families(tmp_path, variant):
         weights = made("standard", width, seed=len(site))
         more = {"reshape_activations": "hook_z"} if site == "z" else {"apply_b_dec_to_input": False}
         folder = written(tmp_path / site, weights, hook=f"blocks.1.{hook}", **more)
-        outcome = dp.sweep_features(model_of(variant), given(drawn), dp.load_sae(folder), precision="fp64")
+        outcome = dp.sweep_features(
+            model_of(variant, "fp64"), prompt_pairs(drawn), dp.load_sae(folder), precision="fp64"
+        )
         how = {"kind": "standard", "subtracts": site == "z"}
         assert_agrees(outcome, drawn, true, weights, site, 1e-8, **how)
 
@@ -164,7 +160,11 @@ def test_scaled_by_the_decoder_and_taken_out(tmp_path):
     rows = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
     for source in ("counterpart", "zero"):
         outcome = dp.sweep_features(
-            model_of("llama-grouped"), given(drawn), dp.load_sae(folder), precision="fp64", source=source
+            model_of("llama-grouped", "fp64"),
+            prompt_pairs(drawn),
+            dp.load_sae(folder),
+            precision="fp64",
+            source=source,
         )
         how = {"kind": "topk", "by_norm": True, "source": source}
         assert_agrees(outcome, drawn, true, weights, "mlp_out", 1e-8, rows, **how)
@@ -172,7 +172,7 @@ def test_scaled_by_the_decoder_and_taken_out(tmp_path):
 
 def test_an_autoencoder_that_is_the_identity_gives_the_coordinates(tmp_path):
     """Features x and -x of each coordinate: patched together they are the coordinate's swap."""
-    engine = model_of("llama-grouped")
+    engine = model_of("llama-grouped", "fp64")
     width = engine.spec.d_model
     one = torch.eye(width)
     weights = {
@@ -182,7 +182,7 @@ def test_an_autoencoder_that_is_the_identity_gives_the_coordinates(tmp_path):
     }
     weights["b_enc"] = torch.zeros(2 * width)
     sae = dp.load_sae(written(tmp_path / "sae", weights, hook="blocks.0.hook_resid_post"))
-    (pair,) = given(pairs(true_model("llama-grouped"), (4,)))
+    (pair,) = prompt_pairs(pairs(true_model("llama-grouped"), (4,)))
     outcome = dp.sweep_features(engine, pair, sae, precision="fp64", positions=[2])
     want = dp.sweep(engine, pair, sites="resid_post.dim", layers=[0], positions=[2], precision="fp64")
     columns = outcome.columns("logit_diff")
@@ -201,7 +201,7 @@ def test_runs_are_kept_resumed_and_told(tmp_path):
         dp.load_sae(written(tmp_path / f"sae{l}", made("standard", true.embedding.shape[1], seed=l)), layer=l)
         for l in (0, 1)
     ]
-    engine, drawn = model_of("llama-grouped", "fp32"), given(pairs(true, (5, 4)))
+    engine, drawn = model_of("llama-grouped", "fp32"), prompt_pairs(pairs(true, (5, 4)))
     options = {"positions": [-1, "subject"], "least": 0.05, "precision": "fp32"}
     outcome = dp.sweep_features(engine, drawn, saes, out=tmp_path / "run", **options)
     columns = outcome.columns()
@@ -230,14 +230,14 @@ def test_gemma_scope(tmp_path):
     for path in (folder, folder / "params.npz"):
         sae = dp.load_sae(path, site="resid_post", layer=1)
         assert sae.name == "layer_1/width_24/average_l0_5"
-    outcome = dp.sweep_features(model_of("gemma2"), given(drawn), sae, precision="fp64")
+    outcome = dp.sweep_features(model_of("gemma2", "fp64"), prompt_pairs(drawn), sae, precision="fp64")
     assert_agrees(outcome, drawn, true, weights, "resid_post", 1e-8, kind="jumprelu", subtracts=False)
     with pytest.raises(DeltapatchError, match="does not say where it reads"):
-        dp.sweep_features(model_of("gemma2"), given(drawn), dp.load_sae(folder))
+        dp.sweep_features(model_of("gemma2", "fp64"), prompt_pairs(drawn), dp.load_sae(folder))
 
 
 def test_what_does_not_change_is_exactly_nothing(tmp_path):
-    engine = model_of("llama-grouped")
+    engine = model_of("llama-grouped", "fp64")
     sae = dp.load_sae(written(tmp_path / "sae", made("standard", engine.spec.d_model)))
     same = dp.PromptPair([1, 2, 3], [1, 2, 3], 4, 5)
     with pytest.raises(DeltapatchError, match="no feature changes"):
@@ -320,7 +320,7 @@ def test_what_is_no_autoencoder(tmp_path):
     ],
 )
 def test_sweeps_that_are_refused(tmp_path, saes, options, message):
-    engine = model_of("llama-grouped")
+    engine = model_of("llama-grouped", "fp64")
     if not isinstance(saes, list):
         weights = made("standard", 99 if saes == {"site": "z"} else engine.spec.d_model)
         saes = dp.load_sae(written(tmp_path / "sae", weights), **(saes or {}))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engine_oracle import METRICS, Patch, TrueModel, resolve
-from engine_tiny import build, hf_model, pairs, true_model
+from engine_tiny import build, hf_model, pairs, prompt_pairs, true_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -47,10 +47,6 @@ def engine(dtype=torch.float64):
     return dp.from_transformers(hf_model(VARIANT, dtype))
 
 
-def given_pairs(drawn):
-    return [dp.PromptPair(**pair._asdict()) for pair in drawn]
-
-
 def by_hand(true, pair, sets, metric, direction):
     """The effect of joint patches of parts, by the oracle: [set]."""
     rows = [[Patch(s, l, resolve(pair, p), *i) for s, l, p, *i in chosen] for chosen in sets]
@@ -62,10 +58,10 @@ def test_as_by_brute_force(drawn, direction):
     true, n = true_model(VARIANT), len(PARTS)
     runs = {
         "fp64": dp.interactions(
-            engine(), given_pairs(drawn), PARTS, direction=direction, precision="fp64", noise_sample=0
+            engine(), prompt_pairs(drawn), PARTS, direction=direction, precision="fp64", noise_sample=0
         ),
         "fp32": dp.interactions(
-            engine(torch.float32), given_pairs(drawn), PARTS, direction=direction, precision="fp32"
+            engine(torch.float32), prompt_pairs(drawn), PARTS, direction=direction, precision="fp32"
         ),
     }
     first, second = np.triu_indices(n, 1)
@@ -93,7 +89,7 @@ def test_a_part_inside_another_and_parts_that_do_nothing(drawn):
     """The whole vector has the coordinate in it; in the last layer no earlier position is read."""
     last = engine().spec.n_layers - 1
     parts = [("mlp_out", 1, -1), ("mlp_out.dim", 1, -1, 3), ("mlp_out", last, 0), ("z", last, 0, 1)]
-    found = dp.interactions(engine(), given_pairs(drawn), parts, precision="fp64", metrics="logit_diff")
+    found = dp.interactions(engine(), prompt_pairs(drawn), parts, precision="fp64", metrics="logit_diff")
     values, alone = found.values("logit_diff"), found.alone("logit_diff")
     assert np.abs(alone[:, 1]).min() > TINY
     np.testing.assert_allclose(values[:, 0, 1], -alone[:, 1], rtol=1e-10)
@@ -115,7 +111,7 @@ def test_effects_that_add_up_have_no_interaction(linear):
     pair = pairs(TrueModel(linear), (5,))
     parts = [("mlp_post", 0, -1, 3), ("mlp_post", 0, -1, 4), ("attn_out", 0, -1), ("z", 0, 2, 1)]
     model = dp.from_transformers(linear)
-    found = dp.interactions(model, given_pairs(pair), parts, metrics="logit_diff")
+    found = dp.interactions(model, prompt_pairs(pair), parts, metrics="logit_diff")
     assert found.meta["precision"] == "fp64"
     alone, values = found.alone("logit_diff"), found.values("logit_diff")
     assert (np.abs(alone[0, :3]) > 1e-8).all()
@@ -128,19 +124,21 @@ def test_effects_that_add_up_have_no_interaction(linear):
 
 def test_the_precision_follows_the_interactions(drawn, monkeypatch):
     model = engine(torch.float32)
-    plain = dp.interactions(model, given_pairs(drawn), PARTS[:3], metrics="logit_diff")
+    plain = dp.interactions(model, prompt_pairs(drawn), PARTS[:3], metrics="logit_diff")
     assert plain.meta["precision"] == "fp32"
     monkeypatch.setattr("deltapatch.analysis.interactions.TOLERANCE", 1e-12)
-    strict = dp.interactions(model, given_pairs(drawn), PARTS[:3], metrics="logit_diff")
+    strict = dp.interactions(model, prompt_pairs(drawn), PARTS[:3], metrics="logit_diff")
     assert strict.meta["precision"] == "fp64"
-    assert dp.interactions(engine(), given_pairs(drawn), PARTS[:3]).meta["precision"] == "fp64"
+    assert dp.interactions(engine(), prompt_pairs(drawn), PARTS[:3]).meta["precision"] == "fp64"
 
 
 def test_sixteen_bits_are_warned_of(drawn):
     options = {"metrics": "logit_diff", "noise_sample": 20}
     with pytest.warns(UserWarning, match="rounding is about"):
-        rough = dp.interactions(engine(torch.float32), given_pairs(drawn), PARTS, precision="bf16", **options)
-    fine = dp.interactions(engine(), given_pairs(drawn), PARTS, precision="fp64", **options)
+        rough = dp.interactions(
+            engine(torch.float32), prompt_pairs(drawn), PARTS, precision="bf16", **options
+        )
+    fine = dp.interactions(engine(), prompt_pairs(drawn), PARTS, precision="fp64", **options)
     off = np.nan_to_num(rough.values("logit_diff") - fine.values("logit_diff"))
     error = np.linalg.norm(off) / np.linalg.norm(np.nan_to_num(fine.values("logit_diff")))
     assert rough.relative_noise("logit_diff") / 10 < error < 10 * rough.relative_noise("logit_diff")
@@ -149,7 +147,7 @@ def test_sixteen_bits_are_warned_of(drawn):
 
 
 def test_a_part_that_a_pair_does_not_have(drawn):
-    asked = given_pairs(drawn)
+    asked = prompt_pairs(drawn)
     parts = [("mlp_out", 0, 4), *PARTS[:2]]  # the second prompt has four tokens
     with pytest.warns(UserWarning, match="mlp_out L0 @4 in 1"):
         found = dp.interactions(engine(), asked, parts, precision="fp64")
@@ -174,12 +172,12 @@ def test_all_positions_at_once_and_directions(drawn):
         dp.Patch("resid_post", 1, -1, along=along[1]),
         dp.Patch("mlp_out", 2, -1, add=along[0]),
     ]
-    found = dp.interactions(model, given_pairs(drawn), parts, precision="fp64")
+    found = dp.interactions(model, prompt_pairs(drawn), parts, precision="fp64")
     assert found.names[1:3] == ["resid_post L1 @last #1", "resid_post L1 @last #2"]
     for i, pair in enumerate(drawn):
         every = [dp.Patch("z", 0, at, 1) for at in range(len(pair.clean))]
         sets = [every, [parts[1]], [parts[3]], [*every, parts[1]], [*every, parts[3]]]
-        one = dp.run(model, given_pairs(drawn), [dp.Intervention(i, s) for s in sets], precision="fp64")
+        one = dp.run(model, prompt_pairs(drawn), [dp.Intervention(i, s) for s in sets], precision="fp64")
         e = one.values("logit_diff")
         np.testing.assert_allclose(found.values("logit_diff")[i, 0, 1], e[3] - e[0] - e[1], rtol=1e-8)
         np.testing.assert_allclose(found.values("logit_diff")[i, 3, 0], e[4] - e[0] - e[2], rtol=1e-8)
@@ -256,7 +254,7 @@ def all_sets(drawn):
 def test_shapley_values_by_definition(drawn, all_sets):
     effects, n = all_sets[0], 4
     options = {"metric": "logit_diff", "precision": "fp64"}
-    found = dp.shapley(engine(), given_pairs(drawn), PARTS[:n], permutations=24, **options)
+    found = dp.shapley(engine(), prompt_pairs(drawn), PARTS[:n], permutations=24, **options)
     want = np.zeros((2, n))
     for part in range(n):
         for size in range(n):
@@ -268,7 +266,7 @@ def test_shapley_values_by_definition(drawn, all_sets):
     assert not found.stderr.any()
     single = sum(effects[(i,)] for i in range(n))
     np.testing.assert_allclose(found.contrast, effects[tuple(range(n))] - single, rtol=1e-7)
-    sampled = dp.shapley(engine(), given_pairs(drawn), PARTS[:n], permutations=12, seed=3, **options)
+    sampled = dp.shapley(engine(), prompt_pairs(drawn), PARTS[:n], permutations=12, seed=3, **options)
     assert sampled.orders == 12
     assert (sampled.stderr > 0).all()
     np.testing.assert_allclose(sampled.values.sum(1), found.together, rtol=1e-10)
@@ -286,7 +284,9 @@ def test_the_smallest_set_beside_exhaustive_search(drawn, all_sets, beam):
     best = {n: max((s for s in recovered if len(s) == n), key=recovered.get) for n in range(1, 6)}
     share = max(recovered[best[n]] for n in (1, 2)) + 1e-6  # takes three parts or more, where any are enough
     enough = [n for n in best if recovered[best[n]] >= share]
-    found = dp.smallest_set(engine(), given_pairs(drawn), PARTS[:5], share=share, beam=beam, precision="fp64")
+    found = dp.smallest_set(
+        engine(), prompt_pairs(drawn), PARTS[:5], share=share, beam=beam, precision="fp64"
+    )
     sizes, curve = found.curve("search")
     assert sizes.tolist() == list(range(1, len(sizes) + 1))
     for n, value in zip(sizes.tolist(), curve, strict=True):
@@ -341,7 +341,7 @@ def test_what_is_not_needed_is_taken_out_again(drawn, monkeypatch):
 
 
 def test_what_never_is_enough(drawn):
-    limited = dp.smallest_set(engine(), given_pairs(drawn), PARTS[:5], share=50, most=2, precision="fp64")
+    limited = dp.smallest_set(engine(), prompt_pairs(drawn), PARTS[:5], share=50, most=2, precision="fp64")
     assert limited.parts == []
     assert math.isnan(limited.recovered)
     assert "no set that was tried recovers 50" in repr(limited)
@@ -354,7 +354,7 @@ def test_orders_grow():
 
 
 def test_run_folders(drawn, tmp_path):
-    asked, options = given_pairs(drawn), {"precision": "fp32", "metrics": ["recovered", "dp_clean"]}
+    asked, options = prompt_pairs(drawn), {"precision": "fp32", "metrics": ["recovered", "dp_clean"]}
     model = engine(torch.float32)
     found = dp.interactions(model, asked, PARTS, out=tmp_path / "run", **options)
     for way in ("run", "saved"):
@@ -381,7 +381,7 @@ def test_run_folders(drawn, tmp_path):
 
 def test_the_top_of_a_sweep(drawn):
     effects = dp.sweep(
-        engine(torch.float32), given_pairs(drawn), sites=["z", "mlp_out"], positions=["last", "subject"]
+        engine(torch.float32), prompt_pairs(drawn), sites=["z", "mlp_out"], positions=["last", "subject"]
     )
     parts = dp.top_parts(effects, 7, "logit_diff")
     z = np.abs(effects.values("logit_diff", site="z").mean(0)).ravel()
@@ -400,13 +400,13 @@ def test_the_top_of_a_sweep(drawn):
     ]
     np.testing.assert_allclose(sizes, np.sort(np.concatenate([z, whole]))[::-1][:7])
     assert {p.site for p in dp.top_parts(effects, 3, sites=["z"])} == {"z"}
-    assert len(dp.interactions(engine(torch.float32), given_pairs(drawn), parts, metrics="logit_diff")) == 21
+    assert len(dp.interactions(engine(torch.float32), prompt_pairs(drawn), parts, metrics="logit_diff")) == 21
     with pytest.raises(DeltapatchError, match="at least one part"):
         dp.top_parts(effects, 0)
 
 
 def test_what_is_shown(drawn):
-    found = dp.interactions(engine(torch.float32), given_pairs(drawn), PARTS[:4], metrics="logit_diff")
+    found = dp.interactions(engine(torch.float32), prompt_pairs(drawn), PARTS[:4], metrics="logit_diff")
     first, second = np.triu_indices(4, 1)
     mean = found.values("logit_diff").mean(0)[first, second]
     table = found.top(3, "logit_diff")
@@ -419,7 +419,7 @@ def test_what_is_shown(drawn):
     assert "Interactions of 4 parts, 6 pairs of them" in repr(found)
     assert found.names[0] in found._repr_html_()
     assert len(found.plot("logit_diff").axes) == 2
-    alone = dp.interactions(engine(torch.float32), given_pairs(drawn)[:1], PARTS[:3], metrics="logit_diff")
+    alone = dp.interactions(engine(torch.float32), prompt_pairs(drawn)[:1], PARTS[:3], metrics="logit_diff")
     assert "q" not in alone.top(3, "logit_diff").columns  # one prompt pair says nothing of the spread
 
 
@@ -445,7 +445,7 @@ def test_what_is_refused(drawn, parts, options, message):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(DeltapatchError, match=re.escape(message)):
-            dp.interactions(engine(), given_pairs(drawn), parts, **options)
+            dp.interactions(engine(), prompt_pairs(drawn), parts, **options)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ def test_what_is_refused(drawn, parts, options, message):
 )
 def test_what_sets_refuse(drawn, call, message):
     with pytest.raises(DeltapatchError, match=re.escape(message)):
-        call(engine(), given_pairs(drawn), PARTS[:3])
-    found = dp.interactions(engine(), given_pairs(drawn), PARTS[:3], metrics="logit_diff")
+        call(engine(), prompt_pairs(drawn), PARTS[:3])
+    found = dp.interactions(engine(), prompt_pairs(drawn), PARTS[:3], metrics="logit_diff")
     with pytest.raises(DeltapatchError, match="did not measure"):
         found.values("dp_clean")

@@ -10,15 +10,16 @@ from engine_tiny import (
     SEQUENTIAL,
     VARIANTS,
     build,
-    hf_model,
     huge,
+    model_of,
     nearly_equal_tokens,
     pairs,
+    prompt_pairs,
     random_pair,
     true_model,
     without_overlaps,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import deltapatch
@@ -36,17 +37,8 @@ FIRST_ORDER = tuple(m for m in METRICS if m not in ("recovered", *SAID))  # of w
 # ---------------------------------------------------------------------------------------------- helpers
 
 
-@cache
-def model(variant, precision="fp32"):
-    return of(hf_model(variant, torch.float64 if precision == "fp64" else torch.float32))
-
-
 def of(hf):
     return deltapatch.from_transformers(hf)
-
-
-def prompt_pairs(pairs):
-    return [deltapatch.PromptPair(**pair._asdict()) for pair in pairs]
 
 
 def sweep(model, pairs, sites, **options):
@@ -105,7 +97,7 @@ def assert_sweep_agrees(variant, pairs, sites, precision, positions=None, layers
     asked = {"positions": "all" if positions is None else positions}
     if layers is not None:
         asked["layers"] = layers
-    effects = sweep(model(variant, precision), pairs, sites, precision=precision, **asked, **options)
+    effects = sweep(model_of(variant, precision), pairs, sites, precision=precision, **asked, **options)
     for site in sites:
         want = true_model(variant).sweep(pairs, site, positions, layers, **options)
         where = f"{variant}, {site}, {precision}, {options}"
@@ -138,27 +130,20 @@ def sites_of(variant):
 # ------------------------------------------------------------------------------------------------ sweeps
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+# Each source in each direction, and each of both in each precision.
+@pytest.mark.parametrize(
+    ("precision", "direction", "source"),
+    [
+        ("fp32", "denoise", "counterpart"),
+        ("fp32", "noise", "zero"),
+        ("fp64", "noise", "counterpart"),
+        ("fp64", "denoise", "zero"),
+    ],
+)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_all_sites_at_all_positions(variant, direction, source):
-    assert_sweep_agrees(
-        variant, of_variant(variant), sites_of(variant), "fp32", direction=direction, source=source
-    )
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_all_sites_in_float64(variant, direction):
-    source = "zero" if direction == "noise" else "counterpart"
-    assert_sweep_agrees(
-        variant,
-        of_variant(variant, (4, 5), seed=1),
-        sites_of(variant),
-        "fp64",
-        direction=direction,
-        source=source,
-    )
+def test_all_sites_at_all_positions(variant, precision, direction, source):
+    drawn = of_variant(variant, (5, 4), seed=int(precision == "fp64"))
+    assert_sweep_agrees(variant, drawn, sites_of(variant), precision, direction=direction, source=source)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -195,7 +180,7 @@ def test_one_site_alone_at_some_positions(variant, site):
     """Ints from both ends and labels, of which a short or unlabelled pair lacks some; one layer."""
     if site not in sites_of(variant):
         with pytest.raises(deltapatch.DeltapatchError, match="resid_mid"):
-            sweep(model(variant), of_variant(variant), [site])
+            sweep(model_of(variant), of_variant(variant), [site])
         return
     three = of_variant(variant, (4, 5, 4))
     three[2] = three[2]._replace(labels={})
@@ -208,7 +193,7 @@ def test_one_site_alone_at_some_positions(variant, site):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_last_position(variant):
     two = of_variant(variant, (4, 6))
-    effects = sweep(model(variant), two, ["mlp_post", "attn_out"], positions="last")
+    effects = sweep(model_of(variant), two, ["mlp_post", "attn_out"], positions="last")
     for site in ("mlp_post", "attn_out"):
         want = true_model(variant).sweep(two, site, [-1])
         assert_agrees(lambda m, site=site: effects.values(m, site=site), want, 1e-5, f"{variant}, {site}")
@@ -242,7 +227,7 @@ def test_rotary_tables_that_depend_on_the_prompts_length():
 
 @pytest.mark.parametrize("variant", ["llama-grouped", "llama-linear"])
 def test_key_value_heads_are_what_k_and_v_count(variant):
-    effects = sweep(model(variant), of_variant(variant), ["q", "k", "v", "z"])
+    effects = sweep(model_of(variant), of_variant(variant), ["q", "k", "v", "z"])
     n_heads, n_kv_heads = (true_model(variant).n_indices(site) for site in "qk")
     assert n_kv_heads < n_heads
     heads = {site: effects.values("ie", site=site).shape[-1] for site in ("q", "k", "v", "z")}
@@ -256,7 +241,7 @@ def test_logits(variant):
         tokens = random_pair(length, seed=length, first=0).clean
         want = true_model(variant).logits(tokens)
         for precision in ("fp32", "fp64"):
-            got = np.asarray(model(variant, precision).logits(tokens))
+            got = np.asarray(model_of(variant, precision).logits(tokens))
             assert np.linalg.norm(got - want) < 1e-6 * np.linalg.norm(want), f"{variant}, {length} tokens"
 
 
@@ -298,12 +283,13 @@ def test_random_joint_patches(variant, precision):
     two, true = of_variant(variant), true_model(variant)
     sources = SOURCES if precision == "fp64" else ("counterpart",)  # zeroed streams are singular, see above
 
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
     @given(interventions(true, two), st.sampled_from(DIRECTIONS), st.sampled_from(sources))
     def check(drawn, direction, source):
-        asked = [*drawn, *ANCHORS]
         options = {"direction": direction, "source": source}
-        outcome = run(model(variant, precision), two, asked, precision=precision, **options)
+        assume(not any(is_singular(variant, p.site, options) for _, patches in drawn for p in patches))
+        asked = [*drawn, *ANCHORS]
+        outcome = run(model_of(variant, precision), two, asked, precision=precision, **options)
         want = oracle_run(true, two, asked, **options)
         assert_agrees(outcome.values, want, TOLERANCE[precision], f"{variant}, {options}, {asked}")
 
@@ -346,7 +332,7 @@ def test_joint_patches_of_every_shape(variant, source):
     """All of them in one run, so that rows that start at different layers and positions travel together."""
     two = of_variant(variant)
     asked = [(i, patches) for patches in JOINT.values() for i in (0, 1)]
-    outcome = run(model(variant, "fp64"), two, asked, precision="fp64", source=source)
+    outcome = run(model_of(variant, "fp64"), two, asked, precision="fp64", source=source)
     want = oracle_run(true_model(variant), two, asked, source=source)
     for n, (name, i) in enumerate((name, i) for name in JOINT for i in (0, 1)):
         one = {metric: value[n : n + 1] for metric, value in want.items()}
@@ -357,7 +343,9 @@ def test_joint_patches_of_every_shape(variant, source):
 def test_a_joint_patch_does_not_depend_on_the_order_of_its_patches(variant):
     two, options = of_variant(variant), {"precision": "fp64"}
     patches = [p for p in JOINT["one block, several positions"] if p.index is not None]
-    forth, back = run(model(variant, "fp64"), two, [(0, patches), (0, patches[::-1])], **options).values("ie")
+    forth, back = run(model_of(variant, "fp64"), two, [(0, patches), (0, patches[::-1])], **options).values(
+        "ie"
+    )
     assert forth == pytest.approx(back, rel=1e-12)
 
 
@@ -372,7 +360,7 @@ def test_the_stream_at_all_positions_is_the_source_run(variant, precision):
         for site in sites
         for l in range(true.n_layers)
     ]
-    outcome = run(model(variant, precision), two, asked, precision=precision)
+    outcome = run(model_of(variant, precision), two, asked, precision=precision)
     for name in ("clean", "corrupted"):
         for i, pair in enumerate(two):
             logits = np.stack([true.logits(tokens)[-1] for tokens in (pair.clean, pair.corrupted)])
@@ -387,9 +375,9 @@ def test_the_stream_at_all_positions_is_the_source_run(variant, precision):
 def test_a_patch_given_twice_is_refused():
     twice = [Patch("mlp_post", 0, 1, 3), Patch("mlp_post", 0, 1, 3)]
     with pytest.raises(deltapatch.DeltapatchError):
-        run(model("gptj"), of_variant("gptj"), [(0, twice)])
+        run(model_of("gptj"), of_variant("gptj"), [(0, twice)])
     with pytest.raises(deltapatch.DeltapatchError):  # position 4 of 5 is the last one
-        run(model("gptj"), of_variant("gptj"), [(0, [Patch("mlp_out", 0, 4), Patch("mlp_out", 0, -1)])])
+        run(model_of("gptj"), of_variant("gptj"), [(0, [Patch("mlp_out", 0, 4), Patch("mlp_out", 0, -1)])])
 
 
 # ----------------------------------------------------------------------- the ends of the range of effects
@@ -439,9 +427,20 @@ def test_recovered_is_nan_with_a_warning_where_the_runs_do_not_differ():
 HUGE_TOLERANCE = {"fp32": 1e-3, "fp64": 1e-8}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("variant", ["neox-parallel", "neox-sequential", "gptj", "llama-grouped"])
+# Each source in each precision, once of parallel blocks and once of sequential ones.
+@pytest.mark.parametrize(
+    ("variant", "source", "precision"),
+    [
+        ("neox-parallel", "counterpart", "fp32"),
+        ("neox-parallel", "zero", "fp64"),
+        ("gptj", "counterpart", "fp64"),
+        ("gptj", "zero", "fp32"),
+        ("neox-sequential", "counterpart", "fp64"),
+        ("neox-sequential", "zero", "fp32"),
+        ("llama-grouped", "counterpart", "fp32"),
+        ("llama-grouped", "zero", "fp64"),
+    ],
+)
 def test_huge_effects(variant, source, precision):
     """Attention logits change by hundreds, and so do the final ones: finite and right."""
     hf = huge(variant)
@@ -478,7 +477,7 @@ def test_a_patch_that_changes_nothing_gives_exactly_zero(variant, precision):
     same = pair._replace(corrupted=pair.clean)
     for direction in DIRECTIONS:
         options = {"precision": precision, "direction": direction}
-        effects = sweep(model(variant, precision), [pair, same], sites_of(variant), **options)
+        effects = sweep(model_of(variant, precision), [pair, same], sites_of(variant), **options)
         for site in sites_of(variant):
             for metric in FIRST_ORDER:
                 values = effects.values(metric, site=site)
@@ -498,7 +497,7 @@ def test_a_patch_that_changes_nothing_gives_exactly_zero(variant, precision):
 def test_a_joint_patch_that_changes_nothing_gives_exactly_zero(variant):
     pair = random_pair(5, seed=4, first=3)
     before = [Patch("z", 1, 1, 0), Patch("mlp_post", 0, 2, 1), Patch("resid_post", 0, 0)]
-    outcome = run(model(variant), [pair], [(0, before)])
+    outcome = run(model_of(variant), [pair], [(0, before)])
     assert all((outcome.values(metric) == 0).all() for metric in FIRST_ORDER)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine_oracle import Patch as OraclePatch
 from engine_oracle import TrueModel
-from engine_tiny import hf_model, pairs, true_model, with_long_answers
+from engine_tiny import hf_model, pairs, prompt_pairs, true_model, with_long_answers
 
 import deltapatch as dp
 from deltapatch.errors import DeltapatchError
@@ -50,10 +50,6 @@ def engine_of(variant, precision):
     return dp.from_transformers(hf_model(variant, torch.float64 if precision == "fp64" else torch.float32))
 
 
-def given(drawn):
-    return [dp.PromptPair(**pair._asdict()) for pair in drawn]
-
-
 def truth(true: TrueModel, drawn, site):
     """name -> [pair, layer, position], NaN where there is none."""
     longest = max(len(p.clean) for p in drawn)
@@ -74,7 +70,7 @@ def test_what_functions_are_given(variant, precision):
     true = true_model(variant)
     drawn = pairs(true, (5, 4))
     options = {"sites": "attn_out", "metrics": [*OWN, "kl"], "precision": precision}
-    effects = dp.sweep(engine_of(variant, precision), given(drawn), **options)
+    effects = dp.sweep(engine_of(variant, precision), prompt_pairs(drawn), **options)
     assert effects.metrics == ["kl", "top_two", "moved", "first_of_pair"]
     for name, right in truth(true, drawn, "attn_out").items():
         got = effects.values(name)
@@ -94,9 +90,9 @@ def test_rows_come_a_few_at_a_time(monkeypatch):
 
     drawn = pairs(true_model("llama-grouped"), (5, 4))
     engine = engine_of("llama-grouped", "fp32")
-    effects = dp.sweep(engine, given(drawn), sites="z", metrics=counted, precision="fp32")
+    effects = dp.sweep(engine, prompt_pairs(drawn), sites="z", metrics=counted, precision="fp32")
     assert max(seen) <= max(1, 200 // engine.spec.d_vocab)
-    whole = dp.sweep(engine, given(drawn), sites="z", metrics=first_of_pair, precision="fp32")
+    whole = dp.sweep(engine, prompt_pairs(drawn), sites="z", metrics=first_of_pair, precision="fp32")
     assert whole.values("first_of_pair").shape == effects.values("counted").shape
     assert np.isfinite(effects.values("counted")[0, :, -1]).all()
 
@@ -106,7 +102,7 @@ def test_what_cannot_reach_the_readout_is_as_the_base_run():
     true = true_model("llama-grouped")
     (pair,) = pairs(true, (5,))
     engine, last = engine_of("llama-grouped", "fp64"), true.n_layers - 1
-    effects = dp.sweep(engine, given([pair]), sites="mlp_out", metrics=OWN, precision="fp64")
+    effects = dp.sweep(engine, prompt_pairs([pair]), sites="mlp_out", metrics=OWN, precision="fp64")
     want = want_of(true.logits(pair.corrupted)[None, -1], true.logits(pair.corrupted)[-1], pair)
     for name in ("top_two", "first_of_pair"):
         np.testing.assert_allclose(effects.values(name)[0, last, 0], want[name][0], rtol=1e-9)
@@ -118,12 +114,12 @@ def test_answers_of_several_tokens_edges_and_wired_runs():
     engine = engine_of("llama-grouped", "fp64")
     (pair,) = pairs(true, (5,))
     long = with_long_answers(true, pair, (3, 2), 1, seed=1)
-    short = dp.sweep(engine, given([pair]), sites="mlp_out", metrics=OWN, precision="fp64")
-    of_long = dp.sweep(engine, given([long]), sites="mlp_out", metrics=[*OWN, "ie"], precision="fp64")
-    edges = dp.sweep_edges(engine, given([pair]), metrics=OWN, precision="fp64")
+    short = dp.sweep(engine, prompt_pairs([pair]), sites="mlp_out", metrics=OWN, precision="fp64")
+    of_long = dp.sweep(engine, prompt_pairs([long]), sites="mlp_out", metrics=[*OWN, "ie"], precision="fp64")
+    edges = dp.sweep_edges(engine, prompt_pairs([pair]), metrics=OWN, precision="fp64")
     into = dp.Intervention(0, [dp.Patch("mlp_out", 0, -1, into=["logits"])])
-    wired = dp.run(engine, given([pair]), into, metrics=OWN, precision="fp64")
-    same = dp.sweep_edges(engine, given([pair]), metrics=OWN, precision="fp64", positions=[-1])
+    wired = dp.run(engine, prompt_pairs([pair]), into, metrics=OWN, precision="fp64")
+    same = dp.sweep_edges(engine, prompt_pairs([pair]), metrics=OWN, precision="fp64", positions=[-1])
     at = same.senders.index("m0"), same.receivers.index("logits")
     for name in ("top_two", "moved", "first_of_pair"):
         np.testing.assert_allclose(of_long.values(name), short.values(name), rtol=1e-9, atol=1e-9)
@@ -133,7 +129,7 @@ def test_answers_of_several_tokens_edges_and_wired_runs():
 
 def test_runs_keep_them_and_tell_them_apart(tmp_path):
     engine = engine_of("llama-grouped", "fp32")
-    drawn = given(pairs(true_model("llama-grouped"), (5, 4)))
+    drawn = prompt_pairs(pairs(true_model("llama-grouped"), (5, 4)))
     options = {"sites": "mlp_out", "metrics": [top_two, "logit_diff"], "precision": "fp32"}
     effects = dp.sweep(engine, drawn, out=tmp_path / "run", **options)
     kept = json.loads((tmp_path / "run" / "run.json").read_text())["functions"]
@@ -161,7 +157,7 @@ def test_runs_keep_them_and_tell_them_apart(tmp_path):
 
 def test_another_process_reads_them(tmp_path):
     engine = engine_of("llama-grouped", "fp32")
-    drawn = given(pairs(true_model("llama-grouped"), (5,)))
+    drawn = prompt_pairs(pairs(true_model("llama-grouped"), (5,)))
     run = tmp_path / "run"
     effects = dp.sweep(engine, drawn, sites="mlp_out", metrics=top_two, out=run, precision="fp32")
     code = (

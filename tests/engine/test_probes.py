@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from engine_oracle import Patch as OraclePatch
-from engine_tiny import hf_model, pairs, true_model, with_long_answers
+from engine_tiny import hf_model, pairs, prompt_pairs, true_model, with_long_answers
 from safetensors.torch import save_file
 
 import deltapatch as dp
@@ -17,10 +17,6 @@ TOLERANCE = {"fp32": 1e-5, "fp64": 1e-8}
 
 def engine_of(variant, precision="fp32"):
     return dp.from_transformers(hf_model(variant, torch.float64 if precision == "fp64" else torch.float32))
-
-
-def given(drawn):
-    return [dp.PromptPair(**pair._asdict()) for pair in drawn]
 
 
 def streams(true, pair, rows):
@@ -65,7 +61,7 @@ def test_a_probe_reads_what_the_oracle_has_there(variant, precision):
     ]
     options = {"precision": precision, "progress": False, "noise_sample": 0}
     for site in ("resid_post", "mlp_out", "z", "mlp_post"):
-        effects = dp.sweep(model, given(drawn), sites=site, metrics=[*probes, "logit_diff"], **options)
+        effects = dp.sweep(model, prompt_pairs(drawn), sites=site, metrics=[*probes, "logit_diff"], **options)
         for probe in probes:
             got = effects.values(probe, site=site)
             np.testing.assert_array_equal(got, effects.values(probe.name, site=site))
@@ -97,7 +93,7 @@ def test_joint_patches_several_tokens_and_labels_are_read_too():
     probe = dp.Probe("at_op", np.random.default_rng().normal(size=model.spec.d_model), 0, "op")
     patches = [("mlp_out", 0, 1, None), ("z", 0, 2, 1), ("resid_post", 1, 3, None)]
     asked = [dp.Intervention(i, [dp.Patch(*patch) for patch in patches]) for i in (1, 0)]
-    outcome = dp.run(model, given(drawn), asked, metrics=[probe], precision="fp64", progress=False)
+    outcome = dp.run(model, prompt_pairs(drawn), asked, metrics=[probe], precision="fp64", progress=False)
     for number, i in enumerate((1, 0)):
         want = (
             streams(true, drawn[i], [[OraclePatch(*patch) for patch in patches]])[0][0, 2] @ probe.direction
@@ -107,7 +103,7 @@ def test_joint_patches_several_tokens_and_labels_are_read_too():
 
 def test_a_run_folder_keeps_it_and_another_direction_is_refused(tmp_path):
     model = engine_of("gptj")
-    drawn = given(pairs(true_model("gptj"), (5, 5)))
+    drawn = prompt_pairs(pairs(true_model("gptj"), (5, 5)))
     direction = torch.randn(model.spec.d_model)
     save_file({"mood@0:1": direction, "ease@0:last": 2 * direction}, tmp_path / "probes.safetensors")
     options = {"sites": "mlp_out", "precision": "fp32", "progress": False}
@@ -124,7 +120,7 @@ def test_a_run_folder_keeps_it_and_another_direction_is_refused(tmp_path):
 
 def test_a_patch_that_changes_nothing_moves_it_by_exactly_nothing():
     model = engine_of("neox-parallel")
-    (pair,) = given(pairs(true_model("neox-parallel"), (5,)))
+    (pair,) = prompt_pairs(pairs(true_model("neox-parallel"), (5,)))
     same = dp.PromptPair(pair.clean, pair.clean, pair.clean_answer, pair.corrupted_answer)
     probe = dp.Probe("mood", torch.randn(model.spec.d_model), 0)
     assert not dp.sweep(model, [same], metrics=[probe], progress=False).values("mood", site="mlp_out").any()
@@ -147,14 +143,14 @@ def test_a_patch_that_changes_nothing_moves_it_by_exactly_nothing():
 )
 def test_what_is_no_probe_is_refused(made, said):
     model = engine_of("gptj")
-    drawn = given(pairs(true_model("gptj"), (5,)))
+    drawn = prompt_pairs(pairs(true_model("gptj"), (5,)))
     with pytest.raises(DeltapatchError, match=said):
         dp.sweep(model, drawn, metrics=[made(model.spec.d_model)], progress=False)
 
 
 def test_where_effects_are_read_earlier_and_edges_have_none(tmp_path):
     model = engine_of("gptj")
-    drawn = given(pairs(true_model("gptj"), (5,)))
+    drawn = prompt_pairs(pairs(true_model("gptj"), (5,)))
     probe = dp.Probe("mood", np.ones(model.spec.d_model), 0, 4)
     with pytest.raises(DeltapatchError, match="nothing is computed there"):
         dp.sweep(model, drawn, metrics=[probe], readout=2, progress=False)

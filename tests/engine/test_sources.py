@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from engine_oracle import FLAGS, METRICS, Patch, continuations, metrics_of_answers
+from engine_oracle import FLAGS, METRICS, Patch, both, continuations, metrics_of_answers
 from engine_tiny import hf_model, pairs, random_pair, true_model, with_long_answers
 
 import deltapatch
@@ -91,9 +91,10 @@ def expected(true, pair, values, site, direction, noise=None):
     cells = [Patch(site, *at) for at in np.ndindex(shape)]
     after = continuations(pair)
     runs = [
-        [forward(true, *run, Swap([], None), more)[0] for more in after] for run in (base, clean, corrupted)
+        both(after, lambda more, run=run: forward(true, *run, Swap([], None), more)[0])
+        for run in (base, clean, corrupted)
     ]
-    patched = [forward(true, *base, Swap(cells, values), more) for more in after]
+    patched = both(after, lambda more: forward(true, *base, Swap(cells, values), more))
     found = metrics_of_answers(runs[0], patched, *runs[1:], pair, direction)
     return {name: value.reshape(shape) for name, value in found.items()}
 

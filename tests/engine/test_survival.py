@@ -35,6 +35,7 @@ from hypothesis import strategies as st
 import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine import settings as of_runs
+from deltapatch.engine.pool import threads
 from deltapatch.results import checkpoint as unfinished
 from deltapatch.results import manifest as manifests
 from deltapatch.results.merge import merge
@@ -421,8 +422,8 @@ def test_the_number_of_threads_is_taken_from_the_run(cut, whole, monkeypatch):
         deltapatch.engine.passes, "carry", lambda *a: seen.append(torch.get_num_threads()) or carry(*a)
     )
     model = make_model()
-    torch.set_num_threads(2)
-    deltapatch.sweep(model, make_pairs(), out=cut, resume=True, progress=False, **OPTIONS)
-    assert set(seen) == {1}
-    assert torch.get_num_threads() == 2
+    with threads(2):
+        deltapatch.sweep(model, make_pairs(), out=cut, resume=True, progress=False, **OPTIONS)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
     assert same(cut, whole)

@@ -7,6 +7,7 @@ from engine_tiny import build, hf_model, pairs, true_model
 
 import deltapatch
 from deltapatch import DeltapatchError, Intervention, Patch, PromptPair
+from deltapatch.engine.pool import threads
 from deltapatch.results.metrics import MEASURED, METRICS
 
 VARIANT = "llama-grouped"  # 3 layers, 4 heads of which keys and values have 2, 24 neurons
@@ -148,20 +149,20 @@ def test_a_run_is_the_sweep_of_its_patches(model, prompts):
 def test_the_number_of_threads_changes_no_bit(model, prompts, precision):
     many = prompts * 5
     found = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        effects = sweep(model, many, ["mlp_post", "mlp_out", "resid_pre", "k"], precision=precision)
+    for n in (1, 2):
+        with threads(n):
+            effects = sweep(model, many, ["mlp_post", "mlp_out", "resid_pre", "k"], precision=precision)
+            assert torch.get_num_threads() == n
         found.append({(s, m): effects.values(m, site=s) for s in effects.sites for m in MEASURED})
-        assert torch.get_num_threads() == threads
     for key, values in found[0].items():
         assert np.array_equal(values, found[1][key], equal_nan=True), key
 
 
 def test_an_error_leaves_the_number_of_threads_as_it_was(prompts):
-    torch.set_num_threads(2)
-    with pytest.raises(DeltapatchError, match="not finite"):
-        sweep(overflowing(), prompts)
-    assert torch.get_num_threads() == 2
+    with threads(2):
+        with pytest.raises(DeltapatchError, match="not finite"):
+            sweep(overflowing(), prompts)
+        assert torch.get_num_threads() == 2
 
 
 # --------------------------------------------------------------------------------------------- run folders

@@ -2,14 +2,13 @@
 
 import re
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from engine_edge_oracle import OWN, SOURCE, effects, total
 from engine_oracle import FLAGS, METRICS, Pair, Patch, counterparts
-from engine_tiny import VOCAB, hf_model, pairs, true_model, with_apt_answers, with_long_answers
+from engine_tiny import VOCAB, model_of, pairs, true_model, with_apt_answers, with_long_answers
 
 import deltapatch as dp
 from deltapatch import DeltapatchError
@@ -27,11 +26,6 @@ DIRECTIONS = ("denoise", "noise")
 VARIANTS = ("neox-parallel", "neox-sequential", "gptj", "gpt2", "gemma2", "qwen3", "phi3")
 QUICK = ("neox-sequential", "gptj", "gemma2")  # the others are slow
 EXPONENTIAL = ("ie", "dp_clean", "dp_corrupted", "prob_diff")
-
-
-@cache
-def model(variant, precision="fp32"):
-    return dp.from_transformers(hf_model(variant, torch.float64 if precision == "fp64" else torch.float32))
 
 
 def drawn(variant, seed=0, middles=((2, 3), (2, 0)), answers=None):
@@ -63,7 +57,7 @@ def asked(given):
 
 def sweep(variant, given, sites, precision="fp32", **options):
     own = {"sites": sites, "precision": precision, "progress": False, "noise_sample": 0}
-    return dp.sweep(model(variant, precision), asked(given), **own | options)
+    return dp.sweep(model_of(variant, precision), asked(given), **own | options)
 
 
 def sites_of(variant):
@@ -149,7 +143,7 @@ def test_joint_patches(variant):
             chosen = [some[j] for j in rng.choice(len(some), 3, replace=False)]
             listed.append((i, [Patch(s, l, p, 1 if true.n_indices(s) else None) for s, l, p in chosen]))
     found = dp.run(
-        model(variant),
+        model_of(variant),
         asked(given),
         [dp.Intervention(i, [dp.Patch(*patch) for patch in patches]) for i, patches in listed],
         precision="fp32",
@@ -218,7 +212,7 @@ def test_noise_is_on_what_has_no_equal_counterpart(direction):
 def test_edges_at_single_positions(variant, direction):
     given, true = drawn(variant, 8, ((1, 2), (2, 0))), true_model(variant)
     found = dp.sweep_edges(
-        model(variant),
+        model_of(variant),
         asked(given),
         senders=["input", "a0.h1", "m0"],
         positions="all",
@@ -250,7 +244,7 @@ def test_features_and_directions(direction):
     plain = dp.Autoencoder("plain", "mlp_out", 0, "relu", "none", weights, subtracts=False)
     positions = [0, -1, "subject"]
     options = {"precision": "fp64", "progress": False, "positions": positions, "direction": direction}
-    engine = model("llama", "fp64")
+    engine = model_of("llama", "fp64")
     true = sweep("llama", given, ["mlp_out.dim"], "fp64", layers=0, positions=positions, direction=direction)
     want = true.values("logit_diff", "mlp_out.dim")[:, 0]  # [pair, position, coordinate]
     for found, name in (
@@ -281,7 +275,7 @@ def test_a_run_folder_tells_what_lined_up(tmp_path):
     with pytest.raises(DeltapatchError, match="a different pairs: sha256"):
         sweep("llama", other, ["z", "mlp_out"], out=tmp_path / "run", resume=True)
     swapped = [dp.Intervention(i, [dp.Patch("z", 0, -1, 1), dp.Patch("v", 1, 0, 0)]) for i in range(2)]
-    outcome = dp.run(model("llama"), asked(given), swapped, out=tmp_path / "given", progress=False)
+    outcome = dp.run(model_of("llama"), asked(given), swapped, out=tmp_path / "given", progress=False)
     assert np.array_equal(dp.load_outcome(tmp_path / "given").values("kl"), outcome.values("kl"))
 
 
@@ -325,14 +319,14 @@ def test_a_trained_model_in_float32():
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_studys_plain_forwards_agree(direction):
     found = sweep("llama", drawn("llama", 14), ["z", "mlp_out"], "fp64", direction=direction)
-    assert check_run(model("llama", "fp64"), found, 40, 0)["error"] < 1e-8
+    assert check_run(model_of("llama", "fp64"), found, 40, 0)["error"] < 1e-8
 
 
 def test_memory_counts_the_sources_own_runs():
     given = drawn("llama", 13)
-    question = ask(model("llama"), asked(given), SweepOptions(sites="z"))
+    question = ask(model_of("llama"), asked(given), SweepOptions(sites="z"))
     assert [run.tokens for run in question.runs] == [len(p.clean) + len(p.corrupted) for p in given]
-    whole = ask(model("llama"), asked(pairs(true_model("llama"), (6, 5))), SweepOptions(sites="z"))
+    whole = ask(model_of("llama"), asked(pairs(true_model("llama"), (6, 5))), SweepOptions(sites="z"))
     assert [run.tokens for run in whole.runs] == [6, 5]
 
 
@@ -365,13 +359,13 @@ def patched(engine, given, patch):
 def test_what_needs_prompts_that_line_up_says_so(call, said):
     pair = drawn("llama", 10, ((2, 3),))[0]._replace(labels={"subject": 2})
     with pytest.raises(DeltapatchError, match=re.escape(said)):
-        call(model("llama"), asked([pair]))
+        call(model_of("llama"), asked([pair]))
 
 
 def test_the_last_position_may_have_no_counterpart():
     pair = drawn("llama", 10, ((2, 3),))[0]._replace(align=[[0, 0], [-2, -2]])
     with pytest.raises(DeltapatchError, match="position -1 has no counterpart in the other prompt"):
-        dp.sweep(model("llama"), asked([pair]), positions="last")
+        dp.sweep(model_of("llama"), asked([pair]), positions="last")
     assert_sweep_agrees("llama", [pair], ["z", "resid_pre"], "fp64")  # read at the end of each, all the same
 
 
@@ -380,7 +374,7 @@ def test_the_last_position_may_have_no_counterpart():
 
 def test_screens_and_parts_at_all_positions_refuse_them_and_parts_elsewhere_are_joint_patches():
     given = asked(drawn("gptj"))
-    engine, options = model("gptj", "fp64"), {"precision": "fp64", "progress": False}
+    engine, options = model_of("gptj", "fp64"), {"precision": "fp64", "progress": False}
     with pytest.raises(DeltapatchError, match="a screen needs prompts that line up"):
         dp.sweep(engine, given, sites="mlp_out", screen="attribution", **options)
     parts = [dp.Patch("attn_out", 0, -1), dp.Patch("attn_out", 0, -2)]
@@ -398,7 +392,7 @@ def test_screens_and_parts_at_all_positions_refuse_them_and_parts_elsewhere_are_
 def test_probes_read_where_the_clean_position_is_in_the_base_run(direction):
     """Counted from the end, where the prompts line up: the whole stream swapped there is the source's."""
     true, (pair, *_) = true_model("gptj"), drawn("gptj")
-    engine = model("gptj", "fp64")
+    engine = model_of("gptj", "fp64")
     probe = dp.Probe("mood", np.random.default_rng().normal(size=engine.spec.d_model), 0, -2)
     options = {"direction": direction, "precision": "fp64", "progress": False, "metrics": probe}
     got = dp.sweep(engine, asked([pair]), sites="resid_post", layers=0, positions=-2, **options)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from engine_oracle import METRICS, continuations, metrics_of_answers
-from engine_tiny import hf_model, pairs, true_model, with_long_answers
+from engine_oracle import METRICS, both, continuations, metrics_of_answers
+from engine_tiny import model_of, pairs, true_model, with_long_answers
 
 import deltapatch
 from deltapatch import DeltapatchError, Intervention, Patch
@@ -16,11 +16,6 @@ HEADS = ("q", "k", "v", "z")
 
 def as_pair(pair):
     return deltapatch.PromptPair(**pair._asdict())
-
-
-def model_of(variant, precision="fp64"):
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    return deltapatch.from_transformers(hf_model(variant, dtype))
 
 
 def truth(true, pair, patches):
@@ -46,12 +41,12 @@ def truth(true, pair, patches):
                     value[at] = value[at] + (new - value[at]) @ u.T @ u
         return value
 
-    runs = [
-        true.forward([*pair.corrupted, *after], 1, visit)[:, len(pair.clean) - 1 :]
-        for after in continuations(pair)
-    ]
+    after = continuations(pair)
+    runs = both(
+        after, lambda more: true.forward([*pair.corrupted, *more], 1, visit)[:, len(pair.clean) - 1 :]
+    )
     clean, corrupted = (
-        [true.logits([*p, *after])[len(p) - 1 :] for after in continuations(pair)]
+        both(after, lambda more, p=p: true.logits([*p, *more])[len(p) - 1 :])
         for p in (pair.clean, pair.corrupted)
     )
     return metrics_of_answers(corrupted, runs, clean, corrupted, pair, "denoise")
@@ -104,7 +99,9 @@ def test_long_answers():
     true = true_model("llama-grouped")
     pair = with_long_answers(true, pairs(true, (4,), seed=2)[0], (2, 3), 0, seed=3)
     patches = drawn(true, np.random.default_rng(4), 4, 5)
-    found = deltapatch.run(model_of("llama-grouped"), as_pair(pair), Intervention(0, patches), progress=False)
+    found = deltapatch.run(
+        model_of("llama-grouped", "fp64"), as_pair(pair), Intervention(0, patches), progress=False
+    )
     assert found.values("logit_diff")[0] == pytest.approx(
         truth(true, pair, patches)["logit_diff"][0], rel=1e-8
     )
@@ -114,7 +111,7 @@ def test_long_answers():
 def test_identities(variant):
     """A subspace of full rank is the whole swap; nothing added changes nothing, bit for bit."""
     true, rng = true_model(variant), np.random.default_rng(0)
-    pair, model = as_pair(pairs(true, (5,), seed=3)[0]), model_of(variant)
+    pair, model = as_pair(pairs(true, (5,), seed=3)[0]), model_of(variant, "fp64")
     width = true.embedding.shape[1]
     full = rng.normal(size=(width, width))
     twice = rng.normal(size=width)
@@ -159,7 +156,10 @@ def test_directions_that_nearly_depend_are_told():
     pair = as_pair(pairs(true_model("llama"), (4,))[0])
     with pytest.warns(UserWarning, match="nearly dependent"):
         deltapatch.run(
-            model_of("llama"), pair, Intervention(0, [Patch("mlp_out", 0, 1, along=near)]), progress=False
+            model_of("llama", "fp64"),
+            pair,
+            Intervention(0, [Patch("mlp_out", 0, 1, along=near)]),
+            progress=False,
         )
 
 
@@ -184,4 +184,4 @@ def test_directions_that_nearly_depend_are_told():
 def test_what_is_refused(patch, said):
     pair = as_pair(pairs(true_model("llama"), (4,))[0])
     with pytest.raises(DeltapatchError, match=said):
-        deltapatch.run(model_of("llama"), pair, Intervention(0, [patch]), progress=False)
+        deltapatch.run(model_of("llama", "fp64"), pair, Intervention(0, [patch]), progress=False)

@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import deltapatch
+
 VOCAB = 61
 
 
@@ -233,6 +235,13 @@ def hf_model(variant: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @cache
+def model_of(variant: str, precision: str = "fp32") -> deltapatch.Model:
+    """The engine's, with weights in what a precision needs."""
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    return deltapatch.from_transformers(hf_model(variant, dtype))
+
+
+@cache
 def true_model(variant: str) -> TrueModel:
     return TrueModel(hf_model(variant))
 
@@ -283,6 +292,10 @@ def pairs(true: TrueModel, lengths: Sequence[int] = (5, 4), seed: int = 0) -> li
     """Pairs of different lengths; a prompt of one token differs in that one."""
     drawn = [random_pair(n, seed=10 * seed + i, first=min(1, n - 1)) for i, n in enumerate(lengths)]
     return [with_apt_answers(true, pair) for pair in drawn]
+
+
+def prompt_pairs(drawn: Sequence[Pair]) -> list[deltapatch.PromptPair]:
+    return [deltapatch.PromptPair(**pair._asdict()) for pair in drawn]
 
 
 def without_overlaps(patches: Sequence[Patch]) -> list[Patch]:

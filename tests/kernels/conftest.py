@@ -4,11 +4,10 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-
-from deltapatch.engine.pool import threads
 
 # --import-mode=importlib puts no test folder on sys.path, so a plain import would not find it
 for _name in ("packing", "attention_inputs"):
@@ -22,15 +21,17 @@ for _name in ("packing", "attention_inputs"):
     _spec.loader.exec_module(_module)
 
 
+# Once will do what Triton's interpreter does in each call of a function in a kernel, for a third of its time.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
+
+
 # test_triton.py sets this to run the interpreter's tests on a GPU.
 torch.set_default_device(os.environ.get("DELTAPATCH_TEST_DEVICE", "cpu"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny products are slower on several threads."""
-    with threads(1):
-        yield
 
 
 @pytest.fixture(autouse=True)

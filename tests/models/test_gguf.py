@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,12 @@ CASES = {
         "GPT2",
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _name_maps_once(monkeypatch):
+    """transformers asks for the same map of names for every module of a model: of 62 layers, for 45 s."""
+    monkeypatch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
 
 
 def built(name):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from deltapatch.engine.pool import threads
 from deltapatch.models.load import load_model
 from deltapatch.models.model import Model
 from deltapatch.study.reproduce import Study, reproduce
@@ -28,13 +27,6 @@ _register("tasks_tokenizers", _HERE.parent / "tasks" / "conftest.py")
 _register("study_tiny", _HERE / "tiny.py")
 
 from study_tiny import NAMES, SMALL, make_model  # noqa: E402
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """Tiny products are slower on several threads."""
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="session")

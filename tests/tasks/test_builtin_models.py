@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltapatch.engine.pool import threads
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.models import builtin_models
@@ -53,13 +52,6 @@ def predictions(model: Any, prompts: list[Any]) -> list[int]:
             for i, token in zip(part.tolist(), best.tolist(), strict=True):
                 found[i] = token
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are too small for more: on a busy machine a second thread makes them ten times slower."""
-    with threads(1):
-        yield
 
 
 @pytest.mark.parametrize("name", BUILTIN_MODELS)

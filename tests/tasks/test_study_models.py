@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltapatch as dp
-from deltapatch.engine.pool import threads
 from deltapatch.models.builtin_models import STUDY_MODELS, builtin_model_path
 from deltapatch.tasks import make_pairs
 from deltapatch.tasks.numbers import number_range
@@ -27,8 +26,7 @@ def script() -> Iterator[ModuleType]:
     scripts = str(Path(__file__).parents[2] / "scripts")
     sys.path.insert(0, scripts)  # as Python does for the script that it runs
     try:
-        with threads(1):
-            yield import_module("train_study_models")
+        yield import_module("train_study_models")
     finally:
         sys.path.remove(scripts)
 
