@@ -16,7 +16,7 @@ from deltapatch.engine.gradients import Backward
 from deltapatch.engine.layers import Layers
 from deltapatch.engine.lines import Lines
 from deltapatch.engine.pool import Pool, workers
-from deltapatch.engine.prompts import Prompts, prompts_of
+from deltapatch.engine.prompts import EMBEDDING, Prompts, prompts_of
 from deltapatch.engine.question import Question
 from deltapatch.engine.reads import Reads
 from deltapatch.engine.setup import Setup
@@ -142,9 +142,7 @@ class Estimates:
         size = 0
         for number in question.order:
             run = question.runs[number]
-            joined = (
-                question.options.source == "mean" and chunk and question.runs[chunk[-1]].prompt == run.prompt
-            )
+            joined = question.shares_means and chunk and question.runs[chunk[-1]].prompt == run.prompt
             if chunk and size + run.length > most and not joined:
                 yield chunk
                 chunk, size = [], 0
@@ -194,7 +192,7 @@ class _Chunk:
         }
         for l in range(self.spec.n_layers - 1, min(l for l, here in places.items() if here) - 1, -1):
             if l < 0:
-                embedded = {"resid_post": self.prompts.delta(*kept[0])}
+                embedded = {"resid_post": self.prompts.delta(*kept[0], EMBEDDING)}
                 self._put(l, {"resid_post": torch.stack(slopes).mean(0)} if slopes else {}, embedded)
                 break
             exact = constant(self.model.layer(l, self.dtype))
