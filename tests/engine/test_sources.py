@@ -131,7 +131,7 @@ def test_mean_over_all_prompts_of_the_same_length(variant, direction):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("variant", [*VARIANTS, "gpt2"])
 def test_mean_over_prompts_that_are_not_the_pairs(variant, direction):
-    """They are cut at the longest pair. Patterns too, beside pairs whose runs have more keys."""
+    """They are cut at the longest pair. Patterns too, of shorter pairs and beside runs with more keys."""
     true, prompts = true_model(variant), drawn(variant)
     others = [random_pair(length, seed=20 + length).clean for length in (4, 7, 5)]
     asked = {"source": "mean", "mean_over": others, "direction": direction}
@@ -141,7 +141,10 @@ def test_mean_over_prompts_that_are_not_the_pairs(variant, direction):
     for number, pair in enumerate(prompts):
         for site in SITES:
             assert agrees(effects, number, site, expected(true, pair, mean, site, direction)), (number, site)
-    assert agrees(effects, 0, "pattern", expected(true, prompts[0], mean, "pattern", direction))
+    for number in (0, 3):  # of 4 and of 3 tokens, and answers of one
+        n = len(prompts[number].clean)
+        own = {at: value[:n, :, :n] for at, value in mean.items() if at[0] == "pattern"}
+        assert agrees(effects, number, "pattern", expected(true, prompts[number], own, "pattern", direction))
 
 
 def test_the_mean_over_the_prompts_of_the_pairs_is_that_of_the_pairs():
