@@ -103,6 +103,27 @@ def scale(value: object, what: str) -> float:
     return found
 
 
+def prompts(value: object, what: str) -> list[str | list[int]] | None:
+    """Prompts, each a text or token ids, at least one; or None. DeltapatchError where there are none."""
+    if value is None:
+        return None
+    must = f"{what} must be a list of prompts, each a text or a list of token ids"
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise DeltapatchError(f"{must}, not {shown(value)}")
+    found: list[str | list[int]] = []
+    for number, one in enumerate(several(value, what, "a list of prompts")):
+        if isinstance(one, str):
+            found.append(str(one))
+        elif isinstance(one, Iterable):
+            of_one = f"a token of prompt {number} of {what} must be a whole number"
+            found.append([whole(token, of_one) for token in one])
+        else:
+            raise DeltapatchError(f"{must}, and prompt {number} is {shown(one)}")
+    if not found:
+        raise DeltapatchError(f"{what} has no prompts: give at least one, or leave it out")
+    return found
+
+
 def n_bytes(value: object, what: str) -> int | None:
     """An amount of memory: a number of bytes, or text such as 2GB or 512MiB; None stays None.
 

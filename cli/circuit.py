@@ -50,6 +50,11 @@ Examples:
     help="What removed edges carry when the circuit is checked: counterpart, zero or mean.",
 )
 @click.option(
+    "--mean-over",
+    help="Of the source mean: a file of prompts whose runs the mean is over, one a line, or JSON strings and "
+    "lists of token ids (.jsonl).",
+)
+@click.option(
     "--curve", is_flag=True, help="MIB's curve too: faithfulness at 0.1 to 100% of the edges, CPR and CMD."
 )
 @click.option("--model", help="To check the circuit with; that of the run unless given.")
@@ -68,6 +73,7 @@ def circuit(
     by: str,
     greedy: bool,
     source: str,
+    mean_over: str | None,
     curve: bool,
     model: str | None,
     no_check: bool,
@@ -94,6 +100,7 @@ def circuit(
     from deltapatch.analysis.acdc import acdc
     from deltapatch.analysis.circuit import Circuit
     from deltapatch.analysis.circuit_runs import circuit_curve, faithfulness
+    from deltapatch.interventions.prompts_file import load_prompts
     from deltapatch.models.load import load_model
     from deltapatch.results.reading import load_edges
 
@@ -101,6 +108,8 @@ def circuit(
     metric = metric or ("kl" if acdc_threshold is not None else "logit_diff")
     options: dict[str, Any] = {"metric": metric, "source": source, "progress": not quiet}
     about: dict[str, Any] = {"out": out, "metric": metric, "source": source}
+    if mean_over is not None:
+        options["mean_over"] = about["mean_over"] = load_prompts(mean_over)
     loaded = None if no_check else load_model(model or str(edges.meta.get("model")))
     if loaded is not None and loaded.fingerprint() != edges.meta.get("fingerprint"):
         say(f"{loaded!r} is not the model of {run}: the circuit is checked on another one", False)

@@ -102,7 +102,7 @@ class Audit:
     def _of_runs(self, pairs: Sequence[int]) -> int:
         """FLOPs of the unpatched runs of some pairs, and of those that they share a mean with."""
         runs, spec = [self.question.runs[pair] for pair in pairs], self.question.model.spec
-        if self.question.options.source == "mean":
+        if self.question.shares_means:
             prompts = {run.prompt for run in runs}
             runs = [
                 self.question.runs[pair]

@@ -16,7 +16,7 @@ from deltapatch.engine.gradients import Backward
 from deltapatch.engine.layers import Layers
 from deltapatch.engine.lines import Lines
 from deltapatch.engine.pool import Pool, workers
-from deltapatch.engine.prompts import Prompts, prompts_of
+from deltapatch.engine.prompts import EMBEDDING, Prompts, prompts_of
 from deltapatch.engine.question import Question
 from deltapatch.engine.reads import Reads
 from deltapatch.engine.setup import Setup
@@ -157,9 +157,7 @@ class Estimates:
         size = 0
         for number in question.order:
             run = question.runs[number]
-            joined = (
-                question.options.source == "mean" and chunk and question.runs[chunk[-1]].prompt == run.prompt
-            )
+            joined = question.shares_means and chunk and question.runs[chunk[-1]].prompt == run.prompt
             own = token * run.length + sum(
                 len(g.layers) * math.prod(widths[g.site.place]) * sum(len(at) for _, at in g.spots(pair))
                 for g in self.grid.sites
@@ -250,7 +248,7 @@ class _Chunk:
         # Runs whose embeddings lie between those of both prompts, or the base run itself.
         others = [x + share * way for share in shares]
         before: list[list[Tensor]] = [[] for _ in others or [x]]
-        self._keep(-1, {"resid_post": self.prompts.delta(x, dx)})
+        self._keep(-1, {"resid_post": self.prompts.delta(x, dx, EMBEDDING)})
         convert = Converter(self.model.device, self.dtype)
         with self.model.reading() as read:
             for l in range(self.spec.n_layers):

@@ -10,7 +10,7 @@ from torch import Tensor
 from deltapatch.engine.block import Layer, block_norms
 from deltapatch.engine.own_runs import OwnRuns
 from deltapatch.engine.products import narrow_layer
-from deltapatch.engine.prompts import Prompts, source_differences
+from deltapatch.engine.prompts import EMBEDDING, Prompts, source_differences
 from deltapatch.engine.setup import Setup
 from deltapatch.engine.unpatched import Unpatched
 from deltapatch.interventions.runs import RunShape
@@ -54,7 +54,7 @@ class Layers:
 
     def at_embedding(self, x: Tensor, dx: Tensor) -> Tensor:
         """(source - base) of the embedding, [source token, d_model]; x and dx as of `of`."""
-        return self.own.into(self.prompts.delta(x, dx), "resid_post")
+        return self.own.into(self.prompts.delta(x, dx, EMBEDDING), "resid_post")
 
     def of(
         self,
@@ -121,7 +121,7 @@ class Layers:
             last=False,
         )
         dx, captured = self.unpatched.sources(dx, here, places)
-        return Ready(here, source_differences(self.prompts, base, captured), base.resid_post, dx)
+        return Ready(here, source_differences(self.prompts, base, captured, l), base.resid_post, dx)
 
     @cached_property
     def rotaries(self) -> dict[RopeSpec, Rotary]:

@@ -90,6 +90,12 @@ def _until(value: Any) -> str | None:
     return value if value is None else str(Recall.of(value))
 
 
+def _prompts_file(path: str) -> Any:
+    from deltapatch.interventions.prompts_file import load_prompts
+
+    return load_prompts(path)
+
+
 def _out(value: Any) -> Any:
     return value if value is None else path_of(value, "out")
 
@@ -148,6 +154,20 @@ class Options:
             "choice": (ENDS,),
             "help": "How pairs line up that do not say so themselves: by the tokens that both prompts begin "
             "and end with.",
+        },
+    )
+    mean_over: Sequence[str | Sequence[int]] | None = option(
+        None,
+        'of source "mean", prompts (texts, or lists of token ids) whose runs the mean is over, position by '
+        "position, in place of those of the pairs. Each needs as many tokens as the longest prompt that is "
+        "patched, up to where effects are read; more are left out.",
+        check=lambda value: arguments.prompts(value, "mean_over"),
+        word="list of prompts that the mean is over",
+        other=[[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]],
+        typed={
+            "help": "Of the source mean: a file of prompts whose runs the mean is over, one a line, or JSON "
+            "strings and lists of token ids (.jsonl).",
+            "read": _prompts_file,
         },
     )
     precision: str = option(
@@ -266,6 +286,10 @@ class Options:
             object.__setattr__(self, each.name, each.metadata["check"](getattr(self, each.name)))
         if self.shard is not None and self.out is None:
             raise DeltapatchError("a shard needs an output folder, which all shards share")
+        if self.mean_over is not None and self.source != "mean":
+            raise DeltapatchError(
+                f"mean_over is of source 'mean', not of {self.source!r}: choose that source, or leave it out"
+            )
 
     @property
     def roles(self) -> "Roles":

@@ -45,7 +45,7 @@ def passes(question: Question, decided: Decided, pool: Pool, tables: Tables | No
         question.runs,
         memory_costs(question, decided, pool.count),
         decided.memory_budget,
-        question.options.source == "mean",
+        question.shares_means,
         work_limit(question, pool.count),
         decided.stream,
     )
@@ -72,6 +72,7 @@ def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
         apart=any(run.beside for run in question.runs),
         n_senders=senders,
     )
+    found = replace(found, fixed=found.fixed + question.means_bytes)  # which every pass holds
     if isinstance(asked, Listed):  # every pass holds what its patches are given
         given = sum(array.size for array in asked.vectors.arrays) * decided.precision.base.itemsize
         found = replace(found, fixed=found.fixed + given)

@@ -69,7 +69,7 @@ def plan(question: Question, precision: Precision, threads: int) -> Plan:
     costs = memory_costs(question, decided, threads)
     sizes = question.interventions.row_sizes
     rows_of = ((i, *sizes(i, question.pairs[i], question.runs[i])) for i in question.order)
-    share, limit = question.options.source == "mean", work_limit(question, threads)
+    share, limit = question.shares_means, work_limit(question, threads)
     cuts = cut_rows(rows_of, question.runs, costs, decided.memory_budget, share, limit, decided.stream)
     passes = [used for _, used in cuts]
     largest = max(used.bytes(costs) for used in passes)

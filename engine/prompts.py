@@ -1,6 +1,6 @@
 """Sources: what a patched activation is replaced by, as (source - base) at every place of a layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,10 @@ from deltapatch.interventions.runs import RunShape, any_targets, run_alike
 from deltapatch.interventions.sources import Source, check_source
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.segments import Segment
+from deltapatch.models.activations import Place
 from deltapatch.models.forward import Activations
+
+EMBEDDING: Place = ("resid_pre", 0)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Prompts:
         pairs: the pairs themselves.
         roles: of their prompts.
         apart: those whose source is run by itself (see own_runs.py).
+        means: place -> [position, ...], of source "mean" over prompts that are not the pairs'.
     """
 
     tokens: np.ndarray
@@ -72,6 +76,7 @@ class Prompts:
     pairs: Sequence[EncodedPair] = ()
     roles: Roles = Roles()  # noqa: RUF009  (frozen)
     apart: Sequence[Apart] = ()
+    means: Mapping[Place, Tensor] | None = None
 
     def carries(self, segment: Segment) -> bool:
         """Whether the source run of any pair in a segment is carried as a difference; else all are zero."""
@@ -129,7 +134,7 @@ class Prompts:
                 d += sign * upload(noise.numpy(), d.device).to(d.dtype).unsqueeze(1)
         return d.flatten(0, 1)
 
-    def delta(self, base: Tensor, captured: Tensor) -> Tensor:
+    def delta(self, base: Tensor, captured: Tensor, at: Place) -> Tensor:
         """(source - base) at one place, [source token, ...], as `source_differences` gives it for all.
 
         After the prompts, where nothing is patched, it may be anything. Pairs whose source is run by itself
@@ -137,6 +142,8 @@ class Prompts:
         """
         if self.kind == "zero":
             return -base
+        if self.means is not None:
+            return self._from_means(base, at)
         if self.kind == "mean":
             out = torch.empty_like(base)
             for length in np.unique(self.shapes.prompt).tolist():
@@ -149,19 +156,34 @@ class Prompts:
             return out
         return captured
 
+    def _from_means(self, base: Tensor, at: Place) -> Tensor:
+        """(mean - base) at one place, [base token, ...], the mean over prompts that are not the pairs'."""
+        assert self.means is not None
+        mean, out = self.means[at].to(base), torch.zeros_like(base)
+        for s in self.shapes.segments(1):
+            length = s.length - s.reads + 1
+            own, b, m = (a[:, :length] for a in (s.run(out), s.run(base), mean.unsqueeze(0)))
+            if at[0] == "pattern":  # its keys are those of the longest run of either
+                own, b, m = (a[..., :length] for a in (own, b, m))
+            own.copy_(m - b)
+        return out
 
-def source_differences(prompts: Prompts, base: Activations, captured: dict[str, Tensor]) -> dict[str, Tensor]:
+
+def source_differences(
+    prompts: Prompts, base: Activations, captured: dict[str, Tensor], layer: int
+) -> dict[str, Tensor]:
     """(source - base) at every place of a layer.
 
     Args:
         prompts: which source, and the pairs.
         base: the base runs' activations in this layer.
         captured: place -> [base token and source, ...], the source runs' differences.
+        layer: its number.
 
     Returns:
         place -> [source token, ...]; `Prompts.source_token` says which token is whose.
     """
-    return {place: prompts.delta(getattr(base, place), d) for place, d in captured.items()}
+    return {place: prompts.delta(getattr(base, place), d, (place, layer)) for place, d in captured.items()}
 
 
 def prompts_of(question: Question, numbers: Sequence[int]) -> Prompts:
@@ -194,6 +216,7 @@ def prompts_of(question: Question, numbers: Sequence[int]) -> Prompts:
         pairs=[question.pairs[i] for i in numbers],
         roles=question.roles,
         apart=apart,
+        means=question.means,
     )
 
 

@@ -4,6 +4,7 @@ Nothing changes it. What is left open (`precision="auto"`, no memory budget) is 
 is a record of its own: a run that is resumed takes the decisions of the run.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from deltapatch.engine.costs import flops
 from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
@@ -20,7 +22,7 @@ from deltapatch.interventions.edges import EFFECTS, EdgeGrid
 from deltapatch.interventions.given import Intervention, Listed, listed_interventions
 from deltapatch.interventions.grid import Grid, make_grid, positions_of
 from deltapatch.interventions.nodes import Nodes
-from deltapatch.interventions.pairs import EncodedPair, encode_pairs, read_at
+from deltapatch.interventions.pairs import EncodedPair, encode_pairs, encode_prompts, read_at
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
 from deltapatch.interventions.roles import Roles, check_everywhere, check_source_fits
 from deltapatch.interventions.runs import Continuation, RunShape, check_length, check_rotary, continuation_of
@@ -29,6 +31,8 @@ from deltapatch.interventions.table import PatchTable
 from deltapatch.interventions.wirings import WiredList, Wirings, wired_interventions
 from deltapatch.kernels.backend import Backend, choose_backend
 from deltapatch.kernels.product import PRECISIONS, Precision
+from deltapatch.models.activations import Place, mean_activations
+from deltapatch.models.forward import widths
 from deltapatch.models.memory import available
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
@@ -137,6 +141,52 @@ class Question:
     def n_sources(self) -> int:
         """How many runs of each pair are carried beside the base run."""
         return 2 if self.options.source == "resample" else 1
+
+    @property
+    def shares_means(self) -> bool:
+        """Whether the pairs of one length need each other's runs: a mean is over them."""
+        return self.options.source == "mean" and self.options.mean_over is None
+
+    @cached_property
+    def dataset(self) -> list[list[int]]:
+        """The prompts that a mean is over, where they are not the pairs', cut where the longest pair is read.
+
+        Raises:
+            DeltapatchError: one is no prompt of this model, or shorter.
+        """
+        if self.options.mean_over is None:
+            return []
+        names = [f"prompt {i} of mean_over" for i in range(len(self.options.mean_over))]
+        found = encode_prompts(self.options.mean_over, self.model.tokenizer, self.model.spec.d_vocab, names)
+        longest = int(np.argmax(self.lengths[0]))
+        length = int(self.lengths[0, longest])
+        for name, ids in zip(names, found, strict=True):
+            if len(ids) < length:
+                raise DeltapatchError(
+                    f"{name} has {len(ids)} tokens, so there is no mean at position {len(ids)} of pair "
+                    f"{longest}, which has {length} up to where effects are read: leave that prompt out, or "
+                    "give one that is as long"
+                )
+        return [ids[:length] for ids in found]
+
+    @property
+    def _mean_places(self) -> list[Place]:
+        places = sorted({*self.interventions.places, "resid_post"})
+        return [("resid_pre", 0), *((name, l) for l in range(self.model.spec.n_layers) for name in places)]
+
+    @cached_property
+    def means(self) -> dict[Place, Tensor] | None:
+        """place -> [position, ...], the means over `dataset`; None where there is none."""
+        return mean_activations(self.model, self.dataset, self._mean_places) if self.dataset else None
+
+    @property
+    def means_bytes(self) -> int:
+        """What `means` takes."""
+        if not self.dataset:
+            return 0
+        length = len(self.dataset[0])
+        width = widths(self.model.spec, length)
+        return 8 * length * sum(math.prod(width[name]) for name, _ in self._mean_places)
 
     @cached_property
     def runs(self) -> list[RunShape]:
@@ -278,6 +328,7 @@ def ask(
     question = Question(
         model, options, encoded, patched, backend, roles, continued, lengths, measured, threads
     )
+    _ = question.dataset  # of which a prompt may be too short
     _ = question.partner  # a pair may be alone with its length
     if question.probes and isinstance(patched, EdgeGrid | Wirings):
         raise DeltapatchError("probes are of sweeps and runs that patch sites: edges and circuits have none")

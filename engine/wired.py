@@ -18,7 +18,7 @@ from torch import Tensor
 from deltapatch.engine.block import BlockStep, Layer
 from deltapatch.engine.layers import Layers
 from deltapatch.engine.passresult import PassResult
-from deltapatch.engine.prompts import Prompts
+from deltapatch.engine.prompts import EMBEDDING, Prompts
 from deltapatch.engine.readout import ReadOut
 from deltapatch.engine.reads import Reads, RowReads
 from deltapatch.engine.setup import Setup
@@ -102,7 +102,7 @@ class WiredPass:
         dx = self.prompts.embed_source_difference(embed)
         source = x.new_zeros(self.shapes.n_tokens, self.nodes.n_senders, self.spec.d_model)
         at = upload(self.prompts.source_token(np.arange(self.shapes.n_tokens)), x.device)
-        source[:, 0] = self.prompts.delta(x, dx)[at]
+        source[:, 0] = self.prompts.delta(x, dx, EMBEDDING)[at]
         runs = self._runs(x)
 
         layers = Layers(self.setup, self.prompts, Unpatched(self.setup, self.prompts))

@@ -229,6 +229,25 @@ def encode_pairs(
     return encoded
 
 
+def encode_prompts(
+    prompts: Sequence[str | Sequence[int]], tokenizer: Any, d_vocab: int, names: Sequence[str]
+) -> list[list[int]]:
+    """The token ids of prompts that are of no pair, tokenised and checked as those of `encode_pairs`.
+
+    Args:
+        names: what errors call each.
+
+    Raises:
+        DeltapatchError: text without a tokenizer; an empty prompt; a token id out of range; a prompt of ids
+            that ends in an end token.
+    """
+    encoder = _Encoder(tokenizer, d_vocab)
+    return [
+        encoder._prompt(prompt if isinstance(prompt, str) else list(prompt), "given", name)
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+
+
 def read_at(readout: int | str, number: int, pair: EncodedPair) -> tuple[int, int]:
     """Where the effect on a pair is read, in the clean and in the corrupted prompt: the last is that of each.
 
@@ -262,7 +281,7 @@ class _Encoder:
         notes: what was done that users would not expect, each kind once.
     """
 
-    def __init__(self, tokenizer: Any, d_vocab: int, align: Align) -> None:
+    def __init__(self, tokenizer: Any, d_vocab: int, align: Align = None) -> None:
         self.tokenizer, self.d_vocab, self.align = tokenizer, d_vocab, align
         self.notes: dict[str, str] = {}
         self._texts: dict[int, str] = {}  # of every token that was met

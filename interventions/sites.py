@@ -90,6 +90,8 @@ HOOK_NAMES = {
     "mlp.hook_post": "mlp_post",
 }
 _BARE = {name.rpartition(".")[2]: site for name, site in HOOK_NAMES.items()}
+# Attention scores: all of a query's, of another run, make that run's probabilities; zero or mean ones do not.
+_SCORES = ("scores", "attn_scores", "hook_attn_scores", "attn.hook_attn_scores")
 _HOOK = re.compile(r"blocks\.(\d{1,9})\.(.+)")
 
 
@@ -110,6 +112,11 @@ def _find(name: str) -> tuple[Site, int | None]:
     short = match[2] if match else name
     hook = HOOK_NAMES.get(short) or _BARE.get(short)
     site = SITES.get(hook or ("" if match else name))
+    if site is None and short in _SCORES:
+        raise DeltapatchError(
+            f"site {shown(name)} is none of its own: use pattern, which is the same patch where scores are "
+            "another run's (sources counterpart, resample and noise); zero or mean scores cannot be patched"
+        )
     if site is None:
         raise DeltapatchError(f"unknown site {shown(name)}: choose from {', '.join(SITES)}")
     return site, int(match[1]) if match else None

@@ -11,6 +11,7 @@ from deltapatch.models.surroundings import undisturbed
 from deltapatch.models.weights import cast
 
 Place = tuple[str, int]  # a name of `Activations`, and a layer
+_TOKENS = 4096  # that go through a layer together where only their mean is kept
 
 
 def read_activations(
@@ -53,4 +54,39 @@ def read_activations(
                     value = getattr(here, name).flatten(2)
                     for i, number in enumerate(mine):
                         found[name, l][number] = value[i].clone()
+    return found
+
+
+def mean_activations(
+    model: Model, prompts: Sequence[Sequence[int]], places: Collection[Place]
+) -> dict[Place, Tensor]:
+    """The means of what a model's unpatched runs have at some places, in float64, on its device.
+
+    The layers are gone through once, up to the last that is asked for. Beside the means, the prompts'
+    residual streams are held, and one layer's activations of a few thousand tokens.
+
+    Args:
+        prompts: token ids, all of one length T.
+        places: names of `forward.Activations` and layers.
+
+    Returns:
+        place -> [T, ...].
+    """
+    found: dict[Place, Tensor] = {}
+    tokens, dtype = torch.tensor([list(prompt) for prompt in prompts]), torch.float64  # [prompt, T]
+    length = tokens.shape[1]
+    with torch.no_grad(), undisturbed(model.device), model.reading() as read:
+        at = torch.arange(length) if model.spec.learned_positions else None
+        some = tokens.split(max(1, _TOKENS // length))
+        runs = [model.embed(ids, dtype, positions=at) for ids in some]  # each [prompt, T, d_model]
+        known = contexts(model.spec, length, dtype, model.device)
+        for l in range(1 + max(layer for _, layer in places)):
+            weights = cast(read.layer(l), model.device, dtype)
+            names = [name for name, layer in places if layer == l]
+            for i, x in enumerate(runs):
+                here = block(x, weights, known[l], pattern="pattern" in names)
+                runs[i] = here.resid_post
+                for name in names:
+                    share = getattr(here, name).sum(0) / len(tokens)
+                    found[name, l] = found[name, l] + share if (name, l) in found else share
     return found

@@ -354,9 +354,12 @@ def mlp(x: Tensor, attn_out: Tensor, layer: LayerWeights, spec: ModelSpec) -> Hi
     return Hidden(gate, up, mlp_post, raw if spec.post_norm else None, mlp_out)
 
 
-def block(x: Tensor, layer: LayerWeights, context: LayerContext) -> Activations:
-    """One block over whole prompts, x [B, T, d_model]. No padding: a batch holds prompts of one length."""
-    attended = attention(x, layer, context)
+def block(x: Tensor, layer: LayerWeights, context: LayerContext, *, pattern: bool = False) -> Activations:
+    """One block over whole prompts, x [B, T, d_model]. No padding: a batch holds prompts of one length.
+
+    With `pattern` the attention probabilities are kept, [B, T, H, T].
+    """
+    attended = attention(x, layer, context, pattern=pattern)
     hidden = mlp(x, attended.attn_out, layer, context.spec)
     mid = x + attended.attn_out
     return Activations(

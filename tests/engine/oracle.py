@@ -441,15 +441,15 @@ def _rotate(x: np.ndarray, rope: Rope | None) -> np.ndarray:
     return turned
 
 
-def _attend(
+def _scores(
     q: np.ndarray,
     k: np.ndarray,
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
 ) -> np.ndarray:
-    """Causal attention over [row, T, head, d_head], query by query: probabilities [row, T, head, T]."""
-    pattern = np.zeros((*q.shape[:3], q.shape[1]), q.dtype)
+    """Causal scores over [row, T, head, d_head], query by query: [row, T, head, T]; masked -inf."""
+    found = np.full((*q.shape[:3], q.shape[1]), -np.inf, q.dtype)
     for t in range(q.shape[1]):
         scores = np.einsum("rhd,rihd->rhi", q[:, t], k[:, : t + 1])
         scores = scores / np.sqrt(q.dtype.type(q.shape[-1])) if scale is None else scores * scale
@@ -457,9 +457,19 @@ def _attend(
             scores = cap * np.tanh(scores / cap)
         if window is not None:
             scores[:, :, : max(0, t + 1 - window)] = -np.inf
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        pattern[:, t, :, : t + 1] = weights / weights.sum(-1, keepdims=True)
-    return pattern
+        found[:, t, :, : t + 1] = scores
+    return found
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis."""
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _attend(q: np.ndarray, k: np.ndarray, *how: Any) -> np.ndarray:
+    """Probabilities of causal attention, [row, T, head, T]; `how` as of `_scores`."""
+    return _softmax(_scores(q, k, *how))
 
 
 # called with (site, layer, value [row, T, ...]) at every site; what it returns flows on
@@ -553,7 +563,8 @@ class TrueModel:
             q, k = self._normed_heads(q, w.q_norm), self._normed_heads(k, w.k_norm)
             q, k = _rotate(q, self.shape.ropes[l]), _rotate(k, self.shape.ropes[l])
             how = self.attention(l)
-            pattern = visit("pattern", l, _attend(q, np.repeat(k, group, axis=2), *how))  # [row, T, head, T]
+            scores = visit("scores", l, _scores(q, np.repeat(k, group, axis=2), *how))  # [row, T, head, T]
+            pattern = visit("pattern", l, _softmax(scores))
             z = visit("z", l, np.einsum("rthi,rihd->rthd", pattern, np.repeat(v, group, axis=2)))
             attn_out = self._normed(_linear(z.reshape(*z.shape[:2], -1), w.out), w.post1)
             attn_out = visit("attn_out", l, said * attn_out)  # [row, T, d_model]

@@ -389,11 +389,15 @@ def test_hook_names_bare_in_a_block_and_in_full(hook):
     assert find_site(f"blocks.12.{hook}") == find_site(f"blocks.12.{bare}") == (site, 12)
 
 
-@pytest.mark.parametrize(
-    "name", ["hook_attn_scores", "attn.hook_post", "mlp.hook_z", "blocks.1.z", "blocks.x.hook_z"]
-)
+@pytest.mark.parametrize("name", ["attn.hook_post", "mlp.hook_z", "blocks.1.z", "blocks.x.hook_z"])
 def test_names_of_no_site(name):
     with pytest.raises(DeltapatchError, match=f"unknown site '{name}'"):
+        find_site(name)
+
+
+@pytest.mark.parametrize("name", ["scores", "hook_attn_scores", "blocks.1.attn.hook_attn_scores"])
+def test_scores_are_told_to_be_patched_as_pattern(name):
+    with pytest.raises(DeltapatchError, match=f"site '{name}' is none of its own: use pattern"):
         find_site(name)
 
 

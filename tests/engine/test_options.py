@@ -23,7 +23,7 @@ DECISIVE = list(
 )
 OF_GRIDS = ("sites", "positions", "layers", "senders", "receivers")
 # An option that matters only beside another one.
-BESIDE = {"noise_scale": {"source": "noise"}} | {
+BESIDE = {"noise_scale": {"source": "noise"}, "mean_over": {"source": "mean"}} | {
     name: {"screen": "ig-inputs", "top": 5, "screen_sample": 5} for name in OF_SCREENS
 }
 for name in ("until", "screen_limit"):

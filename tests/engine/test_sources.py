@@ -130,6 +130,70 @@ def test_mean_over_all_prompts_of_the_same_length(variant, direction):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "gpt2"])
+def test_mean_over_prompts_that_are_not_the_pairs(variant, direction):
+    """They are cut at the longest pair. Patterns too, of shorter pairs and beside runs with more keys."""
+    true, prompts = true_model(variant), drawn(variant)
+    others = [random_pair(length, seed=20 + length).clean for length in (4, 7, 5)]
+    asked = {"source": "mean", "mean_over": others, "direction": direction}
+    effects = sweep(variant, prompts, sites=(*SITES, "pattern"), **asked)
+    runs = [activations(true, tokens[:4]) for tokens in others]
+    mean = {at: np.mean([run[at] for run in runs], axis=0) for at in runs[0]}
+    for number, pair in enumerate(prompts):
+        for site in SITES:
+            assert agrees(effects, number, site, expected(true, pair, mean, site, direction)), (number, site)
+    for number in (0, 3):  # of 4 and of 3 tokens, and answers of one
+        n = len(prompts[number].clean)
+        own = {at: value[:n, :, :n] for at, value in mean.items() if at[0] == "pattern"}
+        assert agrees(effects, number, "pattern", expected(true, prompts[number], own, "pattern", direction))
+
+
+def test_the_mean_over_the_prompts_of_the_pairs_is_that_of_the_pairs():
+    """Edges, patches that one receiver sees, joint patches and estimates find their means as sweeps do."""
+    prompts = [deltapatch.PromptPair(*p) for p in pairs(true_model("llama-grouped"), (4, 4))]
+    of = model("llama-grouped")
+    alone = deltapatch.Patch("z", 0, 2, 1, into=["m1", "logits"])
+    joint = [deltapatch.Patch("mlp_post", 1, 1, 3), deltapatch.Patch("q", 2, 3, 0)]
+    given = [deltapatch.Intervention(1, [alone]), deltapatch.Intervention(0, joint)]
+    wide = {"source": "mean", "precision": "fp64", "progress": False}
+    every = [p for pair in prompts for p in (pair.clean, pair.corrupted)]
+    for ask in (
+        lambda **o: deltapatch.sweep_edges(of, prompts, **wide, **o).values("logit_diff"),
+        lambda **o: deltapatch.run(of, prompts, given[:1], **wide, **o).values("logit_diff"),
+        lambda **o: deltapatch.run(of, prompts, given[1:], **wide, **o).values("logit_diff"),
+        lambda **o: deltapatch.sweep(
+            of, prompts, sites=["z", "resid_pre"], screen="attribution", **wide, **o
+        ).estimate("logit_diff", site="resid_pre"),
+    ):
+        want, found, other = ask(), ask(mean_over=every), ask(mean_over=every[:1])
+        assert np.nanmax(np.abs(found - want)) <= 1e-8 * np.nanmax(np.abs(want))
+        assert np.nanmax(np.abs(other - want)) > 1e-3 * np.nanmax(np.abs(want))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mean_over": []}, "mean_over has no prompts"),
+        ({"mean_over": "the mean"}, "mean_over must be a list of prompts"),
+        ({"mean_over": [[1, 2, 3, 4], 5]}, "and prompt 1 is 5"),
+        ({"mean_over": [[1, 2, 3, 4], [1, 2.5]]}, "a token of prompt 1 of mean_over"),
+        ({"mean_over": [[1, 2, 3, 4], []]}, "prompt 1 of mean_over: the given prompt is empty"),
+        ({"mean_over": [[1, 2, 3, 61]]}, "prompt 0 of mean_over: token 61 of given is out of range"),
+        ({"mean_over": ["text"]}, "prompt 0 of mean_over: given is text, but this model has no tokenizer"),
+        (
+            {"mean_over": [[1, 2, 3, 4], [1, 2, 3]]},
+            "prompt 1 of mean_over has 3 .* position 3 of pair 1",
+        ),
+        ({"mean_over": [[1, 2, 3, 4]], "source": "zero"}, "mean_over is of source 'mean', not of 'zero'"),
+    ],
+)
+def test_what_a_mean_cannot_be_over(given, message):
+    prompts = pairs(true_model("neox-parallel"), (3, 4))
+    with pytest.raises(deltapatch.DeltapatchError, match=message):
+        sweep("neox-parallel", prompts, **{"source": "mean"} | given)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resample_takes_another_pairs_source_run(variant, direction):
     true, prompts = true_model(variant), drawn(variant)
