@@ -94,22 +94,6 @@ class Prompts:
             return base_token
         return base_token * self.n_sources + (self.n_sources - 1)
 
-    def differs_from(self) -> np.ndarray:
-        """[pair], the position before which what patches take from is exactly the base run."""
-        shapes, first = self.shapes, np.zeros(len(self.shapes.runs), dtype=np.int64)
-        if self.kind in ("zero", "mean"):
-            return first
-        differs = self.tokens != self.sources[-1]
-        for noise in (self.noise, self.source_noise):
-            if noise is not None:
-                differs |= noise.numpy().any(1)
-        apart = {pair.first for pair in self.apart}
-        for i, (base, n) in enumerate(zip(shapes.base.tolist(), shapes.length.tolist(), strict=True)):
-            if base not in apart:
-                own = differs[base : base + n]
-                first[i] = own.argmax() if own.any() else n
-        return first
-
     def embed(self, look_up: Callable[..., Tensor], *, with_positions: bool) -> Tensor:
         """The base runs' embeddings, [base token, d_model]; `look_up` gives those of token ids [...].
 

@@ -90,26 +90,13 @@ class PatchedPlaces:
         return [name for name, _ in self.at(layer)]
 
 
-def _brings(table: PatchTable, differs: np.ndarray) -> np.ndarray:
-    """[patch], False where a patch leaves a zero difference zero.
-
-    Before the prompts differ nothing arrives that a swap could take away, unless the row adds vectors.
-    """
-    adds = np.zeros(table.n_rows, dtype=bool)
-    adds[table.row[table.edit == EDIT["add"]]] = True
-    of_edge = table.edit >= len(SITE_EDITS)
-    return of_edge | adds[table.row] | (table.position >= differs[table.pair[table.row]])
-
-
-def make_rows(table: PatchTable, length: np.ndarray, spec: ModelSpec, *, differs: np.ndarray) -> Rows:
+def make_rows(table: PatchTable, length: np.ndarray, spec: ModelSpec) -> Rows:
     """Rows of a pass.
 
     Args:
         table: its interventions.
         length: [pair], tokens up to the read-out position.
         spec: of the model.
-        differs: [pair], the position before which a source has nothing to bring (see
-            `Prompts.differs_from`).
     """
     # In the last layer only the last position is read: what other positions do there is seen by nobody,
     # except through their keys and values. What comes after it is seen by nobody at all.
@@ -117,7 +104,6 @@ def make_rows(table: PatchTable, length: np.ndarray, spec: ModelSpec, *, differs
     moved = np.isin(table.place, [PLACE[name] for name in ("k", "v", "<k>", "<v>")]) | is_together(table.edit)
     read = (table.layer < spec.n_layers - 1) | moved
     seen = (table.position == last) | (read & (table.position < last))
-    seen &= _brings(table, differs)
     row = table.row[seen]
     layer, place, position, edit, _ = columns = table.columns(seen)
 

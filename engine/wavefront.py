@@ -74,7 +74,7 @@ class Wavefront:
         self.ops, self.pool, self.tick = setup.ops, setup.pool, tick
         self.table, self.n_interventions = table, table.n_rows
         self.shapes = prompts.shapes
-        self.rows: Rows = make_rows(table, self.shapes.prompt, self.spec, differs=prompts.differs_from())
+        self.rows: Rows = make_rows(table, self.shapes.prompt, self.spec)
         self.edges = None if nodes is None else Edges(setup, prompts, self.rows, nodes)
         self.patched = PatchedPlaces(self.rows.patches)
         at_end = tuple(name for name in measured if name not in setup.probes)
@@ -94,8 +94,8 @@ class Wavefront:
             ends = read.ends()
         reader = ReadOut(self.setup, self.prompts)
         by_row, unpatched = reader.read(ends, x, dx, rows, self.row_reads)
-        # Interventions that bring nothing, or cannot reach the read-out, have no row: their effect is exactly
-        # zero, and what the base run says they say.
+        # Interventions that cannot reach the read-out have no row: their effect is exactly zero, and what the
+        # base run says they say.
         live = self.rows.id_of >= 0
         measured = np.zeros((len(self.measured), self.n_interventions), by_row.dtype)
         for i, name in enumerate(("says_clean", "says_corrupted")):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import deltapatch
 from deltapatch.engine.rows import ATTENTION, END, MIDDLE, make_rows
 from deltapatch.interventions.sites import PLACES, SITES
-from deltapatch.interventions.table import EDIT, PLACE, SITE_EDITS, PatchTable, place_of
+from deltapatch.interventions.table import PLACE, PatchTable, place_of
 
 SPECS = {v: deltapatch.from_transformers(build(v)).spec for v in ("neox-parallel", "llama-grouped")}
 
@@ -41,11 +41,9 @@ def tables(draw, n_layers):
             site = draw(st.sampled_from(sorted(SITES)))
             place, layer = place_of(site, draw(st.integers(0, n_layers - 1)))
             position = draw(st.integers(0, length[pair[-1]]))  # one behind the read-out, too
-            edit = EDIT[draw(st.sampled_from(SITE_EDITS))]
-            patches.append((row, layer, place, position, edit, draw(st.integers(0, 3))))
+            patches.append((row, layer, place, position, draw(st.integers(0, 1)), draw(st.integers(0, 3))))
     columns = np.array(patches, dtype=np.int64).T
-    differs = np.array([draw(st.integers(0, 3)) for _ in length])
-    return PatchTable(len(pair), np.array(pair), *columns), length, differs
+    return PatchTable(len(pair), np.array(pair), *columns), length
 
 
 @pytest.mark.parametrize("variant", SPECS)
@@ -55,18 +53,19 @@ def test_rows_of_any_interventions(variant):
     @settings(max_examples=150, deadline=None)
     @given(tables(spec.n_layers))
     def check(case):
-        table, length, differs = case
-        rows = make_rows(table, length, spec, differs=differs)
+        table, length = case
+        rows = make_rows(table, length, spec)
         patches = list(
             zip(table.row, table.layer, table.place, table.position, table.edit, table.index, strict=True)
         )
         kept = []
         for row in range(table.n_rows):
             pair = table.pair[row]
-            mine = [p for p in patches if p[0] == row]
-            if all(p[4] != EDIT["add"] for p in mine):
-                mine = [p for p in mine if p[3] >= differs[pair]]
-            mine = [p for p in mine if is_read(p[1], PLACES[p[2]], p[3], length[pair] - 1, spec.n_layers)]
+            mine = [
+                p
+                for p in patches
+                if p[0] == row and is_read(p[1], PLACES[p[2]], p[3], length[pair] - 1, spec.n_layers)
+            ]
             id_ = rows.id_of[row]
             if not mine:
                 assert id_ == -1
