@@ -6,7 +6,7 @@ is a record of its own: a run that is resumed takes the decisions of the run.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -319,6 +319,8 @@ def ask(
     else:
         assert isinstance(options, SweepOptions)
         patched = make_grid(options.sites, options.positions, options.layers, encoded, spec, roles)
+    if isinstance(patched, Listed):
+        patched = replace(patched, begins=[roles.brings_from(pair) for pair in encoded])
     _check_lined_up(patched, encoded, roles)
     backend = choose_backend(options.backend, model.device)
     measured = measured_for(options.metrics)  # type: ignore[arg-type]  # which its check made a tuple

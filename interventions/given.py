@@ -26,6 +26,7 @@ from deltapatch.interventions.table import (
     first_layers,
     place_of,
     row_tokens,
+    without_before,
 )
 from deltapatch.interventions.vectors import Vectors, VectorsMade, code
 from deltapatch.models.spec import ModelSpec
@@ -100,6 +101,7 @@ class Listed:
         seen_by: [n, (patch, receiver)], the receivers that alone see a patch, as `Nodes` counts them; what
             is not named is seen by all.
         parts: what they join, as it was asked for, where their maker counts parts in its labels.
+        begins: [pair], the position before which both of its runs are the same; unknown unless given.
     """
 
     table_of_all: PatchTable
@@ -107,6 +109,7 @@ class Listed:
     labels: Mapping[str, np.ndarray] = field(default_factory=dict)
     seen_by: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
     parts: tuple[Part, ...] = ()
+    begins: Sequence[int] | None = None
 
     @property
     def n_effects(self) -> int:
@@ -125,7 +128,10 @@ class Listed:
 
     @cached_property
     def _by_pair(self) -> dict[int, tuple[PatchTable, np.ndarray]]:
-        return by_pair(self.table_of_all)
+        found = by_pair(self.table_of_all)
+        if self.begins is None:
+            return found
+        return {i: (without_before(table, self.begins[i]), out) for i, (table, out) in found.items()}
 
     def table(self, number: int, pair: EncodedPair) -> tuple[PatchTable, np.ndarray]:
         """One pair's interventions, and where their effects go: [row]."""

@@ -14,7 +14,7 @@ from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.roles import Roles, no_place
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.sites import SITES, Site, check_site, find_site
-from deltapatch.interventions.table import EDIT, TOGETHER, PatchTable, place_of
+from deltapatch.interventions.table import EDIT, TOGETHER, PatchTable, place_of, without_before
 from deltapatch.models.spec import ModelSpec
 
 Positions = str | int | Sequence[int | str]
@@ -72,9 +72,13 @@ class SiteGrid:
         return [(i, [place]) for i, place in places if place is not None]
 
     def position_tokens(self, pair: EncodedPair, run: RunShape) -> np.ndarray:
-        """[position that the pair has], the tokens of a row that starts there; none behind the read-out."""
+        """[position that the pair has], the tokens of a row that starts there.
+
+        None behind the read-out, and none where the source says what the base run says.
+        """
         first = np.array([joined[0] for _, joined in self.spots(pair)], dtype=np.int64)
-        return np.where(first < run.prompt, run.length - first, 0)
+        there = (first >= self.roles.brings_from(pair)) & (first < run.prompt)
+        return np.where(there, run.length - first, 0)
 
     def row_sizes(self, pair: EncodedPair, run: RunShape) -> tuple[np.ndarray, np.ndarray]:
         """[patch] twice, how many tokens each row has, and where it enters."""
@@ -137,7 +141,10 @@ class Grid:
         return cls(grids, n_pairs, offset)
 
     def table(self, number: int, pair: EncodedPair) -> tuple[PatchTable, np.ndarray]:
-        """One pair's interventions, and where their effects go: [row]."""
+        """One pair's interventions, and where their effects go: [row].
+
+        Where the source says what the base run says a row has no patch: nothing changes, exactly.
+        """
         *columns, effect = (
             np.concatenate(parts)
             for parts in zip(*(g.patches(number, pair) for g in self.sites), strict=True)
@@ -145,7 +152,8 @@ class Grid:
         new = np.diff(effect, prepend=-1) != 0  # the patches of a row come together
         out = effect[new]
         n = len(out)
-        return PatchTable(n, np.zeros(n, dtype=np.int64), np.cumsum(new) - 1, *columns), out
+        table = PatchTable(n, np.zeros(n, dtype=np.int64), np.cumsum(new) - 1, *columns)
+        return without_before(table, self.sites[0].roles.brings_from(pair)), out
 
     def n_rows(self, number: int, pair: EncodedPair) -> int:
         """How many interventions of a pair there are, without an array of them."""

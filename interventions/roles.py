@@ -74,6 +74,10 @@ class Roles:
             return [(at, at) for at in range(len(pair.clean))]
         return [self.of(a, b) for a, b in pair.align]
 
+    def brings_from(self, pair: EncodedPair) -> int:
+        """The position of the base run before which a source has nothing else to say than the base run."""
+        return self.first(pair) if self.in_step(pair) else 0
+
     def first(self, pair: EncodedPair) -> int:
         """The first position of the base run at which patching all of them changes anything."""
         return pair.first_difference if self.source in DIFFERING else 0

@@ -73,10 +73,10 @@ def row_tokens(table: PatchTable, run: RunShape) -> np.ndarray:
 
 
 def first_layers(table: PatchTable) -> np.ndarray:
-    """[row], each intervention's first patched layer."""
+    """[row], each intervention's first patched layer; 0 of one without patches."""
     first = np.full(table.n_rows, np.iinfo(np.int64).max)
     np.minimum.at(first, table.row, table.layer)
-    return first
+    return np.where(np.bincount(table.row, minlength=table.n_rows) > 0, first, 0)
 
 
 def row_layers(table: PatchTable, runs: Sequence[RunShape], n_layers: int) -> int:
@@ -86,6 +86,18 @@ def row_layers(table: PatchTable, runs: Sequence[RunShape], n_layers: int) -> in
         np.array(sizes)[table.pair] for sizes in zip(*((r.prompt, r.length) for r in runs), strict=True)
     )
     return int((np.where(first < prompt, length - first, 0) * (n_layers - 1 - first_layers(table))).sum())
+
+
+def without_before(table: PatchTable, begin: int) -> PatchTable:
+    """The same interventions without the patches before a position, where both runs are the same.
+
+    A swap there changes nothing, and without it a row begins later or not at all; but in a row that adds
+    vectors it takes back what these brought.
+    """
+    adds = np.zeros(table.n_rows, dtype=bool)
+    adds[table.row[table.edit == EDIT["add"]]] = True
+    kept = adds[table.row] | (table.position >= begin)
+    return PatchTable(table.n_rows, table.pair, table.row[kept], *table.columns(kept))
 
 
 def take(table: PatchTable, rows: np.ndarray) -> PatchTable:

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deltapatch
+from deltapatch.engine.options import Options
+from deltapatch.engine.question import ask
 from deltapatch.engine.rows import ATTENTION, END, MIDDLE, make_rows
 from deltapatch.interventions.sites import PLACES, SITES
 from deltapatch.interventions.table import PLACE, PatchTable, place_of
@@ -44,6 +46,37 @@ def tables(draw, n_layers):
             patches.append((row, layer, place, position, draw(st.integers(0, 1)), draw(st.integers(0, 3))))
     columns = np.array(patches, dtype=np.int64).T
     return PatchTable(len(pair), np.array(pair), *columns), length
+
+
+@pytest.mark.parametrize("source", ["counterpart", "noise", "zero"])
+def test_rows_begin_where_the_source_differs(source):
+    """Patches before it are no work, unless the row adds vectors; what they do is exactly nothing."""
+    model = deltapatch.from_transformers(build("llama-grouped"))
+    pair = deltapatch.PromptPair([3, 1, 4, 1, 5], [3, 1, 4, 2, 5], 6, 7)
+    add = np.ones(model.spec.d_model)
+    patch = deltapatch.Patch
+    asked = [
+        deltapatch.Intervention(0, patches)
+        for patches in (
+            [patch("mlp_out", 0, 1)],
+            [patch("mlp_out", 0, 1), patch("z", 1, 3, 0)],
+            [patch("z", 1, 3, 0)],
+            [patch("resid_post", 0, 1, add=add), patch("mlp_out", 1, 1)],
+            [patch("resid_post", 0, 1, add=add)],
+        )
+    ]
+    options = {"source": source, "progress": False, "noise_sample": 0, "precision": "fp64"}
+    question = ask(model, [pair], Options(source=source), asked)
+    tokens, _ = question.interventions.row_sizes(0, question.pairs[0], question.runs[0])
+    assert tokens.tolist() == ([4, 4, 2, 4, 4] if source == "zero" else [0, 2, 2, 4, 4])
+    effects = deltapatch.run(model, [pair], asked, **options).values("kl")
+    swept = deltapatch.sweep(model, [pair], sites="mlp_out", **options).values("kl")[0]
+    if source != "zero":
+        assert effects[0] == 0
+        assert effects[1] == effects[2] > 0
+        assert (swept[:, :3] == 0).all()
+    assert (swept[:-1, 3] > 0).all()  # what it does in the last layer is not read
+    assert effects[3] != effects[4]  # the swap takes back what had been added before it
 
 
 @pytest.mark.parametrize("variant", SPECS)

@@ -203,8 +203,8 @@ def test_rows_have_the_same_two_places_in_every_layer(monkeypatch):
     pair = deltapatch.PromptPair(*random_pair(6, seed=1))
     model = deltapatch.from_transformers(hf_model("llama-grouped"))
     deltapatch.sweep(model, [pair], sites="mlp_post", precision="fp32", noise_sample=0, progress=False)
-    n = 24 * (6 + 5 + 4 + 3 + 2 + 1)
-    assert sizes == [(0, n), (n, 2 * n), (2 * n, 2 * 24 * 6 + 24)]  # in the last layer one neuron's position
+    n = 24 * (5 + 4 + 3 + 2 + 1)  # the prompts begin in the same token, at which a patch brings nothing
+    assert sizes == [(0, n), (n, 2 * n), (2 * n, 2 * 24 * 5 + 24)]  # in the last layer one neuron's position
     assert len(places) == 2
 
 

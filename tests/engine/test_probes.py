@@ -78,7 +78,9 @@ def test_a_probe_reads_what_the_oracle_has_there(variant, precision):
                 moved = streams(true, pair, rows)[probe.layer][:, at]
                 want = moved @ probe.direction
                 here = np.array([got[(i, *cell)] for cell in cells])
-                assert np.abs(here - want).max() <= TOLERANCE[precision] * np.linalg.norm(want)
+                # Few cells move it: one of them may be a sum that nearly cancels.
+                size = np.linalg.norm(moved) * np.linalg.norm(probe.direction) / d_model**0.5
+                assert np.abs(here - want).max() <= TOLERANCE[precision] * max(np.linalg.norm(want), size)
                 # Layers and positions behind it move it by exactly nothing.
                 behind = [l > probe.layer or p > at for l, p, *_ in cells]
                 assert not here[behind].any()

@@ -94,7 +94,7 @@ def test_patches_of_queries_keys_and_values_share_their_kernels(launched):
 
     queries, heads = attention([9], "q"), attention([9], "z")
     assert attention([9], "k") | attention([9], "v") | attention([10, 9], "q", "k", "v") <= queries
-    assert heads - queries
+    assert heads <= queries  # rows that begin at a head have no scores, and need no kernel for them
 
 
 @pytest.mark.gpu
