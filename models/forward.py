@@ -6,6 +6,7 @@ dtype of its input: float64 activations and weights stay float64 throughout.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,23 +24,9 @@ _MAX_SCORES, _MAX_SCORES_ON_CPU = 1 << 24, 1 << 20
 
 _TOKENS = 1 << 14  # of the vocabulary, whose part of the unembedding is taken at a time
 
-
-def _gelu(x: Tensor) -> Tensor:
-    """x Φ(x). PyTorch's own takes twice as long in float64."""
-    return F.gelu(x) if x.dtype != torch.float64 else torch.erf(x * math.sqrt(0.5)).add_(1).mul_(x).mul_(0.5)
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    """x (1 + tanh(u)) / 2 = x / (1 + e^(-2u)), u = sqrt(2/π) (x + 0.044715 x³); likewise."""
-    if x.dtype != torch.float64:
-        return F.gelu(x, approximate="tanh")
-    twice = math.sqrt(8 / math.pi)
-    return x.square().mul_(0.044715 * twice).add_(twice).mul_(x).sigmoid_().mul_(x)
-
-
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
 }
