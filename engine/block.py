@@ -12,7 +12,7 @@ from deltapatch.engine.rows import HEADS, MIDDLE, MLP, WHOLE
 from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary, edited_heads
 from deltapatch.kernels.backend import Backend
-from deltapatch.kernels.edits import Edit, within
+from deltapatch.kernels.edits import Edit, apply_edits, within
 from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Precision, Scaled, narrow, product
 from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
@@ -224,10 +224,21 @@ class BlockStep:
 
     def _attention(self, normed: Scaled | None) -> Scaled:
         """Difference of z, [token, n_heads * d_head], from that of the attention's input, if there is one."""
+        if normed is None and not self.swaps.keys() & {"q", "k", "v", "pattern"}:
+            return self._heads()
         changes, places = self._changes(normed)
         z = self._attend(changes, {place: self.swaps[place] for place in places if place in self.swaps})
         self._note("z", z.values.unflatten(-1, (self.layer.spec.n_heads, self.layer.spec.d_head)))
         return z
+
+    def _heads(self) -> Scaled:
+        """The same for rows whose attention reads no change and whose heads are patched: no scores."""
+        layer = self.layer
+        segments = read_segments(self.segments) if layer.last else self.segments
+        shape = sum(s.n_tokens for s in segments), layer.spec.n_heads, layer.spec.d_head
+        z = layer.base.q_rotated.new_zeros(shape)
+        apply_edits(z, self.swaps.get("z", []))
+        return narrow(z.flatten(1), layer.precision)
 
     def _changes(self, normed: Scaled | None) -> tuple[QKV, list[str]]:
         """What attention takes, from its input's change, if there is one, and which edits it does itself."""

@@ -307,8 +307,8 @@ class ReadOut:
         def multiply(i: int) -> None:
             piece = pieces[i]
             weight = stored[piece].to(at.dtype)
-            # The outputs first: a CPU multiplies two rows with many tokens faster so.
-            out[:, piece] = (weight @ both.T).T
+            # A CPU multiplies the two rows of one read faster as they are, and more with the outputs first.
+            out[:, piece] = both @ weight.T if n == 1 else (weight @ both.T).T
             own = logits[:, piece]
             if bias is not None:
                 own += bias[piece].to(at.dtype)

@@ -10,7 +10,7 @@ from deltapatch.kernels.edits import Edit, apply_edits
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment
 
-CELLS = 1 << 17  # neurons worked on at a time: 1 MiB in float64, which stays in the cache
+CELLS = 1 << 16  # neurons worked on at a time: several arrays of 512 KiB in float64, which stay in the cache
 
 
 class Neurons(NamedTuple):
