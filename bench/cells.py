@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltapatch.engine.costs import necessary_flops
+from deltapatch.engine.planning.costs import necessary_flops
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Intervention, Patch
 from deltapatch.interventions.sites import find_site

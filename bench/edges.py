@@ -33,8 +33,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import deltapatch
 from deltapatch.analysis.attribution import SplitForward
 from deltapatch.bench.results import check_free, stamp, write
-from deltapatch.engine.costs import layer_parameters
 from deltapatch.engine.options import EdgeOptions
+from deltapatch.engine.planning.costs import layer_parameters
 from deltapatch.engine.question import ask
 from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.nodes import LOGITS, MLP, Nodes

@@ -17,7 +17,7 @@ import torch
 from deltapatch.bench.cases import Cases
 from deltapatch.bench.markdown import as_table
 from deltapatch.bench.true_shapes import CONFIGS
-from deltapatch.engine.costs import flops
+from deltapatch.engine.planning.costs import flops
 from deltapatch.kernels.backend import TRITON
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.models.config import Config

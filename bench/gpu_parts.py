@@ -29,7 +29,7 @@ from deltapatch.bench.precision import precision
 from deltapatch.bench.random_models import make_pairs
 from deltapatch.bench.setup import make_workload
 from deltapatch.bench.true_shapes import CONFIGS, random_model, spec_of
-from deltapatch.engine.costs import necessary_flops
+from deltapatch.engine.planning.costs import necessary_flops
 from deltapatch.kernels.backend import choose_backend
 from deltapatch.kernels.compilations import count_compilations
 from deltapatch.kernels.lang import HAS_TRITON

@@ -75,9 +75,9 @@ def info(
 
 
 def _facts(model: "Model", length: int, n_pairs: int, budget: int | None, timed: bool) -> dict[str, Any]:
-    from deltapatch.engine.costs import parameters
-    from deltapatch.engine.forecast import forecasts
     from deltapatch.engine.options import SweepOptions
+    from deltapatch.engine.planning.costs import parameters
+    from deltapatch.engine.planning.forecast import forecasts
     from deltapatch.engine.question import ask
 
     spec, pairs = model.spec, _pairs(n_pairs, length, model.spec.d_vocab)

@@ -24,7 +24,7 @@ from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
     from deltapatch.engine.cluster.worker import Report
-    from deltapatch.engine.forecast import Forecast
+    from deltapatch.engine.planning.forecast import Forecast
     from deltapatch.results.screened import Screened
 
 EXAMPLES = """\b
@@ -167,7 +167,7 @@ def _sweep(
             size = in_bytes(loaded.n_bytes)
             say(f"its {size} do not fit into the memory: every pass reads them from the file", hushed)
         if dry_run and not finished:
-            from deltapatch.engine.forecast import forecast, forecast_screen
+            from deltapatch.engine.planning.forecast import forecast, forecast_screen
 
             found = forecast_screen(question) if screened else forecast(question)
             if folder.as_json:

@@ -7,10 +7,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from deltapatch.engine.costs import flops, parameters
 from deltapatch.engine.passes import carry, passes
-from deltapatch.engine.pool import Pool
+from deltapatch.engine.planning.costs import flops, parameters
 from deltapatch.engine.question import Question
+from deltapatch.engine.wavefront.pool import Pool
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.table import PatchTable, take
 from deltapatch.kernels.device import fast_bfloat16

@@ -7,16 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from deltapatch.engine.limit import Limit
-from deltapatch.engine.memory import Costs
-from deltapatch.engine.passresult import PassResult
-from deltapatch.engine.planner import Pass, cut
-from deltapatch.engine.pool import Pool, workers
-from deltapatch.engine.prompts import prompts_of
+from deltapatch.engine.planning.limit import Limit
+from deltapatch.engine.planning.memory import Costs
+from deltapatch.engine.planning.planner import Pass, cut
 from deltapatch.engine.question import Decided, Question, Tables
-from deltapatch.engine.setup import Setup
-from deltapatch.engine.wavefront import Wavefront
-from deltapatch.engine.wired import WiredPass, wired_workspace
+from deltapatch.engine.wavefront.loop import Wavefront
+from deltapatch.engine.wavefront.pool import Pool, workers
+from deltapatch.engine.wavefront.prompts import prompts_of
+from deltapatch.engine.wavefront.setup import PassResult, Setup
+from deltapatch.engine.wavefront.wired import WiredPass, wired_workspace
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.given import Listed

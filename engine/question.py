@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.costs import flops
 from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
-from deltapatch.engine.products import has_float8
+from deltapatch.engine.planning.costs import flops
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.edges import EFFECTS, EdgeGrid
 from deltapatch.interventions.given import Intervention, Listed, listed_interventions
@@ -30,7 +29,7 @@ from deltapatch.interventions.sources import partners
 from deltapatch.interventions.table import PatchTable
 from deltapatch.interventions.wirings import WiredList, Wirings, wired_interventions
 from deltapatch.kernels.backend import Backend, choose_backend
-from deltapatch.kernels.product import PRECISIONS, Precision
+from deltapatch.kernels.product import PRECISIONS, Precision, has_float8
 from deltapatch.models.activations import Place, mean_activations
 from deltapatch.models.forward import widths
 from deltapatch.models.memory import available

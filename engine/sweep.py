@@ -15,11 +15,10 @@ import numpy as np
 from deltapatch.engine.audit import Audit
 from deltapatch.engine.options import EdgeOptions, Options, SweepOptions, takes
 from deltapatch.engine.passes import at_work, passes, progress_of, run_pass
-from deltapatch.engine.pool import threads
 from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.question import Decided, Question, ask
-from deltapatch.engine.rounds import verify_until
-from deltapatch.engine.screen import Screen
+from deltapatch.engine.screening.rounds import verify_until
+from deltapatch.engine.screening.screen import Screen
 from deltapatch.engine.settings import (
     check_same,
     decided_by,
@@ -27,6 +26,7 @@ from deltapatch.engine.settings import (
     settings_of,
     settings_of_run,
 )
+from deltapatch.engine.wavefront.pool import threads
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Intervention, Listed, checked
 from deltapatch.interventions.pairs import EncodedPair

@@ -300,3 +300,8 @@ def _filled_up(x: Tensor) -> Tensor:
     filled = x.new_zeros(rows, x.shape[1])
     filled[: len(x)] = x
     return filled
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether products of float8 run there; elsewhere than on a GPU they are computed in float32."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)

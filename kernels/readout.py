@@ -13,7 +13,7 @@ first order in D is there once, with l; log Z and the rest are of second order, 
 
 A read is a position of a pair whose output distribution is looked at: one of each pair, or several where the
 answers have several tokens. Here every read stands for itself, in segments as in a batch: what it says is put
-together by who asks (engine/reads.py).
+together by who asks (engine/wavefront/reads.py).
 """
 
 from collections.abc import Mapping, Sequence

@@ -18,9 +18,9 @@ import numpy as np
 
 import deltapatch as dp
 from deltapatch.analysis.style import COLOURS, figure_style
-from deltapatch.engine.estimates import Estimates, Method
 from deltapatch.engine.options import SCREENS, SweepOptions
 from deltapatch.engine.question import ask
+from deltapatch.engine.screening.estimates import Estimates, Method
 from deltapatch.results.folder import environment
 from deltapatch.results.strata import cut, draw
 from deltapatch.tasks.arithmetic import arithmetic_pairs

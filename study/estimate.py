@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltapatch.engine.costs import sweep_cost
+from deltapatch.engine.planning.costs import sweep_cost
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.grid import make_grid
 from deltapatch.interventions.pairs import encode_pairs

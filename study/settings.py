@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deltapatch.engine.costs import layer_parameters
+from deltapatch.engine.planning.costs import layer_parameters
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import Model
 from deltapatch.results.wholefile import write_whole

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from deltapatch.engine.pool import threads
+from deltapatch.engine.wavefront.pool import threads
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import Effects, SiteEffects
 from deltapatch.results.metrics import MEASURED, Reference

@@ -231,6 +231,25 @@ def test_arrows_point_one_way(part):
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
 
 
+# What the rooms of the engine may import of each other; the files beside them hold them together.
+ROOMS = {
+    "wavefront": set(),
+    "screening": {"wavefront"},
+    "planning": {"screening", "wavefront"},
+    "cluster": {"planning", "screening", "wavefront"},
+}
+
+
+def test_rooms_of_the_engine_import_one_way():
+    assert {path.parent.name for path in (ROOT / "engine").glob("*/__init__.py")} == set(ROOMS)
+    for room, may in ROOMS.items():
+        for path in (ROOT / "engine" / room).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("deltapatch.engine."):
+                    other = node.module.split(".")[2]
+                    assert other not in set(ROOMS) - may - {room}, f"{path.relative_to(ROOT)} imports {other}"
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_files_say_what_they_are_for(part):
     for path in (ROOT / part).rglob("*.py"):

@@ -22,9 +22,9 @@ class Screen(Ours):
 
     def measure(self, cells: Cells) -> np.ndarray:
         """All layers and positions that any of these cells has, and of those the cells."""
-        from deltapatch.engine.estimates import Estimates, Method
         from deltapatch.engine.options import SweepOptions
         from deltapatch.engine.question import ask
+        from deltapatch.engine.screening.estimates import Estimates, Method
 
         question = ask(self.model, self.work.pairs, SweepOptions(**self._asked(cells)))
         shape = question.interventions.sites[0].shape(len(self.work.pairs))  # type: ignore[union-attr]

@@ -1,6 +1,6 @@
 """What a worker of a Ray cluster does: it loads the model once, and carries out passes.
 
-It never touches the run folder: what a pass found goes to the driver (ray_sweep.py), which keeps it. Nothing
+It never touches the run folder: what a pass found goes to the driver (sweep.py), which keeps it. Nothing
 here imports ray.
 """
 
@@ -19,10 +19,10 @@ import torch
 
 from deltapatch.engine.options import Options
 from deltapatch.engine.passes import at_work, passes, progress_of, run_pass
-from deltapatch.engine.planner import Pass
-from deltapatch.engine.pool import Pool, threads
+from deltapatch.engine.planning.planner import Pass
 from deltapatch.engine.question import Decided, Question, ask
 from deltapatch.engine.sweep import adopt, given_arrays, plan
+from deltapatch.engine.wavefront.pool import Pool, threads
 from deltapatch.interventions.given import Intervention
 from deltapatch.interventions.pairs import EncodedPair, PromptPair, encode_pairs
 from deltapatch.models.load import load_model

@@ -8,7 +8,7 @@ import deltapatch as dp
 from deltapatch.bench.cells import SWEEPS, Cells, grid_cells, make_cells
 from deltapatch.bench.oracle import oracle_values
 from deltapatch.bench.random_models import ARCHITECTURES
-from deltapatch.engine.costs import necessary_flops
+from deltapatch.engine.planning.costs import necessary_flops
 from deltapatch.errors import DeltapatchError
 
 

@@ -27,7 +27,7 @@ def _on_a_gpu(monkeypatch):
     # Blocks so small that layers are cut into uneven ones, as a GPU's are at the true shapes.
     monkeypatch.setattr(backend.TRITON, "block_tokens", 24)
     monkeypatch.setattr(backend, "interpreted", lambda: True)
-    monkeypatch.setattr("deltapatch.engine.products.FEW", 0)  # of CPUs alone
+    monkeypatch.setattr("deltapatch.engine.wavefront.products.FEW", 0)  # of CPUs alone
     monkeypatch.setattr(passes, "check_finite", lambda *what: None)
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)

@@ -17,7 +17,7 @@ MAIN = "from deltapatch.cli.main import main\nmain()"
 def args(tiny, write_pairs, ids_pair):
     """A sweep of one pass a pair."""
     import deltapatch
-    from deltapatch.engine.memory import Costs
+    from deltapatch.engine.planning.memory import Costs
     from deltapatch.kernels.backend import choose_backend
     from deltapatch.kernels.product import PRECISIONS
 

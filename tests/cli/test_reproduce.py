@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny products are slower on several threads."""
-    from deltapatch.engine.pool import threads
+    from deltapatch.engine.wavefront.pool import threads
 
     with threads(1):
         yield

@@ -13,7 +13,7 @@ import pytest
 from deltapatch.results.kept import KeptPasses
 
 ONE_PAIR_A_PASS = """
-from deltapatch.engine.memory import Costs
+from deltapatch.engine.planning.memory import Costs
 Costs.of = classmethod(lambda cls, *rest, **named: Costs(0, 10**6, 0, 0, 0))
 """
 
@@ -28,7 +28,7 @@ def args(tiny, write_pairs, ids_pair):
 
 @pytest.fixture
 def one_pair_a_pass(monkeypatch):
-    from deltapatch.engine.memory import Costs
+    from deltapatch.engine.planning.memory import Costs
 
     monkeypatch.setattr(Costs, "of", classmethod(lambda cls, *rest, **named: Costs(0, 10**6, 0, 0, 0)))
 

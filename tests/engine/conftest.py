@@ -29,7 +29,7 @@ survivor = _register("engine_survivor", "survivor.py")
 @pytest.fixture(autouse=True)
 def _narrow_few_tokens_too(monkeypatch):
     """Tiny sweeps would else be taken in float32, and say nothing about bfloat16."""
-    monkeypatch.setattr("deltapatch.engine.products.FEW", 0)
+    monkeypatch.setattr("deltapatch.engine.wavefront.products.FEW", 0)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import deltapatch
-from deltapatch.engine import products
-from deltapatch.engine.memory import Costs
+from deltapatch.engine.planning.memory import Costs
+from deltapatch.engine.wavefront import products
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.results.kept import KeptPasses
 

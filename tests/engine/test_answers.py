@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import deltapatch
 from deltapatch import DeltapatchError
-from deltapatch.engine.planner import Costs
+from deltapatch.engine.planning.planner import Costs
 from deltapatch.interventions.runs import NONE, continuation
 from deltapatch.kernels.readout_tail import TOLERANCE as TAIL
 
@@ -287,7 +287,8 @@ def test_the_expansion_of_the_read_out_keeps_its_bound(monkeypatch):
     want = sweep(model_of("neox-parallel", "fp64"), drawn, "mlp_post", precision="fp64", **options)
     plain = sweep(model_of("neox-parallel"), drawn, "mlp_post", precision="fp16", **options)
     made = []
-    monkeypatch.setattr("deltapatch.engine.readout.worth_a_tail", lambda *sizes: made.append(1) or True)
+    path = "deltapatch.engine.wavefront.readout.worth_a_tail"
+    monkeypatch.setattr(path, lambda *sizes: made.append(1) or True)
     got = sweep(model_of("neox-parallel"), drawn, "mlp_post", precision="fp16", **options)
     assert made
     changed = False

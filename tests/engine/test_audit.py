@@ -9,10 +9,10 @@ from engine_tiny import pairs as drawn_pairs
 import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine import audit
-from deltapatch.engine.memory import Costs
 from deltapatch.engine.options import SweepOptions
-from deltapatch.engine.pool import Pool
+from deltapatch.engine.planning.memory import Costs
 from deltapatch.engine.question import ask
+from deltapatch.engine.wavefront.pool import Pool
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.models.model import Model, Origin
 from deltapatch.models.model_weights import Streamed
@@ -280,7 +280,7 @@ def test_what_is_said():
 
 
 def test_few_tokens_are_not_worth_narrowing_for(model, monkeypatch):
-    monkeypatch.setattr("deltapatch.engine.products.FEW", 256)
+    monkeypatch.setattr("deltapatch.engine.wavefront.products.FEW", 256)
     given = pairs(VARIANT, [6])
     effects = {
         p: deltapatch.sweep(model, given, precision=p, progress=False) for p in ("fp32", "bf16", "fp16")
@@ -292,7 +292,7 @@ def test_few_tokens_are_not_worth_narrowing_for(model, monkeypatch):
 
 def test_a_sample_that_judges_a_precision_is_taken_in_it(model, monkeypatch):
     """However few its tokens: else any precision would be good enough."""
-    monkeypatch.setattr("deltapatch.engine.products.FEW", 1 << 20)
+    monkeypatch.setattr("deltapatch.engine.wavefront.products.FEW", 1 << 20)
     question = ask(model, pairs(VARIANT, [6]), SweepOptions(noise_sample=3, progress=False))
     sample = audit.Audit(question, Pool())
     narrow, exact = (sample._recompute(PRECISIONS[name]).measured for name in ("bf16", "fp32"))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deltapatch.engine.costs import layer_parameters, necessary_flops, parameters, rows, sweep_cost
+from deltapatch.engine.planning.costs import layer_parameters, necessary_flops, parameters, rows, sweep_cost
 from deltapatch.interventions.grid import Grid, SiteGrid
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.roles import Roles

@@ -8,11 +8,11 @@ from engine_tiny import build, hf_model, pairs, random_pair, true_model, with_lo
 
 import deltapatch
 from deltapatch import AnyOf, DeltapatchError, PromptPair
-from deltapatch.engine.estimates import Estimates, Method, reaching
-from deltapatch.engine.gradients import Backward
 from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.question import ask
-from deltapatch.engine.unpatched import Unpatched
+from deltapatch.engine.screening.estimates import Estimates, Method, reaching
+from deltapatch.engine.screening.gradients import Backward
+from deltapatch.engine.wavefront.unpatched import Unpatched
 
 ALL = (
     "resid_pre", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "pattern", "z", "mlp_post",

@@ -11,21 +11,21 @@ from engine_tiny import hf_model, pairs, true_model
 import deltapatch
 from deltapatch import DeltapatchError, Intervention, Patch
 from deltapatch.bench.true_shapes import CONFIGS
-from deltapatch.engine import forecast as forecasting
 from deltapatch.engine.audit import Audit
-from deltapatch.engine.costs import layer_parameters
-from deltapatch.engine.forecast import forecast, forecasts, seconds
-from deltapatch.engine.memory import Costs
 from deltapatch.engine.options import Options, SweepOptions
 from deltapatch.engine.passes import memory_costs
-from deltapatch.engine.plan import plan
-from deltapatch.engine.pool import Pool
+from deltapatch.engine.planning import forecast as forecasting
+from deltapatch.engine.planning.costs import layer_parameters
+from deltapatch.engine.planning.forecast import forecast, forecasts, seconds
+from deltapatch.engine.planning.memory import Costs
+from deltapatch.engine.planning.plan import plan
+from deltapatch.engine.planning.rates import Rates
 from deltapatch.engine.question import ask
-from deltapatch.engine.rates import Rates
-from deltapatch.engine.readout import ReadOut
-from deltapatch.engine.rows import WHOLE
-from deltapatch.engine.unpatched import Unpatched
-from deltapatch.engine.wavefront import Wavefront
+from deltapatch.engine.wavefront.loop import Wavefront
+from deltapatch.engine.wavefront.pool import Pool
+from deltapatch.engine.wavefront.readout import ReadOut
+from deltapatch.engine.wavefront.rows import WHOLE
+from deltapatch.engine.wavefront.unpatched import Unpatched
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.models import memory
 from deltapatch.models.model import Model, Origin

@@ -9,8 +9,8 @@ from engine_tiny import VARIANTS, hf_model, pairs, true_model
 
 import deltapatch
 from deltapatch.engine.question import default_budget
-from deltapatch.engine.readout import ReadOut
-from deltapatch.engine.wavefront import Wavefront
+from deltapatch.engine.wavefront.loop import Wavefront
+from deltapatch.engine.wavefront.readout import ReadOut
 from deltapatch.models.memory import available
 
 pytestmark = pytest.mark.gpu

@@ -6,7 +6,7 @@ from engine_tiny import hf_model
 
 import deltapatch
 from deltapatch import DeltapatchError, PromptPair
-from deltapatch.engine.costs import sweep_cost
+from deltapatch.engine.planning.costs import sweep_cost
 from deltapatch.interventions.grid import make_grid
 from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.interventions.roles import Roles

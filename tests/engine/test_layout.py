@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltapatch.engine.layout import PairShapes, lay_out
+from deltapatch.engine.wavefront.layout import PairShapes, lay_out
 from deltapatch.interventions.runs import RunShape
 
 

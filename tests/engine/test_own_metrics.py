@@ -81,7 +81,7 @@ def test_what_functions_are_given(variant, precision):
 
 
 def test_rows_come_a_few_at_a_time(monkeypatch):
-    monkeypatch.setattr("deltapatch.engine.readout._CELLS_ON_CPU", 200)
+    monkeypatch.setattr("deltapatch.engine.wavefront.readout._CELLS_ON_CPU", 200)
     seen = []
 
     def counted(logits, base, pair):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import deltapatch
 from deltapatch.engine.options import Options
 from deltapatch.engine.question import ask
-from deltapatch.engine.rows import ATTENTION, END, MIDDLE, make_rows
+from deltapatch.engine.wavefront.rows import ATTENTION, END, MIDDLE, make_rows
 from deltapatch.interventions.sites import PLACES, SITES
 from deltapatch.interventions.table import PLACE, PatchTable, place_of
 

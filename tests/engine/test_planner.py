@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.arguments import n_bytes
-from deltapatch.engine import limit as limits
-from deltapatch.engine.limit import Limit
-from deltapatch.engine.memory import Costs
-from deltapatch.engine.planner import cut
+from deltapatch.engine.planning import limit as limits
+from deltapatch.engine.planning.limit import Limit
+from deltapatch.engine.planning.memory import Costs
+from deltapatch.engine.planning.planner import cut
 from deltapatch.engine.question import default_budget
-from deltapatch.engine.wavefront import Wavefront
+from deltapatch.engine.wavefront.loop import Wavefront
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.table import PatchTable, first_layers, row_tokens, take
 from deltapatch.models.memory import fits

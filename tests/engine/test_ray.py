@@ -15,7 +15,7 @@ from deltapatch import DeltapatchError
 from deltapatch.engine.cluster import team as ray_team
 from deltapatch.engine.cluster.sweep import Cluster, ray_sweep, ray_sweep_edges
 from deltapatch.engine.cluster.worker import Worker
-from deltapatch.engine.pool import threads
+from deltapatch.engine.wavefront.pool import threads
 from deltapatch.results.kept import KeptPasses
 
 ray = pytest.importorskip("ray")

@@ -8,7 +8,7 @@ import torch
 from engine_tiny import hf_model, pairs, true_model
 
 import deltapatch
-from deltapatch.engine import readout
+from deltapatch.engine.wavefront import readout
 from deltapatch.results.metrics import MEASURED
 
 OPTIONS = {"sites": ["mlp_out", "k"], "progress": False}

@@ -11,8 +11,8 @@ import deltapatch
 from deltapatch import DeltapatchError, PromptPair, Recall
 from deltapatch.engine import sweep as sweeps
 from deltapatch.engine.options import SweepOptions
-from deltapatch.engine.rounds import verify_until
-from deltapatch.engine.screen import Screen
+from deltapatch.engine.screening.rounds import verify_until
+from deltapatch.engine.screening.screen import Screen
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.table import PatchTable
 from deltapatch.results.merge import merge

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 import deltapatch
 import deltapatch.models.stand_in
 from deltapatch import DeltapatchError
-from deltapatch.engine.pool import threads
+from deltapatch.engine.wavefront.pool import threads
 from deltapatch.models.patched import patched_logits
 from deltapatch.models.surroundings import undisturbed
 from deltapatch.tasks.answered import answered
@@ -102,7 +102,7 @@ def everything(folder, adapter, pairs):
 @pytest.fixture(scope="module")
 def plain(folder, adapter, pairs):
     with threads(1), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deltapatch.engine.products.FEW", 0)
+        patch.setattr("deltapatch.engine.wavefront.products.FEW", 0)
         return everything(folder, adapter, pairs)
 
 

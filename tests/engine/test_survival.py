@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 import deltapatch
 from deltapatch import DeltapatchError
 from deltapatch.engine import settings as of_runs
-from deltapatch.engine.pool import threads
+from deltapatch.engine.wavefront.pool import threads
 from deltapatch.results import checkpoint as unfinished
 from deltapatch.results import manifest as manifests
 from deltapatch.results.merge import merge

@@ -7,7 +7,7 @@ from engine_tiny import build, hf_model, pairs, true_model
 
 import deltapatch
 from deltapatch import DeltapatchError, Intervention, Patch, PromptPair
-from deltapatch.engine.pool import threads
+from deltapatch.engine.wavefront.pool import threads
 from deltapatch.results.metrics import MEASURED, METRICS
 
 VARIANT = "llama-grouped"  # 3 layers, 4 heads of which keys and values have 2, 24 neurons

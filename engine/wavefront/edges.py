@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.block import BlockStep, Layer
-from deltapatch.engine.layout import Block, Layout, adjoining, how_many_blocks
-from deltapatch.engine.prompts import Prompts
-from deltapatch.engine.rows import DIRECT, HEADS, LOGITS, MLP, Rows, is_together
-from deltapatch.engine.setup import Setup
+from deltapatch.engine.wavefront.block import BlockStep, Layer
+from deltapatch.engine.wavefront.layout import Block, Layout, adjoining, how_many_blocks
+from deltapatch.engine.wavefront.prompts import Prompts
+from deltapatch.engine.wavefront.rows import DIRECT, HEADS, LOGITS, MLP, Rows, is_together
+from deltapatch.engine.wavefront.setup import Setup
 from deltapatch.interventions import nodes as of
 from deltapatch.interventions.edges import decode
 from deltapatch.interventions.nodes import Nodes

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltapatch.engine.pool import Pool
 from deltapatch.engine.question import Question
+from deltapatch.engine.wavefront.pool import Pool
 from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.product import Operand, Precision, narrow, narrow_weight, product
 from deltapatch.kernels.segments import Segment

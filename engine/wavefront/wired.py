@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.block import BlockStep, Layer
-from deltapatch.engine.layers import Layers
-from deltapatch.engine.passresult import PassResult
-from deltapatch.engine.prompts import EMBEDDING, Prompts
-from deltapatch.engine.readout import ReadOut
-from deltapatch.engine.reads import Reads, RowReads
-from deltapatch.engine.setup import Setup
-from deltapatch.engine.unpatched import Unpatched
+from deltapatch.engine.wavefront.block import BlockStep, Layer
+from deltapatch.engine.wavefront.layers import Layers
+from deltapatch.engine.wavefront.prompts import EMBEDDING, Prompts
+from deltapatch.engine.wavefront.readout import ReadOut
+from deltapatch.engine.wavefront.reads import Reads, RowReads
+from deltapatch.engine.wavefront.setup import PassResult, Setup
+from deltapatch.engine.wavefront.unpatched import Unpatched
 from deltapatch.interventions.table import PatchTable
 from deltapatch.interventions.wirings import Wirings
 from deltapatch.kernels.attention import QKV, AttentionBase

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.layout import PairShapes
 from deltapatch.engine.question import Question
+from deltapatch.engine.wavefront.layout import PairShapes
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.runs import RunShape, any_targets, run_alike

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.prompts import Apart, Prompts
-from deltapatch.engine.setup import Setup
+from deltapatch.engine.wavefront.prompts import Apart, Prompts
+from deltapatch.engine.wavefront.setup import Setup
 from deltapatch.interventions.runs import RunShape
 from deltapatch.kernels.device import upload
 from deltapatch.models import forward

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from deltapatch.engine.passes import memory_costs, work_limit
-from deltapatch.engine.planner import Used, cut_rows
+from deltapatch.engine.planning.planner import Used, cut_rows
 from deltapatch.engine.question import Question
 from deltapatch.kernels.product import Precision
 
@@ -19,7 +19,7 @@ class Plan:
     Attributes:
         pairs, rows: prompt pairs and interventions.
         answer_tokens: of the longest answer.
-        flops: the necessary ones (costs.py).
+        flops: the necessary ones (planning/costs.py).
         passes: what each holds.
         entering: [1 + layer], row tokens that enter at the embedding and in each layer, over all passes.
         budget: bytes that a pass may take.

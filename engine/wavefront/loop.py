@@ -11,16 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.block import BlockStep, Edits, Layer
-from deltapatch.engine.edges import Edges, Heard
-from deltapatch.engine.layers import Layers, Ready
-from deltapatch.engine.layout import Block, Layout, adjoining, first_tokens, how_many_blocks, lay_out
-from deltapatch.engine.passresult import PassResult
-from deltapatch.engine.probes import Probed
-from deltapatch.engine.prompts import Prompts
-from deltapatch.engine.readout import ReadOut
-from deltapatch.engine.reads import Reads, RowReads
-from deltapatch.engine.rows import (
+from deltapatch.engine.wavefront.block import BlockStep, Edits, Layer
+from deltapatch.engine.wavefront.edges import Edges, Heard
+from deltapatch.engine.wavefront.layers import Layers, Ready
+from deltapatch.engine.wavefront.layout import (
+    Block,
+    Layout,
+    adjoining,
+    first_tokens,
+    how_many_blocks,
+    lay_out,
+)
+from deltapatch.engine.wavefront.probes import Probed
+from deltapatch.engine.wavefront.prompts import Prompts
+from deltapatch.engine.wavefront.readout import ReadOut
+from deltapatch.engine.wavefront.reads import Reads, RowReads
+from deltapatch.engine.wavefront.rows import (
     ATTENTION,
     END,
     HEADS,
@@ -32,8 +38,8 @@ from deltapatch.engine.rows import (
     Rows,
     make_rows,
 )
-from deltapatch.engine.setup import Setup
-from deltapatch.engine.unpatched import Unpatched
+from deltapatch.engine.wavefront.setup import PassResult, Setup
+from deltapatch.engine.wavefront.unpatched import Unpatched
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.table import EDIT, PLACE, PatchTable
 from deltapatch.interventions.vectors import Vectors, decode

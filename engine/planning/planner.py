@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 
 from deltapatch.arguments import at_least_bytes, at_most_bytes
-from deltapatch.engine.limit import Limit
-from deltapatch.engine.memory import Costs
+from deltapatch.engine.planning.limit import Limit
+from deltapatch.engine.planning.memory import Costs
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.runs import RunShape
 from deltapatch.interventions.table import PatchTable, first_layers, row_tokens, take

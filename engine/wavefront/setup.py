@@ -1,14 +1,16 @@
-"""What passes are carried out with."""
+"""What passes are carried out with, and what carrying one out finds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from deltapatch.engine.pool import Pool
-from deltapatch.engine.products import taken_in
+import numpy as np
+
+from deltapatch.engine.wavefront.pool import Pool
+from deltapatch.engine.wavefront.products import taken_in
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.product import Precision
 from deltapatch.models.model import Model
-from deltapatch.results.metrics import Function
+from deltapatch.results.metrics import Direction, Function, Reference
 from deltapatch.results.probe import Probe
 
 
@@ -42,3 +44,15 @@ class Setup:
     def taken_in(self, n_tokens: int) -> Precision:
         """The precision that products of so many rows are taken in."""
         return self.precision if self.narrow_few else taken_in(self.precision, n_tokens, self.model.device)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass measured, and the pairs' unpatched runs."""
+
+    measured: dict[str, np.ndarray]  # name -> [intervention]
+    unpatched: Reference  # its runs are base and source
+
+    def reference(self, direction: Direction) -> Reference:
+        """The unpatched runs as a reader of the results knows them: clean and corrupted."""
+        return self.unpatched.runs([1, 0] if direction == "denoise" else [0, 1])

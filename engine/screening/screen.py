@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from deltapatch.engine.estimates import Estimates, Method, reaching
 from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.question import Question, ask
+from deltapatch.engine.screening.estimates import Estimates, Method, reaching
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid

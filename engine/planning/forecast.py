@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 from deltapatch.engine.audit import Audit
-from deltapatch.engine.costs import layer_parameters
-from deltapatch.engine.estimates import reaching
-from deltapatch.engine.layout import how_many_blocks
 from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.passes import at_work
-from deltapatch.engine.plan import Plan, plan
+from deltapatch.engine.planning.costs import layer_parameters
+from deltapatch.engine.planning.plan import Plan, plan
+from deltapatch.engine.planning.rates import Rates, measure
 from deltapatch.engine.question import Question
-from deltapatch.engine.rates import Rates, measure
-from deltapatch.engine.screen import estimates_of, first_sizes, listed_effects, verified_with
+from deltapatch.engine.screening.estimates import reaching
+from deltapatch.engine.screening.screen import estimates_of, first_sizes, listed_effects, verified_with
+from deltapatch.engine.wavefront.layout import how_many_blocks
 from deltapatch.interventions.grid import Grid
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.kernels.readout_tail import worth_a_tail

@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from deltapatch.engine.block import BlockStep, Layer
-from deltapatch.engine.prompts import Prompts
-from deltapatch.engine.rows import WHOLE
-from deltapatch.engine.setup import Setup
+from deltapatch.engine.wavefront.block import BlockStep, Layer
+from deltapatch.engine.wavefront.prompts import Prompts
+from deltapatch.engine.wavefront.rows import WHOLE
+from deltapatch.engine.wavefront.setup import Setup
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.segments import Segment
 from deltapatch.models import forward

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.gradients import log_probabilities
-from deltapatch.engine.prompts import Prompts
-from deltapatch.engine.reads import Reads
-from deltapatch.engine.setup import Setup
+from deltapatch.engine.screening.gradients import log_probabilities
+from deltapatch.engine.wavefront.prompts import Prompts
+from deltapatch.engine.wavefront.reads import Reads
+from deltapatch.engine.wavefront.setup import Setup
 from deltapatch.kernels.device import upload
 from deltapatch.models.patched import changed_logits
 

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.gradients import Backward
-from deltapatch.engine.layers import Layers
-from deltapatch.engine.lines import Lines
-from deltapatch.engine.pool import Pool, workers
-from deltapatch.engine.prompts import EMBEDDING, Prompts, prompts_of
 from deltapatch.engine.question import Question
-from deltapatch.engine.reads import Reads
-from deltapatch.engine.setup import Setup
-from deltapatch.engine.unpatched import Unpatched
+from deltapatch.engine.screening.gradients import Backward
+from deltapatch.engine.screening.lines import Lines
+from deltapatch.engine.wavefront.layers import Layers
+from deltapatch.engine.wavefront.pool import Pool, workers
+from deltapatch.engine.wavefront.prompts import EMBEDDING, Prompts, prompts_of
+from deltapatch.engine.wavefront.reads import Reads
+from deltapatch.engine.wavefront.setup import Setup
+from deltapatch.engine.wavefront.unpatched import Unpatched
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.grid import Grid, SiteGrid
 from deltapatch.interventions.sources import DIFFERING

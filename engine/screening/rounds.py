@@ -12,7 +12,7 @@ from itertools import count
 
 import numpy as np
 
-from deltapatch.engine.screen import SAMPLE_UNLESS_GIVEN, Screen, first_sizes
+from deltapatch.engine.screening.screen import SAMPLE_UNLESS_GIVEN, Screen, first_sizes
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.recall import Recall, in_round
 from deltapatch.results.screened import Choice, Screened

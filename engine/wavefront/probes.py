@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from deltapatch.engine.layout import Layout
-from deltapatch.engine.prompts import Prompts
-from deltapatch.engine.reads import RowReads
-from deltapatch.engine.rows import Rows
+from deltapatch.engine.wavefront.layout import Layout
+from deltapatch.engine.wavefront.prompts import Prompts
+from deltapatch.engine.wavefront.reads import RowReads
+from deltapatch.engine.wavefront.rows import Rows
 from deltapatch.kernels.device import upload
 from deltapatch.results.probe import Probe
 

@@ -9,9 +9,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from deltapatch.engine.layout import PairShapes
-from deltapatch.engine.reads import Reads
-from deltapatch.engine.setup import Setup
+from deltapatch.engine.wavefront.layout import PairShapes
+from deltapatch.engine.wavefront.reads import Reads
+from deltapatch.engine.wavefront.setup import Setup
 from deltapatch.interventions.runs import NONE
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.device import upload

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.engine.layout import Block, PairShapes, how_many_blocks, lay_out
-from deltapatch.engine.prompts import Prompts
-from deltapatch.engine.reads import Reads, RowReads
-from deltapatch.engine.setup import Setup
+from deltapatch.engine.wavefront.layout import Block, PairShapes, how_many_blocks, lay_out
+from deltapatch.engine.wavefront.prompts import Prompts
+from deltapatch.engine.wavefront.reads import Reads, RowReads
+from deltapatch.engine.wavefront.setup import Setup
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.runs import RunShape

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deltapatch.engine.costs import layer_parameters
+from deltapatch.engine.planning.costs import layer_parameters
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 

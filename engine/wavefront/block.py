@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.engine.products import ProductWeights
-from deltapatch.engine.rows import HEADS, MIDDLE, MLP, WHOLE
+from deltapatch.engine.wavefront.products import ProductWeights
+from deltapatch.engine.wavefront.rows import HEADS, MIDDLE, MLP, WHOLE
 from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary, edited_heads
 from deltapatch.kernels.backend import Backend

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltapatch.engine.layout import Block, PairShapes, spread
+from deltapatch.engine.wavefront.layout import Block, PairShapes, spread
 from deltapatch.interventions.runs import NONE
 from deltapatch.kernels.segments import read_segments
 from deltapatch.results.metrics import Reference

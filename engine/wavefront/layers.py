@@ -7,12 +7,12 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from deltapatch.engine.block import Layer, block_norms
-from deltapatch.engine.own_runs import OwnRuns
-from deltapatch.engine.products import narrow_layer
-from deltapatch.engine.prompts import EMBEDDING, Prompts, source_differences
-from deltapatch.engine.setup import Setup
-from deltapatch.engine.unpatched import Unpatched
+from deltapatch.engine.wavefront.block import Layer, block_norms
+from deltapatch.engine.wavefront.own_runs import OwnRuns
+from deltapatch.engine.wavefront.products import narrow_layer
+from deltapatch.engine.wavefront.prompts import EMBEDDING, Prompts, source_differences
+from deltapatch.engine.wavefront.setup import Setup
+from deltapatch.engine.wavefront.unpatched import Unpatched
 from deltapatch.interventions.runs import RunShape
 from deltapatch.kernels.attention import Rotary
 from deltapatch.kernels.device import upload

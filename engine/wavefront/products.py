@@ -35,8 +35,3 @@ def narrow_layer(layer: LayerWeights, precision: Precision) -> ProductWeights:
         up=narrow_weight(layer.up.weight, precision),
         down=narrow_weight(layer.down.weight, precision),
     )
-
-
-def has_float8(device: torch.device) -> bool:
-    """Whether products of float8 run there; elsewhere than on a GPU they are computed in float32."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from deltapatch.engine import readout
-from deltapatch.engine.costs import layer_parameters
-from deltapatch.engine.unpatched import met
+from deltapatch.engine.planning.costs import layer_parameters
+from deltapatch.engine.wavefront import readout
+from deltapatch.engine.wavefront.unpatched import met
 from deltapatch.interventions.sites import PLACES
 from deltapatch.kernels import activation, attention, readout_tail, readout_triton
 from deltapatch.kernels import readout as readout_torch
