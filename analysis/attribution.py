@@ -16,8 +16,9 @@ from torch import Tensor
 
 from deltapatch.arguments import choice, whole
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.interventions.nodes import Nodes
-from deltapatch.interventions.pairs import EncodedPair, encode_pairs
+from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
 from deltapatch.interventions.roles import Roles, check_everywhere
 from deltapatch.interventions.wirings import existing

@@ -13,7 +13,8 @@ from deltapatch.bench.process import Lines, lines_of
 from deltapatch.bench.random_models import SHAPES, Shape, make_model, make_pairs
 from deltapatch.bench.workload import Workload, check_metric, one_length
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import PromptPair, encode_pairs
+from deltapatch.interventions.encode import encode_pairs
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.interventions.pairs_file import read_pairs
 from deltapatch.models.builtin_models import BUILTIN
 from deltapatch.models.folder import find_folder

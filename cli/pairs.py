@@ -155,7 +155,7 @@ def _refuse_beside_show() -> None:
 def _show(path: str, model: str, align: str | None, as_json: bool) -> None:
     """Print the pairs of a file as a model sees them."""
     from deltapatch.cli.show import as_text, shown_pairs
-    from deltapatch.interventions.pairs import encode_pairs
+    from deltapatch.interventions.encode import encode_pairs
     from deltapatch.interventions.pairs_file import read_named_pairs
     from deltapatch.models.load import load_model
 

@@ -130,7 +130,7 @@ def _sweep(
 
     from deltapatch.engine import sweep as sweeps
     from deltapatch.engine.question import ask
-    from deltapatch.interventions.pairs import encode_pairs
+    from deltapatch.interventions.encode import encode_pairs
     from deltapatch.results.truth import in_words
 
     plan: dict[str, Any] = {"model": loading.model, "pairs": len(pairs)}

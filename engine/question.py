@@ -18,10 +18,11 @@ from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
 from deltapatch.engine.planning.costs import flops
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.edges import EFFECTS, EdgeGrid
+from deltapatch.interventions.encode import encode_pairs, encode_prompts
 from deltapatch.interventions.given import Intervention, Listed, listed_interventions
 from deltapatch.interventions.grid import Grid, make_grid, positions_of
 from deltapatch.interventions.nodes import Nodes
-from deltapatch.interventions.pairs import EncodedPair, encode_pairs, encode_prompts, read_at
+from deltapatch.interventions.pairs import EncodedPair, read_at
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
 from deltapatch.interventions.roles import Roles, check_everywhere, check_source_fits
 from deltapatch.interventions.runs import Continuation, RunShape, check_length, check_rotary, continuation_of

@@ -8,7 +8,8 @@ from typing import Any
 
 from deltapatch.errors import DeltapatchError, path_of, shown
 from deltapatch.interventions.alignment import ENDS
-from deltapatch.interventions.pairs import AnyOf, PromptPair, weighted
+from deltapatch.interventions.encode import weighted
+from deltapatch.interventions.pairs import AnyOf, PromptPair
 from deltapatch.models.header import check_file
 
 # What may be given as the pairs of a sweep or run.

@@ -26,8 +26,8 @@ from deltapatch.analysis.attribution import SplitForward, attribute_edges
 from deltapatch.analysis.circuit_runs import SHARES
 from deltapatch.analysis.edge_plots import circuit_graph, edge_heatmap
 from deltapatch.analysis.style import COLOURS, figure_style, save
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.interventions.nodes import LOGITS, MLP, Nodes
-from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.interventions.wirings import existing
 from deltapatch.results.folder import environment
 

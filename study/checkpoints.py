@@ -14,7 +14,7 @@ from deltapatch.analysis.statistics import bootstrap, mean_over_pairs
 from deltapatch.analysis.study_plots import group_curves
 from deltapatch.analysis.tables import Table
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.models.model import Model
 from deltapatch.results.metrics import METRICS
 from deltapatch.study.components import SITES

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from deltapatch.engine.planning.costs import sweep_cost
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.interventions.grid import make_grid
-from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.interventions.roles import Roles
 from deltapatch.models.model import Model
 from deltapatch.study import pairs as pair_files

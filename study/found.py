@@ -17,7 +17,8 @@ from deltapatch.analysis.significance import POOLED_FROM, out_of_reach
 from deltapatch.analysis.statistics import mean_over_pairs
 from deltapatch.engine.sweep import sweep
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import EncodedPair, encode_pairs
+from deltapatch.interventions.encode import encode_pairs
+from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import Effects
 from deltapatch.study import pairs as pair_files
 from deltapatch.study.oracle import check_run

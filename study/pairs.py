@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import PromptPair, encode_pairs
+from deltapatch.interventions.encode import encode_pairs
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.interventions.pairs_file import read_pairs, write_pairs
 from deltapatch.models.model import Model
 from deltapatch.results.wholefile import write_whole

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import PromptPair, encode_pairs
+from deltapatch.interventions.encode import encode_pairs
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.interventions.pairs_file import Pairs, as_pairs
 from deltapatch.tasks.pairing import Dropped
 

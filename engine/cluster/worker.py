@@ -23,8 +23,9 @@ from deltapatch.engine.planning.planner import Pass
 from deltapatch.engine.question import Decided, Question, ask
 from deltapatch.engine.sweep import adopt, given_arrays, plan
 from deltapatch.engine.wavefront.pool import Pool, threads
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.interventions.given import Intervention
-from deltapatch.interventions.pairs import EncodedPair, PromptPair, encode_pairs
+from deltapatch.interventions.pairs import EncodedPair, PromptPair
 from deltapatch.models.load import load_model
 from deltapatch.results.manifest import Manifest
 from deltapatch.results.measured import PassEffects

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import deltapatch as dp
 from deltapatch.analysis.attribution import attribute_edges
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.interventions.pairs_file import write_pairs
 from deltapatch.tasks.answered import answered
 

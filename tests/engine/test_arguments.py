@@ -14,7 +14,7 @@ from deltapatch.analysis.faithfulness import plan
 from deltapatch.analysis.significance import pooled_null
 from deltapatch.analysis.statistics import pair_counts
 from deltapatch.arguments import WORDS, at_least_bytes, at_most_bytes, in_bytes, n_bytes
-from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.interventions.pairs_file import read_pairs, write_pairs
 from deltapatch.interventions.sites import HOOK_NAMES, KV_HEAD, SITES, WHOLE, find_site
 from deltapatch.results.metrics import METRICS
@@ -333,7 +333,9 @@ def test_last_is_the_last_position_in_every_form(model):
 
 
 def test_a_run_folder_whose_labels_overruled_a_word(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltapatch.interventions.pairs.check_label", lambda *args: None)  # as they once were
+    monkeypatch.setattr(
+        "deltapatch.interventions.encode.check_label", lambda *args: None
+    )  # as they once were
     sweep(model, labelled("last", 2), out=tmp_path / "run")
     with pytest.raises(DeltapatchError, match="label 'last' is at position 2"):
         load_effects(tmp_path / "run")

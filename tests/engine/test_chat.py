@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 import deltapatch as dp
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import PromptPair, encode_pairs
+from deltapatch.interventions.encode import encode_pairs
+from deltapatch.interventions.pairs import PromptPair
 from deltapatch.interventions.pairs_file import write_pairs
 
 CHATML = (

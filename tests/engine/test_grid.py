@@ -7,8 +7,8 @@ from engine_tiny import hf_model
 import deltapatch
 from deltapatch import DeltapatchError, PromptPair
 from deltapatch.engine.planning.costs import sweep_cost
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.interventions.grid import make_grid
-from deltapatch.interventions.pairs import encode_pairs
 from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.table import EDIT, place_of
 

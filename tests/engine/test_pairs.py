@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 import deltapatch
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import PromptPair, encode_pairs
+from deltapatch.interventions.encode import encode_pairs
+from deltapatch.interventions.pairs import PromptPair
 
 D_VOCAB = 400
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import deltapatch
 from deltapatch import DeltapatchError, PromptPair
-from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.interventions.tokens import pieces, tokenise
 from deltapatch.tasks.answers import answer_ids
 from deltapatch.tasks.numbers import token_spans

@@ -11,7 +11,7 @@ from engine_tiny import VARIANTS, VOCAB, hf_model, nearly_equal_tokens, pairs, t
 
 import deltapatch as dp
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.interventions.pairs_file import write_pairs
 
 TOLERANCE = {"fp32": 1e-5, "fp64": 1e-8}

@@ -20,7 +20,7 @@ import transformers  # noqa: F401  # before memory is limited
 from transformers import AutoTokenizer  # noqa: F401
 
 import deltapatch
-from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.interventions.pairs_file import read_named_pairs, write_pairs
 from deltapatch.models.convert import convert
 from deltapatch.results.merge import merge

@@ -3,7 +3,7 @@
 import pytest
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.tasks.arithmetic import arithmetic_pairs
 from deltapatch.tasks.numbers import number_range, token_spans
 from deltapatch.tasks.registry import TASKS, find_task, make_pairs

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.tasks import TASKS, make_pairs, write_pairs
 from deltapatch.tasks.answers import answer_ids
 from deltapatch.tasks.expressions import SHAPES

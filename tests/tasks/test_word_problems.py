@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.pairs import encode_pairs
+from deltapatch.interventions.encode import encode_pairs
 from deltapatch.tasks.alignment import differing_labels, nearest
 from deltapatch.tasks.formula import read_formula
 from deltapatch.tasks.word_problems import word_problem_pairs
