@@ -149,8 +149,7 @@ def seconds(
     flying = float(plan.in_flight.sum())
     # A pass has as many blocks in each layer as its share of the rows makes, and one for its prompts.
     tokens = int(flying / max(1, n_layers) / n_passes)
-    on_cpu = model.device.type == "cpu"
-    blocks = how_many_blocks(tokens, question.backend.block_tokens, on_cpu) + 1
+    blocks = how_many_blocks(tokens, question.backend.block_tokens, threads) + 1
     calls = n_passes * n_layers * (blocks * _CALLS + _CALLS_OF_PASS)
 
     runs = (1 + question.n_sources) * base * n_layers

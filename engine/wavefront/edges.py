@@ -158,7 +158,7 @@ class Edges:
             for reads in by:
                 z[reads, pair] = self._said.new_empty(seen, n, self.spec.n_heads * self.spec.d_head)
             ops, tokens = self.setup.ops, n * positions
-            count = min(n, how_many_blocks(tokens, ops.block_tokens, spread=self.setup.on_cpu))
+            count = min(n, how_many_blocks(tokens, ops.block_tokens, self.setup.pool.count))
             edges = np.linspace(0, n, count + 1).astype(int).tolist()
             work += [(pair, row, slice(a, b)) for a, b in pairwise(edges)]
 

@@ -10,8 +10,6 @@ from deltapatch.interventions.runs import RunShape
 from deltapatch.kernels.segments import Segment
 
 _LEAST = 64  # tokens in a block: with fewer, a product does little but read its weights
-_SPREAD = 4  # blocks that few tokens are cut into, so that cores share them; not as many as there are cores,
-# since effects must not depend on the machine
 
 
 class PairShapes:
@@ -121,15 +119,14 @@ def first_tokens(segments: list[Segment]) -> np.ndarray:
     )
 
 
-def how_many_blocks(tokens: int, block_tokens: int, spread: bool) -> int:
+def how_many_blocks(tokens: int, block_tokens: int, workers: int) -> int:
     """Into how many blocks so many row tokens go.
 
     Args:
         block_tokens: that a block should have.
-        spread: whether few tokens are cut too, so that the cores of a CPU share them.
+        workers: who share the blocks; where tokens are few too, each has one.
     """
-    few = min(_SPREAD, tokens // _LEAST) if spread else 1
-    return max(round(tokens / block_tokens), few, 1)
+    return max(round(tokens / block_tokens), min(workers, tokens // _LEAST), 1)
 
 
 def lay_out(

@@ -243,7 +243,7 @@ class Wavefront:
 
     def _layout(self, rows: np.ndarray) -> Layout:
         """Pack rows."""
-        n_blocks = how_many_blocks(self._n_tokens(rows), self.ops.block_tokens, spread=self.setup.on_cpu)
+        n_blocks = how_many_blocks(self._n_tokens(rows), self.ops.block_tokens, self.setup.pool.count)
         return lay_out(rows, self.rows.pair, self.rows.start, self.shapes, n_blocks)
 
     def _enter_embedding(self, delta: Tensor, room: Tensor) -> tuple[Tensor, Layout]:
