@@ -1,14 +1,11 @@
 """Activation difference, swaps and narrowing in one Triton kernel; see activation.py."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
-from deltapatch.kernels.activation import Neurons
+from deltapatch.kernels.activation import Neurons, name_of
 from deltapatch.kernels.edits import Edit
 from deltapatch.kernels.edits_triton import order_patches
 from deltapatch.kernels.lang import expm1_below_zero, jit, next_power_of_two, on_device, power_scale, tl
@@ -17,7 +14,6 @@ from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.tiles import base_of_tokens
 
 _BLOCK = 2048  # neurons of a row worked on at a time
-_NAMES = {F.gelu: "gelu", F.silu: "silu", F.relu: "relu", torch.relu: "relu"}
 
 
 def activation_difference_triton(
@@ -80,11 +76,10 @@ def activation_difference_triton(
 
 def _name(act: Callable[[Tensor], Tensor]) -> str:
     """Which of the kernel's forms computes this function."""
-    if isinstance(act, partial) and act.func is F.gelu and act.keywords == {"approximate": "tanh"}:
-        return "gelu_tanh"
-    if act not in _NAMES:
+    name = name_of(act)
+    if name is None:
         raise DeltapatchError(f"the triton backend has no activation {act}: use backend='reference'")
-    return _NAMES[act]
+    return name
 
 
 @jit(do_not_specialize=["p_by_u", "p_by_g"])  # some rows' scales begin anywhere
