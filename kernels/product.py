@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltapatch.errors import DeltapatchError
@@ -21,6 +22,8 @@ from deltapatch.kernels.lang import HAS_TRITON
 from deltapatch.kernels.narrow_triton import narrow_rows
 
 _ROWS = 64  # on a CPU products in bfloat16 take a multiple of so many
+# MKL takes 9 to 15 rows as long as 24, but for matrices that stay in the cache: there the outputs go first.
+_SLOW, _LARGE = range(9, 16), 1 << 19
 _WIDTHS = 16  # products in float8 take multiples of so many columns on both sides
 _ROWS_IN_FP8 = 272  # of long rows cuBLAS refuses fewer than 257 where it scales them
 _LARGEST_HALF = 65504.0
@@ -193,10 +196,18 @@ def product(x: Scaled, weight: Operand) -> Scaled:
         values = torch.mm(_filled_up(x.values), weight.values.t())[: len(x.values)].to(precision.base)
     else:
         d, matrix = x.values.to(precision.base), weight.values.to(precision.base)
-        values = torch.mm(d, matrix.t())
+        values = by_matrix(d, matrix)
         if weight.scale is not None:
             values *= weight.scale
     return Scaled(values, x.scale)
+
+
+def by_matrix(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [..., in] @ matrix.T, of [out, in], as the device does it best."""
+    n = x.numel() // x.shape[-1]
+    if x.is_cuda or n not in _SLOW or matrix.numel() < _LARGE:
+        return F.linear(x, matrix)
+    return torch.mm(matrix, x.reshape(n, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
 
 
 def _product_on_gpu(x: Tensor, weight: Operand) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltapatch.kernels.product import by_matrix
 from deltapatch.kernels.segments import Fork, in_prompt
 from deltapatch.kernels.softcap import softcap
 from deltapatch.models.spec import ModelSpec, RopeSpec, Scores
@@ -190,7 +191,8 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 def linear(x: Tensor, part: Linear) -> Tensor:
     """x [..., in] -> [..., out]."""
-    return F.linear(x, part.weight, part.bias)
+    out = by_matrix(x, part.weight)
+    return out if part.bias is None else out.add_(part.bias)
 
 
 def project_qkv(x: Tensor, layer: LayerWeights, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.kernels import product as product_module
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.edits import Swap, apply_edits, gather_columns
-from deltapatch.kernels.product import PRECISIONS, Operand, Scaled, narrow, narrow_weight, product
+from deltapatch.kernels.product import PRECISIONS, Operand, Scaled, by_matrix, narrow, narrow_weight, product
 from deltapatch.kernels.segments import keep_reads, read_segments
 
 
@@ -73,6 +73,16 @@ def test_products_of_any_number_of_rows(rows, precision):
     want = d.double() @ weight.double().T
     assert got.shape == want.shape
     assert (got.double() - want).norm() <= ERROR[precision] * want.norm()
+
+
+@pytest.mark.parametrize("shape", [(12, 700), (1, 15, 700), (3, 4, 700), (9, 700), (16, 700)], ids=str)
+def test_large_matrices_and_few_rows(shape):
+    x, matrix = torch.randn(shape), torch.randn(800, 700)  # as large as those that may take the outputs first
+    got = by_matrix(x, matrix)
+    want = x.double() @ matrix.double().t()
+    assert got.shape == (*shape[:-1], 800)
+    assert got.is_contiguous()
+    assert (got - want).norm() < 1e-6 * want.norm()
 
 
 @EVERY
