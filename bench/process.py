@@ -1,13 +1,11 @@
 """A measured side as a process: it prints one JSON object a line, and waits for a newline before the next.
 
-    python -m deltapatch.bench.process THREADS MODULE ARGUMENT ...
-
 Each line is made when it is asked for, so that sides whose lines are seconds can take turns. A process has
 import times and a peak of memory of its own, and its Python may be another environment's. It keeps to as many
 CPUs as it has threads, where the system can pin it. What libraries print goes to stderr.
 
-MODULE has a function `lines` that takes the arguments and yields the objects. Both ends are here: `lines_of`
-starts such a process and yields what it prints; the end of this file is what runs in it.
+A module says what is printed: it has a function `lines` that takes the arguments and yields the objects. Both
+ends are here: `lines_of` starts such a process and yields what it prints; `main` is what runs in it.
 """
 
 import time
@@ -51,7 +49,8 @@ def lines_of(python: str, threads: int, module: str, *arguments: str, log: Path)
         module: whose `lines` it prints, with these arguments.
         log: a file for its stderr.
     """
-    command = [python, "-m", "deltapatch.bench.process", str(threads), module, *arguments]
+    begin = f"from {__name__} import main; main()"
+    command = [python, "-c", begin, str(threads), module, *arguments]
     many = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with (
@@ -114,7 +113,7 @@ def _core(cpu: int) -> str:
 
 
 def main() -> None:
-    """Print the lines of the module that is named."""
+    """Print the lines of a module, as the arguments say: threads, module, and what it is given."""
     threads, module, *arguments = sys.argv[1:]
     cpus = pinned()
     if cpus is not None:  # before there are threads, which all do as this one
@@ -124,9 +123,3 @@ def main() -> None:
     for line in told(import_module(module).lines(*arguments)):
         print(json.dumps(line), file=out, flush=True)
         sys.stdin.readline()  # at its end, too, the work goes on: whoever cannot ask only reads
-
-
-if __name__ == "__main__":
-    from deltapatch.bench.process import main  # the module that others import: BEGAN is told once
-
-    main()

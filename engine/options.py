@@ -6,7 +6,9 @@ shared is held to are made from these fields; tests go over them. Torch and nump
 """
 
 import functools
+import hashlib
 import inspect
+import json
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -40,6 +42,7 @@ def option(
     word: str = "",
     other: Any = None,
     typed: dict[str, Any] | None = None,
+    kept: Callable[[Any], Any] = lambda value: value,
 ) -> Any:
     """A field of `Options`.
 
@@ -51,8 +54,9 @@ def option(
         other: another value than the default, and one that makes another run.
         typed: how the shell takes it: its own `help`, other arguments of `click.option`, a `choice` or the
             whole numbers from `at_least` on; `read` makes the value of its text.
+        kept: what a record has of the value.
     """
-    about = {"help": help, "check": check, "word": word, "other": other, "typed": typed or {}}
+    about = {"help": help, "check": check, "word": word, "other": other, "typed": typed or {}, "kept": kept}
     return field(default=default, metadata=about)
 
 
@@ -94,6 +98,14 @@ def _prompts_file(path: str) -> Any:
     from deltapatch.interventions.prompts_file import load_prompts
 
     return load_prompts(path)
+
+
+def _digest(value: Any) -> dict[str, Any] | None:
+    """Of a list that may be long: how many, and what tells it from others."""
+    if value is None:
+        return None
+    text = json.dumps([one if isinstance(one, str) else list(one) for one in value])
+    return {"prompts": len(value), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _out(value: Any) -> Any:
@@ -159,11 +171,12 @@ class Options:
     mean_over: Sequence[str | Sequence[int]] | None = option(
         None,
         'of source "mean", prompts (texts, or lists of token ids) whose runs the mean is over, position by '
-        "position, in place of those of the pairs. Each needs as many tokens as the longest prompt that is "
-        "patched, up to where effects are read; more are left out.",
+        "position, in place of those of the pairs: at each over the prompts that have it. One needs as many "
+        "tokens as the longest prompt that is patched, up to where effects are read; more are left out.",
         check=lambda value: arguments.prompts(value, "mean_over"),
         word="list of prompts that the mean is over",
         other=[[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]],
+        kept=_digest,
         typed={
             "help": "Of the source mean: a file of prompts whose runs the mean is over, one a line, or JSON "
             "strings and lists of token ids (.jsonl).",
@@ -299,8 +312,12 @@ class Options:
         return Roles(self.direction, self.source)  # type: ignore[arg-type]  # which its check made a Source
 
     def decisive(self) -> Iterator[tuple[Field[Any], Any]]:
-        """The options that decide something of a result, and their values."""
-        return ((each, getattr(self, each.name)) for each in fields(self) if each.metadata["word"])
+        """The options that decide something of a result, and what a record has of their values."""
+        return (
+            (each, each.metadata["kept"](getattr(self, each.name)))
+            for each in fields(self)
+            if each.metadata["word"]
+        )
 
     @property
     def part(self) -> tuple[int, int] | None:

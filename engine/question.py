@@ -152,7 +152,7 @@ class Question:
         """The prompts that a mean is over, where they are not the pairs', cut where the longest pair is read.
 
         Raises:
-            DeltapatchError: one is no prompt of this model, or shorter.
+            DeltapatchError: one is no prompt of this model, or all are shorter.
         """
         if self.options.mean_over is None:
             return []
@@ -160,13 +160,12 @@ class Question:
         found = encode_prompts(self.options.mean_over, self.model.tokenizer, self.model.spec.d_vocab, names)
         longest = int(np.argmax(self.lengths[0]))
         length = int(self.lengths[0, longest])
-        for name, ids in zip(names, found, strict=True):
-            if len(ids) < length:
-                raise DeltapatchError(
-                    f"{name} has {len(ids)} tokens, so there is no mean at position {len(ids)} of pair "
-                    f"{longest}, which has {length} up to where effects are read: leave that prompt out, or "
-                    "give one that is as long"
-                )
+        most = max(len(ids) for ids in found)
+        if most < length:
+            raise DeltapatchError(
+                f"the longest prompt of mean_over has {most} tokens, so there is no mean at position {most} "
+                f"of pair {longest}, which has {length} up to where effects are read: give one as long"
+            )
         return [ids[:length] for ids in found]
 
     @property
@@ -184,7 +183,7 @@ class Question:
         """What `means` takes."""
         if not self.dataset:
             return 0
-        length = len(self.dataset[0])
+        length = max(len(ids) for ids in self.dataset)
         width = widths(self.model.spec, length)
         return 8 * length * sum(math.prod(width[name]) for name, _ in self._mean_places)
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltapatch.models.forward import block, contexts
@@ -66,27 +67,35 @@ def mean_activations(
     residual streams are held, and one layer's activations of a few thousand tokens.
 
     Args:
-        prompts: token ids, all of one length T.
+        prompts: token ids; T is the length of the longest.
         places: names of `forward.Activations` and layers.
 
     Returns:
-        place -> [T, ...].
+        place -> [T, ...], at each position over the prompts that have it.
     """
     found: dict[Place, Tensor] = {}
-    tokens, dtype = torch.tensor([list(prompt) for prompt in prompts]), torch.float64  # [prompt, T]
-    length = tokens.shape[1]
-    with torch.no_grad(), undisturbed(model.device), model.reading() as read:
-        at = torch.arange(length) if model.spec.learned_positions else None
-        some = tokens.split(max(1, _TOKENS // length))
-        runs = [model.embed(ids, dtype, positions=at) for ids in some]  # each [prompt, T, d_model]
-        known = contexts(model.spec, length, dtype, model.device)
+    longest, dtype, device = max(len(prompt) for prompt in prompts), torch.float64, model.device
+    lengths = sorted({len(prompt) for prompt in prompts})
+    have = torch.tensor([sum(len(prompt) > t for prompt in prompts) for t in range(longest)], device=device)
+    with torch.no_grad(), undisturbed(device), model.reading() as read:
+        runs = []  # each [prompt, T of these, d_model]
+        for n in lengths:
+            tokens = torch.tensor([list(prompt) for prompt in prompts if len(prompt) == n])
+            at = torch.arange(n) if model.spec.learned_positions else None
+            runs += [model.embed(ids, dtype, positions=at) for ids in tokens.split(max(1, _TOKENS // n))]
+        known = {n: contexts(model.spec, n, dtype, device) for n in lengths}
         for l in range(1 + max(layer for _, layer in places)):
-            weights = cast(read.layer(l), model.device, dtype)
+            weights = cast(read.layer(l), device, dtype)
             names = [name for name, layer in places if layer == l]
             for i, x in enumerate(runs):
-                here = block(x, weights, known[l], pattern="pattern" in names)
+                n = x.shape[1]
+                here = block(x, weights, known[n][l], pattern="pattern" in names)
                 runs[i] = here.resid_post
                 for name in names:
-                    share = getattr(here, name).sum(0) / len(tokens)
-                    found[name, l] = found[name, l] + share if (name, l) in found else share
+                    total = getattr(here, name).sum(0)  # [T of these, ...]
+                    if name == "pattern":  # keys that these do not have get nothing
+                        total = F.pad(total, (0, longest - n))
+                    if (name, l) not in found:
+                        found[name, l] = total.new_zeros(longest, *total.shape[1:])
+                    found[name, l][:n] += total / have[:n].view(-1, *[1] * (total.ndim - 1))
     return found

@@ -1,10 +1,8 @@
-"""What the process of a peer of the edges' comparison does, told line by line.
+"""What the process of a peer of the edges' comparison does, told line by line (see bench/process.py).
 
-    python -m deltapatch.bench.process 1 deltapatch.bench.edge_peers.work PEER JOB EFFECTS
-
-The lines are objects: the versions; each batch size that is tried and its seconds; the best one; the seconds
-of each repeat; or an error, in words. Seconds are the processor's, on one thread. The effects, [pair, edge],
-go into a file.
+It is given a peer, a job and a file for the effects, [pair, edge]. The lines are objects: the versions; each
+batch size that is tried and its seconds; the best one; the seconds of each repeat; or an error, in words.
+Seconds are the processor's, on one thread.
 """
 
 import time

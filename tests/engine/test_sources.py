@@ -99,6 +99,14 @@ def expected(true, pair, values, site, direction, noise=None):
     return {name: value.reshape(shape) for name, value in found.items()}
 
 
+def mean_by_position(runs, of_keys):
+    """Of several [T, ...], or of patterns [T, head, T]: at each position over those that have it."""
+    longest = max(len(run) for run in runs)
+    if of_keys:
+        runs = [np.pad(run, ((0, 0), (0, 0), (0, longest - len(run)))) for run in runs]
+    return np.array([np.mean([run[t] for run in runs if len(run) > t], axis=0) for t in range(longest)])
+
+
 def agrees(effects, number, site, want, metrics=METRICS):
     """Whether one pair's effects are right."""
     for metric in metrics:
@@ -132,13 +140,16 @@ def test_mean_over_all_prompts_of_the_same_length(variant, direction):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("variant", [*VARIANTS, "gpt2"])
 def test_mean_over_prompts_that_are_not_the_pairs(variant, direction):
-    """They are cut at the longest pair. Patterns too, of shorter pairs and beside runs with more keys."""
+    """They are cut at the longest pair; of shorter ones, a position's mean is over those that have it.
+
+    Patterns too, of shorter pairs and beside runs with more keys.
+    """
     true, prompts = true_model(variant), drawn(variant)
-    others = [random_pair(length, seed=20 + length).clean for length in (4, 7, 5)]
+    others = [random_pair(length, seed=20 + length).clean for length in (4, 2, 7, 5, 3)]
     asked = {"source": "mean", "mean_over": others, "direction": direction}
     effects = sweep(variant, prompts, sites=(*SITES, "pattern"), **asked)
     runs = [activations(true, tokens[:4]) for tokens in others]
-    mean = {at: np.mean([run[at] for run in runs], axis=0) for at in runs[0]}
+    mean = {at: mean_by_position([run[at] for run in runs], at[0] in ("scores", "pattern")) for at in runs[0]}
     for number, pair in enumerate(prompts):
         for site in SITES:
             assert agrees(effects, number, site, expected(true, pair, mean, site, direction)), (number, site)
@@ -146,6 +157,21 @@ def test_mean_over_prompts_that_are_not_the_pairs(variant, direction):
         n = len(prompts[number].clean)
         own = {at: value[:n, :, :n] for at, value in mean.items() if at[0] == "pattern"}
         assert agrees(effects, number, "pattern", expected(true, prompts[number], own, "pattern", direction))
+
+
+@pytest.mark.parametrize("variant", ["neox-parallel", "gemma2"])
+def test_a_mean_over_a_dataset_in_float32(variant):
+    """Held to float64, which the oracle holds above."""
+    prompts = drawn(variant)
+    asked = {"source": "mean", "mean_over": [random_pair(n, seed=40 + n).clean for n in (4, 3, 6)]}
+    want = sweep(variant, prompts, **asked)
+    narrow = deltapatch.from_transformers(hf_model(variant))
+    pairs_ = [deltapatch.PromptPair(**p._asdict()) for p in prompts]
+    found = deltapatch.sweep(narrow, pairs_, sites=SITES, precision="fp32", progress=False, **asked)
+    for site in SITES:
+        for metric in ("logit_diff", "dlogp_clean", "kl"):
+            right, got = (np.nan_to_num(e.values(metric, site=site)) for e in (want, found))
+            assert np.linalg.norm(got - right) <= 1e-5 * np.linalg.norm(right), (site, metric)
 
 
 def test_the_mean_over_the_prompts_of_the_pairs_is_that_of_the_pairs():
@@ -180,10 +206,7 @@ def test_the_mean_over_the_prompts_of_the_pairs_is_that_of_the_pairs():
         ({"mean_over": [[1, 2, 3, 4], []]}, "prompt 1 of mean_over: the given prompt is empty"),
         ({"mean_over": [[1, 2, 3, 61]]}, "prompt 0 of mean_over: token 61 of given is out of range"),
         ({"mean_over": ["text"]}, "prompt 0 of mean_over: given is text, but this model has no tokenizer"),
-        (
-            {"mean_over": [[1, 2, 3, 4], [1, 2, 3]]},
-            "prompt 1 of mean_over has 3 .* position 3 of pair 1",
-        ),
+        ({"mean_over": [[1, 2], [1, 2, 3]]}, "longest prompt of mean_over has 3 .* position 3 of pair 1"),
         ({"mean_over": [[1, 2, 3, 4]], "source": "zero"}, "mean_over is of source 'mean', not of 'zero'"),
     ],
 )
