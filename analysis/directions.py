@@ -1,8 +1,7 @@
 """Sweeps over given directions: each swapped alone, or added in several strengths, anywhere."""
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from deltapatch.arguments import several
 from deltapatch.engine.options import Options, takes
 from deltapatch.engine.sweep import run_listed
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.directions import Directions, by_site, of_layers
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Layers, Positions, layers_of, single_positions, spots_of
 from deltapatch.interventions.pairs import EncodedPair
@@ -18,13 +18,9 @@ from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.interventions.sites import check_site, find_site
 from deltapatch.interventions.table import EDIT, PatchTable, place_of
 from deltapatch.interventions.vectors import VectorsMade, as_rows, code
-from deltapatch.models.header import read_tensors
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.outcome import Outcome
-
-# [direction, width], or layer -> the same, by site.
-Directions = Mapping[str, Any]
 
 
 @takes(Options)
@@ -68,42 +64,16 @@ def sweep_directions(
 
     def make(spec: ModelSpec, encoded: list[EncodedPair]) -> Listed:
         at = single_positions(positions, encoded, roles, "directions")
-        if not isinstance(directions, Mapping) or not directions:
-            raise DeltapatchError(f"directions must be a dictionary of sites, not {shown(directions)}")
         every, vectors = layers_of(layers, spec), VectorsMade()
         cells = [
             cell
-            for n, (name, value) in enumerate(directions.items())
+            for n, (name, value) in enumerate(by_site(directions).items())
             for cell in ((n, *cell) for cell in _cells(name, value, every, spec, vectors, given))
         ]
         spots = [spots_of(at, pair, roles) for pair in encoded]
         return _listed(np.array(cells), spots, vectors, kind="along" if given is None else "add")
 
     return run_listed(model, pairs, make, **options)
-
-
-def load_directions(path: str | os.PathLike[str]) -> Directions:
-    """Directions from a safetensors file, as `sweep_directions` takes them.
-
-    Args:
-        path: its tensors are named after sites (`resid_post`), or a site and a layer (`resid_post.3`).
-
-    Raises:
-        DeltapatchError: the file is none, or a name is no site.
-    """
-    tensors = read_tensors(path, "directions")
-    found: dict[str, Any] = {}
-    for name, tensor in sorted(tensors.items()):
-        site, _, layer = name.rpartition(".")
-        if not site or not layer.isdecimal():
-            find_site(name)
-            found[name] = tensor
-            continue
-        find_site(site)
-        if site in tensors:
-            raise DeltapatchError(f"the directions {path} are for all layers and for layer {layer} of {site}")
-        found.setdefault(site, {})[int(layer)] = tensor
-    return found
 
 
 # What is done at one position: layer, the table's layer, place and index, and the numbers that tell of it.
@@ -125,18 +95,15 @@ def _cells(
         every: the layers of the sweep.
         strengths: of what is added; None where directions are swapped.
     """
-    site, named = find_site(name)
+    site, _ = find_site(name)
     check_site(site, spec)
     heads = site.n_indices(spec)
     if site.index.counts not in ("", "head") or site.place == "pattern":
         raise DeltapatchError(f"site {site.name} is no vector: directions are of whole sites and of heads")
-    by_layer = value if isinstance(value, Mapping) else dict.fromkeys(every, value)
-    for layer in layers_of(list(by_layer), spec):
-        if layer not in every or named not in (None, layer):
-            continue
+    for layer, own in of_layers(value, every, spec).items():
         place, of = place_of(site.name, layer)
         width = spec.d_head if heads else spec.d_model
-        for number, row in enumerate(as_rows(by_layer[layer], f"directions of {site.name}", width)):
+        for number, row in enumerate(as_rows(own, f"directions of {site.name}", width)):
             where = f"direction {number} of {site.name}"
             for strength in [1.0] if strengths is None else strengths:
                 if strengths is None:

@@ -44,7 +44,8 @@ def directions(*, path: str, layers: str, strengths: str | None, **given: Any) -
     given["folder"].check()
 
     from deltapatch import arguments
-    from deltapatch.analysis.directions import load_directions, sweep_directions
+    from deltapatch.analysis.directions import sweep_directions
+    from deltapatch.interventions.directions import load_directions
 
     found = load_directions(path)
     own: dict[str, Any] = {"directions": found, "layers": arguments.layers(layers), "strengths": wanted}

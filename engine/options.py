@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
@@ -106,6 +106,24 @@ def _digest(value: Any) -> dict[str, Any] | None:
         return None
     text = json.dumps([one if isinstance(one, str) else list(one) for one in value])
     return {"prompts": len(value), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _directions(value: Any) -> Any:
+    from deltapatch.interventions.directions import by_site
+
+    return value if value is None else by_site(value)
+
+
+def _directions_file(path: str) -> Any:
+    from deltapatch.interventions.directions import load_directions
+
+    return load_directions(path)
+
+
+def _digest_of_directions(value: Any) -> str | None:
+    from deltapatch.interventions.directions import digest
+
+    return digest(value)
 
 
 def _out(value: Any) -> Any:
@@ -358,6 +376,21 @@ class SweepOptions(Options):
         other=0,
         typed={"help": "all, or numbers and ranges: 0-5,9.", "read": arguments.layers},
     )
+    directions: Mapping[str, Any] | None = option(
+        None,
+        'of sites such as "resid_post.along", what is swapped, as in {"resid_post": probes}: site -> '
+        "[direction, d_model], at all layers, or {layer: [direction, d_model]}. Each is an index of its own: "
+        "the part of the difference between source and base run along it is swapped, and nothing else.",
+        check=_directions,
+        word="directions",
+        other={"resid_post": [[1.0]]},
+        kept=_digest_of_directions,
+        typed={
+            "help": "Of sites such as resid_post.along: a safetensors file whose tensors are named after "
+            "sites, resid_post, or a site and a layer, resid_post.3, each [direction, d_model].",
+            "read": _directions_file,
+        },
+    )
     screen: Literal["attribution", "relp", "ig-inputs", "ig-activations"] | None = option(
         None,
         "estimate all effects by gradients, and compute those of the `top` and of a random sample exactly; a "
@@ -446,6 +479,8 @@ class SweepOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.screen is not None and self.directions is not None:
+            raise DeltapatchError("sweeps along directions have no screens: leave out screen")
         if self.screen is None:
             for name in OF_SCREENS:
                 if getattr(self, name) is not None:

@@ -19,6 +19,7 @@ from deltapatch.engine.wavefront.wired import WiredPass, wired_workspace
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.given import Listed
+from deltapatch.interventions.grid import Grid
 from deltapatch.interventions.table import row_layers
 from deltapatch.interventions.wirings import Wirings
 from deltapatch.kernels.product import Precision
@@ -72,7 +73,7 @@ def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
         n_senders=senders,
     )
     found = replace(found, fixed=found.fixed + question.means_bytes)  # which every pass holds
-    if isinstance(asked, Listed):  # every pass holds what its patches are given
+    if isinstance(asked, Listed | Grid):  # every pass holds what its patches are given
         given = sum(array.size for array in asked.vectors.arrays) * decided.precision.base.itemsize
         found = replace(found, fixed=found.fixed + given)
     if isinstance(asked, Wirings):  # a row keeps what every sender says
@@ -111,7 +112,7 @@ def carry(
         part.table,
         question.measured,
         nodes=asked.nodes if isinstance(asked, EdgeGrid) else None,
-        vectors=asked.vectors if isinstance(asked, Listed) else None,
+        vectors=asked.vectors if isinstance(asked, Listed | Grid) else None,
         tick=tick,
     ).run()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
 from deltapatch.engine.planning.costs import flops
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.directions import with_directions
 from deltapatch.interventions.edges import EFFECTS, EdgeGrid
 from deltapatch.interventions.encode import encode_pairs, encode_prompts
 from deltapatch.interventions.given import Intervention, Listed, listed_interventions
@@ -317,7 +318,8 @@ def ask(
         )
     else:
         assert isinstance(options, SweepOptions)
-        patched = make_grid(options.sites, options.positions, options.layers, encoded, spec, roles)
+        grid = make_grid(options.sites, options.positions, options.layers, encoded, spec, roles)
+        patched = with_directions(grid, options.directions, spec)
     if isinstance(patched, Listed):
         patched = replace(patched, begins=[roles.brings_from(pair) for pair in encoded])
     _check_lined_up(patched, encoded, roles)

@@ -21,14 +21,16 @@ const together = (content) => [
 ];
 
 function pythonOf(content, patches) {
-  const patch = ([site, layer, place, index]) =>
-    `dp.Patch(${JSON.stringify(site)}, ${layer}, ${place}${index === null ? "" : `, ${index}`})`;
+  const patch = ([site, layer, place, index]) => site.endsWith(".along")
+    ? `dp.Patch(${JSON.stringify(site.slice(0, -6))}, ${layer}, ${place}, along=directions[${JSON.stringify(site.slice(0, -6))}][${index}])`
+    : `dp.Patch(${JSON.stringify(site)}, ${layer}, ${place}${index === null ? "" : `, ${index}`})`;
   const lines = [
     "import deltapatch as dp",
     "",
     modelOf(content.about),
     `effects = dp.load_effects(${JSON.stringify(content.run)})`,
     "pairs = effects.pairs",
+    ...(patches.some(([site]) => site.endsWith(".along")) ? ["directions = ...  # those that the sweep was given"] : []),
     "",
     "def patches(pair):",
     "    return [",

@@ -16,7 +16,7 @@ from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.parts import Part, parts_as_file, parts_of_file
 from deltapatch.interventions.roles import Roles, no_place
 from deltapatch.interventions.runs import RunShape
-from deltapatch.interventions.sites import PLACES, check_site, find_site
+from deltapatch.interventions.sites import ALONG, DIRECTION, PLACES, check_site, find_site
 from deltapatch.interventions.table import (
     COLUMNS,
     EDIT,
@@ -272,6 +272,11 @@ class _Places:
         site, named = find_site(name)
         spec = self.spec
         check_site(site, spec)
+        if site.index is DIRECTION:
+            raise DeltapatchError(
+                f"{where}: {site.name} is of sweeps: give Patch({site.name.removesuffix(ALONG)!r}, ..., "
+                "along=...) with the direction"
+            )
         if named not in (None, layer):
             raise DeltapatchError(
                 f"{where}: site {name!r} is in layer {named}, but layer {layer} is given beside it: give the "

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.roles import Roles, no_place
 from deltapatch.interventions.runs import RunShape
-from deltapatch.interventions.sites import SITES, Site, check_site, find_site
+from deltapatch.interventions.sites import DIRECTION, SITES, Site, check_site, find_site
 from deltapatch.interventions.table import EDIT, TOGETHER, PatchTable, place_of, without_before
+from deltapatch.interventions.vectors import Vectors
 from deltapatch.models.spec import ModelSpec
 
 Positions = str | int | Sequence[int | str]
@@ -31,6 +32,7 @@ class SiteGrid:
     n_indices: int  # 0: the whole vector
     offset: int  # where its effects begin among those of all sites
     roles: Roles
+    numbers: np.ndarray | None = None  # [layer, index], the vectors of patches along directions
 
     def shape(self, n_pairs: int) -> tuple[int, ...]:
         """The shape of its effects."""
@@ -46,7 +48,8 @@ class SiteGrid:
         n_layers, n_index = len(self.layers), max(1, self.n_indices)
         shape = (n_layers, len(spots), n_index, position.shape[1])
         place, layer = place_of(self.site.name, self.layers)
-        edit = EDIT["one" if self.n_indices else "whole"]
+        edit = EDIT["along" if self.site.index is DIRECTION else "one" if self.n_indices else "whole"]
+        index = np.arange(n_index)[:, None] if self.numbers is None else self.numbers[:, None, :, None]
         out = (
             (number * n_layers + np.arange(n_layers)[:, None, None]) * len(self.positions)
             + column[:, None]
@@ -56,7 +59,7 @@ class SiteGrid:
             np.full(int(np.prod(shape)), place),
             np.broadcast_to(position[:, None], shape).ravel(),
             np.full(int(np.prod(shape)), edit),
-            np.broadcast_to(np.arange(n_index)[:, None], shape).ravel(),
+            np.broadcast_to(index, shape).ravel(),
             self.offset + np.broadcast_to(out[..., None], shape).ravel(),
         )
 
@@ -94,6 +97,7 @@ class Grid:
     sites: list[SiteGrid]
     n_pairs: int
     n_effects: int
+    vectors: Vectors = field(default_factory=Vectors)  # of patches along directions
 
     @property
     def places(self) -> frozenset[str]:

@@ -34,6 +34,8 @@ HEAD = Index("head", "H", lambda spec: spec.n_heads, few=True)
 KV_HEAD = Index("head", "H", lambda spec: spec.n_kv_heads, few=True)
 NEURON = Index("neuron", "N", lambda spec: spec.d_mlp)
 COORDINATE = Index("coordinate", "D", lambda spec: spec.d_model)
+DIRECTION = Index("direction", "V", lambda spec: 0)  # as many as a sweep is given
+ALONG = ".along"  # ends the names of sites that are swapped along given directions
 # The places inside a block, in the order in which a row passes them.
 PLACES = ("q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_post", "mlp_out", "resid_post")
 
@@ -69,6 +71,11 @@ SITES: dict[str, Site] = {
         Site("attn_out.dim", "attn_out", COORDINATE),
         Site("resid_pre.dim", "resid_post", COORDINATE),
         Site("resid_post.dim", "resid_post", COORDINATE),
+        Site("mlp_out.along", "mlp_out", DIRECTION),
+        Site("attn_out.along", "attn_out", DIRECTION),
+        Site("resid_pre.along", "resid_post", DIRECTION),
+        Site("resid_mid.along", "resid_mid", DIRECTION),
+        Site("resid_post.along", "resid_post", DIRECTION),
     )
 }
 

@@ -125,16 +125,17 @@ class VectorsMade:
         return Vectors(tuple(self.arrays))
 
 
-def as_rows(given: Any, what: str, width: int) -> np.ndarray:
+def as_rows(given: Any, what: str, width: int | None = None) -> np.ndarray:
     """[k, width] float64 of numbers, arrays or tensors. DeltapatchError where they are something else."""
+    numbers = "numbers" if width is None else f"{width} numbers"
     if hasattr(given, "detach"):  # a tensor, of any device and dtype
         given = given.detach().cpu().double().numpy()
     try:
         rows = np.atleast_2d(np.asarray(given, dtype=np.float64))
     except (TypeError, ValueError):
-        raise DeltapatchError(f"{what} must be a vector of {width} numbers, not {shown(given)}") from None
-    if rows.ndim != 2 or rows.shape[1] != width or not len(rows):
-        raise DeltapatchError(f"{what} must be vectors of {width} numbers, not of shape {list(rows.shape)}")
+        raise DeltapatchError(f"{what} must be a vector of {numbers}, not {shown(given)}") from None
+    if rows.ndim != 2 or width not in (None, rows.shape[1]) or not rows.size:
+        raise DeltapatchError(f"{what} must be vectors of {numbers}, not of shape {list(rows.shape)}")
     if not np.isfinite(rows).all():
         raise DeltapatchError(f"{what} holds numbers that are not finite")
     return rows

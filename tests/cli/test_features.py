@@ -120,3 +120,39 @@ def test_directions_from_a_file(command, pairs_file, tmp_path):
         result = command(*whole, *options, *extra, "--out", str(tmp_path / "no"))
         assert result.code == 2
         assert message in result.err
+
+
+def test_a_sweep_along_directions_from_a_file(command, pairs_file, tmp_path):
+    model = dp.load_model(MODEL)
+    rows = np.random.default_rng(1).normal(size=(3, model.spec.d_model)).astype(np.float32)
+    save_file({"resid_post": rows}, tmp_path / "d.safetensors")
+    asked = (
+        "sweep",
+        "--model",
+        MODEL,
+        "--pairs",
+        str(pairs_file),
+        "--positions",
+        "last",
+        "--precision",
+        "fp32",
+    )
+    run = str(tmp_path / "run")
+    given = ("--sites", "resid_post.along", "--directions", str(tmp_path / "d.safetensors"))
+    result = command(*asked, *given, "--out", run)
+    assert result.code == 0, result.err
+    want = dp.sweep(
+        model,
+        dp.load_pairs(pairs_file),
+        sites="resid_post.along",
+        directions={"resid_post": rows},
+        positions="last",
+        precision="fp32",
+    )
+    np.testing.assert_array_equal(dp.load_effects(run).values("ie"), want.values("ie"))
+    table = command("effects", run, "--by", "layer,direction", "--top", "4").out.splitlines()
+    assert table[0].split()[:3] == ["site", "layer", "direction"]
+    assert command("plot", run).code == 0
+    result = command(*asked, "--sites", "resid_post.along", "--out", str(tmp_path / "no"))
+    assert result.code == 2
+    assert "is swapped along directions" in result.err

@@ -13,6 +13,7 @@ from deltapatch.engine.options import Options
 from deltapatch.engine.passes import memory_costs
 from deltapatch.engine.question import ask
 from deltapatch.errors import DeltapatchError
+from deltapatch.results.merge import merge
 
 RNG = np.random.default_rng(5)
 
@@ -103,8 +104,8 @@ def test_runs_are_kept_and_resumed(engine, drawn, tmp_path):
 @pytest.mark.parametrize(
     ("directions", "options", "message"),
     [
-        ({}, {}, "must be a dictionary of sites"),
-        ([1.0], {}, "must be a dictionary of sites"),
+        ({}, {}, "must be a dictionary such as"),
+        ([1.0], {}, "must be a dictionary such as"),
         ({"resid_post": [1.0, 2.0]}, {}, "must be vectors of"),
         ({"resid_post": "up"}, {}, "directions of resid_post must be a vector"),
         ({"resid_post": np.zeros((1, 1, 3))}, {}, "must be vectors of"),
@@ -138,3 +139,104 @@ def test_what_patches_are_given_counts_as_memory(engine, drawn):
         question = ask(engine, drawn, Options(precision="fp64"), [dp.Intervention(0, [p]) for p in patches])
         fixed.append(memory_costs(question, question.decided(question.precision), 1).fixed)
     assert fixed[1] - fixed[0] == 5 * engine.spec.d_model * 8
+
+
+# ------------------------------------------------------------------------------------------ as a sweep's site
+
+
+def test_directions_of_a_sweep_are_those_that_are_listed(engine, drawn):
+    """In all layers and by layer, beside other sites, from each source; NaN where a pair has no position."""
+    width = engine.spec.d_model
+    given = {"resid_post": RNG.normal(size=(3, width)), "attn_out": {2: RNG.normal(size=(2, width))}}
+    for options in ({}, {"source": "zero"}, {"source": "mean", "direction": "noise"}):
+        asked = {"precision": "fp64", "progress": False, **options}
+        outcome = dp.sweep_directions(engine, drawn, given, **asked)
+        at, told = outcome.values("logit_diff"), outcome.columns()
+        for number, (site, layers) in enumerate(
+            (("resid_post", range(engine.spec.n_layers)), ("attn_out", [2]))
+        ):
+            names = [f"{site}.along", "mlp_out"]
+            own = {site: given[site]}
+            effects = dp.sweep(engine, drawn, sites=names, layers=list(layers), directions=own, **asked)
+            found = effects.values("logit_diff", site=names[0])  # [pair, layer, position, direction]
+            assert found.shape == (2, len(layers), 5, 3 - number)
+            assert np.isnan(found[1, :, 4]).all()
+            mine = told["site"] == number
+            where = (told[name][mine] for name in ("pair", "layer", "position", "direction"))
+            pair, layer, position, direction = where
+            listed = found[pair, layer - layers[0], position, direction]
+            np.testing.assert_allclose(listed, at[mine], rtol=0, atol=1e-12 * np.abs(at).max())
+            assert mine.sum() == np.isfinite(found).sum()
+            plain = dp.sweep(engine, drawn, sites="mlp_out", layers=list(layers), **asked).values(
+                "logit_diff"
+            )
+            np.testing.assert_allclose(effects.values("logit_diff", site="mlp_out"), plain, rtol=1e-9)
+
+
+def test_unit_vectors_are_coordinates(engine, drawn):
+    units = np.eye(engine.spec.d_model)[[4, 0, 9]]
+    asked = {"precision": "fp64", "progress": False}
+    for positions in ("all", "together", [-1]):
+        found, want = (
+            dp.sweep(engine, drawn, sites=f"mlp_out.{kind}", positions=positions, **more, **asked).values(
+                "kl"
+            )
+            for kind, more in (("along", {"directions": {"mlp_out": units}}), ("dim", {}))
+        )
+        np.testing.assert_allclose(found, want[..., [4, 0, 9]], rtol=1e-8, atol=1e-13)
+
+
+def test_a_run_folder_of_directions_in_parts(engine, drawn, tmp_path):
+    given = {"resid_pre": RNG.normal(size=(4, engine.spec.d_model))}
+    asked = {"sites": "resid_pre.along", "directions": given, "precision": "fp64", "progress": False}
+    asked["memory_budget"] = "64MiB"
+    whole = dp.sweep(engine, drawn, out=tmp_path / "whole", **asked)
+    for part in (2, 1):
+        dp.sweep(engine, drawn, out=tmp_path / "parts", shard=(part, 2), **asked)
+    merge(tmp_path / "parts")
+    read = dp.load_effects(tmp_path / "parts")
+    np.testing.assert_array_equal(read.values("ie"), whole.values("ie"))
+    assert read.to_xarray("ie")["ie"].dims == ("pair", "layer", "position", "direction")
+    assert set(read.to_pandas("ie")["index"]) == {0, 1, 2, 3}
+    assert len(read.top(2).columns["index"]) == 2
+    assert "directions" in (tmp_path / "whole" / "run.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sites": "resid_post.along"}, "resid_post.along is swapped along directions: give directions="),
+        (
+            {"directions": {"resid_post": [[1.0] * 16]}},
+            "directions of resid_post are given: name resid_post.along",
+        ),
+        ({"sites": "mlp_out.along", "directions": {"mlp_out": [[1.0] * 3]}}, "vectors of [0-9]+ numbers"),
+        ({"sites": "mlp_out.along", "directions": {"mlp_out": "up"}}, "must be a vector of"),
+        (
+            {"sites": "mlp_out.along", "directions": {"mlp_out": {0: np.eye(1, 16)}}},
+            "layer 1 of mlp_out has no",
+        ),
+        (
+            {
+                "sites": "mlp_out.along",
+                "layers": [0, 1],
+                "directions": {"mlp_out": {0: np.eye(1, 16), 1: np.eye(2, 16)}},
+            },
+            "different numbers of directions",
+        ),
+        ({"directions": []}, "directions must be a dictionary"),
+        ({"directions": {"z": np.eye(2, 4)}}, "directions of z are given: name z.along"),
+        (
+            {"sites": "resid_post.along", "directions": {"resid_post": np.eye(1, 16)}, "screen": "relp"},
+            "no screens",
+        ),
+    ],
+)
+def test_directions_that_a_sweep_does_not_take(engine, drawn, given, message):
+    with pytest.raises(DeltapatchError, match=message):
+        dp.sweep(engine, drawn, progress=False, **given)
+
+
+def test_a_patch_names_the_place_of_its_direction(engine, drawn):
+    with pytest.raises(DeltapatchError, match=r"give Patch\('resid_post', ..., along=...\)"):
+        dp.run(engine, drawn, dp.Intervention(0, [dp.Patch("resid_post.along", 0, 1, 2)]))

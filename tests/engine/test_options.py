@@ -26,6 +26,9 @@ OF_GRIDS = ("sites", "positions", "layers", "senders", "receivers")
 BESIDE = {"noise_scale": {"source": "noise"}, "mean_over": {"source": "mean"}} | {
     name: {"screen": "ig-inputs", "top": 5, "screen_sample": 5} for name in OF_SCREENS
 }
+WIDTH = 16  # of the model below
+BESIDE["directions"] = {"sites": "resid_post.along", "directions": {"resid_post": [[2.0] * WIDTH]}}
+OTHER = {"directions": {"resid_post": [[1.0] + [0.0] * (WIDTH - 1)]}}  # what fits the model
 for name in ("until", "screen_limit"):
     BESIDE[name] = {"screen": "relp", "top": 5, "threshold": 0.1, "until": "recall:0.6"}
 
@@ -100,7 +103,7 @@ def test_a_run_that_is_resumed_with_another_is_refused_by_name(
         way = partial(function, *given)
         folder = tmp_path / str(i)
         way(out=folder, shard=None if finished else (1, 2), **base)
-        other = base | {each.name: each.metadata["other"]}
+        other = base | {each.name: OTHER.get(each.name, each.metadata["other"])}
         if each.name == "backend":  # the model's device has one backend
             settings = folder / "run.json" if finished else folder / "unfinished" / "manifest.json"
             assert "reference" in settings.read_text()
