@@ -6,32 +6,31 @@ in both runs changes nothing, and is not run.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from deltapatch.engine.options import Options, takes
 from deltapatch.engine.sweep import run_listed
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.features import (
+    SOURCES_OF_FEATURES,
+    Change,
+    SaePlace,
+    changes_of,
+    place_of_sae,
+)
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Positions, single_positions, spots_of
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
-from deltapatch.interventions.roles import Roles
-from deltapatch.interventions.runs import run_alike
-from deltapatch.interventions.sites import check_site, find_site
 from deltapatch.interventions.table import EDIT, PatchTable, place_of
 from deltapatch.interventions.vectors import Vectors
-from deltapatch.models.activations import read_activations
 from deltapatch.models.autoencoder import Autoencoder
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.outcome import Outcome
-
-_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
-_SOURCES = ("counterpart", "zero")
 
 
 @takes(Options)
@@ -66,101 +65,31 @@ def sweep_features(
     """
     saes = [autoencoders] if isinstance(autoencoders, Autoencoder) else list(autoencoders)
     asked = Options(**options)
-    if asked.source not in _SOURCES:
-        raise DeltapatchError(f"features have the sources {' and '.join(_SOURCES)}, not {asked.source!r}")
+    if asked.source not in SOURCES_OF_FEATURES:
+        raise DeltapatchError(
+            f"features have the sources {' and '.join(SOURCES_OF_FEATURES)}, not {asked.source!r}"
+        )
     if not isinstance(least, int | float) or not 0 <= least < float("inf"):
         raise DeltapatchError(f"least must be a number that is not negative, not {shown(least)}")
 
     def make(spec: ModelSpec, encoded: list[EncodedPair]) -> Listed:
         if not saes:
             raise DeltapatchError("no autoencoders were given: name at least one")
-        places = [_place(sae, spec) for sae in saes]
+        places = [place_of_sae(sae, spec) for sae in saes]
         roles = asked.roles
         at = single_positions(positions, encoded, roles, "features")
         spots = [spots_of(at, pair, roles) for pair in encoded]
-        return _listed(spec, saes, places, spots, _changes(model, saes, places, encoded, roles), least)
+        return _listed(spec, saes, places, spots, changes_of(model, saes, places, encoded, roles), least)
 
     return run_listed(model, pairs, make, **options)
-
-
-class _Place(NamedTuple):
-    """What an autoencoder reads."""
-
-    site: str
-    layer: int
-    heads: int  # whose numbers are side by side; 0: a whole vector
-
-
-class _Change(NamedTuple):
-    """Features of one pair."""
-
-    before: Tensor  # [T, d_sae] float64, in the base run
-    after: Tensor  # [T, d_sae], in the source run where it lines up; elsewhere as before
-    scale: Tensor  # [T, 1], what a change is multiplied with behind the decoder
-
-
-def _place(sae: Autoencoder, spec: ModelSpec) -> _Place:
-    """Where an autoencoder reads in a model. DeltapatchError where that is nowhere."""
-    if not isinstance(sae, Autoencoder):
-        raise DeltapatchError(f"autoencoders must be what load_sae reads, not {shown(sae)}")
-    if sae.site is None or sae.layer is None:
-        raise DeltapatchError(
-            f"autoencoder {sae.name} does not say where it reads: load it with site= and layer=, for example "
-            'load_sae(path, site="resid_post", layer=3)'
-        )
-    site, _ = find_site(sae.site)
-    check_site(site, spec)
-    if site.name not in _SITES:
-        raise DeltapatchError(f"an autoencoder reads one of {', '.join(_SITES)}, not {site.name}")
-    if type(sae.layer) is not int or not 0 <= sae.layer < spec.n_layers:
-        raise DeltapatchError(
-            f"autoencoder {sae.name} is of layer {shown(sae.layer)}, and this model has 0 to "
-            f"{spec.n_layers - 1}"
-        )
-    heads = spec.n_heads if site.name == "z" else 0
-    width = heads * spec.d_head if heads else spec.d_model
-    if sae.d_in != width:
-        raise DeltapatchError(
-            f"autoencoder {sae.name} reads {sae.d_in} numbers, and {site.name} of this model has {width}"
-        )
-    return _Place(site.name, sae.layer, heads)
-
-
-def _changes(
-    model: Model,
-    saes: Sequence[Autoencoder],
-    places: Sequence[_Place],
-    pairs: Sequence[EncodedPair],
-    roles: Roles,
-) -> Iterator[tuple[int, int, _Change]]:
-    """Pair, autoencoder, and what its features are in both runs."""
-    zero = roles.source == "zero"
-    both = [roles.prompts(pair) for pair in pairs]
-    prompts = [prompt for base, source in both for prompt in ((base,) if zero else (base, source))]
-    read = read_activations(model, prompts, {(place.site, place.layer) for place in places})
-    each = 1 if zero else 2
-    for s, (sae, place) in enumerate(zip(saes, places, strict=True)):
-        here = read[place.site, place.layer]
-        for i, pair in enumerate(pairs):
-            before, scale = sae.encode(here[each * i])
-            if zero:
-                after = torch.zeros_like(before)
-            else:  # what only sees the same tokens is the same, whatever products round to
-                base, source = both[i]
-                alike = run_alike(pair, (len(base), len(source)), model.spec)
-                moved = [(b, s) for b, s in roles.mapped(pair) if b != s or b >= alike]
-                at, of = torch.tensor(moved, dtype=torch.int64).reshape(-1, 2).T
-                after = before.clone()
-                after[at] = sae.encode(here[each * i + 1])[0][of]
-            yield i, s, _Change(before, after, scale)
 
 
 def _listed(
     spec: ModelSpec,
     saes: Sequence[Autoencoder],
-    places: Sequence[_Place],
+    places: Sequence[SaePlace],
     spots: Sequence[Sequence[tuple[int, int]]],
-    changes: Iterator[tuple[int, int, _Change]],
+    changes: Iterator[tuple[int, int, Change]],
     least: float,
 ) -> Listed:
     """An intervention for each feature that changes, at each of its pair's spots, as of `spots_of`."""
@@ -190,7 +119,7 @@ def _listed(
 
 
 def _as_patches(
-    spec: ModelSpec, saes: Sequence[Autoencoder], places: Sequence[_Place], made: dict[str, np.ndarray]
+    spec: ModelSpec, saes: Sequence[Autoencoder], places: Sequence[SaePlace], made: dict[str, np.ndarray]
 ) -> Listed:
     """Interventions that add multiples of decoder rows; of heads side by side, one patch for each head."""
     n = len(made["pair"])

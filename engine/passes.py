@@ -75,7 +75,8 @@ def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
     found = replace(found, fixed=found.fixed + question.means_bytes)  # which every pass holds
     if isinstance(asked, Listed | Grid):  # every pass holds what its patches are given
         given = sum(array.size for array in asked.vectors.arrays) * decided.precision.base.itemsize
-        found = replace(found, fixed=found.fixed + given)
+        features = asked.vectors.features
+        found = replace(found, fixed=found.fixed + given + (0 if features is None else features.n_bytes))
     if isinstance(asked, Wirings):  # a row keeps what every sender says
         row = senders * spec.d_model * decided.precision.base.itemsize
         found = replace(

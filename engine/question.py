@@ -301,7 +301,9 @@ def ask(
     if callable(interventions):
         patched: Interventions = interventions(spec, encoded)
     elif interventions is not None:
-        patched = listed = listed_interventions(interventions, encoded, spec, roles)
+        patched = listed = listed_interventions(
+            interventions, encoded, spec, roles, lambda features: features.read(model, encoded)
+        )
         if len(listed.seen_by):
             check_everywhere(encoded, "patches that some receivers alone see")
             patched = wired_interventions(interventions, listed, encoded, spec, options.source)

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from deltapatch.arguments import position, several, whole
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.features import FeaturesAsked, SetFeatures
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.parts import Part, parts_as_file, parts_of_file
@@ -47,6 +48,8 @@ class Patch:
         along: [width] or [k, width]: only the part along these directions is replaced. Of sites that are
             vectors: whole ones, of d_model numbers, and heads, of d_head.
         add: [width]: is added to what is there (steering), and nothing is replaced.
+        feature: (autoencoder, number), as `load_sae` reads one, at what it reads: the feature becomes what it
+            is in the source run, whatever other patches did to it. The index is left out.
     """
 
     site: str
@@ -56,6 +59,7 @@ class Patch:
     into: str | Sequence[str] | None = None
     along: Any = None
     add: Any = None
+    feature: Any = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,8 @@ class Listed:
         given = np.isin(columns["edit"], [EDIT["along"], EDIT["add"]])
         if given.any() and not len(vectors):
             raise ValueError("vectors")
+        if (columns["edit"] == EDIT["feature"]).any() and vectors.features is None:
+            raise ValueError("features")
         seen_by = arrays.get("seen_by", np.empty((0, 2), np.int64))
         fits = seen_by.ndim == 2 and seen_by.shape[1:] == (2,) and seen_by.dtype == np.int64
         if not fits or (seen_by < 0).any() or (seen_by[:, 0] >= len(row)).any():
@@ -199,13 +205,18 @@ class Listed:
 
 
 def listed_interventions(
-    interventions: Sequence[Intervention], pairs: Sequence[EncodedPair], spec: ModelSpec, roles: Roles
+    interventions: Sequence[Intervention],
+    pairs: Sequence[EncodedPair],
+    spec: ModelSpec,
+    roles: Roles,
+    read: Callable[[FeaturesAsked], SetFeatures] | None = None,
 ) -> Listed:
     """Given interventions as arrays.
 
     Args:
         interventions: as `checked` gives them.
         roles: of the pairs' prompts.
+        read: finds out what features are in the pairs' runs; None where none may be patched.
 
     Raises:
         DeltapatchError: one is without patches or patches an activation twice, or names something that the
@@ -215,8 +226,8 @@ def listed_interventions(
     seen_by: list[tuple[int, int]] = []
     nodes = Nodes.of(spec)
     order = {name: number for number, name in enumerate(nodes.receivers)}
-    vectors = VectorsMade()
-    places = [_Places(pair, spec, roles) for pair in pairs]
+    vectors, features = VectorsMade(), FeaturesAsked(spec, roles)
+    places = [_Places(i, pair, spec, roles) for i, pair in enumerate(pairs)]
     for i, intervention in enumerate(interventions):
         pair = intervention.pair
         if not 0 <= pair < len(pairs):
@@ -227,7 +238,7 @@ def listed_interventions(
         for number, patch in enumerate(intervention.patches, len(patches)):
             if patch.into is not None:
                 seen_by += [(number, order[name]) for name in nodes.choose_receivers(patch.into)]
-        own = [_patch(p, where, places[pair], vectors) for p in intervention.patches]
+        own = [_patch(p, where, places[pair], vectors, features) for p in intervention.patches]
         if len(set(own)) < len(own):
             raise DeltapatchError(f"intervention {i} patches the same activation twice")
         patches += own
@@ -235,7 +246,14 @@ def listed_interventions(
     row = np.repeat(np.arange(n), [len(one.patches) for one in interventions])
     columns = np.array(patches, dtype=np.int64).T
     table = PatchTable(n, np.array([one.pair for one in interventions]), row, *columns)
-    return Listed(table, vectors.done(), seen_by=np.array(seen_by, np.int64).reshape(-1, 2))
+    if seen_by and len(features):
+        raise DeltapatchError("patches that some receivers alone see are at nodes: features are none")
+    made = vectors.done()
+    if len(features):
+        if read is None:
+            raise DeltapatchError("features are patched in `run`: a part that is joined with others is none")
+        made = replace(made, features=read(features))
+    return Listed(table, made, seen_by=np.array(seen_by, np.int64).reshape(-1, 2))
 
 
 class _Place(NamedTuple):
@@ -252,8 +270,8 @@ class _Place(NamedTuple):
 class _Places:
     """The places of patches in the base run of one pair. There may be very many: each is looked up once."""
 
-    def __init__(self, pair: EncodedPair, spec: ModelSpec, roles: Roles) -> None:
-        self.pair, self.spec, self.roles = pair, spec, roles
+    def __init__(self, number: int, pair: EncodedPair, spec: ModelSpec, roles: Roles) -> None:
+        self.number, self.pair, self.spec, self.roles = number, pair, spec, roles
         self._known: dict[tuple[str, int, int | str, bool], _Place] = {}
 
     def of(self, site: str, layer: int, at: int | str, where: str, *, adds: bool) -> _Place:
@@ -300,12 +318,14 @@ class _Places:
         return _Place(layer + int(shift), number, place, site.name, site.n_indices(spec), width)
 
 
-def _patch(patch: Patch, where: str, places: _Places, vectors: VectorsMade) -> tuple[int, int, int, int, int]:
+def _patch(
+    patch: Patch, where: str, places: _Places, vectors: VectorsMade, features: FeaturesAsked
+) -> tuple[int, int, int, int, int]:
     """The table's COLUMNS of a patch.
 
     Args:
         places: of its pair.
-        vectors: of all patches.
+        vectors, features: of all patches.
     """
     # Checked before they are looked up: 1.0 and True are equal to 1.
     site, layer, at, index = patch.site, patch.layer, patch.position, patch.index
@@ -316,6 +336,12 @@ def _patch(patch: Patch, where: str, places: _Places, vectors: VectorsMade) -> t
     if type(at) is not int:
         at = position(at, f"{where}: a position must be a whole number or a label")
     place = places.of(site, layer, at, where, adds=patch.add is not None)
+    there = place.layer, place.place, place.position
+    if patch.feature is not None:
+        if (patch.index, patch.along, patch.add) != (None, None, None):
+            raise DeltapatchError(f"{where}: a feature is set by itself: leave out index, along and add")
+        of = place.site, layer
+        return *there, EDIT["feature"], features.add(patch.feature, places.number, place.position, of, where)
     size = place.size
     if not size and index is not None:
         raise DeltapatchError(f"{where}: site {place.site} takes no index, but {shown(index)} was given")
@@ -324,7 +350,6 @@ def _patch(patch: Patch, where: str, places: _Places, vectors: VectorsMade) -> t
         index = whole(index, needs)
         if not 0 <= index < size:
             raise DeltapatchError(f"{needs}, not {index}")
-    there = place.layer, place.place, place.position
     if patch.along is None and patch.add is None:
         return *there, EDIT["one" if size else "whole"], index or 0
     if patch.along is not None and patch.add is not None:

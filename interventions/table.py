@@ -15,10 +15,10 @@ TOGETHER = "together"  # in the place of positions: all those of a prompt at onc
 PLACE = {place: i for i, place in enumerate((*PLACES, *READS))}
 
 # Kinds of edits, in the order in which those at one place are carried out: the whole vector is replaced, or
-# one head, neuron or coordinate of it, or its part along given directions; or a given vector is added. Then
-# those of edges, whose effect is total or direct, at one position or at this and all after it in the prompt
-# together.
-SITE_EDITS = ("whole", "one", "along", "add")
+# one head, neuron or coordinate of it, or its part along given directions; features are set; a given vector
+# is added. Then those of edges, whose effect is total or direct, at one position or at this and all after it
+# in the prompt together.
+SITE_EDITS = ("whole", "one", "along", "feature", "add")
 EDGE_EDITS = ("total one", "total together", "direct one", "direct together")
 EDITS = (*SITE_EDITS, *EDGE_EDITS)
 EDIT = {edit: i for i, edit in enumerate(EDITS)}
@@ -35,7 +35,8 @@ class PatchTable:
         pair: [row], the pair of each intervention.
         row, layer, place, position, edit, index: [patch]. `layer` -1 stands for the embedding; `place` and
             `edit` count in PLACES and EDITS; `position` counts from 0; `index` is what the edit takes: the
-            head, neuron or coordinate, 0 for the whole vector; of given vectors `vectors.code`; of an edge
+            head, neuron or coordinate, 0 for the whole vector; of given vectors `vectors.code`; of
+            features that are set their number among them; of an edge
             `edges.code`. The layer of a direct effect is the last one, behind which it is read.
     """
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.features import SetFeatures
 
 _DEPENDENT = 1e-6  # a singular value so small beside the largest says that directions depend on each other
 _POOR = 1e-3
@@ -23,11 +24,13 @@ class Vectors:
     Attributes:
         arrays: each [k, width] float64; of directions orthonormal rows, of what is added one row.
         of, scale: [vector], where vectors are multiples of the arrays: which array, and how much of it.
+        features: of autoencoders, which patches set.
     """
 
     arrays: tuple[np.ndarray, ...] = ()
     of: np.ndarray | None = None
     scale: np.ndarray | None = None
+    features: SetFeatures | None = None
 
     def __len__(self) -> int:
         return len(self.arrays if self.of is None else self.of)
@@ -46,20 +49,22 @@ class Vectors:
 
     def as_file(self) -> dict[str, np.ndarray]:
         """As a file keeps them: all numbers in a row, and their shapes."""
+        features = {} if self.features is None else self.features.as_file()
         if not self.arrays:
-            return {}
+            return features
         shapes = np.array([array.shape for array in self.arrays], dtype=np.int64)
         flat = np.concatenate([array.ravel() for array in self.arrays])
         out = {"vectors": flat, "vector_shapes": shapes}
         if self.of is not None and self.scale is not None:
             out |= {"vector_of": self.of, "vector_scale": self.scale}
-        return out
+        return out | features
 
     @classmethod
     def of_file(cls, arrays: Mapping[str, np.ndarray]) -> "Vectors":
         """What `as_file` gave. ValueError where it makes no sense."""
+        features = SetFeatures.of_file(arrays)
         if "vectors" not in arrays and "vector_shapes" not in arrays:
-            return cls()
+            return cls(features=features)
         flat, shapes = arrays["vectors"], arrays["vector_shapes"]
         right = flat.dtype == np.float64 and flat.ndim == 1 and bool(np.isfinite(flat).all())
         right &= shapes.dtype == np.int64 and shapes.ndim == 2 and shapes.shape[1] == 2
@@ -68,12 +73,12 @@ class Vectors:
         parts = np.split(flat, np.cumsum(shapes.prod(1))[:-1])
         own = tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
         if "vector_of" not in arrays and "vector_scale" not in arrays:
-            return cls(own)
+            return cls(own, features=features)
         of, scale = arrays["vector_of"], arrays["vector_scale"]
         right = (of.dtype, scale.dtype) == (np.int64, np.float64) and of.ndim == 1 and of.shape == scale.shape
         if not right or not np.isfinite(scale).all() or ((of < 0) | (of >= len(own))).any():
             raise ValueError("vectors")
-        return cls(own, of, scale)
+        return cls(own, of, scale, features)
 
 
 class VectorsMade:

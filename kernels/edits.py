@@ -6,7 +6,7 @@ that are `fused`, and PyTorch the others beside them (see unfused.py).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -117,6 +117,38 @@ class Add(Edit):
         d.index_put_(
             (self.token,) if self.at is None else (self.token, self.at), self.vector, accumulate=True
         )
+
+
+@dataclass(frozen=True)
+class SetFeature(Edit):
+    """Features of an autoencoder become what the source says, whatever arrived.
+
+    The encoder is read at base + d, which moves d by (f* - f(base + d)) times the feature's row. That is
+    (f* - f(base)) - (f(base + d) - f(base)).
+
+    Attributes:
+        x: [patch, width] float64, the base run's activation there.
+        change: [patch] float64, f* - f(base).
+        feature: [patch] int64, which of the features that `encode` gives.
+        row: [patch, width] float64, of the decoder.
+        encode: [n, width] -> features [n, k], and [n, 1], what a change of them is multiplied with.
+    """
+
+    x: Tensor
+    change: Tensor
+    feature: Tensor
+    row: Tensor
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]]
+    by_patch = ("token", "x", "change", "feature", "row")
+
+    def apply(self, d: Tensor) -> None:
+        """Move what arrived there; all features at once, each seen before any is set."""
+        arrived = d[self.token].flatten(1).double()
+        (before, _), (now, scale) = self.encode(self.x), self.encode(self.x + arrived)
+        moved = (now - before).gather(1, self.feature.unsqueeze(1))  # [patch, 1]
+        moved.masked_fill_(~arrived.any(1, keepdim=True), 0)  # the same may round differently twice
+        step = scale * (self.change.unsqueeze(1) - moved) * self.row
+        d.index_put_((self.token,), step.to(d.dtype).view(-1, *d.shape[1:]), accumulate=True)
 
 
 def within(edits: Iterable[Edit], tokens: slice) -> list[Edit]:

@@ -4,11 +4,13 @@ An autoencoder reads a vector x of d_in numbers. Its features are f = act(norm(x
 feature j writes f_j times row j of its decoder, undone by the same norm.
 """
 
+import hashlib
 import json
 import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile
@@ -118,6 +120,26 @@ class Autoencoder:
         if self.activation == "jumprelu":
             return torch.relu(read) * (read > w["threshold"]), scale
         return torch.relu(read), scale
+
+    def only(self, features: Tensor) -> "Autoencoder":
+        """One that has some of the features, in this order. Not of top-k, where they depend on each other."""
+        assert self.activation != "topk"
+        kept = {
+            name: tensor[features] for name, tensor in self.weights.items() if name not in ("w_enc", "b_dec")
+        }
+        kept |= {"w_enc": self.weights["w_enc"][:, features], "b_dec": self.weights["b_dec"]}
+        return replace(self, weights=kept)
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells it from others: a checksum of its weights and of how it reads."""
+        about = (self.site, self.layer, self.activation, self.norm, self.subtracts, self.k, self.by_norm)
+        found = hashlib.sha256(repr(about).encode())
+        for name, tensor in sorted(self.weights.items()):
+            found.update(
+                name.encode() + np.ascontiguousarray(tensor.detach().cpu().double().numpy()).tobytes()
+            )
+        return found.hexdigest()
 
     def rows(self, features: Tensor) -> Tensor:
         """[feature, d_in], what a unit of each of some features writes; float64."""

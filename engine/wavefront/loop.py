@@ -4,7 +4,7 @@ At each layer it (1) advances the base run and, as a difference of its own, the 
 (2) lets the rows patched here enter where their site sits, (3) advances the rows already in flight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -44,7 +44,7 @@ from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.table import EDIT, PLACE, PatchTable
 from deltapatch.interventions.vectors import Vectors, decode
 from deltapatch.kernels.device import upload
-from deltapatch.kernels.edits import Add, Along, Edit, Swap
+from deltapatch.kernels.edits import Add, Along, Edit, SetFeature, Swap
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.segments import read_segments
 from deltapatch.models.model_weights import PassWeights
@@ -288,6 +288,8 @@ class Wavefront:
         if kind in (EDIT["whole"], EDIT["one"]):
             at = None if kind == EDIT["whole"] else to(index)
             return [Swap(to(token), to(source), at, delta, on_host=token)]
+        if kind == EDIT["feature"]:
+            return list(self._set_features(token, index))
         heads = {"q": self.spec.n_heads, "z": self.spec.n_heads, "k": self.spec.n_kv_heads}
         heads["v"] = heads["k"]
         number, head = decode(index, heads.get(place, 0))
@@ -305,6 +307,29 @@ class Wavefront:
             basis = upload(self.vectors.arrays[i], delta.device).to(self.dtype)
             out.append(Along(to(token[mine]), to(source[mine]), at, delta, basis, on_host=token[mine]))
         return out
+
+    def _set_features(self, token: np.ndarray, index: np.ndarray) -> Iterator[Edit]:
+        """Patches that set features, those of one autoencoder together."""
+        given = self.vectors.features
+        assert given is not None
+        device = self.model.device
+        for s in np.unique(given.sae[index]).tolist():
+            mine = given.sae[index] == s
+            of, sae = index[mine], given.saes[s]
+            feature = torch.from_numpy(given.feature[of])
+            rows = upload(sae.rows(feature).cpu().numpy(), device)
+            if sae.activation != "topk":  # where a feature comes about by itself only it is looked at
+                which, number = np.unique(given.feature[of], return_inverse=True)
+                sae, feature = sae.only(torch.from_numpy(which)), torch.from_numpy(number)
+            yield SetFeature(
+                token=self._tensor(token[mine]),
+                x=given.base[s][given.read[of]].to(device),
+                change=upload(given.change[of], device),
+                feature=feature.to(device),
+                row=rows,
+                encode=sae.encode,
+                on_host=token[mine],
+            )
 
     def _lines_of(self, width: int) -> tuple[Tensor, np.ndarray]:
         """Given vectors of a width, [line, width], and which line each array is."""

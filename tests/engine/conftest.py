@@ -23,6 +23,7 @@ def _register(name: str, file: str) -> ModuleType:
 _register("engine_oracle", "oracle.py")
 _register("engine_tiny", "tiny.py")
 _register("engine_edge_oracle", "edge_oracle.py")
+_register("engine_saes", "saes.py")
 survivor = _register("engine_survivor", "survivor.py")
 
 

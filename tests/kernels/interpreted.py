@@ -49,6 +49,7 @@ from deltapatch.kernels.product import (
 )
 from deltapatch.kernels.readout import BaseReadout, ReadRows, Unembedding
 from deltapatch.kernels.softcap import cap_slope, softcap
+from deltapatch.models.autoencoder import Autoencoder
 
 SCALES = (1e-6, 1e-2, 1.0, 1e3)
 # Rows beyond a tile and one row; one, few and many own positions.
@@ -627,12 +628,23 @@ def test_edits_that_are_not_fused_go_beside_the_kernels(make, precision):
         add = deltapatch.Patch(place, 0, 2, head, add=rng.normal(size=width))
         swap = deltapatch.Patch(place, 0, 3, head)
         asked.append(deltapatch.Intervention(0, [along, add, swap]))
+    for place, before in (("resid_post", "attn_out"), ("z", "resid_pre")):  # features, behind another patch
+        sae = _autoencoder(place, spec.n_heads * spec.d_head if place == "z" else spec.d_model)
+        features = [deltapatch.Patch(place, 0, 3, feature=(sae, j)) for j in range(0, sae.d_sae, 2)]
+        asked.append(deltapatch.Intervention(0, [deltapatch.Patch(before, 0, 3), *features]))
     options = {"precision": precision, "progress": False, "noise_sample": 0}
     want = deltapatch.run(model, pairs, asked, backend="reference", **options)
     got = deltapatch.run(model, pairs, asked, backend="triton", **options)
     for metric in ("logit_diff", "kl"):
         a, b = got.values(metric), want.values(metric)
         assert np.linalg.norm(a - b) <= (1e-5 if precision == "fp32" else 2e-3) * np.linalg.norm(b)
+
+
+def _autoencoder(site, width):
+    draw = torch.Generator().manual_seed(width)
+    shapes = {"w_enc": (width, 6), "w_dec": (6, width), "b_dec": (width,), "b_enc": (6,)}
+    weights = {name: torch.randn(*shape, generator=draw) for name, shape in shapes.items()}
+    return Autoencoder("drawn", site, 0, "relu", "none", weights, subtracts=True)
 
 
 @MODELS

@@ -1,0 +1,211 @@
+"""Features of sparse autoencoders: what they are in both runs of pairs, and patches that set them.
+
+A feature that is set becomes what it is in the source run, whatever arrives at its place: d moves by
+(f* - f(base + d)) times its row of the decoder, the encoder read at base + d.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltapatch.arguments import whole
+from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.pairs import EncodedPair
+from deltapatch.interventions.roles import Roles
+from deltapatch.interventions.runs import run_alike
+from deltapatch.interventions.sites import check_site, find_site
+from deltapatch.models.activations import read_activations
+from deltapatch.models.autoencoder import Autoencoder
+from deltapatch.models.model import Model
+from deltapatch.models.spec import ModelSpec
+
+SITES_OF_SAES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
+SOURCES_OF_FEATURES = ("counterpart", "zero")
+_KEPT = ("sae", "feature", "change", "read", "digests")  # in a file
+
+
+class SaePlace(NamedTuple):
+    """What an autoencoder reads."""
+
+    site: str
+    layer: int
+    heads: int  # whose numbers are side by side; 0: a whole vector
+
+
+class Change(NamedTuple):
+    """Features of one pair."""
+
+    base: Tensor  # [T, d_in] float64, what the autoencoder reads in the base run
+    before: Tensor  # [T, d_sae], in the base run
+    after: Tensor  # [T, d_sae], in the source run where it lines up; elsewhere as before
+    scale: Tensor  # [T, 1], what a change is multiplied with behind the decoder
+
+
+def place_of_sae(sae: Autoencoder, spec: ModelSpec) -> SaePlace:
+    """Where an autoencoder reads in a model. DeltapatchError where that is nowhere."""
+    if not isinstance(sae, Autoencoder):
+        raise DeltapatchError(f"autoencoders must be what load_sae reads, not {shown(sae)}")
+    if sae.site is None or sae.layer is None:
+        raise DeltapatchError(
+            f"autoencoder {sae.name} does not say where it reads: load it with site= and layer=, for example "
+            'load_sae(path, site="resid_post", layer=3)'
+        )
+    site, _ = find_site(sae.site)
+    check_site(site, spec)
+    if site.name not in SITES_OF_SAES:
+        raise DeltapatchError(f"an autoencoder reads one of {', '.join(SITES_OF_SAES)}, not {site.name}")
+    if type(sae.layer) is not int or not 0 <= sae.layer < spec.n_layers:
+        raise DeltapatchError(
+            f"autoencoder {sae.name} is of layer {shown(sae.layer)}, and this model has 0 to "
+            f"{spec.n_layers - 1}"
+        )
+    heads = spec.n_heads if site.name == "z" else 0
+    width = heads * spec.d_head if heads else spec.d_model
+    if sae.d_in != width:
+        raise DeltapatchError(
+            f"autoencoder {sae.name} reads {sae.d_in} numbers, and {site.name} of this model has {width}"
+        )
+    return SaePlace(site.name, sae.layer, heads)
+
+
+def changes_of(
+    model: Model,
+    saes: Sequence[Autoencoder],
+    places: Sequence[SaePlace],
+    pairs: Sequence[EncodedPair],
+    roles: Roles,
+) -> Iterator[tuple[int, int, Change]]:
+    """Pair, autoencoder, and what its features are in both runs."""
+    zero = roles.source == "zero"
+    both = [roles.prompts(pair) for pair in pairs]
+    prompts = [prompt for base, source in both for prompt in ((base,) if zero else (base, source))]
+    read = read_activations(model, prompts, {(place.site, place.layer) for place in places})
+    each = 1 if zero else 2
+    for s, (sae, place) in enumerate(zip(saes, places, strict=True)):
+        here = read[place.site, place.layer]
+        for i, pair in enumerate(pairs):
+            base_at = here[each * i]
+            before, scale = sae.encode(base_at)
+            if zero:
+                after = torch.zeros_like(before)
+            else:  # what only sees the same tokens is the same, whatever products round to
+                base, source = both[i]
+                alike = run_alike(pair, (len(base), len(source)), model.spec)
+                moved = [(b, s) for b, s in roles.mapped(pair) if b != s or b >= alike]
+                at, of = torch.tensor(moved, dtype=torch.int64).reshape(-1, 2).T
+                after = before.clone()
+                after[at] = sae.encode(here[each * i + 1])[0][of]
+            yield i, s, Change(base_at, before, after, scale)
+
+
+@dataclass(frozen=True)
+class SetFeatures:
+    """Features that patches set.
+
+    Attributes:
+        sae, feature: [patch], which autoencoder, and which feature of it.
+        change: [patch] float64, the feature in the source run less that in the base run.
+        read: [patch], the line of `base`.
+        digests: [autoencoder, 32] uint8, what tells them from others.
+        saes: the autoencoders; none where a file was read, of which nothing is carried out.
+        base: of each autoencoder [line, d_in] float64, what it reads in base runs.
+    """
+
+    sae: np.ndarray
+    feature: np.ndarray
+    change: np.ndarray
+    read: np.ndarray
+    digests: np.ndarray
+    saes: tuple[Autoencoder, ...] = ()
+    base: tuple[Tensor, ...] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        """What a pass holds of them."""
+        return sum(8 * lines.numel() for lines in self.base)
+
+    def as_file(self) -> dict[str, np.ndarray]:
+        """As a file keeps them: what was set, how far, and what tells the autoencoders from others."""
+        return {f"set_{name}": getattr(self, name) for name in _KEPT}
+
+    @classmethod
+    def of_file(cls, arrays: Mapping[str, np.ndarray]) -> "SetFeatures | None":
+        """What `as_file` gave; None where it gave nothing. ValueError where it makes no sense."""
+        if not any(name.startswith("set_") for name in arrays):
+            return None
+        sae, feature, change, read, digests = (arrays[f"set_{name}"] for name in _KEPT)
+        right = all(a.ndim == 1 and a.dtype == np.int64 and len(a) == len(sae) for a in (sae, feature, read))
+        right = right and change.dtype == np.float64 and change.shape == sae.shape
+        if not right or not np.isfinite(change).all():
+            raise ValueError("features")
+        return cls(sae, feature, change, read, digests)
+
+
+class FeaturesAsked:
+    """Collects the features that patches set; the same one is kept once.
+
+    Args:
+        spec: of the model.
+        roles: of the pairs' prompts.
+    """
+
+    def __init__(self, spec: ModelSpec, roles: Roles) -> None:
+        self.spec, self.roles = spec, roles
+        self._saes: dict[int, tuple[Autoencoder, SaePlace]] = {}
+        self._number: dict[tuple[int, int, int, int], int] = {}  # pair, position, autoencoder, feature
+
+    def add(self, given: Any, pair: int, position: int, at: tuple[str, int], where: str) -> int:
+        """The number of a feature, (autoencoder, number), at a position of a pair's base run.
+
+        Args:
+            at: site and layer of the patch.
+            where: what errors call it.
+
+        Raises:
+            DeltapatchError: it is none; the autoencoder reads something else.
+        """
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise DeltapatchError(f"{where}: feature must be (autoencoder, number), not {shown(given)}")
+        sae, number = given
+        if self.roles.source not in SOURCES_OF_FEATURES:
+            raise DeltapatchError(
+                f"{where}: features have the sources {' and '.join(SOURCES_OF_FEATURES)}, not "
+                f"{self.roles.source!r}"
+            )
+        if id(sae) not in self._saes:
+            self._saes[id(sae)] = sae, place_of_sae(sae, self.spec)
+        place = self._saes[id(sae)][1]
+        if at != place[:2]:
+            raise DeltapatchError(
+                f"{where}: autoencoder {sae.name} reads {place.site} of layer {place.layer}, not {at[0]} of "
+                f"layer {at[1]}"
+            )
+        must = f"{where}: a feature of {sae.name} is a number from 0 to {sae.d_sae - 1}"
+        if not 0 <= whole(number, must) < sae.d_sae:
+            raise DeltapatchError(f"{must}, not {number}")
+        key = pair, position, list(self._saes).index(id(sae)), int(number)
+        return self._number.setdefault(key, len(self._number))
+
+    def __len__(self) -> int:
+        return len(self._number)
+
+    def read(self, model: Model, pairs: Sequence[EncodedPair]) -> SetFeatures:
+        """What they are in the runs of these pairs."""
+        pair, position, sae, feature = np.array(list(self._number), dtype=np.int64).T
+        change, line = np.zeros(len(pair)), np.zeros(len(pair), dtype=np.int64)
+        saes, places = zip(*self._saes.values(), strict=True)
+        acted = np.unique(pair).tolist()
+        base: list[list[Tensor]] = [[] for _ in saes]
+        for i, s, found in changes_of(model, saes, places, [pairs[p] for p in acted], self.roles):
+            mine = np.flatnonzero((pair == acted[i]) & (sae == s))
+            at = torch.from_numpy(position[mine]), torch.from_numpy(feature[mine])
+            change[mine] = (found.after[at] - found.before[at]).cpu().numpy()
+            line[mine] = len(base[s]) + np.arange(len(mine))
+            base[s] += list(found.base[at[0]])
+        lines = tuple(torch.stack(own) if own else torch.empty(0) for own in base)
+        digests = np.stack([np.frombuffer(bytes.fromhex(one.digest), np.uint8) for one in saes])
+        return SetFeatures(sae, feature, change, line, digests, saes, lines)
