@@ -20,6 +20,7 @@ from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.directions import with_directions
 from deltapatch.interventions.edges import EFFECTS, EdgeGrid
 from deltapatch.interventions.encode import encode_pairs, encode_prompts
+from deltapatch.interventions.features import FeaturesAsked
 from deltapatch.interventions.given import Intervention, Listed, listed_interventions
 from deltapatch.interventions.grid import Grid, make_grid, positions_of
 from deltapatch.interventions.nodes import Nodes
@@ -301,9 +302,8 @@ def ask(
     if callable(interventions):
         patched: Interventions = interventions(spec, encoded)
     elif interventions is not None:
-        patched = listed = listed_interventions(
-            interventions, encoded, spec, roles, lambda features: features.read(model, encoded)
-        )
+        features = FeaturesAsked(model, encoded, roles)
+        patched = listed = listed_interventions(interventions, encoded, spec, roles, features)
         if len(listed.seen_by):
             check_everywhere(encoded, "patches that some receivers alone see")
             patched = wired_interventions(interventions, listed, encoded, spec, options.source)

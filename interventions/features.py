@@ -4,8 +4,7 @@ A feature that is set becomes what it is in the source run, whatever arrives at 
 (f* - f(base + d)) times its row of the decoder, the encoder read at base + d.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.runs import run_alike
 from deltapatch.interventions.sites import check_site, find_site
+from deltapatch.interventions.vectors import SetFeatures
 from deltapatch.models.activations import read_activations
 from deltapatch.models.autoencoder import Autoencoder
 from deltapatch.models.model import Model
@@ -25,7 +25,6 @@ from deltapatch.models.spec import ModelSpec
 
 SITES_OF_SAES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 SOURCES_OF_FEATURES = ("counterpart", "zero")
-_KEPT = ("sae", "feature", "change", "read", "digests")  # in a file
 
 
 class SaePlace(NamedTuple):
@@ -102,59 +101,17 @@ def changes_of(
             yield i, s, Change(base_at, before, after, scale)
 
 
-@dataclass(frozen=True)
-class SetFeatures:
-    """Features that patches set.
-
-    Attributes:
-        sae, feature: [patch], which autoencoder, and which feature of it.
-        change: [patch] float64, the feature in the source run less that in the base run.
-        read: [patch], the line of `base`.
-        digests: [autoencoder, 32] uint8, what tells them from others.
-        saes: the autoencoders; none where a file was read, of which nothing is carried out.
-        base: of each autoencoder [line, d_in] float64, what it reads in base runs.
-    """
-
-    sae: np.ndarray
-    feature: np.ndarray
-    change: np.ndarray
-    read: np.ndarray
-    digests: np.ndarray
-    saes: tuple[Autoencoder, ...] = ()
-    base: tuple[Tensor, ...] = ()
-
-    @property
-    def n_bytes(self) -> int:
-        """What a pass holds of them."""
-        return sum(8 * lines.numel() for lines in self.base)
-
-    def as_file(self) -> dict[str, np.ndarray]:
-        """As a file keeps them: what was set, how far, and what tells the autoencoders from others."""
-        return {f"set_{name}": getattr(self, name) for name in _KEPT}
-
-    @classmethod
-    def of_file(cls, arrays: Mapping[str, np.ndarray]) -> "SetFeatures | None":
-        """What `as_file` gave; None where it gave nothing. ValueError where it makes no sense."""
-        if not any(name.startswith("set_") for name in arrays):
-            return None
-        sae, feature, change, read, digests = (arrays[f"set_{name}"] for name in _KEPT)
-        right = all(a.ndim == 1 and a.dtype == np.int64 and len(a) == len(sae) for a in (sae, feature, read))
-        right = right and change.dtype == np.float64 and change.shape == sae.shape
-        if not right or not np.isfinite(change).all():
-            raise ValueError("features")
-        return cls(sae, feature, change, read, digests)
-
-
 class FeaturesAsked:
     """Collects the features that patches set; the same one is kept once.
 
     Args:
-        spec: of the model.
-        roles: of the pairs' prompts.
+        model: in whose runs they are.
+        pairs: of prompts.
+        roles: of these.
     """
 
-    def __init__(self, spec: ModelSpec, roles: Roles) -> None:
-        self.spec, self.roles = spec, roles
+    def __init__(self, model: Model, pairs: Sequence[EncodedPair], roles: Roles) -> None:
+        self.model, self.pairs, self.roles = model, pairs, roles
         self._saes: dict[int, tuple[Autoencoder, SaePlace]] = {}
         self._number: dict[tuple[int, int, int, int], int] = {}  # pair, position, autoencoder, feature
 
@@ -177,7 +134,7 @@ class FeaturesAsked:
                 f"{self.roles.source!r}"
             )
         if id(sae) not in self._saes:
-            self._saes[id(sae)] = sae, place_of_sae(sae, self.spec)
+            self._saes[id(sae)] = sae, place_of_sae(sae, self.model.spec)
         place = self._saes[id(sae)][1]
         if at != place[:2]:
             raise DeltapatchError(
@@ -193,14 +150,15 @@ class FeaturesAsked:
     def __len__(self) -> int:
         return len(self._number)
 
-    def read(self, model: Model, pairs: Sequence[EncodedPair]) -> SetFeatures:
-        """What they are in the runs of these pairs."""
+    def read(self) -> SetFeatures:
+        """What they are in the runs of the pairs."""
         pair, position, sae, feature = np.array(list(self._number), dtype=np.int64).T
         change, line = np.zeros(len(pair)), np.zeros(len(pair), dtype=np.int64)
         saes, places = zip(*self._saes.values(), strict=True)
         acted = np.unique(pair).tolist()
+        here = [self.pairs[p] for p in acted]
         base: list[list[Tensor]] = [[] for _ in saes]
-        for i, s, found in changes_of(model, saes, places, [pairs[p] for p in acted], self.roles):
+        for i, s, found in changes_of(self.model, saes, places, here, self.roles):
             mine = np.flatnonzero((pair == acted[i]) & (sae == s))
             at = torch.from_numpy(position[mine]), torch.from_numpy(feature[mine])
             change[mine] = (found.after[at] - found.before[at]).cpu().numpy()

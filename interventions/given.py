@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from deltapatch.arguments import position, several, whole
 from deltapatch.errors import DeltapatchError, shown
-from deltapatch.interventions.features import FeaturesAsked, SetFeatures
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.parts import Part, parts_as_file, parts_of_file
@@ -31,6 +30,9 @@ from deltapatch.interventions.table import (
 )
 from deltapatch.interventions.vectors import Vectors, VectorsMade, code
 from deltapatch.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from deltapatch.interventions.features import FeaturesAsked
 
 
 @dataclass(frozen=True)
@@ -209,14 +211,14 @@ def listed_interventions(
     pairs: Sequence[EncodedPair],
     spec: ModelSpec,
     roles: Roles,
-    read: Callable[[FeaturesAsked], SetFeatures] | None = None,
+    features: "FeaturesAsked | None" = None,
 ) -> Listed:
     """Given interventions as arrays.
 
     Args:
         interventions: as `checked` gives them.
         roles: of the pairs' prompts.
-        read: finds out what features are in the pairs' runs; None where none may be patched.
+        features: collects those of autoencoders that are set; None where none may be.
 
     Raises:
         DeltapatchError: one is without patches or patches an activation twice, or names something that the
@@ -226,7 +228,7 @@ def listed_interventions(
     seen_by: list[tuple[int, int]] = []
     nodes = Nodes.of(spec)
     order = {name: number for number, name in enumerate(nodes.receivers)}
-    vectors, features = VectorsMade(), FeaturesAsked(spec, roles)
+    vectors = VectorsMade()
     places = [_Places(i, pair, spec, roles) for i, pair in enumerate(pairs)]
     for i, intervention in enumerate(interventions):
         pair = intervention.pair
@@ -246,13 +248,11 @@ def listed_interventions(
     row = np.repeat(np.arange(n), [len(one.patches) for one in interventions])
     columns = np.array(patches, dtype=np.int64).T
     table = PatchTable(n, np.array([one.pair for one in interventions]), row, *columns)
-    if seen_by and len(features):
-        raise DeltapatchError("patches that some receivers alone see are at nodes: features are none")
     made = vectors.done()
-    if len(features):
-        if read is None:
-            raise DeltapatchError("features are patched in `run`: a part that is joined with others is none")
-        made = replace(made, features=read(features))
+    if features:
+        if seen_by:
+            raise DeltapatchError("patches that some receivers alone see are at nodes: features are none")
+        made = replace(made, features=features.read())
     return Listed(table, made, seen_by=np.array(seen_by, np.int64).reshape(-1, 2))
 
 
@@ -319,7 +319,7 @@ class _Places:
 
 
 def _patch(
-    patch: Patch, where: str, places: _Places, vectors: VectorsMade, features: FeaturesAsked
+    patch: Patch, where: str, places: _Places, vectors: VectorsMade, features: "FeaturesAsked | None"
 ) -> tuple[int, int, int, int, int]:
     """The table's COLUMNS of a patch.
 
@@ -340,6 +340,8 @@ def _patch(
     if patch.feature is not None:
         if (patch.index, patch.along, patch.add) != (None, None, None):
             raise DeltapatchError(f"{where}: a feature is set by itself: leave out index, along and add")
+        if features is None:
+            raise DeltapatchError(f"{where}: a feature is patched in `run`, not joined with other parts")
         of = place.site, layer
         return *there, EDIT["feature"], features.add(patch.feature, places.number, place.position, of, where)
     size = place.size

@@ -6,15 +6,65 @@ Many vectors may be multiples of few: those that features of an autoencoder writ
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deltapatch.errors import DeltapatchError, shown
-from deltapatch.interventions.features import SetFeatures
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltapatch.models.autoencoder import Autoencoder
 
 _DEPENDENT = 1e-6  # a singular value so small beside the largest says that directions depend on each other
 _POOR = 1e-3
+
+
+_KEPT = ("sae", "feature", "change", "read", "digests")  # of features, in a file
+
+
+@dataclass(frozen=True)
+class SetFeatures:
+    """Features that patches set.
+
+    Attributes:
+        sae, feature: [patch], which autoencoder, and which feature of it.
+        change: [patch] float64, the feature in the source run less that in the base run.
+        read: [patch], the line of `base`.
+        digests: [autoencoder, 32] uint8, what tells them from others.
+        saes: the autoencoders; none where a file was read, of which nothing is carried out.
+        base: of each autoencoder [line, d_in] float64, what it reads in base runs.
+    """
+
+    sae: np.ndarray
+    feature: np.ndarray
+    change: np.ndarray
+    read: np.ndarray
+    digests: np.ndarray
+    saes: "tuple[Autoencoder, ...]" = ()
+    base: "tuple[Tensor, ...]" = ()
+
+    @property
+    def n_bytes(self) -> int:
+        """What a pass holds of them."""
+        return sum(8 * lines.numel() for lines in self.base)
+
+    def as_file(self) -> dict[str, np.ndarray]:
+        """As a file keeps them: what was set, how far, and what tells the autoencoders from others."""
+        return {f"set_{name}": getattr(self, name) for name in _KEPT}
+
+    @classmethod
+    def of_file(cls, arrays: Mapping[str, np.ndarray]) -> "SetFeatures | None":
+        """What `as_file` gave; None where it gave nothing. ValueError where it makes no sense."""
+        if not any(name.startswith("set_") for name in arrays):
+            return None
+        sae, feature, change, read, digests = (arrays[f"set_{name}"] for name in _KEPT)
+        right = all(a.ndim == 1 and a.dtype == np.int64 and len(a) == len(sae) for a in (sae, feature, read))
+        right = right and change.dtype == np.float64 and change.shape == sae.shape
+        if not right or not np.isfinite(change).all():
+            raise ValueError("features")
+        return cls(sae, feature, change, read, digests)
 
 
 @dataclass(frozen=True)

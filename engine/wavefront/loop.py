@@ -153,7 +153,7 @@ class Wavefront:
             if self.edges is not None and ends is not None:
                 self._enter_edges(ready.here, l, self.edges, after, out, ends)
             if self.probed is not None:
-                self.probed.look(l, after or self.row_reads, out)
+                self.probed.look(l, after or self.row_reads, out, x)
             # (3) What this layer leaves is what the next one meets.
             rows, layout = out, after or layout
             del ready  # before the next layer is asked for: a streamed one takes its place

@@ -1,4 +1,4 @@
-"""What the probes of a run see: how far each row of a pass moves the residual stream along a direction."""
+"""What the probes of a run see: how far each row of a pass moves the residual stream, or a feature of it."""
 
 from collections.abc import Mapping
 
@@ -34,31 +34,34 @@ class Probed:
         rows: Rows,
         like: Tensor,
     ) -> None:
-        self.rows = rows
+        self.rows, self.base = rows, prompts.shapes.base
         self.values = {name: like.new_zeros(len(rows.pair)) for name in probes}
-        self._at: dict[int, list[tuple[str, Tensor, np.ndarray]]] = {}  # layer -> name, direction, [row]
-        for name, probe in probes.items():
+        self._at: dict[int, list[tuple[Probe, np.ndarray]]] = {}  # layer -> probe, [row] its position
+        for probe in probes.values():
             places = np.array([probe.place(pair, prompts.roles) for pair in prompts.pairs], dtype=np.int64)
-            direction = upload(probe.direction, like.device).to(like.dtype)
-            self._at.setdefault(probe.layer, []).append((name, direction, places[rows.pair]))
+            self._at.setdefault(probe.layer, []).append((probe, places[rows.pair]))
 
-    def look(self, l: int, packed: Layout | RowReads, out: Tensor) -> None:
+    def look(self, l: int, packed: Layout | RowReads, out: Tensor, x: Tensor) -> None:
         """Take in what the rows in flight after a layer are there.
 
         Args:
             packed: says how they are packed in `out`, [token, d_model].
+            x: [base token, d_model], the base runs after the layer.
         """
-        for name, direction, position in self._at.get(l, []):
+        for probe, position in self._at.get(l, []):
             after = self.rows.before(l + 1)
             ids = after[self.rows.start[after] <= position[after]]
             if isinstance(packed, Layout):
                 line = packed.token[ids] + (position[ids] - self.rows.start[ids]) * packed.stride[ids]
             else:
                 line = packed.place[packed.first[ids]]  # the end of the prompt
-            step = max(1, _NUMBERS // out.shape[1])
+            of_base = self.base[self.rows.pair[ids]] + position[ids]
+            step = max(
+                1, _NUMBERS // max(out.shape[1], 0 if probe.feature is None else probe.feature[0].d_sae)
+            )
             for some in (slice(a, a + step) for a in range(0, len(ids), step)):
-                there = out[upload(line[some], out.device)] @ direction
-                self.values[name][upload(ids[some], out.device)] = there
+                at, own, to = (upload(some_of[some], out.device) for some_of in (line, of_base, ids))
+                self.values[probe.name][to] = probe.read(out[at], x[own])
 
     def numbers(self) -> dict[str, np.ndarray]:
         """name -> [row]."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from engine_oracle import Patch as OraclePatch
+from engine_saes import encoded, made, written
 from engine_tiny import hf_model, pairs, prompt_pairs, true_model, with_long_answers
 from safetensors.torch import save_file
 
@@ -84,6 +85,71 @@ def test_a_probe_reads_what_the_oracle_has_there(variant, precision):
                 # Layers and positions behind it move it by exactly nothing.
                 behind = [l > probe.layer or p > at for l, p, *_ in cells]
                 assert not here[behind].any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm", "variant", "precision"),
+    [
+        ("standard", "none", "gptj", "fp32"),
+        ("jumprelu", "layer_norm", "llama-grouped", "fp64"),
+        ("topk", "none", "gemma2", "fp64"),
+        ("gated", "constant_norm_rescale", "neox-parallel", "fp64"),
+    ],
+)
+def test_a_probe_of_a_feature_reads_its_activation(tmp_path, kind, norm, variant, precision):
+    true, model = true_model(variant), engine_of(variant, precision)
+    drawn = pairs(true, (6, 4))
+    weights = made(kind, model.spec.d_model)
+    probes, read = [], {}
+    for hook, after in (("blocks.1.hook_resid_post", 1), ("blocks.1.hook_resid_pre", 0)):
+        folder = written(tmp_path / str(after), weights, kind, hook, normalize_activations=norm, k=5)
+        sae = dp.load_sae(folder)
+        for j in (0, 5, 11):
+            at = -1 if after == model.spec.n_layers - 1 else -2
+            probes.append(dp.Probe(f"f{j}_{after}", feature=(sae, j), position=at))
+            read[probes[-1].name] = after, j
+    options = {"precision": precision, "progress": False, "noise_sample": 0}
+    for site in ("mlp_out", "z"):
+        effects = dp.sweep(model, prompt_pairs(drawn), sites=site, metrics=probes, **options)
+        wrong = size = 0.0
+        for i, pair in enumerate(drawn):
+            n, indices = len(pair.clean), true.n_indices(site)
+            cells = list(np.ndindex(true.n_layers, n, *([indices] if indices else [])))
+            moved = streams(true, pair, [[OraclePatch(site, *cell)] for cell in cells])
+            base = true.activations(pair.corrupted)
+            for probe in probes:
+                layer, j = read[probe.name]
+                at = n + probe.position
+                x = base["resid_post", layer][at]
+                before, after = (
+                    encoded(y, weights, kind, norm)[0][:, j] for y in (x[None], x + moved[layer][:, at])
+                )
+                here = np.array([effects.values(probe, site=site)[(i, *cell)] for cell in cells])
+                wrong += np.linalg.norm(here - (after - before)) ** 2
+                size += np.linalg.norm(after - before) ** 2
+                assert not here[[l > layer or p > at for l, p, *_ in cells]].any()
+        assert wrong**0.5 <= 2 * TOLERANCE[precision] * size**0.5
+        assert size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feature": 3}, "feature must be"),
+        ({"feature": ("sae", 3)}, "must be what load_sae reads"),
+        ({"number": 24}, "a number from 0 to 23"),
+        ({"number": 1, "layer": 2}, "leave out direction and layer"),
+        ({"number": 1, "hook": "blocks.1.hook_mlp_out"}, "reads the residual stream after a layer"),
+        ({"number": 1, "hook": "blocks.0.hook_resid_pre"}, "reads the residual stream after a layer"),
+    ],
+)
+def test_features_that_no_probe_reads(tmp_path, options, message):
+    hook = options.pop("hook", "blocks.1.hook_resid_post")
+    sae = dp.load_sae(written(tmp_path / "sae", made("standard", 16), hook=hook))
+    if "number" in options:
+        options["feature"] = sae, options.pop("number")
+    with pytest.raises(DeltapatchError, match=message):
+        dp.Probe("p", **options)
 
 
 def test_joint_patches_several_tokens_and_labels_are_read_too():
