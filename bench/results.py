@@ -1,6 +1,6 @@
 """Result files: one JSON object a run, with the machine, the versions and every repeat.
 
-    format, kind         "deltapatch bench"; compare, growth, precision, stream, edges or edge-peers
+    format, kind         "deltapatch bench"; compare, growth, precision, stream, edges, edge-peers or edits
     versions, machine, date
     model, workload      shapes; pairs, length, metric, batches (sizes that are tried), device
     options, limits      how it was measured; the best product rates by precision, copy bandwidth, threads
@@ -19,6 +19,8 @@ A result of kind "edge-peers" has `models` instead: of each its edges, and of ea
 A result of kind "stream" has `runs` instead: what was swept, what `forecast` predicted, and what it took, as
 `stream.carry_out` returns it.
 
+A result of kind "edits" has `rows`, `rates` and `ratios` of each sweep, as `edits.measure` returns them.
+
 A side that disagrees with the oracle has no times and no rates in the file either.
 """
 
@@ -32,7 +34,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.models.header import check_file
 
 FORMAT = "deltapatch bench"
-KINDS = ("compare", "growth", "precision", "stream", "edges", "edge-peers")
+KINDS = ("compare", "growth", "precision", "stream", "edges", "edge-peers", "edits")
 
 
 def stamp(kind: str, result: dict[str, Any]) -> dict[str, Any]:
