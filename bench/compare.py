@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltapatch.bench.agreement import disagreement
-from deltapatch.bench.cells import Cells
-from deltapatch.bench.job import Job, Options
-from deltapatch.bench.judge import Judge
 from deltapatch.bench.limits import limits
-from deltapatch.bench.process import Lines
-from deltapatch.bench.quiet import quiet
 from deltapatch.bench.runs import Columns, tell_shares, together
-from deltapatch.bench.workload import Workload
+from deltapatch.bench.sides.agreement import disagreement
+from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.job import Job, Options
+from deltapatch.bench.sides.judge import Judge
+from deltapatch.bench.sides.process import Lines
+from deltapatch.bench.sides.quiet import quiet
+from deltapatch.bench.sides.workload import Workload
 from deltapatch.models.load import load_model
 from deltapatch.models.memory import available
 from deltapatch.results.folder import environment

@@ -28,8 +28,8 @@ import click
 import torch
 from torch import Tensor
 
-from deltapatch.bench.isolate import default_cache, python_with
 from deltapatch.bench.results import check_free
+from deltapatch.bench.sides.isolate import default_cache, python_with
 from deltapatch.bench.true_shapes import COMPILED, CONFIGS, spec_of
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels import readout_triton

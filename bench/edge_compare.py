@@ -30,10 +30,10 @@ from transformers import (
 
 from deltapatch.bench.edge_peers.base import Job
 from deltapatch.bench.edge_peers.work import PEERS
-from deltapatch.bench.isolate import default_cache, isolated_python, python_of
-from deltapatch.bench.process import lines_of
 from deltapatch.bench.random_models import make_tokenizer
 from deltapatch.bench.results import check_free, stamp, write
+from deltapatch.bench.sides.isolate import default_cache, isolated_python, python_of
+from deltapatch.bench.sides.process import lines_of
 from deltapatch.engine.sweep import sweep_edges
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.nodes import Keys

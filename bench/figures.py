@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from deltapatch.analysis.style import COLOURS, QUIET, figure_style, save
-from deltapatch.bench.cells import SWEEPS
 from deltapatch.bench.growth import AXES
 from deltapatch.bench.peers.ours import PREFIX
 from deltapatch.bench.peers.registry import ESTIMATES
 from deltapatch.bench.results import cases, read_all
+from deltapatch.bench.sides.cells import SWEEPS
 from deltapatch.errors import DeltapatchError
 from deltapatch.results.metrics import METRICS
 

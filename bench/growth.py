@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from deltapatch.bench.cells import Cells, make_cells
 from deltapatch.bench.compare import MakeSide, compare
-from deltapatch.bench.job import Options
-from deltapatch.bench.quiet import quiet
 from deltapatch.bench.random_models import Shape
 from deltapatch.bench.setup import RANDOM, make_workload
-from deltapatch.bench.workload import Workload
+from deltapatch.bench.sides.cells import Cells, make_cells
+from deltapatch.bench.sides.job import Options
+from deltapatch.bench.sides.quiet import quiet
+from deltapatch.bench.sides.workload import Workload
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.load import load_model
 

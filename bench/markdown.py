@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from deltapatch.bench.growth import AXES
+from deltapatch.bench.peers.ours import PREFIX
+from deltapatch.bench.peers.registry import ESTIMATES
 from deltapatch.bench.report import stream_rows
 from deltapatch.bench.results import cases, read
 from deltapatch.errors import DeltapatchError
@@ -49,13 +51,21 @@ def comparison(result: dict[str, Any]) -> str:
 
 
 def rates(result: dict[str, Any]) -> str:
-    """Interventions per second of every side and sweep; ~ on a sample, – where a side has no such sweep."""
+    """Interventions per second of every side and sweep; ~ on a sample, – where a side has no such sweep.
+
+    Of several runs there is a line for each of deltapatch's sides: how many times as fast as the fastest
+    exact one of the others it was, in the worst of them.
+    """
     columns = {sweep["name"]: sweep["columns"] for sweep in result["sweeps"]}
     names = [name for name in SWEEPS if name in columns]
     rows = [["", *(SWEEPS[name] for name in names)]]
     for side, title in SIDES.items():
         if any(side in columns[name] for name in names):
             rows.append([title, *(_rate(columns[name].get(side, {})) for name in names)])
+    for side, title in SIDES.items():
+        worst = [_worst(columns[name].get(side, {})) for name in names]
+        if side.startswith(PREFIX) and side not in ESTIMATES and any(worst):
+            rows.append([f"{title.strip('*')}: times the fastest other", *(found or "–" for found in worst)])
     return as_table(rows)
 
 
@@ -146,6 +156,12 @@ def _rate(column: dict[str, Any]) -> str:
     if rate is None:
         return "–"
     return ("~" if column.get("sampled") else "") + (f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}")
+
+
+def _worst(column: dict[str, Any]) -> str:
+    """The smallest ratio to the fastest of the others; nothing where there was one run alone."""
+    ratios = column.get("times_as_fast", [])
+    return f"{min(ratios):.2f}" if len(ratios) > 1 else ""
 
 
 def as_table(rows: list[list[str]]) -> str:

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltapatch.bench.agreement import compare as agreement
-from deltapatch.bench.batch_size import choose
-from deltapatch.bench.cells import Cells, grid_cells
 from deltapatch.bench.peers.attribution import Attribution
 from deltapatch.bench.peers.base import Peer
 from deltapatch.bench.peers.hooks_batched import HooksBatched
 from deltapatch.bench.peers.ours import Ours
-from deltapatch.bench.workload import Workload
+from deltapatch.bench.sides.agreement import compare as agreement
+from deltapatch.bench.sides.batch_size import choose
+from deltapatch.bench.sides.cells import Cells, grid_cells
+from deltapatch.bench.sides.workload import Workload
 from deltapatch.errors import DeltapatchError
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.models.load import load_model

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from deltapatch.bench.cells import SWEEPS
 from deltapatch.bench.results import cases
+from deltapatch.bench.sides.cells import SWEEPS
 
 
 def comparison(result: dict[str, Any]) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deltapatch.bench.compare import MakeSide
-from deltapatch.bench.isolate import default_cache, isolated_python
-from deltapatch.bench.job import Job
 from deltapatch.bench.peers.registry import PEERS, ours
-from deltapatch.bench.process import Lines, lines_of
 from deltapatch.bench.random_models import SHAPES, Shape, make_model, make_pairs
-from deltapatch.bench.workload import Workload, check_metric, one_length
+from deltapatch.bench.sides.isolate import default_cache, isolated_python
+from deltapatch.bench.sides.job import Job
+from deltapatch.bench.sides.process import Lines, lines_of
+from deltapatch.bench.sides.workload import Workload, check_metric, one_length
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.encode import encode_pairs
 from deltapatch.interventions.pairs import PromptPair
@@ -137,7 +137,9 @@ def side_maker(isolate: bool, cache: Path | None, say: Callable[[str], None]) ->
             except DeltapatchError as error:  # the others can still be measured
                 return absent(str(error))
         log = Path(job.folder) / f"{name}.log"
-        return lines_of(python, job.work.threads, "deltapatch.bench.side", name, str(job.save()), log=log)
+        return lines_of(
+            python, job.work.threads, "deltapatch.bench.sides.side", name, str(job.save()), log=log
+        )
 
     return make
 

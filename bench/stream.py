@@ -131,7 +131,7 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
 
     import deltapatch
     from deltapatch.bench.limits import product_rate
-    from deltapatch.bench.memory import device_peak_bytes
+    from deltapatch.bench.sides.memory import device_peak_bytes
     from deltapatch.engine.options import SweepOptions
     from deltapatch.engine.planning.costs import layer_parameters
     from deltapatch.engine.planning.forecast import forecast

@@ -117,10 +117,10 @@ def compare(
     others. Every peer runs in a process of its own, pinned to as many CPUs as it has threads; their repeats
     take turns. --out is written after every model.
     """
-    from deltapatch.bench.cells import SWEEPS, make_cells
     from deltapatch.bench.compare import compare as run_comparison
     from deltapatch.bench.report import comparison
     from deltapatch.bench.results import check_free, joined, stamp, write
+    from deltapatch.bench.sides.cells import SWEEPS, make_cells
     from deltapatch.models.load import load_model
 
     check_free(out)
@@ -251,10 +251,10 @@ def figures(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
 @as_json
 def peers(as_json: bool) -> None:
     """List the peers, whether each can run here, and the sweeps."""
-    from deltapatch.bench.cells import SWEEPS
     from deltapatch.bench.peers.registry import make_peer
     from deltapatch.bench.setup import all_names
-    from deltapatch.bench.side import about
+    from deltapatch.bench.sides.cells import SWEEPS
+    from deltapatch.bench.sides.side import about
 
     found = {name: about(make_peer(name)) for name in all_names()}
     if as_json:
@@ -269,8 +269,8 @@ def peers(as_json: bool) -> None:
 
 def _measurement(chosen: dict[str, Any], quiet: bool) -> tuple[Any, Any, Any]:
     """The names of peers, the options of a comparison, and what makes sides."""
-    from deltapatch.bench.job import Options
     from deltapatch.bench.setup import all_names, check_names, side_maker
+    from deltapatch.bench.sides.job import Options
 
     options = Options(
         rounds=chosen["rounds"],

@@ -1,4 +1,4 @@
-"""What the process of a peer of the edges' comparison does, told line by line (see bench/process.py).
+"""What the process of a peer of the edges' comparison does, told line by line (see bench/sides/process.py).
 
 It is given a peer, a job and a file for the effects, [pair, edge]. The lines are objects: the versions; each
 batch size that is tried and its seconds; the best one; the seconds of each repeat; or an error, in words.
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from deltapatch.bench.edge_peers.base import EdgePeer, Job, Names
-from deltapatch.bench.memory import peak_bytes
-from deltapatch.bench.process import Lines
+from deltapatch.bench.sides.memory import peak_bytes
+from deltapatch.bench.sides.process import Lines
 
 _ENOUGH = 20.0  # seconds: who took as many does not repeat
 # name -> where its class is; the order is that of tables

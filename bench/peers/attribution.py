@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers import wiring
 from deltapatch.bench.peers.hooks import Hooks
-from deltapatch.bench.workload import Workload
+from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.workload import Workload
 from deltapatch.models.spec import ModelSpec
 
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from deltapatch.bench.cells import Cells
-from deltapatch.bench.workload import Workload
+from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.workload import Workload
 from deltapatch.models.spec import ModelSpec
 
 SITES = ("mlp_out", "attn_out", "z", "mlp_post")  # what the sweeps of a comparison patch

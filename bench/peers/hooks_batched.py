@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers.base import chunks, in_layer_order
 from deltapatch.bench.peers.hooks import Hooks
+from deltapatch.bench.sides.cells import Cells
 
 
 class HooksBatched(Hooks):

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers import wiring
 from deltapatch.bench.peers.base import chunks, in_layer_order
 from deltapatch.bench.peers.hooks import Hooks
+from deltapatch.bench.sides.cells import Cells
 
 
 class HooksLayer(Hooks):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers import wiring
 from deltapatch.bench.peers.base import chunks
 from deltapatch.bench.peers.hooks_layer import HooksLayer
+from deltapatch.bench.sides.cells import Cells
 
 
 class Prefix(DynamicCache):

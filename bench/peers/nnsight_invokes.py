@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers.base import chunks, in_layer_order
 from deltapatch.bench.peers.nnsight_loop import NNsightLoop
+from deltapatch.bench.sides.cells import Cells
 
 
 class NNsightInvokes(NNsightLoop):

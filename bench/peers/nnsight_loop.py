@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers import wiring
 from deltapatch.bench.peers.hooks import Hooks
-from deltapatch.bench.workload import Workload
+from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.workload import Workload
 from deltapatch.models.spec import ModelSpec
 
 

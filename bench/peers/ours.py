@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers.base import Peer
-from deltapatch.bench.workload import Workload
+from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.workload import Workload
 from deltapatch.models.spec import ModelSpec
 
 PREFIX = "deltapatch-"

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers.base import chunks
 from deltapatch.bench.peers.hooks import Hooks
+from deltapatch.bench.sides.cells import Cells
 
 
 class Paper(Hooks):

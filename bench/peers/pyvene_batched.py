@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers.base import chunks, in_layer_order
 from deltapatch.bench.peers.pyvene_loop import PyveneLoop
+from deltapatch.bench.sides.cells import Cells
 
 
 class PyveneBatched(PyveneLoop):

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers.hooks import Hooks
+from deltapatch.bench.sides.cells import Cells
 
 COMPONENTS = {
     "mlp_out": ("mlp_output", "pos"),

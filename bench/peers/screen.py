@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers.attribution import of_answers
 from deltapatch.bench.peers.ours import PREFIX, Ours
+from deltapatch.bench.sides.cells import Cells
 
 
 class Screen(Ours):

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers.attribution import estimated
 from deltapatch.bench.peers.tlens_patching import TLensPatching
+from deltapatch.bench.sides.cells import Cells
 
 
 class TLensAttribution(TLensPatching):

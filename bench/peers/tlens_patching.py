@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers.base import Peer, chunks
-from deltapatch.bench.workload import Workload
+from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.workload import Workload
 from deltapatch.models.spec import ModelSpec
 
 NAMES = {"mlp_out": "mlp_out", "attn_out": "attn_out", "z": "z", "mlp_post": "post"}

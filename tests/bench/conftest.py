@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from deltapatch.bench.peers.registry import make_peer
 from deltapatch.bench.random_models import Shape, make_model, make_pairs
-from deltapatch.bench.workload import Workload, one_length
+from deltapatch.bench.sides.workload import Workload, one_length
 from deltapatch.cli.main import cli
 from deltapatch.models.load import load_model
 

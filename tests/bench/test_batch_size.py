@@ -7,13 +7,13 @@ import time
 import numpy as np
 import pytest
 
-from deltapatch.bench import batch_size, quiet
-from deltapatch.bench.batch_size import choose
-from deltapatch.bench.cells import Cells
 from deltapatch.bench.peers.base import Peer, chunks
-from deltapatch.bench.quiet import Others
 from deltapatch.bench.runs import tell_shares, together
-from deltapatch.bench.workload import Workload
+from deltapatch.bench.sides import batch_size, quiet
+from deltapatch.bench.sides.batch_size import choose
+from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.quiet import Others
+from deltapatch.bench.sides.workload import Workload
 
 LONG = 1e9  # seconds
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from deltapatch.bench import isolate, process
-from deltapatch.bench.job import Job, Options
-from deltapatch.bench.process import lines_of
 from deltapatch.bench.setup import side_maker
+from deltapatch.bench.sides import isolate, process
+from deltapatch.bench.sides.job import Job, Options
+from deltapatch.bench.sides.process import lines_of
 from deltapatch.errors import DeltapatchError
 
 TINY = ("--layers", 2, "--d-model", 8, "--d-mlp", 12, "--heads", 2, "--vocab", 30, "--length", 4)
@@ -101,7 +101,7 @@ def test_help_shows_examples(command):
 
 
 def test_a_worker_that_ends_is_reported(tmp_path):
-    side = lines_of("/bin/false", 1, "deltapatch.bench.side", log=tmp_path / "log")
+    side = lines_of("/bin/false", 1, "deltapatch.bench.sides.side", log=tmp_path / "log")
     assert list(side) == [{"error": "its process ended (exit code 1)"}]
 
 

@@ -7,12 +7,9 @@ import pytest
 
 import deltapatch as dp
 from deltapatch.bench import markdown
-from deltapatch.bench.agreement import disagreement, rank_correlation, top_overlap
-from deltapatch.bench.cells import make_cells
 from deltapatch.bench.compare import compare
 from deltapatch.bench.figures import draw_all
 from deltapatch.bench.growth import growth
-from deltapatch.bench.job import Options
 from deltapatch.bench.peers.base import Peer
 from deltapatch.bench.peers.hooks_batched import HooksBatched
 from deltapatch.bench.peers.ours import Ours
@@ -22,7 +19,10 @@ from deltapatch.bench.report import growth as growth_table
 from deltapatch.bench.results import joined, stamp, write
 from deltapatch.bench.runs import fastest_peer
 from deltapatch.bench.setup import absent
-from deltapatch.bench.side import carry_out
+from deltapatch.bench.sides.agreement import disagreement, rank_correlation, top_overlap
+from deltapatch.bench.sides.cells import make_cells
+from deltapatch.bench.sides.job import Options
+from deltapatch.bench.sides.side import carry_out
 from deltapatch.errors import DeltapatchError
 
 
@@ -132,7 +132,7 @@ def result(work_of):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("deltapatch.bench.limits._SECONDS", 0.001)
         patch.setattr("deltapatch.bench.limits.copy_rate", lambda device: 1e9)
-        patch.setattr("deltapatch.bench.side._TRIAL_SECONDS", 1e-9)
+        patch.setattr("deltapatch.bench.sides.side._TRIAL_SECONDS", 1e-9)
         options = Options(rounds=2, limit=0.01, sample=1e-4, check=10)
         return stamp("compare", compare(work, [("mlp_out", cells)], NAMES, local, options))
 

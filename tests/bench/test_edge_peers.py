@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from deltapatch.bench import edge_compare, isolate, markdown
+from deltapatch.bench import edge_compare, markdown
 from deltapatch.bench.edge_compare import MODELS, WORK, config_of, judged, make_job, make_model, together
 from deltapatch.bench.edge_peers.base import EdgePeer, Job, grouped, place
 from deltapatch.bench.edge_peers.work import PEERS, carry_out, make_peer
-from deltapatch.bench.process import lines_of
+from deltapatch.bench.sides import isolate
+from deltapatch.bench.sides.process import lines_of
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.nodes import Nodes
 

@@ -5,9 +5,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import deltapatch as dp
-from deltapatch.bench.cells import SWEEPS, Cells, grid_cells, make_cells
-from deltapatch.bench.oracle import oracle_values
 from deltapatch.bench.random_models import ARCHITECTURES
+from deltapatch.bench.sides.cells import SWEEPS, Cells, grid_cells, make_cells
+from deltapatch.bench.sides.oracle import oracle_values
 from deltapatch.engine.planning.costs import necessary_flops
 from deltapatch.errors import DeltapatchError
 
@@ -44,7 +44,7 @@ def test_long_prompts_go_a_few_at_a_time(work_of, monkeypatch):
     cells = every_seventh(make_cells("z", model.spec, len(work.clean), work.length))
     whole = oracle_values(model, work, cells)
     for tokens in (1, 3 * work.length):
-        monkeypatch.setattr("deltapatch.bench.oracle._TOKENS", tokens)
+        monkeypatch.setattr("deltapatch.bench.sides.oracle._TOKENS", tokens)
         np.testing.assert_allclose(oracle_values(model, work, cells), whole, rtol=1e-9, atol=1e-12)
 
 

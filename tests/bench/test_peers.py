@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 import deltapatch as dp
-from deltapatch.bench.agreement import compare, disagreement
-from deltapatch.bench.cells import SWEEPS, make_cells
-from deltapatch.bench.oracle import oracle_values
 from deltapatch.bench.peers.registry import PEERS, make_peer, ours
 from deltapatch.bench.random_models import ARCHITECTURES, Shape, make_model, make_pairs
 from deltapatch.bench.setup import EXTRAS
-from deltapatch.bench.workload import Workload, one_length
+from deltapatch.bench.sides.agreement import compare, disagreement
+from deltapatch.bench.sides.cells import SWEEPS, make_cells
+from deltapatch.bench.sides.oracle import oracle_values
+from deltapatch.bench.sides.workload import Workload, one_length
 from deltapatch.errors import DeltapatchError
 
 pytestmark = pytest.mark.filterwarnings("default")  # libraries of others warn about one another

@@ -67,7 +67,7 @@ def _environment(
     name: str, wanted: list[str], cache: Path, say: Callable[[str], None], above: str | None = None
 ) -> str:
     """Its interpreter; `above` is a folder of packages that it has too, where it has none of that name."""
-    home = Path(__file__).resolve().parent.parent  # this package: the environment uses it as it is
+    home = Path(__file__).resolve().parent.parent.parent  # this package: the environment uses it as it is
     told = [sys.version, str(home), *wanted, *([above] if above else [])]
     key = hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
     folder = cache.expanduser().resolve() / f"{name.replace('==', '-')}-{key}"

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from deltapatch.bench.cells import Cells
-from deltapatch.bench.memory import device_peak_bytes, peak_bytes, reset_peaks
 from deltapatch.bench.peers.base import Peer
+from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.memory import device_peak_bytes, peak_bytes, reset_peaks
 from deltapatch.models.memory import available
 
 _SECONDS = 0.5  # that each size is tried for, at least

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deltapatch.bench.cells import Cells
-from deltapatch.bench.workload import Workload
+from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.workload import Workload
 from deltapatch.errors import DeltapatchError
 
 

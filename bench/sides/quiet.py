@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from deltapatch.bench.process import pinned
+from deltapatch.bench.sides.process import pinned
 
 _STAT = Path("/proc/stat")
 _BUSY = (1, 2, 3, 6, 7, 8)  # of a line there: user, nice, system, interrupts of both kinds, stolen

@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from deltapatch.bench.agreement import compare as agreement
-from deltapatch.bench.cells import Cells
-from deltapatch.bench.job import Options
-from deltapatch.bench.oracle import oracle_values
 from deltapatch.bench.peers.ours import Ours
-from deltapatch.bench.workload import Workload
+from deltapatch.bench.sides.agreement import compare as agreement
+from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.job import Options
+from deltapatch.bench.sides.oracle import oracle_values
+from deltapatch.bench.sides.workload import Workload
 from deltapatch.errors import DeltapatchError
 from deltapatch.models.model import Model
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltapatch.bench.batch_size import choose, spread
-from deltapatch.bench.cells import Cells
-from deltapatch.bench.job import Job, Options
 from deltapatch.bench.limits import product_rate
-from deltapatch.bench.memory import device_peak_bytes, peak_bytes, reset_peaks
 from deltapatch.bench.peers.base import Peer
 from deltapatch.bench.peers.registry import make_peer
-from deltapatch.bench.process import BEGAN, Lines, pinned, told
-from deltapatch.bench.quiet import Others
+from deltapatch.bench.sides.batch_size import choose, spread
+from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.job import Job, Options
+from deltapatch.bench.sides.memory import device_peak_bytes, peak_bytes, reset_peaks
+from deltapatch.bench.sides.process import BEGAN, Lines, pinned, told
+from deltapatch.bench.sides.quiet import Others
 from deltapatch.models.config import Config
 from deltapatch.models.folder import read_json
 from deltapatch.models.registry import read_config
