@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deltapatch.bench.edits import BESIDE
 from deltapatch.bench.growth import AXES
 from deltapatch.bench.peers.ours import PREFIX
 from deltapatch.bench.peers.registry import ESTIMATES
@@ -134,6 +135,22 @@ def edge_peers(result: dict[str, Any]) -> str:
     return as_table(rows)
 
 
+_BESIDE = {
+    "features": ("features of an autoencoder", "hidden neurons of the layer"),
+    "directions": ("a direction everywhere", "the whole stream everywhere"),
+}
+
+
+def edits(result: dict[str, Any]) -> str:
+    """Features and directions, and what each is held to: interventions, rates, and the ratio."""
+    rows = [["", "a second", "beside", "a second", "times as fast"]]
+    for name, other in BESIDE.items():
+        ours, theirs = (f"{_median(result['rates'][one]):,.0f}" for one in (name, other))
+        what, beside = _BESIDE[name]
+        rows.append([what, ours, beside, theirs, f"{result['ratios'][name]:.2f}"])
+    return as_table(rows)
+
+
 def table(result: dict[str, Any]) -> str:
     """The table of a result."""
     tables = {
@@ -143,6 +160,7 @@ def table(result: dict[str, Any]) -> str:
         "stream": stream,
         "edges": edges,
         "edge-peers": edge_peers,
+        "edits": edits,
     }
     return tables[result["kind"]](result)
 
