@@ -64,6 +64,7 @@ def _works(model: Model, pairs: list[PromptPair], precision: str) -> dict[str, C
     d, n = spec.d_model, spec.d_mlp
     shapes: dict[str, tuple[int, ...]] = {"w_enc": (d, n), "w_dec": (n, d), "b_enc": (n,), "b_dec": (d,)}
     weights = {name: torch.randn(*shape, generator=draw) for name, shape in shapes.items()}
+    weights["w_dec"] /= 10 * d**0.5  # features as small as those of trained ones beside the stream
     sae = Autoencoder("random", "resid_post", layer, "relu", "none", weights, subtracts=True)
     direction = np.random.default_rng(0).normal(size=(1, spec.d_model))
     options: dict[str, Any] = {"precision": precision, "metrics": "ie", "progress": False, "noise_sample": 0}

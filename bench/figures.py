@@ -42,15 +42,16 @@ def draw_all(sources: Sequence[Path], folder: Path) -> list[Path]:
 def rates(result: dict[str, Any]) -> Figure | None:
     """Interventions per second, a panel a sweep, a bar a side; only sides that agree with the oracle."""
     found = cases(result)
+    # Of several models, which have the same sweeps, each has a column.
     sweeps = [
         (f"{case['model']['name']}:\n" if len(found) > 1 else "", sweep)
-        for case in found
-        for sweep in case["sweeps"]
+        for own in zip(*(case["sweeps"] for case in found), strict=True)
+        for case, sweep in zip(found, own, strict=True)
         if any(column["status"] == "measured" for column in sweep["columns"].values())
     ]
     if not sweeps:
         return None
-    n_columns = min(3, len(sweeps))
+    n_columns = len(found) if len(found) > 1 else min(3, len(sweeps))
     n_rows = -(-len(sweeps) // n_columns)
     most = max(len(sweep["columns"]) for _, sweep in sweeps)
     size = (3.4 * n_columns, n_rows * (0.9 + 0.17 * most))

@@ -263,7 +263,7 @@ def _distribution(
     read_of = _read_of(spans, mean.device)
     # With a cap the mean of large changes is not that of their linear parts, and the sum may be all but -1.
     direct = ((highest.amax(0) > _HUGE) | (rest < OFF)).nonzero().squeeze(1)
-    for some in direct.split(max(1, CELLS // (4 * d_vocab))):  # in float64, and several times over
+    for some in direct.split(max(1, max(CELLS, 1024 * n_rows) // d_vocab)):  # what the pieces may hold
         # log p + D: its exponential cannot overflow once the largest is taken out, and no term is negative.
         few = _rows(dn, some)
         parts = [product(few, weight.rows(piece)).plain() for piece in pieces]

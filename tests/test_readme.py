@@ -14,7 +14,7 @@ import click
 import pytest
 
 from deltapatch.bench import markdown
-from deltapatch.bench.results import read
+from deltapatch.bench.results import cases, read
 from deltapatch.cli.main import cli
 from deltapatch.results.metrics import NOTATION, definitions
 
@@ -146,7 +146,9 @@ def test_every_command_that_is_named_can_be_parsed():
     ("file", "page"),
     [
         ("compare_cpu.json", "docs/benchmarks.md"),
-        ("compare_cpu_bf16.json", "docs/benchmarks.md"),
+        ("compare_slow_cpu.json", "docs/benchmarks.md"),
+        ("compare_real_cpu.json", "docs/real.md"),
+        ("edits_cpu.json", "docs/features.md"),
         ("growth_cpu.json", "docs/benchmarks.md"),
         ("growth_length_cpu.json", "docs/benchmarks.md"),
         ("precision_cpu.json", "docs/benchmarks.md"),
@@ -162,6 +164,30 @@ def test_tables_are_those_of_the_result_files(file, page):
     result = read(ROOT / "bench" / "results" / file)
     table = markdown.table(result)
     assert table in (ROOT / page).read_text(encoding="utf-8"), f"python -m deltapatch.bench.markdown {file}"
+
+
+def test_the_readme_says_the_worst_ratios_of_its_result():
+    found = cases(read(ROOT / "bench" / "results" / "compare_cpu.json"))
+    text = " ".join(README.read_text(encoding="utf-8").split())
+
+    def worst(sweep, side):
+        ratios = [
+            min(own["columns"][f"deltapatch-{side}"]["times_as_fast"])
+            for case in found
+            for own in case["sweeps"]
+            if own["name"] == sweep
+        ]
+        assert len(ratios) == 2  # of both shapes
+        return ratios
+
+    small = {
+        side: [x for name in ("mlp_out", "attn_out", "z") for x in worst(name, side)]
+        for side in ("fp32", "bf16")
+    }
+    for side, said in (("fp32", "in float32"), ("bf16", "in bf16")):
+        assert f"{min(small[side]):.1f} to {max(small[side]):.1f} times" in text, said
+    for name, side in (("neurons-layer", "fp32"), ("neurons-layer", "bf16"), ("joint", "fp32")):
+        assert "{:.2f} and {:.2f} times".format(*worst(name, side)) in text
 
 
 def test_the_table_of_screens_is_that_of_its_result():
