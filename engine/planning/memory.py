@@ -51,19 +51,21 @@ class Costs:
         model: Model,
         precision: Precision,
         block_tokens: int,
+        *,
         n_sources: int,
         length: int,
         threads: int,
+        stream: bool,
         places: Collection[str] = PLACES,
         against_base: bool = True,
-        *,
-        stream: bool,
         n_senders: int = 0,
         apart: bool = False,
     ) -> "Costs":
         """The costs of a sweep of this model, with runs of at most `length` tokens.
 
         Args:
+            block_tokens: row tokens of a block.
+            n_sources: runs of each pair beside the base run.
             threads: how many blocks are worked on at once (`Pool.count`).
             places: where patches go.
             against_base: whether patches bring something that is not a source run (sources zero and mean).

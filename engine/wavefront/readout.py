@@ -105,6 +105,15 @@ class Said(NamedTuple):
         return cls(logit, logp, torch.empty(n_reads, 2, dtype=torch.int64, device=device))
 
 
+class _SomeReads(NamedTuple):
+    """Reads whose output distributions are held together."""
+
+    some: slice  # of all
+    at: Tensor  # [read, d_model], the base runs there
+    shapes: PairShapes
+    base: BaseReadout  # their distributions
+
+
 class ReadOut:
     """Reads what the rows of a pass did to the output distributions. See `Wavefront`."""
 
@@ -155,7 +164,8 @@ class ReadOut:
                 for i in np.flatnonzero(expanded[some]).tolist()
             }
             base = base._replace(tails=tails)
-            self._read_some(ends, at, rows, some, shapes, base, weight, row_reads, found)
+            here = _SomeReads(some, at, shapes, base)
+            self._read_some(here, Unembedding(stored, weight), ends, rows, row_reads, found)
             if self.setup.functions:
                 self._say_of_base_runs(reads, some, base)
         flat = torch.cat([values.flatten() for values in found]).cpu().numpy()
@@ -169,22 +179,15 @@ class ReadOut:
 
     def _read_some(
         self,
+        here: _SomeReads,
+        unembedding: Unembedding,
         ends: EndWeights,
-        at: Tensor,
         rows: Tensor,
-        some: slice,
-        shapes: PairShapes,
-        base: BaseReadout,
-        weight: Operand | NarrowedByPiece,
         row_reads: RowReads,
         found: list[Tensor],
     ) -> None:
-        """Measure the rows at some reads, into [measured, read of a row] of each part.
-
-        Args:
-            at: [read, d_model], the base runs there.
-            shapes, base: of these reads; their distributions.
-        """
+        """Measure the rows at some reads, into `found`, [measured, read of a row] of each part."""
+        some, at, shapes, base = here
         blocks: list[tuple[Tensor, Tensor, tuple[str, ...], Block]] = []
         for part, values in zip(row_reads.parts, found, strict=True):
             if not part.asked.names:
@@ -196,8 +199,6 @@ class ReadOut:
             layout = lay_out(np.arange(len(number)), number, np.zeros_like(number), shapes, n_blocks)
             d = rows[part.lines][mine]
             blocks += [(d[b.tokens], values[:, mine][:, b.rows], part.asked.names, b) for b in layout.blocks]
-
-        unembedding = Unembedding(ends.unembedding.weight, weight)
 
         def take(work: tuple[Tensor, Tensor, tuple[str, ...], Block], pool: ForEach = in_turn) -> None:
             d, out, asked, block = work

@@ -24,9 +24,8 @@ def args(tiny, write_pairs, ids_pair):
     pairs = write_pairs(*(ids_pair | {"clean": [5, 6, 7, 8 + i]} for i in range(6)))
     model = deltapatch.load_model(tiny, device="cpu")
     block, places = choose_backend("auto", model.device).block_tokens, {"mlp_out", "attn_out"}
-    costs = Costs.of(
-        model, PRECISIONS["fp32"], block, 1, 4, 1, places, against_base=False, stream=model.stream
-    )
+    shape = {"n_sources": 1, "length": 4, "threads": 1, "places": places}
+    costs = Costs.of(model, PRECISIONS["fp32"], block, **shape, against_base=False, stream=model.stream)
     budget = costs.total(1, 4, 2 * 2 * 10, 2 * 2 * 4)
     return "sweep", "--model", tiny, "--pairs", pairs, "--memory-budget", budget, "--precision", "fp32"
 

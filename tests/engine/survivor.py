@@ -46,9 +46,8 @@ def budget(model: deltapatch.Model, tokens: int = 40, rows: int = 10, precision:
 
     block = choose_backend("auto", model.device).block_tokens
     places = set(str(OPTIONS["sites"]).split(","))
-    costs = Costs.of(
-        model, PRECISIONS[precision], block, 1, 5, 1, places, against_base=False, stream=model.stream
-    )
+    shape = {"n_sources": 1, "length": 5, "threads": 1, "places": places}
+    costs = Costs.of(model, PRECISIONS[precision], block, **shape, against_base=False, stream=model.stream)
     return costs.total(1, 5, tokens, rows)
 
 

@@ -119,6 +119,8 @@ def test_capped_logits(scale, cap, precision):
         spread = np.linalg.norm(want["dlogp_clean"]) + np.linalg.norm(want["dlogp_corrupted"])
         for name in MEASURED[:5]:  # of logits at the cap, which are alike, any is the likeliest
             bound = max(1e-7, (HUGE if scale > 1 else TOLERANCE)[precision])
+            # Of second order: float64 leaves seven digits of what changes of 1e-9 do.
+            bound *= 10 if name == "kl" and scale < 1e-5 else 1
             # Where one sure token gives way to another the entropy hardly changes beside what moved.
             size = np.linalg.norm(want[name]) + (spread / 10 if name != "kl" else 0)
             assert np.linalg.norm(exact(found[name]) - want[name]) <= bound * size, name
