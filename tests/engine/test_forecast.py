@@ -235,8 +235,9 @@ def test_a_forecast_is_near_what_happens(asked):
     draw = np.random.default_rng(0)
     given = [deltapatch.PromptPair(*draw.integers(0, 200, (2, 12)).tolist(), 3, 4) for _ in range(16)]
     expected = forecast(ask(it, given, SweepOptions(**asked))).total
-    took = deltapatch.sweep(it, given, progress=False, **asked).meta["seconds"]
-    assert took / 5 < expected < 5 * took  # the machine is shared
+    # The machine is shared: the fastest of three.
+    took = min(deltapatch.sweep(it, given, progress=False, **asked).meta["seconds"] for _ in range(3))
+    assert took / 5 < expected < 5 * took
 
 
 @pytest.mark.parametrize("layers", ["all", [0], [2]])
