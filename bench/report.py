@@ -178,6 +178,7 @@ def stream_rows(result: dict[str, Any]) -> list[dict[str, str]]:
             {
                 "pairs": str(len(lengths)),
                 "tokens": tokens,
+                **({"screened": f"{found['screened']:,}"} if "screened" in found else {}),
                 "rows": f"{found['predicted']['rows']:,}",
                 "passes": str(found["run"]["passes"]),
                 "s": _number(found["seconds"], ".1f"),

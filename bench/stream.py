@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Sweep:
         stream: whether the model is streamed though it may fit.
         device, threads: where; of PyTorch, 0 for its own choice.
         device_memory: bytes of a GPU's memory that may be used, or None.
+        screen: options of a screen, as for `deltapatch.sweep`; none: everything is exact.
     """
 
     folder: str
@@ -44,6 +45,7 @@ class Sweep:
     device: str = "cpu"
     threads: int = 0
     device_memory: int | None = None
+    screen: dict[str, Any] = field(default_factory=dict)
 
 
 def make_checkpoint(shape: str, layers: int | None, folder: Path) -> bool:
@@ -134,9 +136,10 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
     from deltapatch.bench.sides.memory import device_peak_bytes
     from deltapatch.engine.options import SweepOptions
     from deltapatch.engine.planning.costs import layer_parameters
-    from deltapatch.engine.planning.forecast import forecast
+    from deltapatch.engine.planning.forecast import forecast, forecast_screen
     from deltapatch.engine.question import ask
     from deltapatch.results.folder import environment
+    from deltapatch.results.screened import Screened
 
     if sweep.threads:
         torch.set_num_threads(sweep.threads)
@@ -150,10 +153,10 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
         deltapatch.PromptPair(*draw.integers(0, spec.d_vocab, (2, n)).tolist(), *_answers(draw, spec.d_vocab))
         for n in sweep.lengths
     ]
-    options: dict[str, Any] = {"memory_budget": sweep.memory_budget}
+    options: dict[str, Any] = {"memory_budget": sweep.memory_budget, **sweep.screen}
     began = time.perf_counter()
     asked = SweepOptions(sites=sweep.sites, positions=sweep.positions, **options)
-    predicted = forecast(ask(model, pairs, asked)).as_dict()
+    predicted = (forecast_screen if sweep.screen else forecast)(ask(model, pairs, asked)).as_dict()
     predicting = time.perf_counter() - began
     began = time.perf_counter()
     effects = deltapatch.sweep(
@@ -161,14 +164,16 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - began
     watch.stop()
-    finite = all(np.isfinite(a).any() for s in effects.sites.values() for a in s.measured.values())
-    if not finite:
+    found = [effects.values(m, s) for m in effects.metrics for s in effects.sites]
+    if not all(np.isfinite(values).any() for values in found):
         raise DeltapatchError("there are no finite effects")
     rate = product_rate("fp32", spec.d_model, sweep.device)
     flops = predicted["necessary_flops"]
     runs = 2 * layer_parameters(spec) * spec.n_layers * 2 * sum(sweep.lengths)
+    screened = _of_screen(effects) if isinstance(effects, Screened) else {}
     return {
         **environment(),
+        **screened,
         "threads": torch.get_num_threads(),
         "spec": asdict(spec),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -185,7 +190,22 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
         "of_product_rate": flops / seconds / rate if rate else None,
         # With the products of the unpatched runs, which rows are differences from.
         "of_product_rate_with_unpatched": (flops + runs) / seconds / rate if rate else None,
-        "predicted_over_real": predicted["predicted_seconds"] / effects.meta["seconds"],
+        "predicted_over_real": predicted["predicted_seconds"]
+        / (seconds if sweep.screen else effects.meta["seconds"]),
+    }
+
+
+def _of_screen(effects: Any) -> dict[str, Any]:
+    """What a screen says of itself."""
+    from deltapatch.analysis.calibration import calibration
+
+    missed = effects.missed()
+    columns = calibration(effects).columns
+    return {
+        "screened": sum(effects.estimate(site=site).size for site in effects.sites),
+        "verified": len(effects.verified),
+        "missed": asdict(missed) | {"says": str(missed)},
+        "calibration": {name: column.tolist() for name, column in columns.items()},
     }
 
 

@@ -10,6 +10,7 @@ import click
 from deltapatch.arguments import n_bytes
 from deltapatch.cli.delivery import deliver, out_file, read_sizes
 from deltapatch.cli.options import as_json, quiet, read_names, read_positions, say
+from deltapatch.engine.options import SCREENS
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
@@ -41,6 +42,11 @@ Examples:
 @click.option("--positions", default="last", show_default=True, help="As for sweep.")
 @click.option("--memory-budget", help="As for sweep.")
 @click.option("--in-memory", is_flag=True, help="Do not stream the model, if it fits.")
+@click.option(
+    "--screen", type=click.Choice(SCREENS), help="As for sweep: estimate all, verify the top and a sample."
+)
+@click.option("--top", type=int, help="As for sweep.")
+@click.option("--screen-sample", type=int, help="As for sweep.")
 @click.option("--threads", default=0, help="Of PyTorch; its own choice unless given.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--device-memory", help="Of a GPU, what may be used: 4GB, far less than the model.")
@@ -58,6 +64,9 @@ def stream(
     positions: str,
     memory_budget: str | None,
     in_memory: bool,
+    screen: str | None,
+    top: int | None,
+    screen_sample: int | None,
     threads: int,
     device: str,
     device_memory: str | None,
@@ -76,6 +85,10 @@ def stream(
     check_free(out)
     at, budget = read_positions(positions), n_bytes(memory_budget, "--memory-budget")
     cap = n_bytes(device_memory, "--device-memory")
+    given = {"screen": screen, "top": top, "screen_sample": screen_sample}
+    of_screen = {name: value for name, value in given.items() if value is not None}
+    if of_screen and screen is None:
+        raise DeltapatchError("--top and --screen-sample are of a screen: give --screen too")
     wanted = [
         (n, low, high) for n in read_sizes("--n-pairs", counts) for low, high in _ranges("--length", lengths)
     ]
@@ -90,7 +103,16 @@ def stream(
             of = f"{low}" if low == high else f"{low} to {high}"
             say(f"{n:,} pairs of {of} tokens", quiet)
             sweep = Sweep(
-                str(where), each, read_names(sites), at, budget, not in_memory, device, threads, cap
+                folder=str(where),
+                lengths=each,
+                sites=read_names(sites),
+                positions=at,
+                memory_budget=budget,
+                stream=not in_memory,
+                device=device,
+                threads=threads,
+                device_memory=cap,
+                screen=of_screen,
             )
             runs.append({"sweep": asdict(sweep) | {"folder": shape}, "found": measure(sweep)})
     deliver("stream", {"shape": shape, "runs": runs}, out, as_json, table)
