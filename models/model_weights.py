@@ -143,6 +143,15 @@ class Streamed(ModelWeights):
 
     stream = True
 
+    def layer(self, index: int) -> LayerWeights:
+        """Those of a block, which take no memory once they are dropped."""
+        read = self.checkpoint
+
+        def fetch(slot: Slot) -> Tensor:
+            return read.fetch(slot, lambda tensor: tensor.to(read.device))
+
+        return read.layer(index, fetch)
+
     def reading(self, n_layers: int) -> AbstractContextManager[PassWeights]:
         """Each is read ahead by a thread; the ends are without an embedding that nothing else is tied to."""
         read = self.checkpoint

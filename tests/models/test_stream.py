@@ -255,6 +255,15 @@ def test_a_dropped_tensor_is_no_longer_mapped(tmp_path):
 # ------------------------------------------------------------------------------------- models
 
 
+def test_a_layer_that_is_asked_for_by_itself_is_dropped_too(build, saved):
+    folder = saved(build("gptj"))
+    streamed, before = load_model(folder, stream=True), mappings(folder)
+    held = streamed.layer(1, None)
+    assert mappings(folder) > before
+    del held
+    assert mappings(folder) == before
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float64"])
