@@ -19,6 +19,7 @@ from deltapatch.interventions.features import (
     Change,
     SaePlace,
     changes_of,
+    in_model,
     place_of_sae,
 )
 from deltapatch.interventions.given import Listed
@@ -79,7 +80,8 @@ def sweep_features(
         roles = asked.roles
         at = single_positions(positions, encoded, roles, "features")
         spots = [spots_of(at, pair, roles) for pair in encoded]
-        return _listed(spec, saes, places, spots, changes_of(model, saes, places, encoded, roles), least)
+        reading = in_model(model, saes, places)
+        return _listed(spec, saes, places, spots, changes_of(model, reading, places, encoded, roles), least)
 
     return run_listed(model, pairs, make, **options)
 

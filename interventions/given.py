@@ -50,8 +50,9 @@ class Patch:
         along: [width] or [k, width]: only the part along these directions is replaced. Of sites that are
             vectors: whole ones, of d_model numbers, and heads, of d_head.
         add: [width]: is added to what is there (steering), and nothing is replaced.
-        feature: (autoencoder, number), as `load_sae` reads one, at what it reads: the feature becomes what it
-            is in the source run, whatever other patches did to it. The index is left out.
+        feature: (autoencoder, number), as `load_sae` reads one, at what it reads, or a transcoder writes: the
+            feature becomes what it is in the source run, whatever other patches did to it. The index is left
+            out.
     """
 
     site: str

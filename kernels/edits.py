@@ -114,9 +114,8 @@ class Add(Edit):
     def apply(self, d: Tensor) -> None:
         """Add it."""
         # One row may be steered in several ways at one place.
-        d.index_put_(
-            (self.token,) if self.at is None else (self.token, self.at), self.vector, accumulate=True
-        )
+        there = (self.token,) if self.at is None else (self.token, self.at)
+        d.index_put_(there, self.vector.to(d.dtype), accumulate=True)
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class SetFeature(Edit):
     (f* - f(base)) - (f(base + d) - f(base)).
 
     Attributes:
-        x: [patch, width] float64, the base run's activation there.
+        x: [patch, width] float64, the base run's activation where the encoder reads.
         change: [patch] float64, f* - f(base).
         feature: [patch] int64, which of the features that `encode` gives.
         row: [patch, width] float64, of the decoder.
@@ -143,12 +142,29 @@ class SetFeature(Edit):
 
     def apply(self, d: Tensor) -> None:
         """Move what arrived there; all features at once, each seen before any is set."""
-        arrived = d[self.token].flatten(1).double()
+        step = self.step(d[self.token].flatten(1).double()).to(d.dtype)
+        d.index_put_((self.token,), step.view(-1, *d.shape[1:]), accumulate=True)
+
+    def step(self, arrived: Tensor) -> Tensor:
+        """[patch, width of a row], how far each patch moves, where `arrived` has: [patch, width] float64."""
         (before, _), (now, scale) = self.encode(self.x), self.encode(self.x + arrived)
         moved = (now - before).gather(1, self.feature.unsqueeze(1))  # [patch, 1]
         moved.masked_fill_(~arrived.any(1, keepdim=True), 0)  # the same may round differently twice
-        step = scale * (self.change.unsqueeze(1) - moved) * self.row
-        d.index_put_((self.token,), step.to(d.dtype).view(-1, *d.shape[1:]), accumulate=True)
+        return scale * (self.change.unsqueeze(1) - moved) * self.row
+
+
+@dataclass(frozen=True)
+class Transcode(SetFeature):
+    """The same of a transcoder, whose encoder reads the residual stream that an MLP reads, elsewhere."""
+
+    def apply(self, d: Tensor) -> None:
+        """What arrived at the other place has to be known."""
+        raise TypeError("a transcoder's patch is carried out by `where`")
+
+    def where(self, d: Tensor | None) -> Add:
+        """What it does where that much arrived at what it reads, [token, d_model]; None: nothing."""
+        arrived = self.x.new_zeros(self.x.shape) if d is None else d[self.token].double()
+        return Add(self.token, None, self.step(arrived), on_host=self.on_host)
 
 
 def within(edits: Iterable[Edit], tokens: slice) -> list[Edit]:

@@ -12,7 +12,7 @@ from deltapatch.engine.wavefront.rows import HEADS, MIDDLE, MLP, WHOLE
 from deltapatch.kernels.activation import Neurons
 from deltapatch.kernels.attention import QKV, AttentionBase, Rotary, edited_heads
 from deltapatch.kernels.backend import Backend
-from deltapatch.kernels.edits import Edit, apply_edits, within
+from deltapatch.kernels.edits import Edit, Transcode, apply_edits, within
 from deltapatch.kernels.norm import Norms, Part
 from deltapatch.kernels.product import Precision, Scaled, narrow, product
 from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
@@ -122,6 +122,7 @@ class BlockStep:
             stream = [Part(self._keep_reads(part.d), []) for part in stream]
             mlp_input = self._keep_reads(mlp_input)
             self.segments = read_segments(self.segments)
+        before_mlp = stream[0] if stream else None  # of parallel blocks what the MLP reads, before its norm
         attn_out = None if z is None else self._said_by_attention(z)
         stream.append(self._part("attn_out", attn_out))
 
@@ -139,7 +140,9 @@ class BlockStep:
                 mlp_input = normed_mid[0] if normed_mid else narrow(mid, layer.precision)
                 self._note("resid_mid", mid)
                 stream = [Part(Scaled(mid, None), [])]
+                before_mlp = stream[0]
         said = self._mlp(mlp_input) if through_mlp else self._neurons()
+        self._hear(before_mlp)
         stream.append(self._part("mlp_out", self.spoken("mlp_out", said)))
         self._add_norm(stream, "resid_post", None, [], out, to)
 
@@ -369,6 +372,14 @@ class BlockStep:
         assert self.layer.down is not None
         columns = self.layer.ops.gather_columns(self.swaps["mlp_post"], self.layer.down, self._n_tokens)
         return Scaled(columns, None)
+
+    def _hear(self, before_mlp: Part | None) -> None:
+        """Let transcoders' patches see what arrived before the MLP, [token, d_model], if anything did."""
+        edits = self.swaps.get("mlp_out", [])
+        if any(isinstance(edit, Transcode) for edit in edits):
+            d = before_mlp.d.plain() if before_mlp is not None and before_mlp.d is not None else None
+            heard = [e.where(d) if isinstance(e, Transcode) else e for e in edits]
+            self.swaps = {**self.swaps, "mlp_out": heard}
 
     def _part(self, place: str, d: Scaled | None) -> Part:
         """What a place adds to the residual stream."""

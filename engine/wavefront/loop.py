@@ -44,7 +44,7 @@ from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.table import EDIT, PLACE, PatchTable
 from deltapatch.interventions.vectors import Vectors, decode
 from deltapatch.kernels.device import upload
-from deltapatch.kernels.edits import Add, Along, Edit, SetFeature, Swap
+from deltapatch.kernels.edits import Add, Along, Edit, SetFeature, Swap, Transcode
 from deltapatch.kernels.norm import Part
 from deltapatch.kernels.segments import read_segments
 from deltapatch.models.model_weights import PassWeights
@@ -321,7 +321,7 @@ class Wavefront:
             if sae.activation != "topk":  # where a feature comes about by itself only it is looked at
                 which, number = np.unique(given.feature[of], return_inverse=True)
                 sae, feature = sae.only(torch.from_numpy(which)), torch.from_numpy(number)
-            yield SetFeature(
+            yield (SetFeature if sae.reads is None else Transcode)(
                 token=self._tensor(token[mine]),
                 x=given.base[s][given.read[of]].to(device),
                 change=upload(given.change[of], device),

@@ -63,6 +63,22 @@ def test_parts_and_resuming(command, pairs_file, tmp_path):
     assert (np.abs(columns["after"] - columns["before"]) > 0.5).all()
 
 
+def test_a_transcoder_of_an_archive(command, pairs_file, tmp_path):
+    draw = np.random.default_rng(0)
+    width = dp.load_model(MODEL).spec.d_model
+    weights = {"W_enc": (width, 40), "W_dec": (40, width), "b_enc": (40,), "b_dec": (width,)}
+    arrays = {name: draw.normal(size=shape).astype(np.float32) for name, shape in weights.items()}
+    np.savez(tmp_path / "params.npz", threshold=np.full(40, 0.1, np.float32), **arrays)
+    run, at = str(tmp_path / "run"), "mlp_in:mlp_out.2"
+    args = ("--model", MODEL, "--pairs", str(pairs_file), "--sae", str(tmp_path / "params.npz"))
+    result = command("features", *args, "--at", at, "--positions", "last", "--out", run)
+    assert result.code == 0, result.err
+    assert "40 features (jumprelu) from mlp_in to mlp_out of layer 2" in result.err
+    columns = dp.load_outcome(run).columns()
+    assert set(columns["layer"]) == {2}
+    assert np.abs(dp.load_outcome(run).values("logit_diff")).max() > 0
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -70,6 +86,7 @@ def test_parts_and_resuming(command, pairs_file, tmp_path):
         (("--at", "resid_post"), "no place such as resid_post.20"),
         (("--at", "resid_post.9"), "is of layer 9"),
         (("--at", "nowhere.1"), "unknown site 'nowhere'"),
+        (("--at", "mlp_in:mlp_out.1"), "is no transcoder"),
         (("--sae", "nothing"), "is no sparse autoencoder"),
         (("--source", "mean"), "features have the sources"),
         (("--least", "-1"), "least must be"),

@@ -193,7 +193,7 @@ def test_what_does_not_change_is_exactly_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architecture": "transcoder"}, "is of the kind 'transcoder'"),
+        ({"architecture": "matching_pursuit"}, "is of the kind 'matching_pursuit'"),
         ({"architecture": None}, "is of the kind None"),
         ({"normalize_activations": "expected_average_only_in"}, "which is not known"),
         ({"hook_head_index": 3}, "has hook_head_index 3"),

@@ -1,4 +1,7 @@
-"""Autoencoders that SAELens 6.51.1 wrote, held to what it said of the same vectors itself (in float32)."""
+"""Autoencoders that SAELens 6.51.1 wrote, and transcoders of 6.54.12.
+
+They are held to what it said of the same vectors itself, in float32.
+"""
 
 from pathlib import Path
 
@@ -20,7 +23,10 @@ def test_features_and_what_one_of_them_writes(folder):
     assert float((features - said["features"]).norm() / features.norm()) < 1e-6
     written = features[:, 3:4] * scale * sae.rows(torch.tensor([3]))
     assert float((written + said["without_3"]).norm() / written.norm()) < 1e-5
-    assert (sae.site, sae.layer) == ("hook_resid_post", 1)
+    if "transcoder" in folder.name:
+        assert (sae.site, sae.layer, sae.reads) == ("hook_mlp_out", 1, "mlp.hook_in")
+    else:
+        assert (sae.site, sae.layer, sae.reads) == ("hook_resid_post", 1, None)
 
 
 def test_there_are_some_of_each_kind():
