@@ -7,7 +7,7 @@ the shell. Torch and numpy are not needed, so that `--help` does not wait for th
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from deltapatch.errors import DeltapatchError, shown
@@ -103,16 +103,27 @@ def scale(value: object, what: str) -> float:
     return found
 
 
-def prompts(value: object, what: str) -> list[str | list[int]] | None:
-    """Prompts, each a text or token ids, at least one; or None. DeltapatchError where there are none."""
+def prompts(value: object, what: str) -> list[Any] | None:
+    """Prompts, each a text, token ids, or a dictionary of one of these and labels, at least one; or None.
+
+    DeltapatchError where there are none.
+    """
     if value is None:
         return None
-    must = f"{what} must be a list of prompts, each a text or a list of token ids"
+    must = f"{what} must be a list of prompts, each a text, a list of token ids, or one with labels"
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise DeltapatchError(f"{must}, not {shown(value)}")
-    found: list[str | list[int]] = []
+    found: list[Any] = []
     for number, one in enumerate(several(value, what, "a list of prompts")):
-        if isinstance(one, str):
+        if isinstance(one, Mapping):
+            if set(one) != {"prompt", "labels"} or not isinstance(one["labels"], Mapping):
+                raise DeltapatchError(
+                    f'{what}: prompt {number} with labels must be {{"prompt": ..., "labels": {{...}}}}, not '
+                    f"{shown(one)}"
+                )
+            (prompt,) = prompts([one["prompt"]], f"prompt {number} of {what}") or [""]
+            found.append({"prompt": prompt, "labels": dict(one["labels"])})
+        elif isinstance(one, str):
             found.append(str(one))
         elif isinstance(one, Iterable):
             of_one = f"a token of prompt {number} of {what} must be a whole number"

@@ -186,18 +186,20 @@ class Options:
             "and end with.",
         },
     )
-    mean_over: Sequence[str | Sequence[int]] | None = option(
+    mean_over: Sequence[Any] | None = option(
         None,
         'of source "mean", prompts (texts, or lists of token ids) whose runs the mean is over, position by '
         "position, in place of those of the pairs: at each over the prompts that have it. One needs as many "
-        "tokens as the longest prompt that is patched, up to where effects are read; more are left out.",
+        "tokens as the longest prompt that is patched, up to where effects are read; more are left out. "
+        'Where prompts have labels, {"prompt": ..., "labels": {...}}, a position for which a pair has such a '
+        "label takes the mean over where they have it.",
         check=lambda value: arguments.prompts(value, "mean_over"),
         word="list of prompts that the mean is over",
         other=[[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]],
         kept=_digest,
         typed={
             "help": "Of the source mean: a file of prompts whose runs the mean is over, one a line, or JSON "
-            "strings and lists of token ids (.jsonl).",
+            'strings, lists of token ids and {"prompt": ..., "labels": {...}} (.jsonl).',
             "read": _prompts_file,
         },
     )

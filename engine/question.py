@@ -17,6 +17,7 @@ from torch import Tensor
 from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
 from deltapatch.engine.planning.costs import flops
 from deltapatch.errors import DeltapatchError, shown
+from deltapatch.interventions.dataset import Dataset
 from deltapatch.interventions.directions import with_directions
 from deltapatch.interventions.edges import EFFECTS, EdgeGrid
 from deltapatch.interventions.encode import encode_pairs, encode_prompts
@@ -150,25 +151,18 @@ class Question:
         return self.options.source == "mean" and self.options.mean_over is None
 
     @cached_property
-    def dataset(self) -> list[list[int]]:
-        """The prompts that a mean is over, where they are not the pairs', cut where the longest pair is read.
+    def dataset(self) -> Dataset | None:
+        """The prompts that a mean is over, where they are not the pairs'.
 
         Raises:
-            DeltapatchError: one is no prompt of this model, or all are shorter.
+            DeltapatchError: one is no prompt of this model, or there is no mean at a position.
         """
-        if self.options.mean_over is None:
-            return []
-        names = [f"prompt {i} of mean_over" for i in range(len(self.options.mean_over))]
-        found = encode_prompts(self.options.mean_over, self.model.tokenizer, self.model.spec.d_vocab, names)
-        longest = int(np.argmax(self.lengths[0]))
-        length = int(self.lengths[0, longest])
-        most = max(len(ids) for ids in found)
-        if most < length:
-            raise DeltapatchError(
-                f"the longest prompt of mean_over has {most} tokens, so there is no mean at position {most} "
-                f"of pair {longest}, which has {length} up to where effects are read: give one as long"
-            )
-        return [ids[:length] for ids in found]
+        given = self.options.mean_over
+        if given is None:
+            return None
+        names = [f"prompt {i} of mean_over" for i in range(len(given))]
+        encoded = encode_prompts(given, self.model.tokenizer, self.model.spec.d_vocab, names)
+        return Dataset.of(encoded, self.pairs, self.lengths[0], self.interventions.places)
 
     @property
     def _mean_places(self) -> list[Place]:
@@ -177,17 +171,19 @@ class Question:
 
     @cached_property
     def means(self) -> dict[Place, Tensor] | None:
-        """place -> [position, ...], the means over `dataset`; None where there is none."""
-        return mean_activations(self.model, self.dataset, self._mean_places) if self.dataset else None
+        """place -> [line of `Dataset.lines`, ...], the means over `dataset`; None where there is none."""
+        if self.dataset is None:
+            return None
+        return mean_activations(self.model, self.dataset.prompts, self._mean_places, self.dataset.labelled)
 
     @property
     def means_bytes(self) -> int:
         """What `means` takes."""
-        if not self.dataset:
+        if self.dataset is None:
             return 0
-        length = max(len(ids) for ids in self.dataset)
-        width = widths(self.model.spec, length)
-        return 8 * length * sum(math.prod(width[name]) for name, _ in self._mean_places)
+        width = widths(self.model.spec, self.dataset.longest)
+        lines = self.dataset.longest + len(self.dataset.labelled)
+        return 8 * lines * sum(math.prod(width[name]) for name, _ in self._mean_places)
 
     @cached_property
     def runs(self) -> list[RunShape]:

@@ -74,22 +74,26 @@ def encode_pairs(
 
 
 def encode_prompts(
-    prompts: Sequence[str | Sequence[int]], tokenizer: Any, d_vocab: int, names: Sequence[str]
-) -> list[list[int]]:
-    """The token ids of prompts that are of no pair, tokenised and checked as those of `encode_pairs`.
+    prompts: Sequence[Any], tokenizer: Any, d_vocab: int, names: Sequence[str]
+) -> list[tuple[list[int], dict[str, int]]]:
+    """Token ids and labels of prompts that are of no pair, tokenised and checked as those of `encode_pairs`.
 
     Args:
+        prompts: as `arguments.prompts` gives them.
         names: what errors call each.
 
     Raises:
         DeltapatchError: text without a tokenizer; an empty prompt; a token id out of range; a prompt of ids
-            that ends in an end token.
+            that ends in an end token; a label that is at no position.
     """
     encoder = _Encoder(tokenizer, d_vocab)
-    return [
-        encoder._prompt(prompt if isinstance(prompt, str) else list(prompt), "given", name)
-        for prompt, name in zip(prompts, names, strict=True)
-    ]
+    out = []
+    for one, name in zip(prompts, names, strict=True):
+        labelled = one if isinstance(one, Mapping) else {"prompt": one, "labels": {}}
+        prompt = labelled["prompt"]
+        ids = encoder._prompt(prompt if isinstance(prompt, str) else list(prompt), "given", name)
+        out.append((ids, encoder._labels(labelled["labels"], prompt, ids, name)))
+    return out
 
 
 class _Encoder:
@@ -125,23 +129,12 @@ class _Encoder:
         for field_, value in (("labels", pair.labels), ("meta", pair.meta)):
             if not isinstance(value, Mapping):
                 raise DeltapatchError(f"{name}: {field_} must be a dictionary, not {shown(value)}")
-        labels: dict[str, int] = {}
-        for label, at in pair.labels.items():
-            own = label_name(label, name)
-            if not isinstance(at, str):
-                labels[own] = _place(own, at, len(clean), name)
-                continue
-            found = self._tokens_of(at, texts[0], clean, f"{name}: label {shown(label)}")
-            spots = {f"{own}[{i}]": p for i, p in enumerate(found)}
-            spots |= {f"{own}[{i}]": found[i] for i in range(-len(found), 0)} | {own: found[-1]}
-            for spot, place in spots.items():
-                labels[spot] = _place(spot, place, len(clean), name)
         return EncodedPair(
             clean=clean,
             corrupted=corrupted,
             clean_answer=clean_any[0],
             corrupted_answer=corrupted_any[0],
-            labels=labels,
+            labels=self._labels(pair.labels, texts[0], clean, name),
             meta=_checked_meta(pair.meta, name),
             clean_text=self._pieces(clean),
             corrupted_text=self._pieces(corrupted),
@@ -190,6 +183,23 @@ class _Encoder:
         if not ids:
             raise DeltapatchError(f"{name}: the {which} prompt is empty.")
         return ids
+
+    def _labels(
+        self, given: Mapping[str, Any], prompt: str | list[int], ids: list[int], name: str
+    ) -> dict[str, int]:
+        """The positions of labels; of texts in a prompt those of each of their tokens."""
+        labels: dict[str, int] = {}
+        for label, at in given.items():
+            own = label_name(label, name)
+            if not isinstance(at, str):
+                labels[own] = _place(own, at, len(ids), name)
+                continue
+            found = self._tokens_of(at, prompt, ids, f"{name}: label {shown(label)}")
+            spots = {f"{own}[{i}]": p for i, p in enumerate(found)}
+            spots |= {f"{own}[{i}]": found[i] for i in range(-len(found), 0)} | {own: found[-1]}
+            for spot, place in spots.items():
+                labels[spot] = _place(spot, place, len(ids), name)
+        return labels
 
     def _tokens_of(self, text: str, prompt: str | list[int], ids: list[int], where: str) -> list[int]:
         """The positions of a text's tokens in a prompt.

@@ -7,11 +7,11 @@ from typing import Any
 from deltapatch.errors import DeltapatchError, path_of
 
 
-def load_prompts(path: str | os.PathLike[str]) -> list[str | list[int]]:
+def load_prompts(path: str | os.PathLike[str]) -> list[Any]:
     """Read a file of prompts, one a line.
 
-    A file whose name ends in .jsonl has a JSON string or a list of token ids in each line; any other has
-    text, which is taken as it stands, spaces included.
+    A file whose name ends in .jsonl has a JSON string or a list of token ids in each line, or an object of
+    one as "prompt" and "labels"; any other has text, which is taken as it stands, spaces included.
 
     Raises:
         DeltapatchError: the file is missing, unreadable or empty, or a line has no prompt. The message names
@@ -41,13 +41,17 @@ def _from_text(line: str, name: str) -> str:
     return line.removesuffix("\r")
 
 
-def _from_json(line: str, name: str) -> str | list[int]:
+def _from_json(line: str, name: str) -> Any:
     try:
         found: Any = json.loads(line)
     except (ValueError, RecursionError):
         found = None
-    if isinstance(found, list) and found and all(type(token) is int for token in found):
+    labelled = isinstance(found, dict) and found.keys() == {"prompt", "labels"}
+    prompt = found["prompt"] if labelled else found
+    ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    if prompt and (ids or isinstance(prompt, str)):
         return found
-    if isinstance(found, str) and found:
-        return found
-    raise DeltapatchError(f"{name}: a line must be a prompt as a JSON string, or a list of token ids.")
+    raise DeltapatchError(
+        f"{name}: a line must be a prompt as a JSON string, or a list of token ids, or an object of one of "
+        'these and labels, {"prompt": ..., "labels": {...}}.'
+    )

@@ -59,7 +59,10 @@ def read_activations(
 
 
 def mean_activations(
-    model: Model, prompts: Sequence[Sequence[int]], places: Collection[Place]
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    places: Collection[Place],
+    apart: Sequence[Sequence[tuple[int, int]]] = (),
 ) -> dict[Place, Tensor]:
     """The means of what a model's unpatched runs have at some places, in float64, on its device.
 
@@ -69,20 +72,28 @@ def mean_activations(
     Args:
         prompts: token ids; T is the length of the longest.
         places: names of `forward.Activations` and layers.
+        apart: prompts and positions, whose means are taken as well; not of patterns.
 
     Returns:
-        place -> [T, ...], at each position over the prompts that have it.
+        place -> [T + apart, ...], at each position over the prompts that have it, and then those apart.
     """
     found: dict[Place, Tensor] = {}
     longest, dtype, device = max(len(prompt) for prompt in prompts), torch.float64, model.device
     lengths = sorted({len(prompt) for prompt in prompts})
     have = torch.tensor([sum(len(prompt) > t for prompt in prompts) for t in range(longest)], device=device)
+    own: list[
+        list[tuple[int, int, int]]
+    ] = []  # of each of the runs below: which of those apart, row, position
     with torch.no_grad(), undisturbed(device), model.reading() as read:
         runs = []  # each [prompt, T of these, d_model]
         for n in lengths:
-            tokens = torch.tensor([list(prompt) for prompt in prompts if len(prompt) == n])
+            numbers = torch.tensor([i for i, prompt in enumerate(prompts) if len(prompt) == n])
             at = torch.arange(n) if model.spec.learned_positions else None
-            runs += [model.embed(ids, dtype, positions=at) for ids in tokens.split(max(1, _TOKENS // n))]
+            for some in numbers.split(max(1, _TOKENS // n)):
+                ids = torch.tensor([list(prompts[i]) for i in some.tolist()])
+                runs.append(model.embed(ids, dtype, positions=at))
+                row = {number: r for r, number in enumerate(some.tolist())}
+                own.append([(k, row[i], t) for k, spots in enumerate(apart) for i, t in spots if i in row])
         known = {n: contexts(model.spec, n, dtype, device) for n in lengths}
         for l in range(1 + max(layer for _, layer in places)):
             weights = cast(read.layer(l), device, dtype)
@@ -96,6 +107,8 @@ def mean_activations(
                     if name == "pattern":  # keys that these do not have get nothing
                         total = F.pad(total, (0, longest - n))
                     if (name, l) not in found:
-                        found[name, l] = total.new_zeros(longest, *total.shape[1:])
+                        found[name, l] = total.new_zeros(longest + len(apart), *total.shape[1:])
                     found[name, l][:n] += total / have[:n].view(-1, *[1] * (total.ndim - 1))
+                    for k, row_of, t in own[i]:
+                        found[name, l][longest + k] += getattr(here, name)[row_of, t] / len(apart[k])
     return found

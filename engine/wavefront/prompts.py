@@ -63,7 +63,8 @@ class Prompts:
         pairs: the pairs themselves.
         roles: of their prompts.
         apart: those whose source is run by itself (see own_runs.py).
-        means: place -> [position, ...], of source "mean" over prompts that are not the pairs'.
+        means: place -> [line, ...], of source "mean" over prompts that are not the pairs'.
+        mean_line: [base token], the line that it takes; after the prompts any.
     """
 
     tokens: np.ndarray
@@ -77,6 +78,7 @@ class Prompts:
     roles: Roles = Roles()  # noqa: RUF009  (frozen)
     apart: Sequence[Apart] = ()
     means: Mapping[Place, Tensor] | None = None
+    mean_line: np.ndarray | None = None
 
     def carries(self, segment: Segment) -> bool:
         """Whether the source run of any pair in a segment is carried as a difference; else all are zero."""
@@ -143,13 +145,11 @@ class Prompts:
     def _from_means(self, base: Tensor, at: Place) -> Tensor:
         """(mean - base) at one place, [base token, ...], the mean over prompts that are not the pairs'."""
         assert self.means is not None
-        mean, out = self.means[at].to(base), torch.zeros_like(base)
-        for s in self.shapes.segments(1):
-            length = s.length - s.reads + 1
-            own, b, m = (a[:, :length] for a in (s.run(out), s.run(base), mean.unsqueeze(0)))
-            if at[0] == "pattern":  # its keys are those of the longest run of either
-                own, b, m = (a[..., :length] for a in (own, b, m))
-            own.copy_(m - b)
+        assert self.mean_line is not None
+        mean = self.means[at].to(base)[upload(self.mean_line, base.device)]
+        keys = min(mean.shape[-1], base.shape[-1])  # of a pattern those of the longest run of either
+        out = torch.zeros_like(base)
+        out[..., :keys] = mean[..., :keys] - base[..., :keys]
         return out
 
 
@@ -173,6 +173,7 @@ def source_differences(
 def prompts_of(question: Question, numbers: Sequence[int]) -> Prompts:
     """The prompts of some pairs, cut at the position where effects are read, and what their answers add."""
     parts: list[list[list[int]]] = [[], [], []]  # base, counterpart, another pair's source
+    mean_line: list[np.ndarray] = []
     apart: list[Apart] = []
     for i in numbers:
         (n, m), after = question.lengths[:, i].tolist(), question.continued[i].tokens
@@ -183,6 +184,8 @@ def prompts_of(question: Question, numbers: Sequence[int]) -> Prompts:
             other = base
         parts[0].append([*base[:n], *after])
         parts[1].append([*other[:n], *after])
+        if question.dataset is not None:
+            mean_line += [question.dataset.lines[i], np.zeros(len(after), np.int64)]
         if question.partner is not None:
             partner = question.pairs[int(question.partner[i])]
             parts[2].append([*question.roles.prompts(partner)[1][:n], *after])
@@ -201,6 +204,7 @@ def prompts_of(question: Question, numbers: Sequence[int]) -> Prompts:
         roles=question.roles,
         apart=apart,
         means=question.means,
+        mean_line=np.concatenate(mean_line) if mean_line else None,
     )
 
 

@@ -13,9 +13,10 @@ TEXTS = ["Q: What is 1 plus 2? A:", ' "so" [1, 2]']
 def test_lines_are_prompts(tmp_path):
     plain, ids = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     plain.write_text("\r\n".join(TEXTS) + "\n")
-    ids.write_text("\n".join(map(json.dumps, [*TEXTS, [3, 4]])))
+    labelled = {"prompt": [3, 4], "labels": {"a": 1}}, {"prompt": "What is 3", "labels": {"a": "3"}}
+    ids.write_text("\n".join(map(json.dumps, [*TEXTS, [3, 4], *labelled])))
     assert load_prompts(plain) == TEXTS
-    assert load_prompts(ids) == [*TEXTS, [3, 4]]
+    assert load_prompts(ids) == [*TEXTS, [3, 4], *labelled]
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,65 @@ def test_mean_over_prompts_that_are_not_the_pairs(variant, direction):
         assert agrees(effects, number, "pattern", expected(true, prompts[number], own, "pattern", direction))
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "gpt2"])
+def test_means_by_label(variant, direction):
+    """A position that a pair has a label for takes the mean over where the dataset has it.
+
+    Any other goes by position. Labels are beyond the longest pair in one prompt, missing in another, twice at one
+    position in a third.
+    """
+    true, prompts = true_model(variant), drawn(variant)
+    prompts = [p._replace(labels={"a": 1, "b": len(p.clean) - 1, "c": 0}) for p in prompts]
+    where = [(4, {"a": 3, "b": 1}), (7, {"a": 6}), (5, {"b": 2, "d": 0}), (3, {}), (6, {"a": 2, "b": 2})]
+    others = [(random_pair(n, seed=60 + n).clean, labels) for n, labels in where]
+    given = [{"prompt": ids, "labels": labels} if labels else ids for ids, labels in others]
+    asked = {"source": "mean", "mean_over": given, "direction": direction}
+    effects = sweep(variant, prompts, **asked)
+    runs = [activations(true, tokens) for tokens, _ in others]
+    for number, pair in enumerate(prompts):
+        mean = {}
+        for at in runs[0]:
+            if at[0] in ("scores", "pattern"):
+                continue
+            mean[at] = mean_by_position([run[at] for run in runs], of_keys=False)
+            for label, position in pair.labels.items():
+                if label != "c":
+                    of_it = [
+                        run[at][own[label]]
+                        for run, (_, own) in zip(runs, others, strict=True)
+                        if label in own
+                    ]
+                    mean[at][position] = np.mean(of_it, axis=0)
+        for site in SITES:
+            assert agrees(effects, number, site, expected(true, pair, mean, site, direction)), (number, site)
+
+
+def test_a_label_of_a_text_before_those_of_its_tokens():
+    """`a` is the last token of a text: in the dataset, of two; in the pair, of one."""
+    of = [3, 1, 4, 1, 5], [3, 1, 4, 2, 5]
+    pair = deltapatch.PromptPair(*of, 6, 7, labels={"a": 2, "a[0]": 2, "a[-1]": 2})
+    prompts = [[5, 4, 3, 2, 1], [9, 2, 6, 5, 3]]
+    several = [{"a[0]": 1, "a[1]": 3, "a[-2]": 1, "a[-1]": 3, "a": 3}, {"a": 0, "a[0]": 0, "a[-1]": 0}]
+    alone = [{"a": 3}, {"a": 0}]
+    found = [
+        deltapatch.sweep(
+            model("llama-grouped"),
+            pair,
+            source="mean",
+            mean_over=[{"prompt": p, "labels": l} for p, l in zip(prompts, labels, strict=True)],
+        ).values("logit_diff", site="mlp_out")
+        for labels in (several, alone)
+    ]
+    np.testing.assert_array_equal(*found)
+    twice = deltapatch.PromptPair(*of, 6, 7, labels={"a": 2, "b": 2})
+    given = [{"prompt": prompts[0], "labels": {"a": 2, "b": 3}}]
+    with pytest.raises(
+        deltapatch.DeltapatchError, match="has the labels a and b, which mean_over has at diff"
+    ):
+        deltapatch.sweep(model("llama-grouped"), twice, source="mean", mean_over=given)
+
+
 @pytest.mark.parametrize("variant", ["neox-parallel", "gemma2"])
 def test_a_mean_over_a_dataset_in_float32(variant):
     """Held to float64, which the oracle holds above."""
@@ -208,6 +267,15 @@ def test_the_mean_over_the_prompts_of_the_pairs_is_that_of_the_pairs():
         ({"mean_over": ["text"]}, "prompt 0 of mean_over: given is text, but this model has no tokenizer"),
         ({"mean_over": [[1, 2], [1, 2, 3]]}, "longest prompt of mean_over has 3 .* position 3 of pair 1"),
         ({"mean_over": [[1, 2, 3, 4]], "source": "zero"}, "mean_over is of source 'mean', not of 'zero'"),
+        ({"mean_over": [{"prompt": [1, 2, 3, 4]}]}, "prompt 0 with labels must be"),
+        ({"mean_over": [{"prompt": 5, "labels": {}}]}, "and prompt 0 is 5"),
+        ({"mean_over": [{"prompt": [1, 2, 3, 4], "labels": {"a": 4}}]}, "'a' is at position 4"),
+        ({"mean_over": [{"prompt": [1, 2], "labels": {"subject": "x"}}]}, "give its position"),
+        ({"mean_over": [{"prompt": [1, 2, 3], "labels": {"x": 1}}]}, "no mean at position 3 of pair 1"),
+        (
+            {"mean_over": [{"prompt": [1, 2, 3, 4], "labels": {"subject": 1}}], "sites": "pattern"},
+            "a mean of pattern is taken position by position",
+        ),
     ],
 )
 def test_what_a_mean_cannot_be_over(given, message):
