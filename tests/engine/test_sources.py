@@ -164,8 +164,8 @@ def test_mean_over_prompts_that_are_not_the_pairs(variant, direction):
 def test_means_by_label(variant, direction):
     """A position that a pair has a label for takes the mean over where the dataset has it.
 
-    Any other goes by position. Labels are beyond the longest pair in one prompt, missing in another, twice at one
-    position in a third.
+    Any other goes by position. Labels are beyond the longest pair in one prompt, missing in another, twice at
+    one position in a third.
     """
     true, prompts = true_model(variant), drawn(variant)
     prompts = [p._replace(labels={"a": 1, "b": len(p.clean) - 1, "c": 0}) for p in prompts]
