@@ -5,9 +5,9 @@ dtype of its input: float64 activations and weights stay float64 throughout.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -312,35 +312,77 @@ class Hidden(NamedTuple):
     mlp_out: Tensor
 
 
+Asked = TypeVar("Asked")
+Product = TypeVar("Product")
+# A part of a block that asks for its products: it yields x [..., in] and the weights, and is sent what
+# `linear` makes of them. Others may carry out theirs together with these.
+Steps = Generator[tuple[Tensor, Linear], Tensor, None]
+Keep = Callable[..., None]  # is given activations by name, each as soon as it is there
+
+
+def carry_out(steps: Steps) -> None:
+    """Do what is asked for, one product after the other."""
+    asked = next(steps, None)
+    while asked is not None:
+        asked = sent(steps, linear(*asked))
+
+
+def sent(steps: Generator[Asked, Product, Any], done: Product) -> Asked | None:
+    """What is asked for once this is done; None: nothing more."""
+    try:
+        return steps.send(done)
+    except StopIteration:
+        return None
+
+
 def attention(x: Tensor, layer: LayerWeights, context: LayerContext, *, pattern: bool = False) -> Attended:
     """The attention of one block over whole prompts, [B, T, d_model].
 
     With `pattern` the attention probabilities are kept, [B, T, H, T].
     """
+    seen: dict[str, Any] = {}
+    carry_out(attention_steps(x, layer, context, seen.update, pattern=pattern))
+    return Attended(**seen)
+
+
+def attention_steps(
+    x: Tensor, layer: LayerWeights, context: LayerContext, keep: Keep, *, pattern: bool = False
+) -> Steps:
+    """The same in steps."""
     spec, cos, sin = context.spec, *(table[: x.shape[1]] for table in context.rope_tables)
-    q, k, v = project_qkv(normalise(x, layer.norm1, spec), layer, spec)
+    normed, parts = normalise(x, layer.norm1, spec), []
+    for part in layer.qkv:
+        parts.append((yield normed, part))
+    q, k, v = split_qkv(parts, spec)
     q_rotated, k_rotated = (
         rotate(normalise_heads(heads, norm, spec), cos, sin, context.rope)
         for heads, norm in ((q, layer.q_norm), (k, layer.k_norm))
     )
     kept = x.new_zeros(*q.shape[:3], q.shape[1]) if pattern else None
     z = attend(q_rotated, k_rotated, v, context.scores, context.fork, kept)
-    raw = linear(z.flatten(-2), layer.out)
-    attn_out = spoken(raw, layer.post1, spec)
-    return Attended(q, k, v, q_rotated, k_rotated, kept, z, raw if spec.post_norm else None, attn_out)
+    keep(q=q, k=k, v=v, q_rotated=q_rotated, k_rotated=k_rotated, pattern=kept, z=z)
+    raw = yield z.flatten(-2), layer.out
+    keep(attn_raw=raw if spec.post_norm else None, attn_out=spoken(raw, layer.post1, spec))
 
 
 def mlp(x: Tensor, attn_out: Tensor, layer: LayerWeights, spec: ModelSpec) -> Hidden:
     """The MLP of one block, of any tokens: x [..., d_model] before the block, attn_out likewise."""
+    seen: dict[str, Any] = {}
+    carry_out(mlp_steps(x, attn_out, layer, spec, seen.update))
+    return Hidden(**seen)
+
+
+def mlp_steps(x: Tensor, attn_out: Tensor, layer: LayerWeights, spec: ModelSpec, keep: Keep) -> Steps:
+    """The same in steps."""
     norm = layer.norm1 if spec.shared_norm else layer.norm2
     normed = normalise(x if spec.parallel else x + attn_out, norm, spec)
     act = activation(spec.activation)
-    up = linear(normed, layer.up)
-    gate = None if layer.gate is None else linear(normed, layer.gate)
+    up = yield normed, layer.up
+    gate = None if layer.gate is None else (yield normed, layer.gate)
     mlp_post = act(up) if gate is None else act(gate) * up
-    raw = linear(mlp_post, layer.down)
-    mlp_out = spoken(raw, layer.post2, spec)
-    return Hidden(gate, up, mlp_post, raw if spec.post_norm else None, mlp_out)
+    keep(gate=gate, up=up, mlp_post=mlp_post)
+    raw = yield mlp_post, layer.down
+    keep(mlp_raw=raw if spec.post_norm else None, mlp_out=spoken(raw, layer.post2, spec))
 
 
 def block(x: Tensor, layer: LayerWeights, context: LayerContext, *, pattern: bool = False) -> Activations:

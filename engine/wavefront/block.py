@@ -1,8 +1,8 @@
 """One layer for one block of rows: where the swaps sit, and which products rows that enter here can skip."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from deltapatch.kernels.attention import QKV, AttentionBase, Rotary, edited_head
 from deltapatch.kernels.backend import Backend
 from deltapatch.kernels.edits import Edit, Transcode, apply_edits, within
 from deltapatch.kernels.norm import Norms, Part
-from deltapatch.kernels.product import Precision, Scaled, narrow, product
+from deltapatch.kernels.product import Operand, Precision, Scaled, narrow, product
 from deltapatch.kernels.segments import Segment, cut_segments, keep_reads, read_segments
 from deltapatch.models import forward
 from deltapatch.models.spec import ModelSpec, RopeSpec, Scores
@@ -70,6 +70,23 @@ class Layer:
     last: bool
 
 
+T = TypeVar("T")
+# What asks for its products: it yields a difference and a matrix, and is sent their product.
+Steps = Generator[tuple[Scaled, Operand], Scaled, T]
+
+
+def carry_out(steps: Steps[T]) -> T:
+    """Do what is asked for, one product after the other; what comes of it."""
+    done: Scaled | None = None
+    while True:
+        try:
+            asked = next(steps) if done is None else steps.send(done)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+        done = product(*asked)
+
+
 class BlockStep:
     """One block of rows on its way through one layer.
 
@@ -92,6 +109,10 @@ class BlockStep:
         self.layer, self.segments, self.swaps, self.capture = layer, segments, swaps, capture
 
     def run(self, dx: Tensor | None, stage: int, out: Tensor, to: Tensor | None) -> None:
+        """`steps`, each product by itself."""
+        carry_out(self.steps(dx, stage, out, to))
+
+    def steps(self, dx: Tensor | None, stage: int, out: Tensor, to: Tensor | None) -> Steps[None]:
         """Write the rows' difference after the layer, [token, d_model]; after the last one where it is read.
 
         Args:
@@ -114,7 +135,7 @@ class BlockStep:
             mlp_input = other[0] if other else normed
         z: Scaled | None = None
         if stage < HEADS:
-            z = self._attention(normed)
+            z = yield from self._attention(normed)
         elif stage == HEADS:
             assert dx is not None
             z = narrow(dx, layer.precision)
@@ -123,7 +144,7 @@ class BlockStep:
             mlp_input = self._keep_reads(mlp_input)
             self.segments = read_segments(self.segments)
         before_mlp = stream[0] if stream else None  # of parallel blocks what the MLP reads, before its norm
-        attn_out = None if z is None else self._said_by_attention(z)
+        attn_out = None if z is None else (yield from self._said_by_attention(z))
         stream.append(self._part("attn_out", attn_out))
 
         through_mlp = stage in (WHOLE, MLP)
@@ -141,7 +162,7 @@ class BlockStep:
                 self._note("resid_mid", mid)
                 stream = [Part(Scaled(mid, None), [])]
                 before_mlp = stream[0]
-        said = self._mlp(mlp_input) if through_mlp else self._neurons()
+        said = (yield from self._mlp(mlp_input)) if through_mlp else self._neurons()
         self._hear(before_mlp)
         stream.append(self._part("mlp_out", self.spoken("mlp_out", said)))
         self._add_norm(stream, "resid_post", None, [], out, to)
@@ -154,9 +175,8 @@ class BlockStep:
             by: 0 for their queries, 1 for keys, 2 for values: one result each, of all heads, none of which
                 hears what another does. In the last layer where it is read.
         """
-        changes, _ = self._changes(
-            self._read_by_attention([Part(Scaled(message, None), [])], message, None)[0]
-        )
+        normed = self._read_by_attention([Part(Scaled(message, None), [])], message, None)[0]
+        changes, _ = carry_out(self._changes(normed))
         out = []
         for which in by:
             q, k, v = (d if i == which else self._zeros(d) for i, d in enumerate(changes[:3]))
@@ -173,13 +193,13 @@ class BlockStep:
         self.segments = read_segments(self.segments)
         if stage != HEADS:
             return self.said_by_mlp(dx)
-        found = self._said_by_attention(narrow(dx, self.layer.precision))
+        found = carry_out(self._said_by_attention(narrow(dx, self.layer.precision)))
         assert found is not None
         return found.plain()
 
     def said_by_mlp(self, dx: Tensor) -> Tensor:
         """What the MLP adds to the residual stream, [token, d_model], where it alone reads dx, likewise."""
-        found = self.spoken("mlp_out", self._mlp(self._read_by_mlp(dx)))
+        found = self.spoken("mlp_out", carry_out(self._mlp(self._read_by_mlp(dx))))
         assert found is not None
         return found.plain()
 
@@ -217,19 +237,19 @@ class BlockStep:
         (normed,) = self._add_norm([Part(Scaled(dx, None), [])], "", base, [norm])
         return normed
 
-    def _said_by_attention(self, z: Scaled) -> Scaled | None:
+    def _said_by_attention(self, z: Scaled) -> Steps[Scaled | None]:
         """Difference of attn_out, [token, d_model], from that of z."""
-        return self.spoken("attn_out", product(z, self.layer.weights.out))
+        return self.spoken("attn_out", (yield z, self.layer.weights.out))
 
     @property
     def _n_tokens(self) -> int:
         return sum(s.n_tokens for s in self.segments)
 
-    def _attention(self, normed: Scaled | None) -> Scaled:
+    def _attention(self, normed: Scaled | None) -> Steps[Scaled]:
         """Difference of z, [token, n_heads * d_head], from that of the attention's input, if there is one."""
         if normed is None and not self.swaps.keys() & {"q", "k", "v", "pattern"}:
             return self._heads()
-        changes, places = self._changes(normed)
+        changes, places = yield from self._changes(normed)
         z = self._attend(changes, {place: self.swaps[place] for place in places if place in self.swaps})
         self._note("z", z.values.unflatten(-1, (self.layer.spec.n_heads, self.layer.spec.d_head)))
         return z
@@ -243,12 +263,14 @@ class BlockStep:
         apply_edits(z, self.swaps.get("z", []))
         return narrow(z.flatten(1), layer.precision)
 
-    def _changes(self, normed: Scaled | None) -> tuple[QKV, list[str]]:
+    def _changes(self, normed: Scaled | None) -> Steps[tuple[QKV, list[str]]]:
         """What attention takes, from its input's change, if there is one, and which edits it does itself."""
         layer, base, spec = self.layer, self.layer.base, self.layer.spec
         scale = None
         if normed is not None:
-            parts = [product(normed, weight) for weight in layer.weights.qkv]
+            parts: list[Scaled] = []
+            for weight in layer.weights.qkv:
+                parts.append((yield normed, weight))
             q, k, v = forward.split_qkv([part.values for part in parts], spec)
             scale = parts[0].scale
         else:
@@ -324,20 +346,20 @@ class BlockStep:
             (d,) = layer.ops.add_norm([Part(d, [])], [], behind, self.segments, layer.precision.exact)
         return d if spec.residual_scale == 1 else Scaled(d.plain() * spec.residual_scale, None)
 
-    def _mlp(self, normed: Scaled | None) -> Scaled:
+    def _mlp(self, normed: Scaled | None) -> Steps[Scaled]:
         """Difference of mlp_out, [token, d_model], from that of the MLP's input."""
         assert normed is not None
         n, most = self._n_tokens, self.layer.ops.block_tokens
         swaps = self.swaps.get("mlp_post", [])
         captured = None if self.capture is None else self.capture.get("mlp_post")
         if n <= 2 * most:
-            return self._hidden(normed, self.segments, swaps, captured)
+            return (yield from self._hidden(normed, self.segments, swaps, captured))
         # Hidden neurons are many, and rows of long prompts are long: some of their tokens at a time.
         out, scale = None, None
         for tokens, segments in cut_segments(self.segments, most):
             some = Scaled(normed.values[tokens], None if normed.scale is None else normed.scale[tokens])
             there = None if captured is None else captured[tokens]
-            part = self._hidden(some, segments, within(swaps, tokens), there)
+            part = yield from self._hidden(some, segments, within(swaps, tokens), there)
             if out is None:
                 out = part.values.new_empty(n, part.values.shape[1])
                 scale = None if part.scale is None else part.scale.new_empty(n)
@@ -349,21 +371,25 @@ class BlockStep:
 
     def _hidden(
         self, normed: Scaled, segments: list[Segment], swaps: Sequence[Edit], captured: Tensor | None
-    ) -> Scaled:
+    ) -> Steps[Scaled]:
         """The same for tokens whose hidden neurons are all held."""
         layer, base = self.layer, self.layer.base
-        gate = layer.weights.gate
+        weights = layer.weights
+        up = Neurons((yield normed, weights.up), base.up)
+        gate = None
+        if weights.gate is not None and base.gate is not None:
+            gate = Neurons((yield normed, weights.gate), base.gate)
         post = layer.ops.activation_difference(
             forward.activation(layer.spec.activation),
-            Neurons(product(normed, layer.weights.up), base.up),
-            None if gate is None or base.gate is None else Neurons(product(normed, gate), base.gate),
+            up,
+            gate,
             segments,
             swaps,
             layer.precision,
         )
         if captured is not None:
             captured.copy_(post.values)
-        return product(post, layer.weights.down)
+        return (yield post, weights.down)
 
     def _neurons(self) -> Scaled | None:
         """The same for rows whose MLP input is unchanged and whose neurons are patched: no matrix product."""

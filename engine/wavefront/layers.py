@@ -106,7 +106,6 @@ class Layers:
             places: what of its source runs is needed.
         """
         rope = self.spec.rope_of(l)
-        base = self.unpatched.base(x, exact, l, self.rotaries[rope], places)
         here = Layer(
             spec=self.spec,
             rope=rope,
@@ -116,12 +115,13 @@ class Layers:
             weights=narrow_layer(exact, self.setup.precision.exact),
             norms=block_norms(exact, self.spec),
             down=exact.down.weight if "mlp_post" in places else None,
-            base=base,
+            base=self.unpatched.room(x, places),
             rotary=self.rotaries[rope],
             last=False,
         )
-        dx, captured = self.unpatched.sources(dx, here, places)
-        return Ready(here, source_differences(self.prompts, base, captured, l), base.resid_post, dx)
+        dx, captured = self.unpatched.both(dx, exact, l, here, places)
+        deltas = source_differences(self.prompts, here.base, captured, l)
+        return Ready(here, deltas, here.base.resid_post, dx)
 
     @cached_property
     def rotaries(self) -> dict[RopeSpec, Rotary]:
