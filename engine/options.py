@@ -479,8 +479,6 @@ class SweepOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.screen is not None and self.directions is not None:
-            raise DeltapatchError("sweeps along directions have no screens: leave out screen")
         if self.screen is None:
             for name in OF_SCREENS:
                 if getattr(self, name) is not None:

@@ -303,7 +303,7 @@ class _Chunk:
                 self._put_lines(g, l, row, spots, change)
                 continue
             slope = slopes[g.site.place][upload(spots[:, 2], self.model.device)]
-            self._add(g, row, spots, slope * change)
+            self._add(g, row, spots, self._product(g, row, slope, change))
 
     def _put_lines(self, g: SiteGrid, l: int, row: int, spots: np.ndarray, change: Tensor) -> None:
         """The same for a site, each gradient the mean along a line of the vector that is patched."""
@@ -313,7 +313,15 @@ class _Chunk:
                 lines = Lines(self.setup, self.prompts, i, GOES_BY[self.method.by], self.method.steps)
                 own, together = change[upload(mine, self.model.device)], g.positions == [TOGETHER]
                 slope = lines.slopes((g.site.place, l), spots[mine, 2], own, together=together)
-                self._add(g, row, spots[mine], slope * own)
+                self._add(g, row, spots[mine], self._product(g, row, slope, own))
+
+    def _product(self, g: SiteGrid, row: int, slope: Tensor, change: Tensor) -> Tensor:
+        """Gradient times change, [spot, ...] both, of each entry, or of the parts along each direction."""
+        if g.numbers is None:
+            return slope * change
+        rows = np.concatenate([self.whole.grid.vectors.arrays[n] for n in g.numbers[row].tolist()])
+        along = torch.from_numpy(rows.T).to(change)  # [d_model, direction], each of length one
+        return (slope @ along) * (change @ along)
 
     def _add(self, g: SiteGrid, row: int, spots: np.ndarray, product: Tensor) -> None:
         """Add gradient times change, [spot, ...], to the estimates: of a vector, or a head's, all of it."""

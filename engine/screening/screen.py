@@ -148,4 +148,4 @@ def listed_effects(grid: Grid, chosen: np.ndarray, pairs: list[EncodedPair]) -> 
         np.concatenate([part.row + a for part, a in zip(parts, first[:-1], strict=True)]),
         *(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS),
     )
-    return Listed(whole, labels={"effect": np.concatenate(effects)})
+    return Listed(whole, grid.vectors, {"effect": np.concatenate(effects)})

@@ -8,7 +8,7 @@ from engine_tiny import build, hf_model, pairs, random_pair, true_model, with_lo
 
 import deltapatch
 from deltapatch import AnyOf, DeltapatchError, PromptPair
-from deltapatch.engine.options import SweepOptions
+from deltapatch.engine.options import SCREENS, SweepOptions
 from deltapatch.engine.question import ask
 from deltapatch.engine.screening.estimates import Estimates, Method, reaching
 from deltapatch.engine.screening.gradients import Backward
@@ -92,6 +92,12 @@ def nearly_the_same(variant):
     ]
 
 
+def directions_of(spec, seed):
+    """Three by layer, of other lengths than one, and not orthogonal."""
+    draw = np.random.default_rng(seed)
+    return {layer: draw.normal(size=(3, spec.d_model)) for layer in range(spec.n_layers)}
+
+
 @pytest.mark.parametrize(
     ("variant", "by"),
     [
@@ -103,11 +109,19 @@ def nearly_the_same(variant):
     ],
 )
 def test_of_small_edits_they_are_the_exact_effects(variant, by):
-    """Attention probabilities too, several tokens, any of several, all positions at once."""
+    """Attention probabilities too, directions, several tokens, any of several, all positions at once."""
     model, given = nearly_the_same(variant)
-    sites = [*ALL, *([] if model.spec.parallel else ["resid_mid"])]
+    whole = [
+        "resid_pre",
+        "attn_out",
+        "mlp_out",
+        "resid_post",
+        *([] if model.spec.parallel else ["resid_mid"]),
+    ]
+    directions = {site: directions_of(model.spec, seed) for seed, site in enumerate(whole)}
+    sites = [*ALL, *whole[4:], *(f"{site}.along" for site in whole)]
     for positions in ("all", "together"):
-        options = {"sites": sites, "positions": positions, "precision": "fp64"}
+        options = {"sites": sites, "directions": directions, "positions": positions, "precision": "fp64"}
         exact = deltapatch.sweep(model, given, progress=False, noise_sample=0, **options)
         for site, got in estimated(model, given, by=by, **options).items():
             want = exact.values(by, site=site)
@@ -146,6 +160,21 @@ def test_gradients_along_the_line_of_a_vector_become_its_exact_effect(variant, p
     want = deltapatch.run(model, given, joint, precision="fp64", progress=False).values("logit_diff")
     got = np.array([heads[p, l, 0 if positions == "together" else place] for p, l, place in at])
     assert np.allclose(got, want, rtol=1e-2, atol=1e-2 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("method", SCREENS)
+def test_directions_of_a_basis_share_out_what_their_vector_has(method):
+    """In any orthonormal basis; along the axes each is its coordinate."""
+    model = deltapatch.from_transformers(hf_model("gpt2", torch.float64))
+    given = [PromptPair(*pair) for pair in pairs(true_model("gpt2"), (5, 4))]
+    width = model.spec.d_model
+    basis = np.linalg.qr(np.random.default_rng(7).normal(size=(width, width)))[0]
+    directions = {"resid_mid": 3 * basis, "mlp_out": np.eye(width)}
+    sites = ["resid_mid", "resid_mid.along", "mlp_out.dim", "mlp_out.along"]
+    found = estimated(model, given, method, steps=2, sites=sites, directions=directions)
+    close = {"rtol": 1e-9, "atol": 1e-12, "equal_nan": True}
+    np.testing.assert_allclose(found["resid_mid.along"].sum(-1), found["resid_mid"], **close)
+    np.testing.assert_allclose(found["mlp_out.along"], found["mlp_out.dim"], **close)
 
 
 @pytest.mark.parametrize("method", ["attribution", "ig-inputs", "relp"])
