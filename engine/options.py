@@ -344,8 +344,8 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions(Options):
-    """What a sweep is asked for: beside the options of every run, the grid that it patches."""
+class GridOptions(Options):
+    """The grid that a sweep patches."""
 
     sites: str | Sequence[str] = option(
         ("mlp_out", "attn_out"),
@@ -391,6 +391,12 @@ class SweepOptions(Options):
             "read": _directions_file,
         },
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenOptions(Options):
+    """What is estimated, and what of that is computed exactly."""
+
     screen: Literal["attribution", "relp", "ig-inputs", "ig-activations"] | None = option(
         None,
         "estimate all effects by gradients, and compute those of the `top` and of a random sample exactly; a "
@@ -500,6 +506,11 @@ class SweepOptions(Options):
             raise DeltapatchError("until goes on from what was found, so it has no parts: leave out shard")
         elif self.screen_limit == 0:
             raise DeltapatchError("screen_limit must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(ScreenOptions, GridOptions):
+    """What a sweep is asked for: beside the options of every run, the grid that it patches, and screens."""
 
 
 @dataclass(frozen=True, kw_only=True)

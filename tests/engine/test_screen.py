@@ -8,8 +8,9 @@ from engine_tiny import hf_model, pairs, true_model
 import deltapatch
 from deltapatch import DeltapatchError, PromptPair
 from deltapatch.engine.cluster.sweep import ray_sweep
+from deltapatch.results.estimated import ESTIMATES
 from deltapatch.results.merge import merge
-from deltapatch.results.screened import ESTIMATES, Screened, load_screened
+from deltapatch.results.screened import Screened, load_screened
 
 VARIANT = "llama-grouped"
 SITES = ["mlp_out", "z", "mlp_post", "resid_pre.dim"]
