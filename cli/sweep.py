@@ -167,7 +167,8 @@ def _sweep(
             size = in_bytes(loaded.n_bytes)
             say(f"its {size} do not fit into the memory: every pass reads them from the file", hushed)
         if dry_run and not finished:
-            from deltapatch.engine.planning.forecast import forecast, forecast_screen
+            from deltapatch.engine.planning.forecast import forecast
+            from deltapatch.engine.planning.screens import forecast_screen
 
             found = forecast_screen(question) if screened else forecast(question)
             if folder.as_json:

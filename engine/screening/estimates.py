@@ -27,7 +27,7 @@ from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid, SiteGrid
 from deltapatch.interventions.sources import DIFFERING
-from deltapatch.interventions.table import first_positions
+from deltapatch.interventions.table import first_positions, place_of
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.models import forward
@@ -132,7 +132,7 @@ class Estimates:
         return self.found
 
     @property
-    def _sites(self) -> list[SiteGrid]:
+    def sites(self) -> list[SiteGrid]:
         """Those that are swapped."""
         return self.asked.sites if isinstance(self.asked, Grid) else []
 
@@ -142,18 +142,32 @@ class Estimates:
         return 2 * self.spec.n_layers * sum(1 for _ in self.chunks())
 
     @property
+    def n_back(self) -> int:
+        """The layers that gradients go back through: those down to the lowest that is patched."""
+        if isinstance(self.asked, Listed):
+            lowest = int(self.asked.table_of_all.layer.min())
+        else:
+            lowest = min(l for g in self.sites for l in _layers_of(g))
+        return self.spec.n_layers - max(0, lowest)
+
+    @property
     def token_layers(self) -> int:
         """How many tokens go through a layer, forward or back, in all."""
-        steps, question = self.method.steps, self.question
+        steps, question, n_layers = self.method.steps, self.question, self.spec.n_layers
         total = 0
         for number in question.order:
+            passed = (1 + question.n_sources) * n_layers
             # A gradient takes the forward of a layer again, and the way back, which takes as long.
-            runs = 3 * steps if self.method.name == "ig-inputs" else 2
-            if self.method.name == "ig-activations":  # a line for each vector, in runs of its own
-                spots = [sum(1 for _ in g.spots(question.pairs[number])) for g in self._sites]
-                runs = 2 * steps * sum(n * len(g.layers) for n, g in zip(spots, self._sites, strict=True))
-            total += question.runs[number].length * (1 + question.n_sources + runs)
-        return total * self.spec.n_layers
+            if self.method.name == "ig-activations":
+                # A line for each vector, in runs of its own, and back through the layers behind it.
+                each = ((g, len(g.spots(question.pairs[number]))) for g in self.sites)
+                passed += steps * sum(n * (2 * n_layers - 1 - l) for g, n in each for l in _layers_of(g))
+            elif self.method.name == "ig-inputs":
+                passed += steps * (n_layers + 2 * self.n_back)
+            else:
+                passed += 2 * self.n_back
+            total += question.runs[number].length * passed
+        return total
 
     def chunks(self) -> Iterator[list[int]]:
         """The pairs that go together, as many as the memory budget has room for.
@@ -174,7 +188,7 @@ class Estimates:
             joined = question.shares_means and chunk and question.runs[chunk[-1]].prompt == run.prompt
             own = token * run.length + sum(
                 len(g.layers) * math.prod(widths[g.site.place]) * sum(len(at) for _, at in g.spots(pair))
-                for g in self._sites
+                for g in self.sites
                 for pair in [question.pairs[number]]
             )
             if chunk and (size + own) * self.dtype.itemsize > question.memory_budget and not joined:
@@ -275,6 +289,12 @@ class _Chunk:
 
     def _embed(self, ids: Tensor, *, positions: Tensor | None = None) -> Tensor:
         return self.model.embed(ids, self.dtype, positions=positions)
+
+
+def _layers_of(g: SiteGrid) -> list[int]:
+    """The layers of a site's places."""
+    found: list[int] = np.asarray(place_of(g.site.name, g.layers)[1]).tolist()
+    return found
 
 
 def reaching(question: Question) -> np.ndarray:

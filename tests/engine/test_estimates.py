@@ -288,12 +288,14 @@ def test_what_is_refused():
             estimated(model, given, method, **options)
 
 
+@pytest.mark.parametrize("layers", ["all", [2]])
 @pytest.mark.parametrize("method", ["attribution", "ig-inputs"])
-def test_what_they_take_is_known_beforehand(method, monkeypatch):
+def test_what_they_take_is_known_beforehand(method, layers, monkeypatch):
     """Token by token: forwards of base and source runs, and what gradients go back through."""
     model = deltapatch.from_transformers(hf_model("llama-grouped"))
     prompts = [PromptPair(*pair) for pair in pairs(true_model("llama-grouped"), (5, 3))]
-    question = ask(model, prompts, SweepOptions(sites=["z", "resid_pre"], metrics="logit_diff"))
+    asked = SweepOptions(sites=["z", "resid_pre"], layers=layers, metrics="logit_diff")
+    question = ask(model, prompts, asked)
     estimates, took = Estimates(question, Method(method, "logit_diff", 3)), []
     for kind, name, runs in ((Unpatched, "base", 1), (Unpatched, "sources", 1), (Backward, "through", 2)):
         real = getattr(kind, name)
