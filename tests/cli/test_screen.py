@@ -111,6 +111,10 @@ def test_what_does_not_go_together(command, tiny, write_pairs, ids_pair, tmp_pat
         assert said in result.err
         assert "Traceback" not in result.err
         assert not out.exists()
+    # Before anything is loaded, or a cluster looked for.
+    spread = screen(command, "nowhere", "nowhere", "--screen", "relp", "--ray", "nowhere:1", "--out", out)
+    assert spread.code == 2
+    assert "--screen and --ray do not go together: leave one out" in spread.err
     assert screen(command, tiny, pairs, "--screen", "relp", "--out", out, "--quiet").code == 0
     result = command("effects", out, "--by", "layer")
     assert result.code == 2
