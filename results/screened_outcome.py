@@ -104,4 +104,4 @@ def labels_of_file(arrays: Mapping[str, np.ndarray], verified: Outcome, n: int) 
         raise ValueError("labels")
     if (pair < 0).any() or (pair >= len(verified.pairs)).any() or (pair[effect] != verified.pair).any():
         raise ValueError("pairs")
-    return labels
+    return {"pair": pair} | labels

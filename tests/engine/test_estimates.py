@@ -76,6 +76,36 @@ def test_estimates_are_slopes_of_the_oracle(variant, source):
             assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max(), site
 
 
+@pytest.mark.parametrize("variant", ["gptj", "llama-grouped"])
+def test_estimates_of_directions_are_slopes_of_the_oracle(variant):
+    """A step of the part of the difference along each, up and down, in every layer and position."""
+    true, model = true_model(variant), deltapatch.from_transformers(hf_model(variant, torch.float64))
+    drawn = pairs(true, (5, 4), seed=4)
+    given, directions = [PromptPair(**p._asdict()) for p in drawn], directions_of(model.spec, 1)
+    found = estimated(model, given, sites="mlp_out.along", directions={"mlp_out": directions})[
+        "mlp_out.along"
+    ]
+    for number, pair in enumerate(drawn):
+        base, other = true.activations(pair.corrupted), true.activations(pair.clean)
+        cells = list(np.ndindex(true.n_layers, len(pair.clean), 3))
+        ends = []
+        for step in (STEP, -STEP):
+
+            def visit(where, layer, value, step=step, cells=cells, base=base, other=other):
+                value = value.copy()
+                for row, (l, at, which) in enumerate(cells):
+                    if (where, layer) == ("mlp_out", l):
+                        d, u = (other[where, l] - base[where, l])[at], directions[l][which]
+                        value[row, at] += step * (d @ u) / (u @ u) * u
+                return value
+
+            logits = true.forward(pair.corrupted, len(cells), visit)[:, -1]
+            ends.append(logits[:, pair.clean_answer] - logits[:, pair.corrupted_answer])
+        want = ((ends[0] - ends[1]) / (2 * STEP)).reshape(true.n_layers, len(pair.clean), 3)
+        got = found[number][:, : len(pair.clean)]
+        assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
+
+
 def nearly_the_same(variant):
     """A model with two tokens of embeddings that differ by a millionth, and pairs that differ in them."""
     model = build(variant, seed=1).double()

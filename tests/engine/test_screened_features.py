@@ -86,6 +86,34 @@ def test_of_small_rows_they_are_the_exact_effects(variant, by, source, tmp_path)
         assert np.abs(got - exact)[mine].max() <= 1e-4 * np.abs(exact[mine]).max(), place
 
 
+@pytest.mark.parametrize(("variant", "site"), [("llama-grouped", "resid_post"), ("gptj", "z")])
+def test_estimates_are_slopes_of_the_oracle(variant, site, tmp_path):
+    """A step of a thousandth of each feature's change times its row, up and down, added by hand."""
+    engine, true = model_of(variant, "fp64"), true_model(variant)
+    drawn = pairs(true, (5, 4), seed=4)
+    sae = sae_at(tmp_path, engine, site)
+    found = dp.sweep_features(
+        engine, prompt_pairs(drawn), sae, screen="attribution", precision="fp64", progress=False
+    )
+    labels, rows = found.labels, sae.rows(torch.arange(sae.d_sae)).numpy()
+    for number, pair in enumerate(drawn):
+        mine = np.flatnonzero(labels["pair"] == number)
+        add = (labels["after"] - labels["before"])[mine, None] * rows[labels["feature"][mine]]
+        ends = []
+        for step in (1e-3, -1e-3):
+
+            def visit(name, layer, value, add=step * add, at=labels["position"][mine]):
+                if (name, layer) == (site, 1):
+                    value = value.copy()
+                    value[np.arange(len(at)), at] += add.reshape(len(at), *value.shape[2:])
+                return value
+
+            logits = true.forward(pair.corrupted, len(mine), visit)[:, -1]
+            ends.append(logits[:, pair.clean_answer] - logits[:, pair.corrupted_answer])
+        want = (ends[0] - ends[1]) / 2e-3
+        assert np.linalg.norm(found.estimate()[mine] - want) <= 1e-4 * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize("screen", ["attribution", "relp", "ig-inputs"])
 def test_features_that_are_coordinates_have_their_estimates(engine, drawn, screen, tmp_path):
     """Features x and -x of each coordinate: both together move it as its swap does."""
