@@ -119,13 +119,13 @@ def work_of(estimates: Estimates) -> Work:
         runs = {number: n * estimates.method.steps for number, n in lines.items()}
         tokens, reads = sum(n * question.runs[i].length for i, n in runs.items()), sum(runs.values())
         calls += batches * (n_layers * GRADIENT + OF_LOGITS)
-        blocks, at_once, together = batches, batches, places
+        blocks, products_read, together = batches, batches, places
     else:
         steps = estimates.method.steps if name == "ig-inputs" else 1
         tokens, reads = (int(sum(sizes)) for sizes in zip(*map(_sizes, shapes), strict=True))
         calls += steps * (estimates.n_back * blocks * GRADIENT + len(chunks) * OF_LOGITS)
         calls += steps * n_layers * blocks * BASE if name == "ig-inputs" else 0
-        reads, at_once, together = steps * reads, steps * len(chunks), len(chunks)
+        reads, products_read, together = steps * reads, steps * len(chunks), len(chunks)
     numbers, products = _changes(estimates)
     return Work(
         token_layers=estimates.token_layers,
@@ -134,7 +134,7 @@ def work_of(estimates: Estimates) -> Work:
         products=products,
         calls=calls,
         in_a_block=math.ceil(tokens / blocks),
-        read_at_once=math.ceil(reads / at_once),
+        read_at_once=math.ceil(reads / products_read),
         side_by_side=math.ceil(blocks / together),
     )
 
