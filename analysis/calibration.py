@@ -4,10 +4,15 @@ import numpy as np
 
 from deltapatch.analysis.tables import Table
 from deltapatch.results.screened import Screened
+from deltapatch.results.screened_outcome import ScreenedOutcome
 
 
-def calibration(screened: Screened, metric: str | None = None, *, by_layer: bool = False) -> Table:
-    """Correlation and slope of estimates against exact effects, by site, over all that was screened.
+def calibration(
+    screened: Screened | ScreenedOutcome, metric: str | None = None, *, by_layer: bool = False
+) -> Table:
+    """Correlation and slope of estimates against exact effects, over all that was screened.
+
+    It is told by site, and of features by autoencoder.
 
     What was verified stands for all: each effect that was drawn counts as many times as the draws of its
     stratum stand for, those of the top once.
@@ -17,9 +22,9 @@ def calibration(screened: Screened, metric: str | None = None, *, by_layer: bool
         by_layer: also apart by layer.
 
     Returns:
-        Columns site, layer where asked for, verified (how many effects), pearson, spearman, and slope: the s
-        for which estimates are closest to s times the exact effects, which is 1 where they are right. NaN
-        where fewer than three are known or nothing varies.
+        Columns site (or sae), layer where asked for, verified (how many effects), pearson, spearman, and
+        slope: the s for which estimates are closest to s times the exact effects, which is 1 where they are
+        right. NaN where fewer than three are known or nothing varies.
 
     Raises:
         DeltapatchError: a metric that was not estimated.
@@ -27,8 +32,13 @@ def calibration(screened: Screened, metric: str | None = None, *, by_layer: bool
     name = screened.by if metric is None else metric
     columns, weight = screened.columns(name), screened.weights()
     estimate = screened.estimates_of_verified(name)
-    site = np.array([screened.sites.index(one) for one in columns["site"]])
-    keys = np.stack([site, columns["layer"] if by_layer else 0 * site], 1)
+    if isinstance(screened, Screened):
+        of, known = "site", np.array(screened.sites, dtype=object)
+        kind = np.array([screened.sites.index(one) for one in columns["site"]])
+    else:
+        of = "sae"
+        known, kind = np.unique(columns["sae"], return_inverse=True)
+    keys = np.stack([kind, columns["layer"] if by_layer else 0 * kind], 1)
     groups, group = np.unique(keys, axis=0, return_inverse=True)
     found: dict[str, list[float]] = {"verified": [], "pearson": [], "spearman": [], "slope": []}
     for number in range(len(groups)):
@@ -38,7 +48,7 @@ def calibration(screened: Screened, metric: str | None = None, *, by_layer: bool
         found["pearson"].append(_correlation(x, y, w))
         found["spearman"].append(_correlation(_ranks(x, w), _ranks(y, w), w))
         found["slope"].append(float((w * x * y).sum() / (w * x * x).sum()) if x.any() else float("nan"))
-    told: dict[str, np.ndarray] = {"site": np.array(screened.sites, dtype=object)[groups[:, 0]]}
+    told: dict[str, np.ndarray] = {of: known[groups[:, 0]]}
     if by_layer:
         told["layer"] = groups[:, 1]
     return Table(told | {key: np.array(column) for key, column in found.items()}, "pearson")

@@ -6,13 +6,14 @@ in both runs changes nothing, and is not run.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
 
-from deltapatch.engine.options import Options, takes
-from deltapatch.engine.sweep import run_listed
+from deltapatch.engine.options import Options, ScreenOptions, takes
+from deltapatch.engine.sweep import run_listed, screen_listed
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.features import (
     SOURCES_OF_FEATURES,
@@ -32,18 +33,29 @@ from deltapatch.models.autoencoder import Autoencoder
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
 from deltapatch.results.outcome import Outcome
+from deltapatch.results.screened_outcome import ScreenedOutcome
+
+Saes: TypeAlias = Autoencoder | Sequence[Autoencoder]
 
 
-@takes(Options)
+@overload
+def sweep_features(
+    model: Model, pairs: Pairs, autoencoders: Saes, *, screen: None = None, **options: Any
+) -> Outcome: ...
+@overload
+def sweep_features(
+    model: Model, pairs: Pairs, autoencoders: Saes, *, screen: str, **options: Any
+) -> ScreenedOutcome: ...
+@takes(ScreenOptions)
 def sweep_features(
     model: Model,
     pairs: Pairs,
-    autoencoders: Autoencoder | Sequence[Autoencoder],
+    autoencoders: Saes,
     *,
     positions: Positions = "all",
     least: float = 0.0,
     **options: Any,
-) -> Outcome:
+) -> Outcome | ScreenedOutcome:
     """Patch every feature of some autoencoders that differs between base and source run, each alone.
 
     Encoders read the unpatched runs in float64. With `source="zero"` a feature is taken out of the base run.
@@ -60,12 +72,15 @@ def sweep_features(
         among those given), `layer`, `position`, `feature`, and its activations `before` and `after`. What
         is not there has the effect 0. A
         position is told as it was asked for where that is a number, -1 for the last.
+        With `screen`, ScreenedOutcome: estimates of all that change, as (activation after - before) times the
+        decoder's row times the gradient where the autoencoder reads; the exact effects of some; and what may
+        have been missed. All that change have these `labels`.
 
     Raises:
         DeltapatchError: bad input; an autoencoder that does not fit the model; a source that no feature has.
     """
     saes = [autoencoders] if isinstance(autoencoders, Autoencoder) else list(autoencoders)
-    asked = Options(**options)
+    asked = ScreenOptions(**options)
     if asked.source not in SOURCES_OF_FEATURES:
         raise DeltapatchError(
             f"features have the sources {' and '.join(SOURCES_OF_FEATURES)}, not {asked.source!r}"
@@ -83,7 +98,10 @@ def sweep_features(
         reading = in_model(model, saes, places)
         return _listed(spec, saes, places, spots, changes_of(model, reading, places, encoded, roles), least)
 
-    return run_listed(model, pairs, make, **options)
+    if asked.screen is not None:
+        return screen_listed(model, pairs, make, asked)
+    own = {each.name: getattr(asked, each.name) for each in fields(Options)}
+    return run_listed(model, pairs, make, **own)
 
 
 def _listed(

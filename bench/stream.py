@@ -136,7 +136,8 @@ def carry_out(sweep: Sweep) -> dict[str, Any]:
     from deltapatch.bench.sides.memory import device_peak_bytes
     from deltapatch.engine.options import SweepOptions
     from deltapatch.engine.planning.costs import layer_parameters
-    from deltapatch.engine.planning.forecast import forecast, forecast_screen
+    from deltapatch.engine.planning.forecast import forecast
+    from deltapatch.engine.planning.screens import forecast_screen
     from deltapatch.engine.question import ask
     from deltapatch.results.folder import environment
     from deltapatch.results.screened import Screened

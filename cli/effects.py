@@ -108,11 +108,11 @@ def effects(
     from deltapatch.analysis.magnitudes import magnitudes
     from deltapatch.analysis.tables import averages, cells, having
     from deltapatch.results.edge_effects import EdgeEffects
+    from deltapatch.results.estimated import ESTIMATES
     from deltapatch.results.interactions import Interactions, is_of_parts
     from deltapatch.results.metrics import default_metric
     from deltapatch.results.outcome import Outcome
     from deltapatch.results.reading import read_run
-    from deltapatch.results.screened import ESTIMATES
 
     found = read_run(run)
     names = (

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from deltapatch.cli.listed import at_positions, carry_out, listing, of_pairs
+from deltapatch.cli.listed import at_positions, carry_out, of_pairs, screening
 from deltapatch.errors import DeltapatchError
 
 EXAMPLES = """\b
@@ -14,6 +14,7 @@ Examples:
   deltapatch features --model MODEL --pairs pairs.jsonl --sae SAE5 --sae SAE9 --positions last --out FEATURES
   deltapatch features --model MODEL --pairs pairs.jsonl --sae params.npz --at resid_post.20 --out FEATURES
   deltapatch features --model MODEL --pairs pairs.jsonl --sae params.npz --at mlp_in:mlp_out.20 --out FEATURES
+  deltapatch features --model MODEL --pairs pairs.jsonl --sae SAE --screen attribution --top 500 --out TOP
   deltapatch effects FEATURES --by layer,feature --top 20
 """
 
@@ -44,7 +45,7 @@ Examples:
     show_default=True,
     help="Leave out features whose activation changes by this much or less.",
 )
-@listing
+@screening
 def features(*, paths: tuple[str, ...], places: tuple[str, ...], least: float, **given: Any) -> None:
     """Patch every feature of sparse autoencoders that differs between the prompts of a pair, each alone.
 

@@ -9,12 +9,18 @@ import click
 from deltapatch.cli.loading import Loading, loading
 from deltapatch.cli.options import Command, asked, pairs_file, read_asked
 from deltapatch.cli.run_folder import RunFolder, run_folder
-from deltapatch.engine.options import Options
+from deltapatch.cli.screened import of_screen, screen_as_json
+from deltapatch.engine.options import Options, ScreenOptions
 
 
-def listing(command: Command) -> Command:
-    """The options of all that a run takes, and of where its results go."""
-    return asked(Options)(run_folder(command))
+def listing(command: Command, kind: type[Options] = Options) -> Command:
+    """The options of all that a run takes, or more, and of where its results go."""
+    return asked(kind)(run_folder(command))
+
+
+def screening(command: Command) -> Command:
+    """The same, and those of screens."""
+    return listing(command, ScreenOptions)
 
 
 def at_positions(command: Command) -> Command:
@@ -45,7 +51,7 @@ def carry_out(
     """Load, sweep, and say what was done.
 
     Args:
-        sweeping: takes model, pairs and the options of a run.
+        sweeping: takes model, pairs and the options of a run, or of a screened one.
         what: it patches, in the plural.
         positions: where, of what is patched at given ones.
 
@@ -56,10 +62,15 @@ def carry_out(
 
     at = {} if positions is None else {"positions": arguments.positions(positions)}
     model = loading.load(quiet=folder.quiet)
-    found = sweeping(model, Path(pairs_file), **at, **folder.arguments(), **read_asked(Options, given))
+    found = sweeping(model, Path(pairs_file), **at, **folder.arguments(), **read_asked(ScreenOptions, given))
+    screened = given.get("screen") is not None
     if folder.part is not None:
         folder.tell_part()
     else:
-        folder.say(f"{len(found):,} {what} patched in {found.meta['seconds']:.1f} s")
-        folder.tell({what: len(found), "pairs": len(found.pairs), "run": found.meta})
+        computed = f"{len(found.verified):,} of " if screened else ""
+        folder.say(f"{computed}{len(found):,} {what} patched in {found.meta['seconds']:.1f} s")
+        if screened:
+            folder.say(of_screen(found))
+        more = screen_as_json(found) if screened and folder.as_json else {}
+        folder.tell({what: len(found), "pairs": len(found.pairs), **more, "run": found.meta})
     return found

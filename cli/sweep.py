@@ -1,6 +1,6 @@
 """`deltapatch sweep` and `deltapatch edges`: every chosen site or edge of every pair, into a run folder."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,13 @@ from deltapatch.cli.options import (
     say,
 )
 from deltapatch.cli.run_folder import RunFolder, run_folder
+from deltapatch.cli.screened import of_screen, screen_as_json
 from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
 from deltapatch.errors import DeltapatchError
 
 if TYPE_CHECKING:
     from deltapatch.engine.cluster.worker import Report
     from deltapatch.engine.planning.forecast import Forecast
-    from deltapatch.results.screened import Screened
 
 EXAMPLES = """\b
 Examples:
@@ -167,7 +167,8 @@ def _sweep(
             size = in_bytes(loaded.n_bytes)
             say(f"its {size} do not fit into the memory: every pass reads them from the file", hushed)
         if dry_run and not finished:
-            from deltapatch.engine.planning.forecast import forecast, forecast_screen
+            from deltapatch.engine.planning.forecast import forecast
+            from deltapatch.engine.planning.screens import forecast_screen
 
             found = forecast_screen(question) if screened else forecast(question)
             if folder.as_json:
@@ -193,7 +194,7 @@ def _sweep(
         if caveat := effects.caveat():
             say(caveat, quiet)
         if screened:
-            say(_of_screen(effects), quiet)
+            say(of_screen(effects), quiet)
     folder.tell(
         {
             **plan,
@@ -201,28 +202,10 @@ def _sweep(
             "memory_budget": effects.meta.get("memory_budget"),
             "accuracy": effects.accuracy(),
             **effects.shapes(),
-            **(_screen_as_json(effects) if screened and folder.as_json else {}),
+            **(screen_as_json(effects) if screened and folder.as_json else {}),
             "run": effects.meta,
         }
     )
-
-
-def _of_screen(found: "Screened") -> str:
-    """What a screened sweep says of itself, in words."""
-    from deltapatch.analysis.calibration import calibration
-
-    verdict = "" if found.verdict is None else f"\n{found.verdict}"
-    return f"{found}\n{calibration(found)}\n{found.missed(confidence=found.confidence)}{verdict}"
-
-
-def _screen_as_json(found: "Screened") -> dict[str, Any]:
-    """The same for programs."""
-    from deltapatch.analysis.calibration import calibration
-
-    columns = {name: column.tolist() for name, column in calibration(found).columns.items()}
-    missed = found.missed(confidence=found.confidence)
-    said = {"verified": len(found.verified), "missed": asdict(missed), "calibration": columns}
-    return said if found.goal is None else said | {"recall": missed.recall, "reached": found.reached}
 
 
 def _plan(found: "Forecast", stream: bool) -> str:

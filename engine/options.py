@@ -346,8 +346,8 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions(Options):
-    """What a sweep is asked for: beside the options of every run, the grid that it patches."""
+class GridOptions(Options):
+    """The grid that a sweep patches."""
 
     sites: str | Sequence[str] = option(
         ("mlp_out", "attn_out"),
@@ -393,6 +393,12 @@ class SweepOptions(Options):
             "read": _directions_file,
         },
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenOptions(Options):
+    """What is estimated, and what of that is computed exactly."""
+
     screen: Literal["attribution", "relp", "ig-inputs", "ig-activations"] | None = option(
         None,
         "estimate all effects by gradients, and compute those of the `top` and of a random sample exactly; a "
@@ -481,8 +487,6 @@ class SweepOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.screen is not None and self.directions is not None:
-            raise DeltapatchError("sweeps along directions have no screens: leave out screen")
         if self.screen is None:
             for name in OF_SCREENS:
                 if getattr(self, name) is not None:
@@ -504,6 +508,11 @@ class SweepOptions(Options):
             raise DeltapatchError("until goes on from what was found, so it has no parts: leave out shard")
         elif self.screen_limit == 0:
             raise DeltapatchError("screen_limit must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(ScreenOptions, GridOptions):
+    """What a sweep is asked for: beside the options of every run, the grid that it patches, and screens."""
 
 
 @dataclass(frozen=True, kw_only=True)

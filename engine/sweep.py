@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 
 from deltapatch.engine.audit import Audit
-from deltapatch.engine.options import EdgeOptions, Options, SweepOptions, takes
+from deltapatch.engine.options import EdgeOptions, Options, ScreenOptions, SweepOptions, takes
 from deltapatch.engine.passes import at_work, passes, progress_of, run_pass
 from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.question import Decided, Question, ask
@@ -38,14 +38,18 @@ from deltapatch.models.surroundings import undisturbed
 from deltapatch.results.checkpoint import Unfinished, tidy, unfinished
 from deltapatch.results.edge_effects import EdgeEffects
 from deltapatch.results.effects import Effects
+from deltapatch.results.estimated import Estimated
 from deltapatch.results.folder import RUN, check_output
 from deltapatch.results.manifest import Manifest
 from deltapatch.results.measured import Found, Gathered, with_axes
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.reading import read_run
 from deltapatch.results.screened import Screened, load_screened
+from deltapatch.results.screened_outcome import ScreenedOutcome
 from deltapatch.results.truth import Truth
 from deltapatch.results.wired_outcome import WiredOutcome
+
+Make = Callable[[ModelSpec, list[EncodedPair]], Listed]  # makes interventions, of a model and its pairs
 
 
 @overload
@@ -73,7 +77,9 @@ def sweep(model: Model, pairs: Pairs, **options: Any) -> Effects | Screened:
     """
     asked = SweepOptions(**options)
     if asked.screen is not None:
-        return _screened(model, pairs, asked)
+        screened = _screened(model, pairs, asked)
+        assert isinstance(screened, Screened)
+        return screened
     found = _answer(model, pairs, asked, None)
     assert isinstance(found, Effects)
     return found
@@ -152,9 +158,7 @@ def run(
 
 
 @undisturbed()
-def run_listed(
-    model: Model, pairs: Pairs, make: Callable[[ModelSpec, list[EncodedPair]], Listed], **options: Any
-) -> Outcome:
+def run_listed(model: Model, pairs: Pairs, make: Make, **options: Any) -> Outcome:
     """Carry out interventions that are made as arrays.
 
     Args:
@@ -170,11 +174,31 @@ def run_listed(
     return outcome
 
 
-def _screened(model: Model, pairs: Pairs, options: SweepOptions) -> Screened:
-    """Estimate, verify, and keep both where that is asked for. Parts have what they did themselves."""
+@undisturbed()
+def screen_listed(model: Model, pairs: Pairs, make: Make, options: ScreenOptions) -> ScreenedOutcome:
+    """Estimate interventions that are made as arrays and add vectors, and carry some of them out.
+
+    Args:
+        model, pairs, make: as of `run_listed`.
+        options: with a screen.
+
+    Raises:
+        DeltapatchError: bad input, one clear sentence.
+    """
+    found = _screened(model, pairs, options, make)
+    assert isinstance(found, ScreenedOutcome)
+    return found
+
+
+def _screened(model: Model, pairs: Pairs, options: ScreenOptions, make: Make | None = None) -> Estimated:
+    """Estimate, verify, and keep both where that is asked for. Parts have what they did themselves.
+
+    Args:
+        make: of what is no grid, as of `run_listed`.
+    """
     if options.out is not None and not options.resume and options.part is None:
         check_output(options.out)
-    screen = Screen(model, pairs, options)
+    screen = Screen(model, pairs, options, make)
     if options.until is not None:
         return _until(model, pairs, screen)
     choice = screen.choose()
@@ -186,7 +210,7 @@ def _screened(model: Model, pairs: Pairs, options: SweepOptions) -> Screened:
     return found
 
 
-def _until(model: Model, pairs: Pairs, screen: Screen) -> Screened:
+def _until(model: Model, pairs: Pairs, screen: Screen) -> Estimated:
     """Verify in rounds, each a run of its own; in a run folder theirs are kept until the last is done."""
 
     def verify(folder: Path | None, effects: np.ndarray, number: int) -> Outcome:
@@ -216,7 +240,7 @@ def _answer(
     model: Model,
     pairs: Pairs,
     options: Options,
-    interventions: list[Intervention] | Callable[[ModelSpec, list[EncodedPair]], Listed] | None,
+    interventions: list[Intervention] | Make | None,
 ) -> Found:
     """Ask, carry the passes out, and put what they found in order."""
     joins = options.resume or options.part is not None

@@ -1,24 +1,19 @@
 """How long a run will take: the FLOPs, numbers and bytes of its plan over the rates of this machine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from deltapatch.engine.audit import Audit
-from deltapatch.engine.options import SweepOptions
 from deltapatch.engine.passes import at_work
 from deltapatch.engine.planning.costs import layer_parameters
 from deltapatch.engine.planning.plan import Plan, plan
 from deltapatch.engine.planning.rates import Rates, measure
 from deltapatch.engine.question import Question
-from deltapatch.engine.screening.estimates import reaching
-from deltapatch.engine.screening.screen import estimates_of, first_sizes, listed_effects, verified_with
 from deltapatch.engine.wavefront.layout import how_many_blocks
-from deltapatch.interventions.grid import Grid
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.kernels.readout_tail import worth_a_tail
+from deltapatch.models.spec import ModelSpec
 
 # Operations of a block in a layer, and of a pass in a layer, whatever their sizes.
 _CALLS, _CALLS_OF_PASS = 200, 800
@@ -26,7 +21,7 @@ _CALLS, _CALLS_OF_PASS = 200, 800
 # the activation of a hidden neuron takes.
 _NORMS, _SCORES, _ENTRIES = 4.0, 2.0, 0.5
 # What runs by itself, from the cache, in a measurement is slower beside all the rest.
-_BESIDE_OTHERS = 0.85
+BESIDE_OTHERS = 0.85
 _EXPANDED = 0.15  # of a read-out that is expanded, what is left (readout_tail.py)
 _ROWS_MADE = 1e6  # interventions a second that tables are made of, cut and put together again
 
@@ -90,42 +85,6 @@ def forecasts(questions: Sequence[Question], timed: bool = True) -> list[Forecas
     return out
 
 
-def forecast_screen(question: Question) -> Forecast:
-    """What a screened sweep will do: estimate everything, and compute as many effects as it begins with.
-
-    Which these are is known only when all is estimated, so as many are counted that are drawn from all. What
-    is verified takes less where it is in late layers, and more where it is in early ones. With `until`, more
-    may be needed.
-
-    Args:
-        question: of a sweep with a screen.
-
-    Returns:
-        The forecast of what is verified; its `seconds` have "estimates" beside the rest.
-
-    Raises:
-        DeltapatchError: bad input; the memory budget has no room for one intervention.
-    """
-    options, grid, model = question.options, question.interventions, question.model
-    assert isinstance(options, SweepOptions)
-    assert isinstance(grid, Grid)
-    estimates, can = estimates_of(question), np.flatnonzero(reaching(question))
-    drawn = np.random.default_rng(options.seed).permutation(can)[: max(1, sum(first_sizes(options)))]
-    verified = replace(
-        question,
-        options=verified_with(model, options),
-        interventions=listed_effects(grid, drawn, question.pairs),
-    )
-    found = forecast(verified)
-    assert found.seconds is not None
-    with at_work(question) as pool:
-        rates = measure(question, estimates.setup.precision, pool)
-    spent = 2 * layer_parameters(model.spec) * estimates.token_layers / rates.exact / _BESIDE_OTHERS
-    if model.stream:  # which is read forwards and back
-        spent = max(spent, 2 * sum(1 for _ in estimates.chunks()) * model.n_bytes / rates.file)
-    return replace(found, seconds={"estimates": spent, **found.seconds})
-
-
 def seconds(
     question: Question, plan: Plan, precision: Precision, rates: Rates, audit: Audit, threads: int
 ) -> dict[str, float]:
@@ -141,9 +100,7 @@ def seconds(
     spec, model, n_passes = question.model.spec, question.model, len(plan.passes)
     layer, n_layers = layer_parameters(spec), spec.n_layers
     keys = max(run.length for run in question.runs)
-    beside = (
-        spec.d_mlp + _NORMS * spec.d_model + _SCORES * spec.n_heads * keys
-    )  # numbers of a token in a layer
+    beside = numbers_beside(spec, keys)
     base, reads = (sum(getattr(used, name) for used in plan.passes) for name in ("base_tokens", "reads"))
     row_reads = sum(used.row_reads for used in plan.passes)
     flying = float(plan.in_flight.sum())
@@ -172,11 +129,16 @@ def seconds(
     for name in audit.expects() if audit.sample else []:
         again = audit.takes() / rates.exact / (1 if PRECISIONS[name].base.itemsize == 8 else 2)
         found["noise floor"] = found.get("noise floor", 0.0) + again
-    found = {name: spent / _BESIDE_OTHERS for name, spent in found.items()}
+    found = {name: spent / BESIDE_OTHERS for name, spent in found.items()}
     if model.stream:  # what is computed meanwhile hides some of it
         reading = n_passes * model.n_bytes / rates.file
         found["waiting for the file"] = max(reading - sum(found.values()), reading / max(1, n_layers))
     return found
+
+
+def numbers_beside(spec: ModelSpec, keys: int) -> float:
+    """Numbers of a token in a layer that are worked through beside products, with so many keys."""
+    return spec.d_mlp + _NORMS * spec.d_model + _SCORES * spec.n_heads * keys
 
 
 def _expands(question: Question, precision: Precision, row_reads: int, reads: int) -> bool:

@@ -43,12 +43,21 @@ class Rates:
     file: float = float("inf")
 
 
-def measure(question: Question, precision: Precision, pool: Pool) -> Rates:
+def measure(
+    question: Question,
+    precision: Precision,
+    pool: Pool,
+    *,
+    in_a_block: int | None = None,
+    read_at_once: int | None = None,
+) -> Rates:
     """The rates of this machine at a model's shapes.
 
     Args:
         precision: of the run.
         pool: does blocks, as in the run itself.
+        in_a_block: tokens that products are of; as many as a full block has unless given.
+        read_at_once: the same of products with the unembedding.
     """
     spec, model = question.model.spec, question.model
     tokens = question.backend.block_tokens
@@ -60,9 +69,10 @@ def measure(question: Question, precision: Precision, pool: Pool) -> Rates:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, device=model.device, dtype=precision.base)
 
-    def rate_of(in_: Precision, n: int) -> float:
-        d, weight = drawn(tokens, spec.d_model), narrow_weight(drawn(n, spec.d_model), in_)
-        return 2 * tokens * n * spec.d_model / _seconds(lambda: _multiply(d, weight, in_), model.device, pool)
+    def rate_of(in_: Precision, n: int, rows: int | None) -> float:
+        rows = rows or tokens
+        d, weight = drawn(rows, spec.d_model), narrow_weight(drawn(n, spec.d_model), in_)
+        return 2 * rows * n * spec.d_model / _seconds(lambda: _multiply(d, weight, in_), model.device, pool)
 
     act, run = forward.activation(spec.activation), [Segment(0, 1, 1, tokens, 0, 1)]
     base, d = drawn(1, hidden), drawn(tokens, hidden)
@@ -77,9 +87,9 @@ def measure(question: Question, precision: Precision, pool: Pool) -> Rates:
     little = drawn(8)
     small = _seconds(lambda: [little.add(1) for _ in range(_SMALL)], model.device, pool)
     return Rates(
-        products=rate_of(precision, hidden) * pool.count,
-        exact=rate_of(exact, hidden) * pool.count,
-        read_out=rate_of(precision, vocabulary) * pool.count,
+        products=rate_of(precision, hidden, in_a_block) * pool.count,
+        exact=rate_of(exact, hidden, in_a_block) * pool.count,
+        read_out=rate_of(precision, vocabulary, read_at_once) * pool.count,
         numbers=tokens * hidden / _seconds(activate, model.device, pool) * pool.count,
         weights=matrix.numel() / narrowed,
         calls=_SMALL / small * pool.count,

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.question import Question
+from deltapatch.engine.screening.added import Added
 from deltapatch.engine.screening.gradients import Backward
 from deltapatch.engine.screening.lines import Lines
+from deltapatch.engine.screening.swapped import Swapped
 from deltapatch.engine.wavefront.layers import Layers
 from deltapatch.engine.wavefront.pool import Pool, workers
 from deltapatch.engine.wavefront.prompts import EMBEDDING, Prompts, prompts_of
@@ -22,9 +24,10 @@ from deltapatch.engine.wavefront.reads import Reads
 from deltapatch.engine.wavefront.setup import Setup
 from deltapatch.engine.wavefront.unpatched import Unpatched
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid, SiteGrid
 from deltapatch.interventions.sources import DIFFERING
-from deltapatch.interventions.table import TOGETHER, place_of
+from deltapatch.interventions.table import first_positions, place_of
 from deltapatch.kernels.device import upload
 from deltapatch.kernels.product import PRECISIONS
 from deltapatch.models import forward
@@ -53,10 +56,10 @@ class Method:
 
 
 class Estimates:
-    """Estimates the effects of a grid.
+    """Estimates the effects of a grid of swaps, or of a list of vectors that are added.
 
     Args:
-        question: of a sweep.
+        question: of a sweep, or of features.
         method: how.
 
     Raises:
@@ -64,19 +67,25 @@ class Estimates:
     """
 
     def __init__(self, question: Question, method: Method) -> None:
-        assert isinstance(question.interventions, Grid)
-        self.question, self.method, self.grid = question, method, question.interventions
+        assert isinstance(question.interventions, Grid | Listed)
+        self.question, self.method, self.asked = question, method, question.interventions
         self.model, self.spec = question.model, question.model.spec
         wide = "fp64" in (question.options.precision, {torch.float64: "fp64"}.get(self.model.dtype))
         self.setup = Setup(self.model, PRECISIONS["fp64" if wide else "fp32"], question.backend, Pool())
         self.dtype = self.setup.precision.base
-        self.found = np.full(self.grid.n_effects, np.nan, np.float64 if wide else np.float32)
+        self.found = np.full(self.asked.n_effects, np.nan, np.float64 if wide else np.float32)
         self._check()
 
     def _check(self) -> None:
         name, source = self.method.name, self.question.options.source
+        swaps = isinstance(self.asked, Grid)
+        if name == "ig-activations" and not swaps:
+            raise DeltapatchError(
+                "screen 'ig-activations' has no lines for features: use attribution, relp or ig-inputs"
+            )
         for number, pair in enumerate(self.question.pairs):
-            if not self.question.roles.in_step(pair):
+            # Added vectors and gradients of the base run need no source run.
+            if (swaps or name == "ig-inputs") and not self.question.roles.in_step(pair):
                 raise DeltapatchError(
                     "a screen needs prompts that line up position by position, and those of pair "
                     f"{number} (of {len(pair.clean)} and {len(pair.corrupted)} tokens) do not: leave it out"
@@ -86,7 +95,7 @@ class Estimates:
                 f"screen 'ig-inputs' goes from one prompt's embeddings to another's, and the source {source} "
                 "is no prompt: use attribution, or another source"
             )
-        places = self.grid.places
+        places = self.asked.places
         if name == "relp" and (no := sorted(places & {"q", "k", "pattern"})):
             raise DeltapatchError(
                 f"screen 'relp' holds attention probabilities constant, so it says nothing of {no[0]}: "
@@ -123,23 +132,42 @@ class Estimates:
         return self.found
 
     @property
+    def sites(self) -> list[SiteGrid]:
+        """Those that are swapped."""
+        return self.asked.sites if isinstance(self.asked, Grid) else []
+
+    @property
     def n_steps(self) -> int:
         """How often `run` ticks."""
         return 2 * self.spec.n_layers * sum(1 for _ in self.chunks())
 
     @property
+    def n_back(self) -> int:
+        """The layers that gradients go back through: those down to the lowest that is patched."""
+        if isinstance(self.asked, Listed):
+            lowest = int(self.asked.table_of_all.layer.min())
+        else:
+            lowest = min(l for g in self.sites for l in _layers_of(g))
+        return self.spec.n_layers - max(0, lowest)
+
+    @property
     def token_layers(self) -> int:
         """How many tokens go through a layer, forward or back, in all."""
-        steps, question = self.method.steps, self.question
+        steps, question, n_layers = self.method.steps, self.question, self.spec.n_layers
         total = 0
         for number in question.order:
+            passed = (1 + question.n_sources) * n_layers
             # A gradient takes the forward of a layer again, and the way back, which takes as long.
-            runs = 3 * steps if self.method.name == "ig-inputs" else 2
-            if self.method.name == "ig-activations":  # a line for each vector, in runs of its own
-                spots = [sum(1 for _ in g.spots(question.pairs[number])) for g in self.grid.sites]
-                runs = 2 * steps * sum(n * len(g.layers) for n, g in zip(spots, self.grid.sites, strict=True))
-            total += question.runs[number].length * (1 + question.n_sources + runs)
-        return total * self.spec.n_layers
+            if self.method.name == "ig-activations":
+                # A line for each vector, in runs of its own, and back through the layers behind it.
+                each = ((g, len(g.spots(question.pairs[number]))) for g in self.sites)
+                passed += steps * sum(n * (2 * n_layers - 1 - l) for g, n in each for l in _layers_of(g))
+            elif self.method.name == "ig-inputs":
+                passed += steps * (n_layers + 2 * self.n_back)
+            else:
+                passed += 2 * self.n_back
+            total += question.runs[number].length * passed
+        return total
 
     def chunks(self) -> Iterator[list[int]]:
         """The pairs that go together, as many as the memory budget has room for.
@@ -149,7 +177,7 @@ class Estimates:
         question, spec = self.question, self.spec
         widths = forward.widths(spec, max(run.length for run in question.runs))
         held = sum(
-            math.prod(w) for name, w in widths.items() if name != "pattern" or name in self.grid.places
+            math.prod(w) for name, w in widths.items() if name != "pattern" or name in self.asked.places
         )
         runs = self.method.steps if self.method.name == "ig-inputs" else 1
         token = _HELD * held + (spec.n_layers + 1) * spec.d_model * runs  # numbers that one takes
@@ -160,7 +188,7 @@ class Estimates:
             joined = question.shares_means and chunk and question.runs[chunk[-1]].prompt == run.prompt
             own = token * run.length + sum(
                 len(g.layers) * math.prod(widths[g.site.place]) * sum(len(at) for _, at in g.spots(pair))
-                for g in self.grid.sites
+                for g in self.sites
                 for pair in [question.pairs[number]]
             )
             if chunk and (size + own) * self.dtype.itemsize > question.memory_budget and not joined:
@@ -187,36 +215,28 @@ class _Chunk:
         self.shapes = self.prompts.shapes
         self.layers = Layers(setup, self.prompts, Unpatched(setup, self.prompts))
         self.backward = Backward(setup, self.shapes, relp=self.method.name == "relp")
-        self.changes: dict[tuple[str, int], Tensor] = {}  # (site, row): [spot, ...], until they are used
-        # Where the patches of a site are: which pair and column each is of, and its base token.
-        self.spots = {
-            g.site.name: np.array(
-                [
-                    (number, column, int(self.shapes.base[i]) + at)
-                    for i, number in enumerate(numbers)
-                    for column, joined in g.spots(whole.question.pairs[number])
-                    for at in joined
-                ]
-            ).reshape(-1, 3)
-            for g in whole.grid.sites
-        }
+        question, found = whole.question, whole.found
+        self.part: Swapped | Added
+        if isinstance(question.interventions, Grid):
+            lines = self._lines if self.method.name == "ig-activations" else None
+            self.part = Swapped(question, found, numbers, self.prompts, lines)
+        else:
+            self.part = Added(question, found, numbers, self.prompts)
 
     def run(self, tick: Callable[[int], None]) -> None:
         """Forward, back, and the products."""
-        for g in self.whole.grid.sites:
-            pair, column, _ = self.spots[g.site.name].T
-            self._of(g)[pair, :, column] = 0
         runs, slopes = self._forward(tick)
-        places = {
-            l: sorted({g.site.place for g, at in self._sites() if l in at})
-            for l in range(-1, self.spec.n_layers)
-        }
-        for l in range(self.spec.n_layers - 1, min(l for l, here in places.items() if here) - 1, -1):
+        places = {l: self.part.places(l) for l in range(-1, self.spec.n_layers)}
+        lowest = min((l for l, here in places.items() if here), default=self.spec.n_layers)
+        for l in range(self.spec.n_layers - 1, lowest - 1, -1):
             if l < 0:
-                self._put(l, {"resid_post": torch.stack(slopes).mean(0)} if slopes else {})
+                self.part.put(l, {"resid_post": torch.stack(slopes).mean(0)} if slopes else {})
                 break
-            self._put(l, self._back(l, runs, slopes, places[l]) if runs else {})
+            self.part.put(l, self._back(l, runs, slopes, places[l]) if runs else {})
             tick(1)
+
+    def _lines(self, pair: int) -> Lines:
+        return Lines(self.setup, self.prompts, pair, GOES_BY[self.method.by], self.method.steps)
 
     def _back(
         self, l: int, runs: list[list[Tensor]], slopes: list[Tensor], places: list[str]
@@ -248,7 +268,7 @@ class _Chunk:
         # Runs whose embeddings lie between those of both prompts, or the base run itself.
         others = [x + share * way for share in shares]
         before: list[list[Tensor]] = [[] for _ in others or [x]]
-        self._keep(-1, {"resid_post": self.prompts.delta(x, dx, EMBEDDING)})
+        self.part.keep(-1, {"resid_post": self.prompts.delta(x, dx, EMBEDDING)})
         convert = Converter(self.model.device, self.dtype)
         with self.model.reading() as read:
             for l in range(self.spec.n_layers):
@@ -257,8 +277,8 @@ class _Chunk:
                 for run, now in zip(before, others or [x], strict=True):
                     run.append(now)
                 others = [self.layers.unpatched.base(now, exact, l, rotary, ()).resid_post for now in others]
-                ready = self.layers.at(l, exact, x, dx, sorted({g.site.place for g, _, _ in self._here(l)}))
-                self._keep(l, ready.deltas)
+                ready = self.layers.at(l, exact, x, dx, self.part.places(l))
+                self.part.keep(l, ready.deltas)
                 x, dx = ready.x, ready.dx
                 tick(1)
             ends = read.ends()
@@ -267,59 +287,14 @@ class _Chunk:
         reads, by = Reads(self.shapes, self.prompts.targets), GOES_BY[self.method.by]
         return before, [self.backward.of_logits(end, ends, reads, by) for end in others or [x]]
 
-    def _keep(self, l: int, deltas: dict[str, Tensor]) -> None:
-        """Keep (source - base) of what is patched at a layer, where it is patched."""
-        for g, row, spots in self._here(l):
-            delta = deltas[g.site.place]
-            token = upload(self.prompts.source_token(spots[:, 2]), self.model.device)
-            self.changes[g.site.name, row] = delta[token]
-
     def _embed(self, ids: Tensor, *, positions: Tensor | None = None) -> Tensor:
         return self.model.embed(ids, self.dtype, positions=positions)
 
-    def _sites(self) -> Iterator[tuple[SiteGrid, np.ndarray]]:
-        """The sites, and the layers of their places."""
-        return ((g, np.asarray(place_of(g.site.name, g.layers)[1])) for g in self.whole.grid.sites)
 
-    def _of(self, g: SiteGrid) -> np.ndarray:
-        """The estimates of a site, [pair, layer, position, ...]."""
-        shape = g.shape(self.whole.grid.n_pairs)
-        return self.whole.found[g.offset : g.offset + int(np.prod(shape))].reshape(shape)
-
-    def _here(self, l: int) -> Iterator[tuple[SiteGrid, int, np.ndarray]]:
-        """The sites that have patches at a layer: which of their layers it is, and where they can matter."""
-        prompt = np.zeros(self.whole.grid.n_pairs, dtype=np.int64)
-        prompt[self.numbers] = self.shapes.base + self.shapes.prompt
-        for g, at in self._sites():
-            spots = self.spots[g.site.name]
-            for row in np.flatnonzero(at == l).tolist():
-                yield g, row, spots[spots[:, 2] < prompt[spots[:, 0]]]
-
-    def _put(self, l: int, slopes: dict[str, Tensor]) -> None:
-        """What patches of a layer are estimated to do: gradients, by place, times what they change there."""
-        for g, row, spots in self._here(l):
-            change = self.changes.pop((g.site.name, row))
-            if self.method.name == "ig-activations":
-                self._put_lines(g, l, row, spots, change)
-                continue
-            slope = slopes[g.site.place][upload(spots[:, 2], self.model.device)]
-            self._add(g, row, spots, slope * change)
-
-    def _put_lines(self, g: SiteGrid, l: int, row: int, spots: np.ndarray, change: Tensor) -> None:
-        """The same for a site, each gradient the mean along a line of the vector that is patched."""
-        for i, number in enumerate(self.numbers):
-            mine = np.flatnonzero(spots[:, 0] == number)
-            if len(mine):
-                lines = Lines(self.setup, self.prompts, i, GOES_BY[self.method.by], self.method.steps)
-                own, together = change[upload(mine, self.model.device)], g.positions == [TOGETHER]
-                slope = lines.slopes((g.site.place, l), spots[mine, 2], own, together=together)
-                self._add(g, row, spots[mine], slope * own)
-
-    def _add(self, g: SiteGrid, row: int, spots: np.ndarray, product: Tensor) -> None:
-        """Add gradient times change, [spot, ...], to the estimates: of a vector, or a head's, all of it."""
-        axes = {"": 1, "head": 2}.get(g.site.index.counts)
-        change = product if axes is None else product.flatten(axes).sum(axes)
-        np.add.at(self._of(g)[:, row], (spots[:, 0], spots[:, 1]), change.cpu().numpy())
+def _layers_of(g: SiteGrid) -> list[int]:
+    """The layers of a site's places."""
+    found: list[int] = np.asarray(place_of(g.site.name, g.layers)[1]).tolist()
+    return found
 
 
 def reaching(question: Question) -> np.ndarray:
@@ -328,6 +303,9 @@ def reaching(question: Question) -> np.ndarray:
     What is behind the read-out has no effect, and neither has what brings what is there already: of sources
     that are one of a pair's two prompts, all before the first position at which these differ.
     """
+    if isinstance(question.interventions, Listed):  # which adds something, each
+        table = question.interventions.table_of_all
+        return first_positions(table) < np.array([run.prompt for run in question.runs])[table.pair]
     assert isinstance(question.interventions, Grid)
     out = np.zeros(question.interventions.n_effects, dtype=bool)
     for g in question.interventions.sites:

@@ -49,7 +49,7 @@ class Lines:
             [spot, ...].
         """
         line = np.zeros(len(token), np.int64) if together else np.arange(len(token))
-        most = len(token) if together else max(1, _TOKENS // (self.length * self.steps))
+        most = len(token) if together else at_once(self.length, self.steps)
         out = torch.empty_like(change)
 
         def take(piece: slice) -> None:
@@ -78,3 +78,8 @@ class Lines:
             said = log_probabilities(logits, upload(self.targets, device).expand(n, -1, -1))
             (slope,) = torch.autograd.grad((said @ said.new_tensor(self.answers)).sum(), moved)
         return slope.mean(0)
+
+
+def at_once(length: int, steps: int) -> int:
+    """How many lines of a run of so many tokens go through the model together."""
+    return max(1, _TOKENS // (length * steps))

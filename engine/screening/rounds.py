@@ -13,14 +13,14 @@ from itertools import count
 import numpy as np
 
 from deltapatch.engine.screening.screen import SAMPLE_UNLESS_GIVEN, Screen, first_sizes
+from deltapatch.results.estimated import Choice, Estimated
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.recall import Recall, in_round
-from deltapatch.results.screened import Choice, Screened
 
 Verify = Callable[[np.ndarray, int], Outcome]
 
 
-def verify_until(screen: Screen, verify: Verify) -> Screened:
+def verify_until(screen: Screen, verify: Verify) -> Estimated:
     """Verify until it is enough.
 
     Args:
@@ -43,7 +43,7 @@ class _Rounds:
         self.large = np.zeros(len(screen.estimates), dtype=bool)  # of what was verified
         self.parts: list[Outcome] = []
 
-    def run(self) -> Screened:
+    def run(self) -> Estimated:
         """All of them."""
         top = self._top()
         choice = self.screen.choose_nested(top, 0)

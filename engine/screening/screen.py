@@ -4,12 +4,13 @@ Exact are those of the largest estimates, and of a random sample of all others t
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from deltapatch.engine.options import SweepOptions
+from deltapatch.engine.options import ScreenOptions
 from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.question import Question, ask
 from deltapatch.engine.screening.estimates import Estimates, Method, reaching
@@ -18,11 +19,15 @@ from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
+from deltapatch.interventions.sites import PLACES, SITES
 from deltapatch.interventions.table import COLUMNS, PatchTable, take
+from deltapatch.interventions.vectors import Vectors
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
+from deltapatch.results.estimated import NOTHING, TOP, Choice
 from deltapatch.results.outcome import Outcome
-from deltapatch.results.screened import NOTHING, TOP, Choice, Screened
+from deltapatch.results.screened import Screened
+from deltapatch.results.screened_outcome import ScreenedOutcome
 from deltapatch.results.strata import Strata, cut, draw
 
 SAMPLE_UNLESS_GIVEN = 1000
@@ -34,7 +39,8 @@ class Screen:
 
     Args:
         model, pairs: as of `sweep`.
-        options: with a screen.
+        options: with a screen; of a sweep's grid, where nothing else is given.
+        make: makes interventions that add vectors, of the model's spec and the pairs.
 
     Attributes:
         options: of the exact effects. In precision "auto" they are float32, or float64 as the model is.
@@ -45,10 +51,16 @@ class Screen:
         DeltapatchError: bad input, or a screen that does not go together with it.
     """
 
-    def __init__(self, model: Model, pairs: Pairs, options: SweepOptions) -> None:
-        question = ask(model, pairs, options)
-        assert isinstance(question.interventions, Grid)
-        self.grid, self.spec, self.pairs = question.interventions, model.spec, question.pairs
+    def __init__(
+        self,
+        model: Model,
+        pairs: Pairs,
+        options: ScreenOptions,
+        make: Callable[[ModelSpec, list[EncodedPair]], Listed] | None = None,
+    ) -> None:
+        question = ask(model, pairs, options, make)
+        assert isinstance(question.interventions, Grid | Listed)
+        self.asked, self.spec, self.pairs = question.interventions, model.spec, question.pairs
         self.options = verified_with(model, options)
         estimates = estimates_of(question)
         self.by = estimates.method.by
@@ -85,10 +97,7 @@ class Screen:
         The largest of each pair is at the top too, so that every pair is run.
         """
         can, size = self.can, np.abs(self.estimates[self.can])
-        site, pair = np.zeros((2, len(can)), dtype=np.int64)
-        for number, g in enumerate(self.grid.sites):
-            mine = can >= g.offset
-            site[mine], pair[mine] = number, (can[mine] - g.offset) // math.prod(g.shape(1))
+        site, pair = _where(self.asked, can)
         order = np.argsort(-size, kind="stable")
         is_top = np.zeros(len(can), dtype=bool)
         is_top[order[:top]] = is_top[order[np.unique(pair[order], return_index=True)[1]]] = True
@@ -101,21 +110,39 @@ class Screen:
         return Choice(stratum, strata, np.union1d(np.setdiff1d(self.can, rest), drawn))
 
     def listed(self, chosen: np.ndarray, spec: ModelSpec, pairs: list[EncodedPair]) -> Listed:
-        """`listed_effects` of its grid, as `ask` takes it."""
-        return listed_effects(self.grid, chosen, pairs)
+        """Some of what is screened as interventions, each labelled with its number, as `ask` takes it."""
+        if isinstance(self.asked, Grid):
+            return listed_effects(self.asked, chosen, pairs)
+        return some_added(self.asked, chosen, spec)
 
-    def result(self, verified: Outcome, choice: Choice) -> Screened:
+    def result(self, verified: Outcome, choice: Choice) -> Screened | ScreenedOutcome:
         """What is known, now that these are."""
-        return Screened(verified, self.grid, self.estimates, choice, self.by)
+        if isinstance(self.asked, Grid):
+            return Screened(verified, self.asked, self.estimates, choice, self.by)
+        labels = {"pair": self.asked.table_of_all.pair, **self.asked.labels}
+        return ScreenedOutcome(verified, labels, self.estimates, choice, self.by)
 
 
-def verified_with(model: Model, options: SweepOptions) -> SweepOptions:
+def _where(asked: Grid | Listed, effects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[effect] twice, the site and the pair of some, as numbers; of a list its place stands for the site."""
+    if isinstance(asked, Listed):
+        table = asked.table_of_all
+        first = np.searchsorted(table.row, effects)  # each one's first patch
+        return table.place[first], table.pair[effects]
+    site, pair = np.zeros((2, len(effects)), dtype=np.int64)
+    for number, g in enumerate(asked.sites):
+        mine = effects >= g.offset
+        site[mine], pair[mine] = number, (effects[mine] - g.offset) // math.prod(g.shape(1))
+    return site, pair
+
+
+def verified_with(model: Model, options: ScreenOptions) -> ScreenOptions:
     """The options of the exact effects: in precision "auto" float32, or float64 as the model is."""
     exact = "fp64" if model.dtype == torch.float64 else "fp32"
     return replace(options, precision=exact) if options.precision == "auto" else options
 
 
-def first_sizes(options: SweepOptions) -> tuple[int, int]:
+def first_sizes(options: ScreenOptions) -> tuple[int, int]:
     """How many are verified at the top, and how many are drawn, to begin with."""
     top, sample = options.top, options.screen_sample
     return _TOP if top is None else top, SAMPLE_UNLESS_GIVEN if sample is None else sample
@@ -124,7 +151,7 @@ def first_sizes(options: SweepOptions) -> tuple[int, int]:
 def estimates_of(question: Question) -> Estimates:
     """The estimates that a sweep with a screen asks for."""
     options = question.options
-    assert isinstance(options, SweepOptions)
+    assert isinstance(options, ScreenOptions)
     assert options.screen is not None
     by = options.screen_by or "logit_diff"
     if by not in question.measured:
@@ -148,4 +175,21 @@ def listed_effects(grid: Grid, chosen: np.ndarray, pairs: list[EncodedPair]) -> 
         np.concatenate([part.row + a for part, a in zip(parts, first[:-1], strict=True)]),
         *(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS),
     )
-    return Listed(whole, labels={"effect": np.concatenate(effects)})
+    return Listed(whole, grid.vectors, {"effect": np.concatenate(effects)})
+
+
+def some_added(listed: Listed, chosen: np.ndarray, spec: ModelSpec) -> Listed:
+    """Some interventions of a list that adds vectors, each labelled with its number, and their vectors.
+
+    Args:
+        chosen: ascending.
+    """
+    table = take(listed.table_of_all, chosen)
+    heads = np.array([max(1, SITES[place].n_indices(spec)) for place in PLACES])[table.place]
+    number, head = np.divmod(table.index, heads)
+    kept, new = np.unique(number, return_inverse=True)
+    of, scale = listed.vectors.multiples(kept)
+    used, line = np.unique(of, return_inverse=True)
+    vectors = Vectors(tuple(listed.vectors.arrays[i] for i in used.tolist()), line, scale)
+    labels = {name: array[chosen] for name, array in listed.labels.items()}
+    return Listed(replace(table, index=new * heads + head), vectors, labels | {"effect": chosen})

@@ -99,6 +99,39 @@ def test_mistakes(command, pairs_file, tmp_path, more, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_screen(command, pairs_file, tmp_path):
+    run = str(tmp_path / "run")
+    asked = ("--positions", "last", "--screen", "attribution", "--top", "6", "--screen-sample", "8")
+    result = features(command, pairs_file, *asked, "--precision", "fp32", "--out", run)
+    assert result.code == 0, result.err
+    found = dp.load_screened(run)
+    assert f"{len(found.verified):,} of {len(found):,} features patched" in result.err
+    assert "with 95% confidence at most" in result.err
+    assert "pearson" in result.err
+    model, sae = dp.load_model(MODEL), dp.load_sae(SAE)
+    options = {"positions": "last", "precision": "fp32", "progress": False}
+    want = dp.sweep_features(model, pairs_file, sae, **options).values("logit_diff")
+    here = found.is_verified()
+    np.testing.assert_allclose(found.values("logit_diff")[here], want[here], rtol=1e-3, atol=1e-5)
+    said = json.loads(
+        features(command, pairs_file, *asked, "--precision", "fp32", "--out", run, "--resume", "--json").out
+    )
+    assert (said["features"], said["verified"]) == (len(found), len(found.verified))
+    assert said["missed"]["at_most"] == found.missed().at_most
+    assert said["calibration"]["sae"] == [0]
+    rows = list(csv.DictReader(io.StringIO(command("effects", run, "--format", "csv").out)))
+    assert [int(row["feature"]) for row in rows] == found.columns()["feature"].tolist()
+    assert command("effects", run, "--by", "feature").code == 2
+    for more, message in (
+        (("--top", "3"), "give screen as well"),
+        (("--screen", "ig-activations"), "no lines for features"),
+    ):
+        result = features(command, pairs_file, *more, "--out", str(tmp_path / "no"))
+        assert result.code == 2
+        assert message in result.err
+        assert not (tmp_path / "no").exists()
+
+
 def test_directions_from_a_file(command, pairs_file, tmp_path):
     model = dp.load_model(MODEL)
     rows = np.random.default_rng(0).normal(size=(2, model.spec.d_model)).astype(np.float32)

@@ -5,6 +5,7 @@ import io
 import json
 
 import numpy as np
+from safetensors.numpy import save_file
 
 import deltapatch as dp
 
@@ -36,6 +37,34 @@ def test_a_screened_sweep(command, tiny, write_pairs, text_pair, ids_pair, tmp_p
     assert [row["site"] for row in rows] == own["site"].tolist()
     table = command("effects", run, "--metric", "logit_diff", "--top", "3")
     assert table.out.split()[:5] == ["pair", "site", "layer", "position", "index"]
+
+
+def test_a_screen_of_directions(command, tiny, write_pairs, text_pair, ids_pair, tmp_path):
+    pairs, run, file = write_pairs(text_pair, ids_pair), tmp_path / "run", tmp_path / "d.safetensors"
+    width = dp.load_model(tiny, stream=True).spec.d_model
+    rows = np.random.default_rng(0).normal(size=(9, width))
+    save_file({"resid_post": rows}, file)
+    asked = ("sweep", "--model", tiny, "--pairs", pairs, "--sites", "resid_post.along", "--directions", file)
+    asked = (*asked, "--screen", "attribution", "--top", "5", "--screen-sample", "7")
+    planned = command(*asked, "--dry-run")
+    assert "verified       12 on 2 pairs" in planned.out
+    result = command(*asked, "--out", run)
+    assert result.code == 0
+    assert "with 95% confidence at most" in result.err
+    found = dp.load_screened(run)
+    want = dp.sweep(
+        dp.load_model(tiny, device="cpu"),
+        pairs,
+        sites="resid_post.along",
+        directions={"resid_post": rows},
+        precision="fp32",
+        progress=False,
+    ).values("logit_diff")
+    here = found.is_verified()
+    assert np.allclose(found.values("logit_diff")[here], want[here], rtol=1e-4, atol=1e-5)
+    listed = list(csv.DictReader(io.StringIO(command("effects", run, "--format", "csv").out)))
+    assert {row["site"] for row in listed} == {"resid_post.along"}
+    assert {int(row["index"]) for row in listed} <= set(range(9))
 
 
 def test_until_enough_was_found(command, tiny, write_pairs, text_pair, ids_pair, tmp_path):
@@ -82,6 +111,10 @@ def test_what_does_not_go_together(command, tiny, write_pairs, ids_pair, tmp_pat
         assert said in result.err
         assert "Traceback" not in result.err
         assert not out.exists()
+    # Before anything is loaded, or a cluster looked for.
+    spread = screen(command, "nowhere", "nowhere", "--screen", "relp", "--ray", "nowhere:1", "--out", out)
+    assert spread.code == 2
+    assert "--screen and --ray do not go together: leave one out" in spread.err
     assert screen(command, tiny, pairs, "--screen", "relp", "--out", out, "--quiet").code == 0
     result = command("effects", out, "--by", "layer")
     assert result.code == 2

@@ -202,6 +202,35 @@ def test_a_run_folder_of_directions_in_parts(engine, drawn, tmp_path):
     assert "directions" in (tmp_path / "whole" / "run.json").read_text()
 
 
+def test_a_screen_of_directions(engine, drawn, tmp_path):
+    """The top and the sample are what a sweep of all says, and a run folder has the estimates beside them."""
+    directions = {"resid_post": RNG.normal(size=(6, engine.spec.d_model))}
+    asked = {"sites": ["resid_post.along", "z"], "directions": directions, "precision": "fp64"}
+    asked |= {"progress": False}
+    exact = dp.sweep(engine, drawn, **asked)
+    screen = {"screen": "attribution", "top": 9, "screen_sample": 12, "out": tmp_path / "run"}
+    found = dp.sweep(engine, drawn, **asked, **screen)
+    assert found.meta["directions"] == exact.meta["directions"]
+    for site in asked["sites"]:
+        here = found.is_verified(site)
+        assert 0 < here.sum() < here.size
+        want, got = (one.values("logit_diff", site) for one in (exact, found))
+        np.testing.assert_allclose(got[here], want[here], rtol=1e-9, atol=1e-12)
+        assert np.isnan(got[~here]).all()
+    estimate, want = found.estimate(site="resid_post.along"), exact.values("logit_diff", "resid_post.along")
+    assert estimate.shape == want.shape == (2, engine.spec.n_layers, 5, 6)
+    there = np.isfinite(want)
+    assert np.corrcoef(estimate[there], want[there])[0, 1] > 0.5
+    again = dp.sweep(engine, drawn, **asked, **screen, resume=True)
+    read = dp.load_screened(tmp_path / "run")
+    for one in (again, read):
+        np.testing.assert_array_equal(one.columns()["recovered"], found.columns()["recovered"])
+        np.testing.assert_array_equal(one.estimate(site="resid_post.along"), estimate)
+    other = {"resid_post": directions["resid_post"][::-1]}
+    with pytest.raises(DeltapatchError, match="different directions"):
+        dp.sweep(engine, drawn, **asked | {"directions": other}, **screen, resume=True)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -226,10 +255,6 @@ def test_a_run_folder_of_directions_in_parts(engine, drawn, tmp_path):
         ),
         ({"directions": []}, "directions must be a dictionary"),
         ({"directions": {"z": np.eye(2, 4)}}, "directions of z are given: name z.along"),
-        (
-            {"sites": "resid_post.along", "directions": {"resid_post": np.eye(1, 16)}, "screen": "relp"},
-            "no screens",
-        ),
     ],
 )
 def test_directions_that_a_sweep_does_not_take(engine, drawn, given, message):

@@ -8,7 +8,7 @@ from engine_tiny import build, hf_model, pairs, random_pair, true_model, with_lo
 
 import deltapatch
 from deltapatch import AnyOf, DeltapatchError, PromptPair
-from deltapatch.engine.options import SweepOptions
+from deltapatch.engine.options import SCREENS, SweepOptions
 from deltapatch.engine.question import ask
 from deltapatch.engine.screening.estimates import Estimates, Method, reaching
 from deltapatch.engine.screening.gradients import Backward
@@ -76,6 +76,36 @@ def test_estimates_are_slopes_of_the_oracle(variant, source):
             assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max(), site
 
 
+@pytest.mark.parametrize("variant", ["gptj", "llama-grouped"])
+def test_estimates_of_directions_are_slopes_of_the_oracle(variant):
+    """A step of the part of the difference along each, up and down, in every layer and position."""
+    true, model = true_model(variant), deltapatch.from_transformers(hf_model(variant, torch.float64))
+    drawn = pairs(true, (5, 4), seed=4)
+    given, directions = [PromptPair(**p._asdict()) for p in drawn], directions_of(model.spec, 1)
+    found = estimated(model, given, sites="mlp_out.along", directions={"mlp_out": directions})[
+        "mlp_out.along"
+    ]
+    for number, pair in enumerate(drawn):
+        base, other = true.activations(pair.corrupted), true.activations(pair.clean)
+        cells = list(np.ndindex(true.n_layers, len(pair.clean), 3))
+        ends = []
+        for step in (STEP, -STEP):
+
+            def visit(where, layer, value, step=step, cells=cells, base=base, other=other):
+                value = value.copy()
+                for row, (l, at, which) in enumerate(cells):
+                    if (where, layer) == ("mlp_out", l):
+                        d, u = (other[where, l] - base[where, l])[at], directions[l][which]
+                        value[row, at] += step * (d @ u) / (u @ u) * u
+                return value
+
+            logits = true.forward(pair.corrupted, len(cells), visit)[:, -1]
+            ends.append(logits[:, pair.clean_answer] - logits[:, pair.corrupted_answer])
+        want = ((ends[0] - ends[1]) / (2 * STEP)).reshape(true.n_layers, len(pair.clean), 3)
+        got = found[number][:, : len(pair.clean)]
+        assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
+
+
 def nearly_the_same(variant):
     """A model with two tokens of embeddings that differ by a millionth, and pairs that differ in them."""
     model = build(variant, seed=1).double()
@@ -92,6 +122,12 @@ def nearly_the_same(variant):
     ]
 
 
+def directions_of(spec, seed):
+    """Three by layer, of other lengths than one, and not orthogonal."""
+    draw = np.random.default_rng(seed)
+    return {layer: draw.normal(size=(3, spec.d_model)) for layer in range(spec.n_layers)}
+
+
 @pytest.mark.parametrize(
     ("variant", "by"),
     [
@@ -103,11 +139,19 @@ def nearly_the_same(variant):
     ],
 )
 def test_of_small_edits_they_are_the_exact_effects(variant, by):
-    """Attention probabilities too, several tokens, any of several, all positions at once."""
+    """Attention probabilities too, directions, several tokens, any of several, all positions at once."""
     model, given = nearly_the_same(variant)
-    sites = [*ALL, *([] if model.spec.parallel else ["resid_mid"])]
+    whole = [
+        "resid_pre",
+        "attn_out",
+        "mlp_out",
+        "resid_post",
+        *([] if model.spec.parallel else ["resid_mid"]),
+    ]
+    directions = {site: directions_of(model.spec, seed) for seed, site in enumerate(whole)}
+    sites = [*ALL, *whole[4:], *(f"{site}.along" for site in whole)]
     for positions in ("all", "together"):
-        options = {"sites": sites, "positions": positions, "precision": "fp64"}
+        options = {"sites": sites, "directions": directions, "positions": positions, "precision": "fp64"}
         exact = deltapatch.sweep(model, given, progress=False, noise_sample=0, **options)
         for site, got in estimated(model, given, by=by, **options).items():
             want = exact.values(by, site=site)
@@ -146,6 +190,21 @@ def test_gradients_along_the_line_of_a_vector_become_its_exact_effect(variant, p
     want = deltapatch.run(model, given, joint, precision="fp64", progress=False).values("logit_diff")
     got = np.array([heads[p, l, 0 if positions == "together" else place] for p, l, place in at])
     assert np.allclose(got, want, rtol=1e-2, atol=1e-2 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("method", SCREENS)
+def test_directions_of_a_basis_share_out_what_their_vector_has(method):
+    """In any orthonormal basis; along the axes each is its coordinate."""
+    model = deltapatch.from_transformers(hf_model("gpt2", torch.float64))
+    given = [PromptPair(*pair) for pair in pairs(true_model("gpt2"), (5, 4))]
+    width = model.spec.d_model
+    basis = np.linalg.qr(np.random.default_rng(7).normal(size=(width, width)))[0]
+    directions = {"resid_mid": 3 * basis, "mlp_out": np.eye(width)}
+    sites = ["resid_mid", "resid_mid.along", "mlp_out.dim", "mlp_out.along"]
+    found = estimated(model, given, method, steps=2, sites=sites, directions=directions)
+    close = {"rtol": 1e-9, "atol": 1e-12, "equal_nan": True}
+    np.testing.assert_allclose(found["resid_mid.along"].sum(-1), found["resid_mid"], **close)
+    np.testing.assert_allclose(found["mlp_out.along"], found["mlp_out.dim"], **close)
 
 
 @pytest.mark.parametrize("method", ["attribution", "ig-inputs", "relp"])
@@ -259,19 +318,25 @@ def test_what_is_refused():
             estimated(model, given, method, **options)
 
 
+@pytest.mark.parametrize("layers", ["all", [2]])
 @pytest.mark.parametrize("method", ["attribution", "ig-inputs"])
-def test_what_they_take_is_known_beforehand(method, monkeypatch):
+def test_what_they_take_is_known_beforehand(method, layers, monkeypatch):
     """Token by token: forwards of base and source runs, and what gradients go back through."""
     model = deltapatch.from_transformers(hf_model("llama-grouped"))
     prompts = [PromptPair(*pair) for pair in pairs(true_model("llama-grouped"), (5, 3))]
-    question = ask(model, prompts, SweepOptions(sites=["z", "resid_pre"], metrics="logit_diff"))
+    asked = SweepOptions(sites=["z", "resid_pre"], layers=layers, metrics="logit_diff")
+    question = ask(model, prompts, asked)
     estimates, took = Estimates(question, Method(method, "logit_diff", 3)), []
-    for kind, name, runs in ((Unpatched, "base", 1), (Unpatched, "sources", 1), (Backward, "through", 2)):
+    for kind, name, tokens in (
+        (Unpatched, "base", lambda x, *args: len(x)),
+        (Unpatched, "both", lambda dx, layer, number, here, places: len(dx) + len(here.base.resid_pre)),
+        (Backward, "through", lambda x, *args: 2 * len(x)),
+    ):
         real = getattr(kind, name)
 
-        def counted(self, x, *args, real=real, runs=runs):
-            took.append(runs * len(x))
-            return real(self, x, *args)
+        def counted(self, *args, real=real, tokens=tokens):
+            took.append(tokens(*args))
+            return real(self, *args)
 
         monkeypatch.setattr(kind, name, counted)
     estimates.run()

@@ -182,7 +182,7 @@ def test_seconds_are_flops_over_rates():
     spec = case.question.model.spec
     flying, entries = int(case.plan.in_flight.sum()), 2 * spec.d_model * spec.d_vocab
     layer = 2 * layer_parameters(spec)
-    slower = 1 / forecasting._BESIDE_OTHERS
+    slower = 1 / forecasting.BESIDE_OTHERS
     assert case.takes() == {}
     assert case.takes(products=1.0) == {"rows": pytest.approx(layer * flying * slower)}
     runs = 2 * 22 * spec.n_layers * layer  # base and source
@@ -213,7 +213,7 @@ def test_the_noise_floor_is_counted():
     case = Case(precision="bf16", noise_sample=8)
     assert case.audit.expects() == ["fp64"]
     assert case.takes(exact=1.0)["noise floor"] == pytest.approx(
-        case.audit.takes() / forecasting._BESIDE_OTHERS
+        case.audit.takes() / forecasting.BESIDE_OTHERS
     )
 
 

@@ -35,7 +35,7 @@ class MadeUp(Screen):
 
     def __init__(self, estimates, seed, **options):
         self.estimates, self.can, self.by = estimates, np.arange(len(estimates)), "logit_diff"
-        self.grid = SimpleNamespace(sites=[SimpleNamespace(offset=0, shape=lambda n: (n, len(estimates)))])
+        self.asked = SimpleNamespace(sites=[SimpleNamespace(offset=0, shape=lambda n: (n, len(estimates)))])
         self.spec, self.pairs = None, []
         self.options = SweepOptions(
             screen="relp", threshold=THRESHOLD, seed=seed, progress=False, **({"top": 40} | options)

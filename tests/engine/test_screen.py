@@ -8,8 +8,9 @@ from engine_tiny import hf_model, pairs, true_model
 import deltapatch
 from deltapatch import DeltapatchError, PromptPair
 from deltapatch.engine.cluster.sweep import ray_sweep
+from deltapatch.results.estimated import ESTIMATES
 from deltapatch.results.merge import merge
-from deltapatch.results.screened import ESTIMATES, Screened, load_screened
+from deltapatch.results.screened import Screened, load_screened
 
 VARIANT = "llama-grouped"
 SITES = ["mlp_out", "z", "mlp_post", "resid_pre.dim"]
@@ -170,7 +171,7 @@ def test_a_model_in_float64_is_verified_in_float64(prompts):
     assert found.meta["precision"] == "fp64"
 
 
-def test_what_is_refused(model, prompts):
+def test_what_is_refused(model, prompts, tmp_path):
     for options, said in (
         ({"top": 3}, "give screen as well"),
         ({"screen": "magic"}, "unknown screen"),
@@ -183,8 +184,11 @@ def test_what_is_refused(model, prompts):
     ):
         with pytest.raises(DeltapatchError, match=said):
             deltapatch.sweep(model, prompts, progress=False, **options)
-    with pytest.raises(DeltapatchError, match="not spread"):
-        ray_sweep("nowhere", prompts, out="nowhere", screen="attribution")
+    along = {"sites": "resid_post.along", "directions": {"resid_post": [1.0]}}
+    for options in ({}, {"until": "recall:0.9", "threshold": 1.0}, along):  # before anything is loaded
+        with pytest.raises(DeltapatchError, match="not spread over a cluster: leave out screen"):
+            ray_sweep("nowhere", "nowhere", out=tmp_path / "run", screen="attribution", **options)
+        assert not (tmp_path / "run").exists()
     found = deltapatch.sweep(model, prompts, sites=["z", "q"], progress=False, screen="attribution", top=5)
     with pytest.raises(DeltapatchError, match="name one: z, q"):
         found.values("ie")
