@@ -27,11 +27,11 @@ class Hooks(Peer):
     model: Any
     base: Tensor  # [pair, column], the unpatched corrupted runs
     source: list[Tensor]  # [layer][pair, T, ...], the site's values in the clean runs
-    change: Change  # of sites that are changed in part
+    edits: dict[str, Change]  # site -> what is added there, of those that were started
 
     def prepare(self, work: Workload, spec: ModelSpec) -> None:
         """Load the model; its weights are not frozen, since transformers' read-out is slower then."""
-        self.work, self.spec = work, spec
+        self.work, self.spec, self.edits = work, spec, {}
         self.model = wiring.load(work.folder, work.device, self.dtype)
         self.backbone = wiring.backbone(self.model, spec)
         self.blocks = list(wiring.layers(self.model, spec))
@@ -44,8 +44,8 @@ class Hooks(Peer):
     def start(self, site: str) -> None:
         """The clean runs, with the site's values kept, and the corrupted ones."""
         self.source = []
-        if site in EDITS:
-            self.change = change_of(site, self.work, self.dtype)
+        if site in EDITS and site not in self.edits:
+            self.edits[site] = change_of(site, self.work, self.dtype)
 
         def keep(layer: int, x: Tensor) -> None:
             self.source.append(wiring.indexed(x, self.spec, site).clone())
@@ -90,7 +90,7 @@ class Hooks(Peer):
             x = wiring.indexed(x, self.spec, cells.site)
             if cells.site in EDITS:
                 theirs = self.source[layer][pair, position]
-                x[rows, position - first] += self.change(x[rows, position - first], theirs, index)
+                x[rows, position - first] += self.edits[cells.site](x[rows, position - first], theirs, index)
             elif arrays[3][0] < 0:
                 x[rows, position - first] = self.source[layer][pair, position]
             else:

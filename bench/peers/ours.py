@@ -1,5 +1,6 @@
 """deltapatch itself, in one of its precisions."""
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -58,27 +59,31 @@ class Ours(Peer):
             found = run(self.model, self.work.pairs, interventions, **options)
         return np.stack([found.values(name).ravel() for name in self.work.columns], axis=1)
 
+    @cached_property
+    def sae(self) -> Any:
+        """The autoencoder, read once: what is timed begins with it in memory."""
+        from deltapatch.models.autoencoder import load_sae
+
+        return load_sae(self.work.autoencoder)
+
     def _features(self, cells: Cells, options: dict[str, Any]) -> Any:
         """All features that change, which are those of the cells."""
         from deltapatch.analysis.features import sweep_features
-        from deltapatch.models.autoencoder import load_sae
 
         assert cells.grid is not None
-        sae = load_sae(self.work.autoencoder)
-        found = sweep_features(self.model, self.work.pairs, sae, positions=[*cells.grid.positions], **options)
+        positions = list(cells.grid.positions)
+        found = sweep_features(self.model, self.work.pairs, self.sae, positions=positions, **options)
         assert np.array_equal(found.columns()["feature"], cells.index[:, 0])
         return found
 
     def _edits(self, cells: Cells) -> list[Any]:
         """Given interventions of one patch each."""
         from deltapatch.interventions.given import Intervention, Patch
-        from deltapatch.models.autoencoder import load_sae
 
         if cells.site == ALONG:
             whats: list[dict[str, Any]] = [{"along": np.array(self.work.direction)}] * len(cells)
         else:
-            sae = load_sae(self.work.autoencoder)
-            whats = [{"feature": (sae, int(j))} for j in cells.index[:, 0]]
+            whats = [{"feature": (self.sae, int(j))} for j in cells.index[:, 0]]
         where = np.stack([cells.pair, cells.layer[:, 0], cells.position[:, 0]], axis=1).tolist()
         return [
             Intervention(pair, [Patch("resid_post", layer, position, **what)])
