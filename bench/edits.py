@@ -6,7 +6,8 @@ First sweeps of deltapatch in one process, in turns: every feature that changes 
 a layer, and every hidden neuron of that layer, at the last position; a direction of the residual stream at
 every layer and position, and the whole stream there. Rows of each two pass through as many layers. Then the
 same features and directions by hooks, pyvene and SAELens, each library in an environment of its own, compared
-as `deltapatch bench compare` compares.
+as `deltapatch bench compare` compares. With one thread seconds are the processor's, so that others may use it
+too.
 """
 
 import time
@@ -40,25 +41,27 @@ from deltapatch.results.folder import environment
 BESIDE = {"features": "neurons", "directions": "whole vectors"}
 PEERS = ("hooks", "hooks-batched", "hooks-layer", "hooks-prefix", "pyvene", "pyvene-batched", "sae-lens")
 Say = Callable[[str], None]
+Clock = Callable[[], float]
 
 
-def measure(work: Workload, rounds: int, precision: str) -> dict[str, Any]:
+def measure(work: Workload, rounds: int, precision: str, clock: Clock = time.perf_counter) -> dict[str, Any]:
     """Rates of every sweep in every round, and the ratios of those that belong together.
 
     Args:
         work: what `make_work` made.
         rounds: in each of which every sweep is done once, after one that does not count.
         precision: of the sweeps.
+        clock: in seconds.
     """
     works = _works(load_model(work.folder), work, precision)
     rates: dict[str, list[float]] = {name: [] for name in works}
     rows: dict[str, int] = {}
     for number in range(rounds + 1):
         for name, one in works.items():
-            began = time.perf_counter()
+            began = clock()
             rows[name] = one()
             if number:
-                rates[name].append(rows[name] / (time.perf_counter() - began))
+                rates[name].append(rows[name] / (clock() - began))
     ratios = {name: float(np.median(np.divide(rates[name], rates[other]))) for name, other in BESIDE.items()}
     return {"length": work.length, "rows": rows, "rates": rates, "ratios": ratios}
 
@@ -147,13 +150,14 @@ def main(
         torch.set_num_threads(threads)
     with TemporaryDirectory(prefix="deltapatch-edits-") as folder:
         work = make_work(SHAPES[shape], length, Path(folder), threads or 0)
-        found = measure(work, rounds, precision)
+        alone = threads == 1  # whose processor time is its own, whoever else uses the CPU
+        found = measure(work, rounds, precision, time.process_time if alone else time.perf_counter)
         for name, other in BESIDE.items():
             rate, beside = (float(np.median(found["rates"][one])) for one in (name, other))
             times = f"{found['ratios'][name]:.2f} times as fast"
             click.echo(f"{name} {rate:,.0f} a second, {other} {beside:,.0f}: {times}")
         if peers:
-            options = Options(rounds=1, runs=runs, limit=limit, sample=sample)
+            options = Options(rounds=1, runs=runs, limit=limit, sample=sample, processor=alone)
             make_side = side_maker(True, cache, _say)
             found["peers"] = compare(work, [*peers, f"{PREFIX}{precision}"], make_side, options, _say)
             for told in _told(found["peers"]):
