@@ -22,7 +22,9 @@ SIDES = {
     "tlens-patching": "TransformerLens, patching functions",
     "tlens-hooks": "TransformerLens, hooks in batches",
     "nnsight-invokes": "nnsight, batched invokes",
+    "pyvene": "pyvene, one call each",
     "pyvene-batched": "pyvene, in batches",
+    "sae-lens": "SAELens, features set by hooks",
     "hooks-batched": "hooks in batches",
     "hooks-layer": "… from the patched layer on",
     "hooks-prefix": "… over a cached prefix",
@@ -41,6 +43,8 @@ SWEEPS = {
     "neurons-layer": "neurons of a layer",
     "neurons": "all neurons",
     "joint": "20 neurons jointly",
+    "directions": "a direction everywhere",
+    "features": "features of an autoencoder",
 }
 
 
@@ -142,13 +146,14 @@ _BESIDE = {
 
 
 def edits(result: dict[str, Any]) -> str:
-    """Features and directions, and what each is held to: interventions, rates, and the ratio."""
+    """Features and directions beside what each is held to; and by every side, where there are peers."""
     rows = [["", "a second", "beside", "a second", "times as fast"]]
     for name, other in BESIDE.items():
         ours, theirs = (f"{_median(result['rates'][one]):,.0f}" for one in (name, other))
         what, beside = _BESIDE[name]
         rows.append([what, ours, beside, theirs, f"{result['ratios'][name]:.2f}"])
-    return as_table(rows)
+    found = as_table(rows)
+    return f"{found}\n\n**By other tools**\n\n{rates(result['peers'])}" if "peers" in result else found
 
 
 def table(result: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ A result of kind "edge-peers" has `models` instead: of each its edges, and of ea
 A result of kind "stream" has `runs` instead: what was swept, what `forecast` predicted, and what it took, as
 `stream.carry_out` returns it.
 
-A result of kind "edits" has `rows`, `rates` and `ratios` of each sweep, as `edits.measure` returns them.
+A result of kind "edits" has `rows`, `rates` and `ratios` of each sweep, as `edits.measure` returns them, and
+`peers`: the same edits by other tools, a comparison.
 
 A side that disagrees with the oracle has no times and no rates in the file either.
 """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deltapatch.bench.compare import MakeSide
-from deltapatch.bench.peers.registry import PEERS, ours
+from deltapatch.bench.peers.registry import ONLY_EDITS, PEERS, ours
 from deltapatch.bench.random_models import SHAPES, Shape, make_model, make_pairs
 from deltapatch.bench.sides.isolate import default_cache, isolated_python
 from deltapatch.bench.sides.job import Job
@@ -32,6 +32,7 @@ EXTRAS = {
     "nnsight-invokes": "nnsight",
     "pyvene": "pyvene",
     "pyvene-batched": "pyvene",
+    "sae-lens": "sae-lens",
 }
 
 
@@ -111,8 +112,8 @@ def _of_most_common_length(pairs: Sequence[PromptPair], model: Model) -> list[Pr
 
 
 def all_names() -> list[str]:
-    """Every peer, then deltapatch in each precision."""
-    return [*PEERS, *ours()]
+    """Every peer of a comparison of sweeps, then deltapatch in each precision."""
+    return [*(name for name in PEERS if name not in ONLY_EDITS), *ours()]
 
 
 def check_names(names: Sequence[str]) -> list[str]:

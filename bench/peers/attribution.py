@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.bench.peers import wiring
+from deltapatch.bench.peers.base import SITES
 from deltapatch.bench.peers.hooks import Hooks
 from deltapatch.bench.sides.cells import Cells
 from deltapatch.bench.sides.workload import Workload
@@ -21,6 +22,7 @@ class Attribution(Hooks):
 
     name = "attribution"
     what = "attribution patching: gradient times difference"
+    sites = SITES
     exact = False
 
     estimate: list[Tensor]  # [layer][pair, T(, index)]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from deltapatch.bench.peers import wiring
-from deltapatch.bench.peers.base import Peer
-from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.peers.base import SITES, Peer
+from deltapatch.bench.peers.edited import Change, change_of
+from deltapatch.bench.sides.cells import EDITS, Cells
 from deltapatch.bench.sides.workload import Workload
 from deltapatch.models.spec import ModelSpec
 
@@ -20,15 +21,17 @@ class Hooks(Peer):
 
     name = "hooks"
     what = "hooks on transformers, one by one"
+    sites: tuple[str, ...] = (*SITES, *EDITS)
     dtype = torch.float32
 
     model: Any
     base: Tensor  # [pair, column], the unpatched corrupted runs
     source: list[Tensor]  # [layer][pair, T, ...], the site's values in the clean runs
+    edits: dict[str, Change]  # site -> what is added there, of those that were started
 
     def prepare(self, work: Workload, spec: ModelSpec) -> None:
         """Load the model; its weights are not frozen, since transformers' read-out is slower then."""
-        self.work, self.spec = work, spec
+        self.work, self.spec, self.edits = work, spec, {}
         self.model = wiring.load(work.folder, work.device, self.dtype)
         self.backbone = wiring.backbone(self.model, spec)
         self.blocks = list(wiring.layers(self.model, spec))
@@ -41,6 +44,8 @@ class Hooks(Peer):
     def start(self, site: str) -> None:
         """The clean runs, with the site's values kept, and the corrupted ones."""
         self.source = []
+        if site in EDITS and site not in self.edits:
+            self.edits[site] = change_of(site, self.work, self.dtype)
 
         def keep(layer: int, x: Tensor) -> None:
             self.source.append(wiring.indexed(x, self.spec, site).clone())
@@ -83,7 +88,10 @@ class Hooks(Peer):
             arrays = (row, cells.pair[row], cells.position[row, patch], cells.index[row, patch])
             rows, pair, position, index = (torch.from_numpy(a).to(x.device) for a in arrays)
             x = wiring.indexed(x, self.spec, cells.site)
-            if arrays[3][0] < 0:
+            if cells.site in EDITS:
+                theirs = self.source[layer][pair, position]
+                x[rows, position - first] += self.edits[cells.site](x[rows, position - first], theirs, index)
+            elif arrays[3][0] < 0:
                 x[rows, position - first] = self.source[layer][pair, position]
             else:
                 x[rows, position - first, index] = self.source[layer][pair, position, index]
@@ -99,7 +107,9 @@ class Hooks(Peer):
             if before:
                 handle = module.register_forward_pre_hook(lambda m, args, l=layer: act(l, args[0]))
             else:
-                handle = module.register_forward_hook(lambda m, args, out, l=layer: act(l, out))
+                handle = module.register_forward_hook(
+                    lambda m, args, out, l=layer: act(l, out[0] if isinstance(out, tuple) else out)
+                )
             handles.append(handle)
         try:
             yield

@@ -7,7 +7,7 @@ from torch import Tensor
 from deltapatch.bench.peers import wiring
 from deltapatch.bench.peers.base import chunks, in_layer_order
 from deltapatch.bench.peers.hooks import Hooks
-from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.cells import EDITS, Cells
 
 
 class HooksLayer(Hooks):
@@ -44,10 +44,24 @@ class HooksLayer(Hooks):
     def measure(self, cells: Cells) -> np.ndarray:
         """These cells in one batch, from the first layer that any of them patches."""
         pair = torch.from_numpy(cells.pair).to(self.work.device)
-        first = int(cells.first_layer.min())
+        first, hidden, layers = self.enter(cells)
         with (
-            self.hooked(cells.site, np.unique(cells.layer).tolist(), self.swap(cells)),
+            self.hooked(cells.site, layers, self.swap(cells)),
             wiring.only_from(self.model, self.spec, first),
         ):
-            out = self.backbone(inputs_embeds=self.hidden[first][pair], use_cache=False)
+            out = self.backbone(inputs_embeds=hidden, use_cache=False)
         return self.changes(out.last_hidden_state[:, -1], pair)
+
+    def enter(self, cells: Cells, start: int = 0) -> tuple[int, Tensor, list[int]]:
+        """The layer that these cells start with, what goes into it, and the layers whose hooks act.
+
+        What goes in is [row, T - start, d_model]; what an edit changes behind a layer goes into the next.
+        """
+        pair = torch.from_numpy(cells.pair).to(self.work.device)
+        layers: list[int] = np.unique(cells.layer).tolist()
+        first = layers[0]
+        if cells.site not in EDITS or first + 1 == self.spec.n_layers:
+            return first, self.hidden[first][pair, start:], layers
+        hidden = self.hidden[first + 1][pair, start:]
+        self.swap(cells, start)(first, hidden)
+        return first + 1, hidden, layers[1:]

@@ -57,15 +57,15 @@ class HooksPrefix(HooksLayer):
     def measure(self, cells: Cells) -> np.ndarray:
         """These cells in one batch, all from one position on."""
         pair = torch.from_numpy(cells.pair).to(self.work.device)
-        layer, start = int(cells.first_layer.min()), int(cells.first_position.min())
+        start = int(cells.first_position.min())
+        layer, hidden, layers = self.enter(cells, start)  # [row, T - start, d_model]
         if (cells.pair == cells.pair[0]).all():
             kept = [(k[pair[:1], :, :start].expand(len(pair), -1, -1, -1),
                      v[pair[:1], :, :start].expand(len(pair), -1, -1, -1)) for k, v in self.keys]  # fmt: skip
         else:
             kept = [(k[pair, :, :start], v[pair, :, :start]) for k, v in self.keys]
-        hidden = self.hidden[layer][pair, start:]  # [row, T - start, d_model]
         with (
-            self.hooked(cells.site, np.unique(cells.layer).tolist(), self.swap(cells, start)),
+            self.hooked(cells.site, layers, self.swap(cells, start)),
             wiring.only_from(self.model, self.spec, layer),
         ):
             out = self.backbone(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from deltapatch.bench.peers import wiring
+from deltapatch.bench.peers.base import SITES
 from deltapatch.bench.peers.hooks import Hooks
 from deltapatch.bench.sides.cells import Cells
 from deltapatch.bench.sides.workload import Workload
@@ -17,6 +18,7 @@ class NNsightLoop(Hooks):
 
     name = "nnsight"
     what = "nnsight, one trace each"
+    sites = SITES
     package = extra = "nnsight"
     modules = ("torch", "transformers", "nnsight")
 

@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from deltapatch.bench.peers.base import SITES
 from deltapatch.bench.peers.hooks import Hooks
-from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.cells import ALONG, Cells
 
 COMPONENTS = {
     "mlp_out": ("mlp_output", "pos"),
     "attn_out": ("attention_output", "pos"),
     "z": ("head_attention_value_output", "h.pos"),
     "mlp_post": ("mlp_activation", "pos"),
+    ALONG: ("block_output", "pos"),
 }
 
 
@@ -26,6 +28,7 @@ class PyveneLoop(Hooks):
     package = extra = "pyvene"
     architectures = ("gpt_neox", "llama")  # those of its model card that deltapatch reads
     joint = False
+    sites = (*SITES, ALONG)
     modules = ("torch", "transformers", "pyvene")
 
     wrapped: dict[tuple[str, int], Any]
@@ -47,12 +50,24 @@ class PyveneLoop(Hooks):
             import pyvene
         if (site, layer) not in self.wrapped:
             component, unit = COMPONENTS[site]
+            kind, rank = pyvene.VanillaIntervention, None
+            if site == ALONG:
+                kind, rank = pyvene.LowRankRotatedSpaceIntervention, 1
             config = pyvene.IntervenableConfig(
-                [pyvene.RepresentationConfig(layer, component, unit, 1)],
-                intervention_types=pyvene.VanillaIntervention,
+                [pyvene.RepresentationConfig(layer, component, unit, 1, low_rank_dimension=rank)],
+                intervention_types=kind,
             )
             self.wrapped[site, layer] = pyvene.IntervenableModel(config, model)
+            if site == ALONG:
+                self._fix(self.wrapped[site, layer])
         return self.wrapped[site, layer]
+
+    def _fix(self, wrapped: Any) -> None:
+        """Give its rotation our direction, as a plain weight: it is not to be trained."""
+        (intervention,) = wrapped.interventions.values()
+        layer = intervention.rotate_layer
+        torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+        layer.weight.data.copy_(torch.tensor(self.work.direction)[:, None])
 
     def where(self, cells: Cells) -> dict[str, Any]:
         """Units and subspaces of cells of one layer, as pyvene wants them: [intervention][row][unit]."""

@@ -16,6 +16,7 @@ PEERS = {
     "nnsight-invokes": "nnsight_invokes.NNsightInvokes",
     "pyvene": "pyvene_loop.PyveneLoop",
     "pyvene-batched": "pyvene_batched.PyveneBatched",
+    "sae-lens": "saelens_hooks.SaeLensHooks",
     "hooks-batched": "hooks_batched.HooksBatched",
     "hooks-layer": "hooks_layer.HooksLayer",
     "hooks-prefix": "hooks_prefix.HooksPrefix",
@@ -27,6 +28,9 @@ PEERS = {
 
 # Those that estimate; no exact side is compared with them.
 ESTIMATES = ("attribution", "tlens-attribution", "deltapatch-screen", "deltapatch-verified")
+
+# Those that carry out edits alone, which `deltapatch bench compare` has none of.
+ONLY_EDITS = ("sae-lens",)
 
 
 def ours() -> list[str]:

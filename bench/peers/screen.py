@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from deltapatch.bench.peers.attribution import of_answers
+from deltapatch.bench.peers.base import SITES
 from deltapatch.bench.peers.ours import PREFIX, Ours
 from deltapatch.bench.sides.cells import Cells
 
@@ -14,6 +15,7 @@ class Screen(Ours):
 
     exact = False
     joint = False
+    sites = SITES
 
     def __init__(self) -> None:
         super().__init__("fp32")

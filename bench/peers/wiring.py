@@ -19,6 +19,7 @@ class Names(NamedTuple):
     out: str
     mlp: str
     down: str
+    block: str = ""  # the layer itself
 
 
 NAMES = {
@@ -32,6 +33,8 @@ PLACES = {
     "attn_out": ("out", False),
     "z": ("out", True),
     "mlp_post": ("down", True),
+    "resid_post.along": ("block", False),
+    "feature": ("block", False),
 }
 
 

@@ -12,6 +12,10 @@ from deltapatch.interventions.given import Intervention, Patch
 from deltapatch.interventions.sites import find_site
 from deltapatch.models.spec import ModelSpec
 
+# Sites that an edit changes in part: along the workload's direction, or one feature of its autoencoder.
+ALONG, FEATURE = "resid_post.along", "feature"
+EDITS = (ALONG, FEATURE)
+
 
 class Grid(NamedTuple):
     """The axes of cells that are a whole sweep, so that `deltapatch.sweep` can be asked for it."""
@@ -25,7 +29,7 @@ class Cells:
     """Interventions on one site, each of k patches.
 
     Attributes:
-        site: where all patches go.
+        site: where all patches go; for those of EDITS an intervention has one patch.
         pair: [n], the prompt pair of each intervention.
         layer, position, index: [n, k]; positions count from 0, an index is -1 for whole vectors.
         grid: the axes, where these are all cells of a sweep in its order [pair, layer, position, index].
@@ -75,9 +79,10 @@ class Cells:
         places, counts = np.unique(
             np.stack([self.first_layer, self.first_position]), axis=1, return_counts=True
         )
-        one = find_site(self.site)[0].n_indices(spec) or 1  # costs counts all indices of a site
+        site = place_of(self.site) if self.site in EDITS else self.site
+        one = find_site(site)[0].n_indices(spec) or 1  # costs counts all indices of a site
         return sum(
-            int(count) * (necessary_flops(spec, self.site, [int(l)], [int(t)], length) // one)
+            int(count) * (necessary_flops(spec, site, [int(l)], [int(t)], length) // one)
             for (l, t), count in zip(places.T, counts, strict=True)
         )
 
@@ -98,6 +103,11 @@ class Cells:
                 grid = Grid(tuple(file["layers"].tolist()), tuple(file["positions"].tolist()))
             pair, layer, position, index = (file[name] for name in ("pair", "layer", "position", "index"))
             return Cells(str(file["site"]), pair, layer, position, index, grid)
+
+
+def place_of(site: str) -> str:
+    """The site whose whole values are read and changed."""
+    return "resid_post" if site == FEATURE else site.removesuffix(".dim").removesuffix(".along")
 
 
 def grid_cells(

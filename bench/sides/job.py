@@ -23,6 +23,8 @@ class Options:
         check: cells that every side is judged by, whatever it was measured on.
         reference: the most cells whose exact effects are computed, beside those that are checked.
         seed: of the cells that are checked.
+        processor: seconds are the processor's, which others may be using too, and not the clock's; for sides
+            of one thread.
     """
 
     rounds: int = 5
@@ -32,6 +34,7 @@ class Options:
     check: int = 64
     reference: int = 20_000
     seed: int = 0
+    processor: bool = False
 
     def __post_init__(self) -> None:
         """Check them."""

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltapatch.bench.sides.cells import Cells
+from deltapatch.bench.sides.cells import ALONG, FEATURE, Cells, place_of
 from deltapatch.bench.sides.workload import Workload
+from deltapatch.models.autoencoder import load_sae
 from deltapatch.models.model import Model
 from deltapatch.models.patched import Visit, patched_logits
 
@@ -17,7 +18,7 @@ def oracle_values(model: Model, work: Workload, cells: Cells) -> np.ndarray:
     source: dict[tuple[str, int], Tensor] = {}  # [pair, T, ...] of the clean runs
 
     def keep(site: str, layer: int, value: Tensor) -> None:
-        if site == _place(cells.site):
+        if site == place_of(cells.site):
             source[site, layer] = value.clone()
 
     answers = torch.tensor(work.answers, device=model.device)
@@ -28,28 +29,33 @@ def oracle_values(model: Model, work: Workload, cells: Cells) -> np.ndarray:
     for start in range(0, len(cells), rows):
         part = cells[slice(start, start + rows)]
         pair = torch.from_numpy(part.pair)
-        logits = patched_logits(model, torch.tensor(work.corrupted)[pair], _swap(part, source))
+        logits = patched_logits(model, torch.tensor(work.corrupted)[pair], _swap(part, source, work))
         out.append(_columns(logits, answers[pair], work) - base[pair])
     return torch.cat(out).cpu().numpy()
 
 
-def _place(site: str) -> str:
-    return site.removesuffix(".dim")
-
-
-def _swap(cells: Cells, source: dict[tuple[str, int], Tensor]) -> Visit:
+def _swap(cells: Cells, source: dict[tuple[str, int], Tensor], work: Workload) -> Visit:
     """Writes the source's values into the rows that are patched where the forward is."""
+    along = torch.tensor(work.direction, dtype=torch.float64)
+    sae = load_sae(work.autoencoder) if cells.site == FEATURE else None
 
     def visit(site: str, layer: int, value: Tensor) -> None:
-        if site != _place(cells.site):
+        if site != place_of(cells.site):
             return
         row, patch = np.nonzero(cells.layer == layer)
         at = [torch.from_numpy(a[row, patch]) for a in (cells.position, cells.index)]
         if not len(row):
             return
         pair, rows = torch.from_numpy(cells.pair[row]), torch.from_numpy(row)
-        if int(at[1][0]) < 0:
-            value[rows, at[0]] = source[site, layer][pair, at[0]]
+        ours, theirs = value[rows, at[0]], source[site, layer][pair, at[0]]
+        if cells.site == ALONG:
+            value[rows, at[0]] = ours + ((theirs - ours) @ along)[:, None] * along
+        elif sae is not None:
+            (now, scale), (then, _) = sae.encode(ours), sae.encode(theirs)
+            moved = (then - now).gather(1, at[1][:, None])
+            value[rows, at[0]] = ours + scale * moved * sae.rows(at[1])
+        elif int(at[1][0]) < 0:
+            value[rows, at[0]] = theirs
         else:
             value[rows, at[0], at[1]] = source[site, layer][pair, at[0], at[1]]
 

@@ -2,7 +2,7 @@
 
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def _sweep(peer: Peer, job: Job, number: int) -> Lines:
     if lacks:
         yield {"lacks": lacks}
         return
-    timed = Timed(peer, cells)
+    timed = Timed(peer, cells, time.process_time if job.options.processor else time.perf_counter)
     if peer.batched:
         peer.batch = min(job.work.batches)
     first = timed.first()
@@ -131,8 +131,8 @@ class Timed:
 
     batches: list[np.ndarray]  # those that are measured
 
-    def __init__(self, peer: Peer, cells: Cells) -> None:
-        self.peer, self.cells = peer, cells
+    def __init__(self, peer: Peer, cells: Cells, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.peer, self.cells, self.clock = peer, cells, clock
         self.values = np.full((len(cells), len(peer.work.columns)), np.nan)  # [n, column]
 
     def first(self) -> float:
@@ -188,4 +188,4 @@ class Timed:
         """The time when everything that was asked of a GPU is done."""
         if self.peer.work.device.startswith("cuda"):
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self.clock()

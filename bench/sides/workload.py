@@ -29,6 +29,8 @@ class Workload:
     device: str = "cpu"
     batches: Sequence[int] = (16, 64, 256)  # rows of a forward, which peers that have the choice try
     threads: int = 0  # of PyTorch; 0 leaves them as they are
+    direction: Sequence[float] = ()  # [d_model], of length one: what edits along a direction replace
+    autoencoder: str = ""  # SAELens' folder of a standard one of resid_post, whose features edits replace
 
     def __post_init__(self) -> None:
         """Check what sides rely on."""

@@ -1,6 +1,7 @@
 """A comparison in one process: what it reports, and that nothing wrong gets a speed."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -98,6 +99,16 @@ class Slow(HooksBatched):
         return [np.array([i]) for i in range(len(cells))]
 
 
+class Sleepy(HooksBatched):
+    """Waits, as for a CPU that others use."""
+
+    name = "sleepy"
+
+    def measure(self, cells):
+        time.sleep(0.2)
+        return super().measure(cells)
+
+
 PEERS = [
     Wrong(),
     WrongWhenTimed(),
@@ -135,6 +146,20 @@ def result(work_of):
         patch.setattr("deltapatch.bench.sides.side._TRIAL_SECONDS", 1e-9)
         options = Options(rounds=2, limit=0.01, sample=1e-4, check=10)
         return stamp("compare", compare(work, [("mlp_out", cells)], NAMES, local, options))
+
+
+@pytest.mark.parametrize("processor", [True, False])
+def test_seconds_are_the_processor_s_or_the_clock_s(work_of, processor):
+    work = work_of()
+    cells = make_cells("mlp_out", dp.load_model(work.folder).spec, len(work.clean), work.length)
+    options = Options(rounds=1, check=4, processor=processor)
+    found = compare(
+        work, [("mlp_out", cells)], ["sleepy"], lambda name, job: carry_out(Sleepy(), job), options
+    )
+    column = found["sweeps"][0]["columns"]["sleepy"]
+    waited = 0.2 * column["batches"]
+    assert column["status"] == "measured"
+    assert (column["seconds"][0] < waited) == processor
 
 
 def test_what_agrees_is_measured(result):
