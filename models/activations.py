@@ -9,7 +9,7 @@ from torch import Tensor
 from deltapatch.models.forward import block, contexts
 from deltapatch.models.model import Model
 from deltapatch.models.surroundings import undisturbed
-from deltapatch.models.weights import cast
+from deltapatch.models.weights import Converter
 
 Place = tuple[str, int]  # a name of `Activations`, and a layer
 _TOKENS = 4096  # that go through a layer together where only their mean is kept
@@ -45,8 +45,9 @@ def read_activations(
             for n, mine in lengths.items()
         }  # length -> [prompt, T, d_model]
         known = {n: contexts(model.spec, n, dtype, model.device) for n in lengths}
+        convert = Converter(model.device, dtype)
         for l in range(last + 1):
-            weights = cast(read.layer(l), model.device, dtype)
+            weights = convert(read.layer(l))
             names = [name for name, layer in places if layer == l]
             for n, mine in lengths.items():
                 here = block(runs[n], weights, known[n][l])
@@ -95,8 +96,9 @@ def mean_activations(
                 row = {number: r for r, number in enumerate(some.tolist())}
                 own.append([(k, row[i], t) for k, spots in enumerate(apart) for i, t in spots if i in row])
         known = {n: contexts(model.spec, n, dtype, device) for n in lengths}
+        convert = Converter(device, dtype)
         for l in range(1 + max(layer for _, layer in places)):
-            weights = cast(read.layer(l), device, dtype)
+            weights = convert(read.layer(l))
             names = [name for name, layer in places if layer == l]
             for i, x in enumerate(runs):
                 n = x.shape[1]

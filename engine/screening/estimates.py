@@ -213,6 +213,7 @@ class _Chunk:
         self.setup, self.numbers, self.method = setup, numbers, whole.method
         self.prompts: Prompts = prompts_of(whole.question, numbers)
         self.shapes = self.prompts.shapes
+        self.convert = Converter(self.model.device, self.dtype)
         self.layers = Layers(setup, self.prompts, Unpatched(setup, self.prompts))
         self.backward = Backward(setup, self.shapes, relp=self.method.name == "relp")
         question, found = whole.question, whole.found
@@ -242,7 +243,7 @@ class _Chunk:
         self, l: int, runs: list[list[Tensor]], slopes: list[Tensor], places: list[str]
     ) -> dict[str, Tensor]:
         """Take the gradient of each run back through a layer: the means of those inside it, by place."""
-        exact = constant(self.model.layer(l, self.dtype))
+        exact = constant(self.convert(self.model.layer(l, None)))
         means: dict[str, Tensor] = {}
         for number, before in enumerate(runs):
             at = l, self.layers.rotaries[self.spec.rope_of(l)]
@@ -269,10 +270,9 @@ class _Chunk:
         others = [x + share * way for share in shares]
         before: list[list[Tensor]] = [[] for _ in others or [x]]
         self.part.keep(-1, {"resid_post": self.prompts.delta(x, dx, EMBEDDING)})
-        convert = Converter(self.model.device, self.dtype)
         with self.model.reading() as read:
             for l in range(self.spec.n_layers):
-                exact = convert(read.layer(l))
+                exact = self.convert(read.layer(l))
                 rotary = self.layers.rotaries[self.spec.rope_of(l)]
                 for run, now in zip(before, others or [x], strict=True):
                     run.append(now)
