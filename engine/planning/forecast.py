@@ -123,7 +123,7 @@ def seconds(
         "rows": rows,
         "read-out": read_out,
         "weights": weights,
-        "calls": calls / rates.calls * min(1.0, threads / max(1, blocks)),
+        "calls": calls / rates.calls * max(1.0, threads / blocks),  # which blocks share, one each
         "tables": plan.rows / _ROWS_MADE,
     }
     for name in audit.expects() if audit.sample else []:

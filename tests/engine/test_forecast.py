@@ -54,7 +54,7 @@ class Counted:
         self.base_tokens, self.pairs, self.reads, self.row_reads = [], [], [], []
         self.patch, self.n_layers = monkeypatch, n_layers
         self.around(Wavefront, "_advance", self.advance)
-        self.around(Unpatched, "base", self.base)
+        self.around(Unpatched, "both", self.both)
         self.around(ReadOut, "read", self.read)
 
     def around(self, cls, name, note):
@@ -70,8 +70,8 @@ class Counted:
         for stage, layout in parts:
             (self.flying if stage == WHOLE else self.entering)[l] += layout.n_tokens
 
-    def base(self, it, x, *rest):
-        self.base_tokens.append(len(x))
+    def both(self, it, dx, layer, number, here, places):
+        self.base_tokens.append(len(here.base.resid_pre))
 
     def read(self, it, ends, x, dx, rows, row_reads):
         self.pairs.append(len(it.prompts.shapes.runs))
