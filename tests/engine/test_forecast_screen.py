@@ -20,7 +20,6 @@ from deltapatch.engine.screening.gradients import Backward
 from deltapatch.engine.screening.lines import Lines
 from deltapatch.engine.screening.screen import estimates_of
 from deltapatch.engine.screening.swapped import Swapped
-from deltapatch.engine.wavefront.block import BlockStep
 from deltapatch.engine.wavefront.unpatched import Unpatched
 
 VARIANT = "llama-grouped"
@@ -66,19 +65,19 @@ def test_the_work_is_what_is_done(screen, budget, layers, model, monkeypatch):
     work, counted = work_of(estimates), Counted(monkeypatch)
     n_chunks = len(list(estimates.chunks()))
     assert (n_chunks > 1) == (budget is not None)
-    bases = counted.count(Unpatched, "base", lambda it, *rest: len(it.shapes.segments(1, it.block_tokens)))
-    sources = counted.count(BlockStep, "run")
+    bases, sources = (counted.count(Unpatched, name) for name in ("_base_steps", "_source_steps"))
+    visits = [counted.count(Unpatched, name) for name in ("base", "both")]
     back = counted.count(Backward, "_piece", lambda it, segment, *rest: segment.pairs * segment.length)
     reads = counted.count(Backward, "_logits", lambda it, x, ends: len(x))
     changed = counted.count(Swapped, "_product", lambda it, g, row, slope, change: change.numel())
     estimates.run()
-    calls = sum(bases) * screens.BASE + len(sources) * screens.SOURCE
+    calls = len(bases) * screens.BASE + len(sources) * screens.SOURCE
     assert work.calls == calls + len(back) * screens.GRADIENT + len(reads) * screens.OF_LOGITS
     assert work.reads == 2 * sum(reads)
     assert work.read_at_once == -(-sum(reads) // len(reads))
     assert work.in_a_block == -(-sum(back) // len(back))
     assert work.numbers == sum(changed)
-    assert work.side_by_side == -(-sum(bases) // len(bases))
+    assert work.side_by_side == -(-len(bases) // sum(map(len, visits)))
 
 
 @pytest.mark.parametrize("positions", ["all", "together"])
