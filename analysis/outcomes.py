@@ -7,10 +7,7 @@ import numpy as np
 from deltapatch.analysis.tables import Table
 from deltapatch.errors import DeltapatchError
 from deltapatch.results.metrics import check_metric, quotient
-from deltapatch.results.outcome import Outcome
-
-# Labels in the order in which tables have them.
-_TOLD = ("sae", "site", "layer", "head", "position", "feature", "direction", "strength")
+from deltapatch.results.outcome import GROUPS, Outcome
 
 
 def outcome_cells(outcome: Outcome, metrics: Sequence[str]) -> Table:
@@ -64,4 +61,4 @@ def default_groups(outcome: Outcome) -> list[str]:
     """What means are told by unless it is said: the labels that tell what was patched."""
     labels = outcome.interventions.labels
     several = {name for name in labels if name != "sae" or len(np.unique(labels[name])) > 1}
-    return [name for name in _TOLD if name in several]
+    return [name for name in GROUPS if name in several]

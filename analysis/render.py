@@ -39,7 +39,10 @@ def as_text(table: Table, title: str | None = None, width: int = WIDTH) -> str:
             n -= 1
         if n < len(rest):  # better between two metrics
             n = next((i for i in range(n, 0, -1) if rest[i] in {**METRICS, **OWN}), n)
-        parts.append(_drawn({name: cells[name] for name in (*names, *rest[:n])}, shown, width))
+        own = {name: cells[name] for name in (*names, *rest[:n])}
+        # Where the names alone are wider, it is wider: a number that is cut off is another number.
+        least = sum(min(sizes[name], _WORD) if shown[name].dtype == object else sizes[name] for name in own)
+        parts.append(_drawn(own, shown, max(width, least + 2)))
         rest = rest[n:]
     text = "\n".join(parts)
     return f"{title}\n\n{text}" if title else text

@@ -104,7 +104,7 @@ def _digest(value: Any) -> dict[str, Any] | None:
     """Of a list that may be long: how many, and what tells it from others."""
     if value is None:
         return None
-    text = json.dumps([one if isinstance(one, str) else list(one) for one in value])
+    text = json.dumps([one if isinstance(one, str | Mapping) else list(one) for one in value], sort_keys=True)
     return {"prompts": len(value), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 

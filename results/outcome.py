@@ -1,6 +1,6 @@
 """Outcomes: what given interventions did, as arrays."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,17 @@ from deltapatch.results.metrics import Direction, Own, Reference, asked_of, comp
 from deltapatch.results.result import Result
 
 _SHOWN = 10  # interventions in a notebook
+
+
+# Labels of interventions in the order in which tables have them; others come behind.
+GROUPS = ("sae", "site", "layer", "head", "position", "feature", "direction", "strength")
+LABELS = ("pair", *GROUPS, "before", "after")
+
+
+def in_order(labels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Labels of interventions as tables have them: a run folder keeps them by name."""
+    known = {name: labels[name] for name in LABELS if name in labels}
+    return known | {name: array for name, array in labels.items() if name not in known}
 
 
 @dataclass(repr=False)
@@ -79,7 +90,7 @@ class Outcome(Result):
             DeltapatchError: an unknown metric, or one that was not measured.
         """
         own = {"intervention": np.arange(len(self)), "pair": self.pair, "patches": self.patches}
-        own |= dict(self.interventions.labels)
+        own |= in_order(self.interventions.labels)
         return own | {name: self.values(name) for name in asked_of(self.metrics, metrics)}
 
     def to_pandas(self, metrics: str | Sequence[str] | None = None) -> Any:

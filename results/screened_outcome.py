@@ -8,7 +8,7 @@ import numpy as np
 from deltapatch.results.effects import import_pandas
 from deltapatch.results.estimated import Choice, Estimated
 from deltapatch.results.metrics import Own, asked_of
-from deltapatch.results.outcome import Outcome
+from deltapatch.results.outcome import Outcome, in_order
 
 _LABEL = "label/"  # begins the names of arrays in a file
 
@@ -80,7 +80,7 @@ class ScreenedOutcome(Estimated):
         Raises:
             DeltapatchError: an unknown metric, or one that was not measured.
         """
-        columns = {name: array[self._effect] for name, array in self.labels.items()}
+        columns = {name: array[self._effect] for name, array in in_order(self.labels).items()}
         columns["estimate"] = self.estimates_of_verified()
         columns["drawn"] = self._stratum[self._effect] >= 0
         return columns | {name: self.verified.values(name) for name in asked_of(self.metrics, metrics)}

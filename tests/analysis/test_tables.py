@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deltapatch.analysis.render import render
-from deltapatch.analysis.tables import averages, cells, component
+from deltapatch.analysis.tables import Table, averages, cells, component
 from deltapatch.errors import DeltapatchError
 
 
@@ -243,6 +243,13 @@ def test_by_head_and_by_neuron(make_effects, by, site, columns, rows):
 def test_heads_that_a_site_does_not_have(make_effects, by, site, sentence):
     with pytest.raises(DeltapatchError, match=sentence):
         averages(make_effects(), "ie", by, [site])
+
+
+def test_numbers_are_not_cut_off_where_no_folding_helps():
+    columns = {f"column_{i}": np.array([1234.5, -0.001234 * i]) for i in range(12)}
+    table = Table(columns, "column_11")
+    words = render(table, "table", 40).decode().split()
+    assert {*columns} | {f"{v:.4g}" for column in columns.values() for v in column.tolist()} <= {*words}
 
 
 def test_wide_tables_fold_at_80_columns(make_effects):

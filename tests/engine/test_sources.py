@@ -218,6 +218,20 @@ def test_a_label_of_a_text_before_those_of_its_tokens():
         deltapatch.sweep(model("llama-grouped"), twice, source="mean", mean_over=given)
 
 
+def test_a_run_with_other_labels_is_not_resumed(tmp_path):
+    pair = deltapatch.PromptPair([3, 1, 4, 1, 5], [3, 1, 4, 2, 5], 6, 7, labels={"a": 2})
+    for at, prompt in ((1, [5, 4, 3, 2, 1]), (3, [5, 4, 3, 2, 1]), (1, [5, 4, 3, 2, 2])):
+        given = {"source": "mean", "mean_over": [{"prompt": prompt, "labels": {"a": at}}]}
+        kept = {"out": tmp_path / "run", "resume": True}
+        if (at, prompt[-1]) == (1, 1):
+            deltapatch.sweep(model("llama-grouped"), pair, **given, **kept)
+            continue
+        with pytest.raises(
+            deltapatch.DeltapatchError, match="different list of prompts that the mean is over"
+        ):
+            deltapatch.sweep(model("llama-grouped"), pair, **given, **kept)
+
+
 @pytest.mark.parametrize("variant", ["neox-parallel", "gemma2"])
 def test_a_mean_over_a_dataset_in_float32(variant):
     """Held to float64, which the oracle holds above."""
