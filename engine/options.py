@@ -465,10 +465,10 @@ class ScreenOptions(Options):
     screen: Literal["attribution", "relp", "ig-inputs", "ig-activations"] | None = option(
         None,
         "estimate all effects by gradients, and compute those of the `top` and of a random sample exactly; a "
-        '`Screened` is returned. "attribution" takes the gradient of the base run; "relp" coefficients of '
-        'relevance propagation in its place; "ig-inputs" the mean gradient of runs with embeddings between '
-        'those of both prompts; "ig-activations" the mean along the line of each vector that is patched, '
-        "which takes longer than exact effects.",
+        '`Screened` is returned, of edges `ScreenedEdges`. "attribution" takes the gradient of the base run; '
+        '"relp" coefficients of relevance propagation in its place; "ig-inputs" the mean gradient of runs '
+        'with embeddings between those of both prompts; "ig-activations" the mean along the line of each '
+        "vector that is patched, which takes longer than exact effects.",
         check=lambda value: value if value is None else arguments.choice(value, SCREENS, "screen"),
         word="screen",
         other="attribution",

@@ -8,6 +8,7 @@ from engine_tiny import FAMILIES, VARIANTS, build, hf_model, pairs, true_model
 
 import deltapatch
 from deltapatch import AnyOf, PromptPair
+from deltapatch.analysis.attribution import attribute_edges
 from deltapatch.engine.options import EdgeOptions
 from deltapatch.engine.question import ask
 from deltapatch.engine.screening.estimates import Estimates, Method, reaching
@@ -59,6 +60,18 @@ def test_estimates_are_slopes_of_the_oracle(variant):
             want = slopes(true, pair, [wiring(edge) for edge in edges(true)])
             got = found[number, effect, 0]
             assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want), wiring.__name__
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig"])
+@pytest.mark.parametrize("variant", [*VARIANTS, *FAMILIES])
+def test_they_are_those_of_a_forward_in_which_each_receiver_reads_its_own(variant, method):
+    """There every reading is a tensor, and gradients go through the whole forward at once."""
+    model, given = double(variant), as_pairs(pairs(true_model(variant), (5, 4), seed=9))
+    want = attribute_edges(model, given, method=method, steps=3, direction="noise")
+    name, steps = ("ig-inputs", 3) if method == "eap-ig" else ("attribution", 1)
+    found, grid = estimated(model, given, name, steps=steps, direction="noise")
+    want = want[:, grid.edges[:, 0], grid.edges[:, 1]]
+    assert np.linalg.norm(found[:, 0, 0] - want) <= 1e-8 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("variant", ["gptj", "llama-grouped"])
