@@ -211,10 +211,10 @@ class Estimates:
         runs = self.method.steps if self.method.name == "ig-inputs" else 1
         token = _HELD * held + (spec.n_layers + 1) * spec.d_model * runs  # numbers that one takes
         if isinstance(self.asked, EdgeGrid):
-            # What senders say; the gradients of a layer's receivers; and their products.
+            # What senders say, and the gradients of a layer's receivers.
             most = max(np.bincount([receiver.layer for receiver in self.receivers]))
-            senders, kinds = len(self.asked.senders), len(self.asked.effects)
-            token += senders * spec.d_model + int(most) * (_HELD * kinds * spec.d_model + senders)
+            receivers = int(most) * len(self.asked.effects) * _HELD
+            token += (len(self.asked.senders) + receivers) * spec.d_model
         chunk: list[int] = []
         size = 0
         for number in question.order:

@@ -15,6 +15,8 @@ from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.nodes import LOGITS, MLP
 from deltapatch.kernels.device import upload
 
+_NUMBERS = 1 << 24  # of messages, and of their products, that are worked through together
+
 
 class Sent:
     """The edges of some pairs.
@@ -83,21 +85,23 @@ class Sent:
         if not len(edges):
             return
         n = int(slot.max()) + 1
+        # The logits hear a message whichever effect is meant.
+        end = slopes["resid_post"].unsqueeze(1) if "resid_post" in slopes else None
+        by_effect = [slopes[effect] if end is None else end for effect in self.grid.effects]
+        step = max(1, _NUMBERS // (n * max(len(receivers), self.messages.spec.d_model)))  # positions
 
         def multiply(i: int) -> None:
             which, start = self.starts[i]
             prompt, base = int(self.shapes.prompt[i]), int(self.shapes.base[i])
-            there = start < prompt
-            token = np.arange(start[0], prompt) if self.grid.together else start[there]
-            at = upload(base + token, self.messages.said.device)
-            said = self.messages.said[at, :n]  # [position, slot, d_model]
-            for number, effect in enumerate(self.grid.effects):
-                slope = slopes["resid_post"].unsqueeze(1) if "resid_post" in slopes else slopes[effect]
-                product = torch.bmm(said, slope[at].transpose(1, 2))  # [position, slot, receiver]
-                if self.grid.together:
-                    product = product.sum(0, keepdim=True)
-                values = product.cpu().numpy()[:, slot, column]
-                to = which if self.grid.together else which[there]
-                self.found[self.numbers[i], number][np.ix_(to, edges)] = values
+            token = np.arange(start[0], prompt) if self.grid.together else start[start < prompt]
+            to = which if self.grid.together else which[start < prompt]
+            for a in range(0, len(token), step):
+                at = upload(base + token[a : a + step], self.messages.said.device)
+                said = self.messages.said[at, :n]  # [position, slot, d_model]
+                for number, slope in enumerate(by_effect):
+                    product = torch.bmm(said, slope[at].transpose(1, 2))  # [position, slot, receiver]
+                    product = product.sum(0, keepdim=True) if self.grid.together else product
+                    here = np.ix_(to if self.grid.together else to[a : a + step], edges)
+                    self.found[self.numbers[i], number][here] += product.cpu().numpy()[:, slot, column]
 
         self.pool(multiply, range(len(self.numbers)))

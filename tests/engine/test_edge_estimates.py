@@ -163,6 +163,27 @@ def test_relevance_of_a_sender_adds_up_to_its_site(variant):
     assert np.allclose(sums[:, 0], embedding[:, 0, 0], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["attribution", "relp", "ig-inputs"])
+@pytest.mark.parametrize("variant", ["gptj", "llama-grouped", "gemma2"])
+def test_what_the_last_layer_says_goes_to_the_logits_alone(variant, method):
+    """So there total and direct effects are the same: of MLPs, of logits, and of heads beside an MLP."""
+    model, given = double(variant), as_pairs(pairs(true_model(variant), (5, 4), seed=6))
+    last = model.spec.n_layers - 1
+    names = f"m{last},logits" + (f",a{last}<v>" if model.spec.parallel else "")
+    found, _ = estimated(model, given, method, steps=2, receivers=names, effect="both")
+    assert found.any()
+    assert np.allclose(found[:, 0], found[:, 1], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("positions", ["together", "all"])
+def test_in_pieces_they_are_the_same(positions, monkeypatch):
+    model, given = double("llama-grouped"), as_pairs(pairs(true_model("llama-grouped"), (6, 4), seed=6))
+    whole, _ = estimated(model, given, effect="both", positions=positions)
+    monkeypatch.setattr("deltapatch.engine.screening.sent._NUMBERS", 300)
+    pieces, _ = estimated(model, given, effect="both", positions=positions)
+    assert np.allclose(pieces, whole, rtol=1e-10, atol=1e-14, equal_nan=True)
+
+
 def test_integrated_inputs_take_the_mean_of_gradients_between_the_prompts():
     """One step: the gradients of the source run, so the negative of the estimates the other way round."""
     model, given = double("llama"), as_pairs(pairs(true_model("llama"), (5,), seed=3))

@@ -208,5 +208,8 @@ def test_what_is_refused(model, prompts):
     unequal = [dp.PromptPair([3, 9, 4, 8, 5], [3, 7, 8, 5], 1, 2, align=[[0, 0], [1, 1], [3, 2], [4, 3]])]
     with pytest.raises(DeltapatchError, match="line up position by position"):
         dp.sweep_edges(model, unequal, positions="all", screen="attribution", progress=False)
+    screened = dp.sweep_edges(model, prompts, progress=False, **SCREEN)
+    with pytest.raises(DeltapatchError, match="of a screened sweep few are known"):
+        dp.Circuit.top(screened, 5)
     with pytest.raises(DeltapatchError, match="use sweep_edges"):
         ray_sweep_edges("nowhere", prompts, screen="attribution")
