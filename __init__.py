@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from deltapatch.results.reading import load_edges, load_effects, load_interactions, load_outcome
     from deltapatch.results.recall import Recall
     from deltapatch.results.screened import Screened, load_screened
+    from deltapatch.results.screened_edges import ScreenedEdges
     from deltapatch.results.screened_outcome import ScreenedOutcome
 
 __version__ = "0.2.0.dev0"
@@ -51,6 +52,7 @@ _HOME = {
     "PromptPair": "interventions.pairs",
     "Recall": "results.recall",
     "Screened": "results.screened",
+    "ScreenedEdges": "results.screened_edges",
     "ScreenedOutcome": "results.screened_outcome",
     "Shapley": "analysis.shapley",
     "SmallestSet": "analysis.smallest_set",
@@ -95,6 +97,7 @@ __all__ = [
     "PromptPair",
     "Recall",
     "Screened",
+    "ScreenedEdges",
     "ScreenedOutcome",
     "Shapley",
     "SmallestSet",

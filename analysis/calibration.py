@@ -4,15 +4,16 @@ import numpy as np
 
 from deltapatch.analysis.tables import Table
 from deltapatch.results.screened import Screened
+from deltapatch.results.screened_edges import ScreenedEdges
 from deltapatch.results.screened_outcome import ScreenedOutcome
 
 
 def calibration(
-    screened: Screened | ScreenedOutcome, metric: str | None = None, *, by_layer: bool = False
+    screened: Screened | ScreenedOutcome | ScreenedEdges, metric: str | None = None, *, by_layer: bool = False
 ) -> Table:
     """Correlation and slope of estimates against exact effects, over all that was screened.
 
-    It is told by site, and of features by autoencoder.
+    It is told by site, of features by autoencoder, and of edges by what receivers read.
 
     What was verified stands for all: each effect that was drawn counts as many times as the draws of its
     stratum stand for, those of the top once.
@@ -22,9 +23,9 @@ def calibration(
         by_layer: also apart by layer.
 
     Returns:
-        Columns site (or sae), layer where asked for, verified (how many effects), pearson, spearman, and
-        slope: the s for which estimates are closest to s times the exact effects, which is 1 where they are
-        right. NaN where fewer than three are known or nothing varies.
+        Columns site (or sae, or reads), layer where asked for, verified (how many effects), pearson,
+        spearman, and slope: the s for which estimates are closest to s times the exact effects, which is 1
+        where they are right. NaN where fewer than three are known or nothing varies.
 
     Raises:
         DeltapatchError: a metric that was not estimated.
@@ -32,7 +33,11 @@ def calibration(
     name = screened.by if metric is None else metric
     columns, weight = screened.columns(name), screened.weights()
     estimate = screened.estimates_of_verified(name)
-    if isinstance(screened, Screened):
+    if isinstance(screened, ScreenedEdges):
+        of = "reads"
+        reads, columns["layer"] = screened.kinds()
+        known, kind = np.unique(reads.astype(str), return_inverse=True)
+    elif isinstance(screened, Screened):
         of, known = "site", np.array(screened.sites, dtype=object)
         kind = np.array([screened.sites.index(one) for one in columns["site"]])
     else:

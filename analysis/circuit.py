@@ -86,6 +86,11 @@ class Circuit:
     @classmethod
     def _scored(cls, edges: EdgeEffects, metric: str) -> tuple[Nodes, np.ndarray, int]:
         """Nodes, scores of all edges, and d_model; they are importance for the clean answer."""
+        if not isinstance(edges, EdgeEffects):
+            raise DeltapatchError(
+                "a circuit is chosen from the effects of all edges, and of a screened sweep few are known: "
+                "leave out screen"
+            )
         nodes = edges.grid.nodes
         if not edges.grid.together or nodes.keys != "query" or len(edges.edges) < nodes.n_edges:
             raise DeltapatchError(

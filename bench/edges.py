@@ -36,7 +36,7 @@ from deltapatch.bench.results import check_free, stamp, write
 from deltapatch.engine.options import EdgeOptions
 from deltapatch.engine.planning.costs import layer_parameters
 from deltapatch.engine.question import ask
-from deltapatch.interventions.edges import EdgeGrid
+from deltapatch.interventions.edges import EdgeGrid, own_flops
 from deltapatch.interventions.nodes import LOGITS, MLP, Nodes
 from deltapatch.models.forward import activation
 from deltapatch.results.folder import environment
@@ -236,7 +236,7 @@ def necessary(model: deltapatch.Model, pair: deltapatch.PromptPair) -> int:
     spec, entered = model.spec, question.entering
     grid, run = question.interventions, question.runs[0]
     assert isinstance(grid, EdgeGrid)
-    own = grid.own_flops(spec, 0, question.pairs[0], run)
+    own = own_flops(grid.table(0, question.pairs[0])[0], grid.nodes, spec, run)
     flying = np.cumsum(entered)[:-1]  # [layer], row tokens that pass through each
     last = int(flying[-1])
     rows = last // (run.length - question.pairs[0].first_difference)

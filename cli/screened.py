@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltapatch.results.screened import Screened
+    from deltapatch.results.screened_edges import ScreenedEdges
     from deltapatch.results.screened_outcome import ScreenedOutcome
 
 
-def of_screen(found: "Screened | ScreenedOutcome") -> str:
+def of_screen(found: "Screened | ScreenedOutcome | ScreenedEdges") -> str:
     """What a screened sweep says of itself, in words."""
     from deltapatch.analysis.calibration import calibration
 
@@ -16,7 +17,7 @@ def of_screen(found: "Screened | ScreenedOutcome") -> str:
     return f"{found}\n{calibration(found)}\n{found.missed(confidence=found.confidence)}{verdict}"
 
 
-def screen_as_json(found: "Screened | ScreenedOutcome") -> dict[str, Any]:
+def screen_as_json(found: "Screened | ScreenedOutcome | ScreenedEdges") -> dict[str, Any]:
     """The same for programs."""
     from deltapatch.analysis.calibration import calibration
 

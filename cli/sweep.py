@@ -44,6 +44,7 @@ Examples:
   deltapatch edges --model MODEL --pairs pairs.jsonl --effect both --direction noise --out EDGES
   deltapatch edges --model MODEL --pairs pairs.jsonl --senders input,m0-3 --receivers "a<v>,m" --out EDGES
   deltapatch edges --model MODEL --pairs pairs.jsonl --positions op1,last --dry-run
+  deltapatch edges --model MODEL --pairs pairs.jsonl --screen attribution --top 500 --out TOP
 """
 
 

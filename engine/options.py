@@ -396,16 +396,79 @@ class GridOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EdgeGridOptions(Options):
+    """The edges that a sweep patches."""
+
+    senders: str | Sequence[str] = option(
+        "all",
+        'whose change is sent: "all", names ("input", "a3.h5", "m3"), layers ("a3", "m3", "a0-5") or kinds '
+        '("a", "m"), one or several.',
+        word="senders",
+        other="input",
+        typed={
+            "help": "Senders, with commas between: all, input, a3.h5, m3, a0-5, m.",
+            "read": arguments.names,
+        },
+    )
+    receivers: str | Sequence[str] = option(
+        "all",
+        'what alone reads it: "all", names ("a5.h2<q>", "m7", "logits"), layers ("a5", "a5<k>", "m0-5") or '
+        'kinds ("a<v>", "m"), one or several.',
+        word="receivers",
+        other="logits",
+        typed={
+            "help": "Receivers, with commas between: all, a5.h2<q>, a5<k>, m7, m0-5, logits.",
+            "read": arguments.names,
+        },
+    )
+    positions: Positions = option(
+        "together",
+        '"together", all positions of the prompt at once; "all", each by itself; or "last", ints (negative '
+        "from the end) and label names, one or several, each by itself.",
+        word="positions",
+        other="last",
+        typed={
+            "help": "together (the whole prompt at once), all (each by itself), last, or numbers and labels.",
+            "read": arguments.positions,
+        },
+    )
+    effect: Literal["total", "direct", "both"] = option(
+        "total",
+        '"total": everything behind the receiver reacts; "direct": what the receiver says goes to the logits '
+        'alone; or "both".',
+        check=lambda value: arguments.choice(value, ("total", "direct", "both"), "effect"),
+        word="effect",
+        other="direct",
+        typed={
+            "choice": ("total", "direct", "both"),
+            "help": "Whether all behind the receiver reacts, or the logits alone.",
+        },
+    )
+    keys: Literal["query", "kv"] = option(
+        "query",
+        'of models with grouped queries: whether each "query" head reads keys and values of its own, as MIB '
+        'counts, or each key-value head ("kv") reads for all of its group.',
+        check=lambda value: arguments.choice(value, ("query", "kv"), "keys"),
+        word="way of reading keys and values",
+        other="kv",
+        typed={
+            "choice": ("query", "kv"),
+            "help": "Whether keys and values are read by query head or key-value head.",
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScreenOptions(Options):
     """What is estimated, and what of that is computed exactly."""
 
     screen: Literal["attribution", "relp", "ig-inputs", "ig-activations"] | None = option(
         None,
         "estimate all effects by gradients, and compute those of the `top` and of a random sample exactly; a "
-        '`Screened` is returned. "attribution" takes the gradient of the base run; "relp" coefficients of '
-        'relevance propagation in its place; "ig-inputs" the mean gradient of runs with embeddings between '
-        'those of both prompts; "ig-activations" the mean along the line of each vector that is patched, '
-        "which takes longer than exact effects.",
+        '`Screened` is returned, of edges `ScreenedEdges`. "attribution" takes the gradient of the base run; '
+        '"relp" coefficients of relevance propagation in its place; "ig-inputs" the mean gradient of runs '
+        'with embeddings between those of both prompts; "ig-activations" the mean along the line of each '
+        "vector that is patched, which takes longer than exact effects.",
         check=lambda value: value if value is None else arguments.choice(value, SCREENS, "screen"),
         word="screen",
         other="attribution",
@@ -516,66 +579,8 @@ class SweepOptions(ScreenOptions, GridOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EdgeOptions(Options):
-    """What a sweep of edges is asked for: beside the options of every run, which edges it patches."""
-
-    senders: str | Sequence[str] = option(
-        "all",
-        'whose change is sent: "all", names ("input", "a3.h5", "m3"), layers ("a3", "m3", "a0-5") or kinds '
-        '("a", "m"), one or several.',
-        word="senders",
-        other="input",
-        typed={
-            "help": "Senders, with commas between: all, input, a3.h5, m3, a0-5, m.",
-            "read": arguments.names,
-        },
-    )
-    receivers: str | Sequence[str] = option(
-        "all",
-        'what alone reads it: "all", names ("a5.h2<q>", "m7", "logits"), layers ("a5", "a5<k>", "m0-5") or '
-        'kinds ("a<v>", "m"), one or several.',
-        word="receivers",
-        other="logits",
-        typed={
-            "help": "Receivers, with commas between: all, a5.h2<q>, a5<k>, m7, m0-5, logits.",
-            "read": arguments.names,
-        },
-    )
-    positions: Positions = option(
-        "together",
-        '"together", all positions of the prompt at once; "all", each by itself; or "last", ints (negative '
-        "from the end) and label names, one or several, each by itself.",
-        word="positions",
-        other="last",
-        typed={
-            "help": "together (the whole prompt at once), all (each by itself), last, or numbers and labels.",
-            "read": arguments.positions,
-        },
-    )
-    effect: Literal["total", "direct", "both"] = option(
-        "total",
-        '"total": everything behind the receiver reacts; "direct": what the receiver says goes to the logits '
-        'alone; or "both".',
-        check=lambda value: arguments.choice(value, ("total", "direct", "both"), "effect"),
-        word="effect",
-        other="direct",
-        typed={
-            "choice": ("total", "direct", "both"),
-            "help": "Whether all behind the receiver reacts, or the logits alone.",
-        },
-    )
-    keys: Literal["query", "kv"] = option(
-        "query",
-        'of models with grouped queries: whether each "query" head reads keys and values of its own, as MIB '
-        'counts, or each key-value head ("kv") reads for all of its group.',
-        check=lambda value: arguments.choice(value, ("query", "kv"), "keys"),
-        word="way of reading keys and values",
-        other="kv",
-        typed={
-            "choice": ("query", "kv"),
-            "help": "Whether keys and values are read by query head or key-value head.",
-        },
-    )
+class EdgeOptions(ScreenOptions, EdgeGridOptions):
+    """The same of a sweep of edges."""
 
 
 def takes(kind: type[Options]) -> Callable[[Callable[P, Result]], Callable[P, Result]]:

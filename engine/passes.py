@@ -17,7 +17,7 @@ from deltapatch.engine.wavefront.prompts import prompts_of
 from deltapatch.engine.wavefront.setup import PassResult, Setup
 from deltapatch.engine.wavefront.wired import WiredPass, wired_workspace
 from deltapatch.errors import DeltapatchError
-from deltapatch.interventions.edges import EdgeGrid
+from deltapatch.interventions.edges import EdgeGrid, decode
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid
 from deltapatch.interventions.table import row_layers
@@ -59,6 +59,8 @@ def memory_costs(question: Question, decided: Decided, threads: int) -> Costs:
         senders = len(asked.senders)
     elif isinstance(asked, Wirings):
         senders = asked.nodes.n_senders
+    elif isinstance(asked, Listed) and asked.nodes is not None:
+        senders = len(np.unique(decode(asked.nodes, asked.table_of_all.index)[0]))
     found = Costs.of(
         question.model,
         decided.precision,
@@ -112,7 +114,7 @@ def carry(
         prompts,
         part.table,
         question.measured,
-        nodes=asked.nodes if isinstance(asked, EdgeGrid) else None,
+        nodes=asked.nodes if isinstance(asked, EdgeGrid | Listed) else None,
         vectors=asked.vectors if isinstance(asked, Listed | Grid) else None,
         tick=tick,
     ).run()

@@ -19,7 +19,7 @@ from deltapatch.engine.planning.costs import flops
 from deltapatch.errors import DeltapatchError, shown
 from deltapatch.interventions.dataset import Dataset
 from deltapatch.interventions.directions import with_directions
-from deltapatch.interventions.edges import EFFECTS, EdgeGrid
+from deltapatch.interventions.edges import EFFECTS, EdgeGrid, own_flops
 from deltapatch.interventions.encode import encode_pairs, encode_prompts
 from deltapatch.interventions.features import FeaturesAsked
 from deltapatch.interventions.given import Intervention, Listed, listed_interventions
@@ -242,9 +242,9 @@ class Question:
     def flops(self) -> int:
         """The necessary FLOPs, without the unpatched runs."""
         grid, spec = self.interventions, self.model.spec
-        own = 0
-        if isinstance(grid, EdgeGrid):
-            own = sum(grid.own_flops(spec, i, self.pairs[i], self.runs[i]) for i in self.order)
+        own, nodes = 0, grid.nodes if isinstance(grid, EdgeGrid | Listed) else None
+        if nodes is not None:
+            own = sum(own_flops(table, nodes, spec, self.runs[i]) for i, table, _ in self.tables())
         return own + flops(spec, self.row_layers, self.n_reads)
 
     @cached_property

@@ -45,6 +45,7 @@ from deltapatch.results.measured import Found, Gathered, with_axes
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.reading import read_run
 from deltapatch.results.screened import Screened, load_screened
+from deltapatch.results.screened_edges import ScreenedEdges
 from deltapatch.results.screened_outcome import ScreenedOutcome
 from deltapatch.results.truth import Truth
 from deltapatch.results.wired_outcome import WiredOutcome
@@ -85,9 +86,13 @@ def sweep(model: Model, pairs: Pairs, **options: Any) -> Effects | Screened:
     return found
 
 
+@overload
+def sweep_edges(model: Model, pairs: Pairs, *, screen: None = None, **options: Any) -> EdgeEffects: ...
+@overload
+def sweep_edges(model: Model, pairs: Pairs, *, screen: str, **options: Any) -> ScreenedEdges: ...
 @takes(EdgeOptions)
 @undisturbed()
-def sweep_edges(model: Model, pairs: Pairs, **options: Any) -> EdgeEffects:
+def sweep_edges(model: Model, pairs: Pairs, **options: Any) -> EdgeEffects | ScreenedEdges:
     """Patch every chosen edge of every pair, each alone, exactly.
 
     An edge sends one node's change (source - base) into what one receiver reads, and into nothing else. In
@@ -100,11 +105,17 @@ def sweep_edges(model: Model, pairs: Pairs, **options: Any) -> EdgeEffects:
 
     Returns:
         EdgeEffects: `values` is [pair, sender, receiver], or [pair, sender, receiver, position].
+        With `screen`, ScreenedEdges: estimates of all, exact effects of some, and what may have been missed.
 
     Raises:
         DeltapatchError: bad input, one clear sentence.
     """
-    found = _answer(model, pairs, EdgeOptions(**options), None)
+    asked = EdgeOptions(**options)
+    if asked.screen is not None:
+        screened = _screened(model, pairs, asked)
+        assert isinstance(screened, ScreenedEdges)
+        return screened
+    found = _answer(model, pairs, asked, None)
     assert isinstance(found, EdgeEffects)
     return found
 

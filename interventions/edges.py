@@ -14,11 +14,11 @@ import numpy as np
 
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.grid import Grid
-from deltapatch.interventions.nodes import LOGITS, MLP, READS, Nodes, Q
+from deltapatch.interventions.nodes import LOGITS, MLP, OF_SENDERS, READS, Nodes, Q
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.runs import RunShape
-from deltapatch.interventions.table import EDIT, PLACE, TOGETHER, PatchTable, row_tokens
+from deltapatch.interventions.table import EDGE_EDITS, EDIT, PLACE, TOGETHER, PatchTable, row_tokens
 from deltapatch.models.spec import ModelSpec
 
 Effect = Literal["total", "direct"]
@@ -28,7 +28,6 @@ EFFECTS: dict[str, tuple[Effect, ...]] = {
     "both": ("total", "direct"),
 }
 SETTINGS = ("nodes", "senders", "receivers", "positions", "effect", "keys")
-_MOST = 1 << 10  # layers and heads of a model
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,26 @@ class EdgeGrid:
         """Whether edges are patched at all positions of a prompt at once."""
         return self.positions == [TOGETHER]
 
+    def number_of(self, effect: str | None) -> int:
+        """Which of `effects` a name means, the first where there is none.
+
+        Raises:
+            DeltapatchError: it is not among them.
+        """
+        name = effect or self.effects[0]
+        if name not in self.effects:
+            raise DeltapatchError(
+                f"effect {name!r} was not measured: this run has {' and '.join(self.effects)}"
+            )
+        return [*self.effects].index(name)
+
+    @cached_property
+    def reads(self) -> np.ndarray:
+        """[edge], what the receiver of each reads, as a number of `nodes.READS`."""
+        of_receiver = np.array([self.nodes.receivers[name].reads for name in self.receivers])
+        found: np.ndarray = of_receiver[self.edges[:, 1]]
+        return found
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """[pair, effect, position, edge]."""
@@ -89,7 +108,7 @@ class EdgeGrid:
     @property
     def places(self) -> frozenset[str]:
         """What of the source runs is looked at."""
-        return frozenset(("z", "mlp_out"))
+        return OF_SENDERS
 
     @property
     def acted(self) -> list[int]:
@@ -109,11 +128,7 @@ class EdgeGrid:
         """What `settings` told. ValueError, KeyError or TypeError where it makes no sense."""
         shape, senders, receivers, positions, effect, keys = (settings[name] for name in SETTINGS)
         nodes = Nodes(**shape, keys=keys)
-        sizes = (nodes.n_layers, nodes.n_heads, nodes.n_kv_heads)
-        if any(type(n) is not int or not 0 < n < _MOST for n in sizes) or nodes.n_heads % nodes.n_kv_heads:
-            raise ValueError("nodes")
-        if type(nodes.parallel) is not bool or keys not in ("query", "kv"):
-            raise ValueError("nodes")
+        nodes.check()
         order = {name: i for i, name in enumerate(nodes.receivers)}
         number = {name: i for i, name in enumerate(nodes.senders)}
         sends, reads = [number[name] for name in senders], [order[name] for name in receivers]
@@ -124,7 +139,7 @@ class EdgeGrid:
         roles = Roles(settings["direction"], settings["source"])
         return cls(nodes, sends, list(receivers), positions, EFFECTS[effect], roles, n_pairs)
 
-    def _starts(self, pair: EncodedPair) -> tuple[np.ndarray, np.ndarray]:
+    def starts(self, pair: EncodedPair) -> tuple[np.ndarray, np.ndarray]:
         """The positions that a pair has: which they are among `positions`, and where in its base run."""
         if self.together:
             return np.zeros(1, np.int64), np.array([self.roles.first(pair)])
@@ -134,7 +149,7 @@ class EdgeGrid:
 
     def table(self, number: int, pair: EncodedPair) -> tuple[PatchTable, np.ndarray]:
         """One pair's edges, each a row of one patch, and where their effects go: [row]."""
-        which, start = self._starts(pair)
+        which, start = self.starts(pair)
         sender, receiver = self.edges.T
         found = [self.nodes.receivers[name] for name in self.receivers]
         layer, reads, head = np.array(found, dtype=np.int64).T[:, receiver]
@@ -157,7 +172,7 @@ class EdgeGrid:
 
     def n_rows(self, number: int, pair: EncodedPair) -> int:
         """How many interventions of a pair there are."""
-        return len(self.effects) * len(self._starts(pair)[0]) * len(self.edges)
+        return len(self.effects) * len(self.starts(pair)[0]) * len(self.edges)
 
     def row_sizes(self, number: int, pair: EncodedPair, run: RunShape) -> tuple[np.ndarray, np.ndarray]:
         """[row] twice, the tokens and the layer of each intervention of a pair, in the order of `table`."""
@@ -168,34 +183,6 @@ class EdgeGrid:
         """[1 + layer], the row tokens of a pair that enter at the embedding and in each layer."""
         tokens, layers = self.row_sizes(number, pair, run)
         return np.bincount(1 + layers, tokens, 1 + n_layers).astype(np.int64)
-
-    def own_flops(self, spec: ModelSpec, number: int, pair: EncodedPair, run: RunShape) -> int:
-        """FLOPs that the edges of a pair need in the layer of their receiver, messages included."""
-        _, starts = self._starts(pair)
-        tokens = np.where(starts < run.prompt, run.length - starts, 0)
-        seen = int(tokens.sum())  # row tokens of an edge that is patched at each of its places
-        patched = seen if self.together else int((tokens > 0).sum())  # of these, where its sender speaks
-        mlp = 2 * (3 if spec.gated else 2) * spec.d_model * spec.d_mlp
-        qkv = 2 * spec.d_model * spec.d_head * (spec.n_heads + 2 * spec.n_kv_heads)
-        total = 0
-        count = np.bincount(self.edges[:, 1], minlength=len(self.receivers)).tolist()
-        for name, n in zip(self.receivers, count, strict=True):
-            receiver = self.nodes.receivers[name]
-            if receiver.reads == LOGITS:
-                continue
-            # In the last layer what is read alone goes on from the heads.
-            ends = receiver.layer == self.nodes.n_layers - 1
-            at_end = int((tokens > 0).sum()) * run.reads
-            group = self.nodes.group(receiver.reads, receiver.head)
-            out = 2 * spec.d_model * spec.d_head * (group.stop - group.start)
-            if receiver.reads == MLP:
-                total += n * (patched if "total" in self.effects and not ends else at_end) * mlp
-                continue
-            there = at_end if ends else patched if receiver.reads == Q else seen
-            total += n * there * (out + (0 if spec.parallel or "total" not in self.effects else mlp))
-        layers = {self.nodes.receivers[name].layer for name in self.receivers}
-        earlier = [sum(s < self.nodes.attention(l) for s in self.senders) for l in layers]
-        return total + patched * qkv * sum(earlier)
 
     def describe(self, effect: int) -> str:
         """Which edge an effect belongs to, in words."""
@@ -211,6 +198,27 @@ def grid_of(settings: Mapping[str, Any], n_pairs: int) -> Grid | EdgeGrid:
     return (EdgeGrid if "senders" in settings else Grid).of_settings(settings, n_pairs)
 
 
+def own_flops(table: PatchTable, nodes: Nodes, spec: ModelSpec, run: RunShape) -> int:
+    """FLOPs that some edges of a pair need in the layers of their receivers, messages included."""
+    sender, layer, _ = decode(nodes, table.index)
+    reads, tokens = table.place - PLACE[READS[0]], row_tokens(table, run)
+    direct = np.isin(table.edit, [EDIT["direct one"], EDIT["direct together"]])
+    together = np.isin(table.edit, [EDIT["total together"], EDIT["direct together"]])
+    patched = np.where(together, tokens, tokens > 0)  # tokens at which the sender speaks
+    at_end, ends = (tokens > 0) * run.reads, direct | (layer == nodes.n_layers - 1)
+    mlp = 2 * (3 if spec.gated else 2) * spec.d_model * spec.d_mlp
+    qkv = 2 * spec.d_model * spec.d_head * (spec.n_heads + 2 * spec.n_kv_heads)
+    heads = np.where(nodes.heads_of(reads) == nodes.n_heads, 1, nodes.n_heads // nodes.n_kv_heads)
+    behind = np.where(spec.parallel | direct, 0, mlp)
+    of_heads = np.where(ends, at_end, np.where(reads == Q, patched, tokens))
+    of_heads = of_heads * (2 * spec.d_model * spec.d_head * heads + behind)
+    of_mlp = np.where(ends, at_end, patched) * mlp
+    own = np.select([reads == LOGITS, reads == MLP], [0 * of_mlp, of_mlp], of_heads)
+    heard = reads < MLP  # each message goes through the weights of a layer once, for all heads there
+    said, first = np.unique(np.stack([sender, layer, table.position])[:, heard], axis=1, return_index=True)
+    return int(own.sum() + patched[heard][first].sum() * qkv) if said.size else int(own.sum())
+
+
 def code(nodes: Nodes, sender: np.ndarray, layer: np.ndarray, head: np.ndarray) -> np.ndarray:
     """What a patch table has as the `index` of an edge: its sender, its receiver's layer and head."""
     return (sender * nodes.n_layers + layer) * nodes.n_heads + head
@@ -221,3 +229,17 @@ def decode(nodes: Nodes, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     rest, head = np.divmod(index, nodes.n_heads)
     sender, layer = np.divmod(rest, nodes.n_layers)
     return sender, layer, head
+
+
+def is_edge(columns: Mapping[str, np.ndarray], nodes: Nodes) -> np.ndarray:
+    """[patch], whether the columns of a table, whatever a file says, are those of an edge."""
+    edit, index = columns["edit"], columns["index"]
+    reads = columns["place"] - PLACE[READS[0]]
+    right = (reads >= 0) & (reads < len(READS)) & np.isin(edit, [EDIT[name] for name in EDGE_EDITS])
+    reads = np.where(right, reads, LOGITS)
+    sender, layer, head = decode(nodes, index)
+    heads, mlp = reads < MLP, 0 if nodes.parallel else nodes.n_heads
+    first = 1 + layer * (nodes.n_heads + 1)  # of a layer, as `Nodes.attention` has it
+    speaks = np.where(reads == LOGITS, nodes.n_senders, first + np.where(heads, 0, mlp))
+    found: np.ndarray = right & (sender < speaks) & (head < nodes.heads_of(reads))
+    return found

@@ -11,7 +11,8 @@ import numpy as np
 
 from deltapatch.arguments import position, several, whole
 from deltapatch.errors import DeltapatchError, shown
-from deltapatch.interventions.nodes import Nodes
+from deltapatch.interventions.edges import is_edge
+from deltapatch.interventions.nodes import OF_SENDERS, Nodes
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.parts import Part, parts_as_file, parts_of_file
 from deltapatch.interventions.roles import Roles, no_place
@@ -20,6 +21,8 @@ from deltapatch.interventions.sites import ALONG, DIRECTION, PLACES, check_site,
 from deltapatch.interventions.table import (
     COLUMNS,
     EDIT,
+    EDITS,
+    PLACE,
     SITE_EDITS,
     PatchTable,
     by_pair,
@@ -109,6 +112,7 @@ class Listed:
             is not named is seen by all.
         parts: what they join, as it was asked for, where their maker counts parts in its labels.
         begins: [pair], the position before which both of its runs are the same; unknown unless given.
+        nodes: of the model, where each intervention is an edge; None where they patch sites.
     """
 
     table_of_all: PatchTable
@@ -117,6 +121,7 @@ class Listed:
     seen_by: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
     parts: tuple[Part, ...] = ()
     begins: Sequence[int] | None = None
+    nodes: Nodes | None = None
 
     @property
     def n_effects(self) -> int:
@@ -125,7 +130,9 @@ class Listed:
 
     @cached_property
     def places(self) -> frozenset[str]:
-        """Where patches go."""
+        """Where patches go; of edges what of the source runs is looked at."""
+        if self.nodes is not None:
+            return OF_SENDERS
         return frozenset(PLACES[i] for i in np.unique(self.table_of_all.place))
 
     @property
@@ -159,7 +166,8 @@ class Listed:
 
     def settings(self) -> dict[str, Any]:
         """What tells them from others."""
-        digest = hashlib.sha256(json.dumps([PLACES, SITE_EDITS]).encode())
+        known = [PLACES, SITE_EDITS] if self.nodes is None else [[*PLACE], EDITS]
+        digest = hashlib.sha256(json.dumps(known).encode())
         for array in self.arrays().values():
             digest.update(np.ascontiguousarray(array))
         return {"interventions": {"number": self.n_effects, "sha256": digest.hexdigest()}}
@@ -170,7 +178,8 @@ class Listed:
         columns = {name: getattr(self.table_of_all, name).astype(np.int64) for name in names}
         labels = {f"label/{name}": array for name, array in sorted(self.labels.items())}
         seen_by = {"seen_by": self.seen_by} if len(self.seen_by) else {}
-        return columns | self.vectors.as_file() | labels | seen_by | parts_as_file(self.parts)
+        nodes = {} if self.nodes is None else {"nodes": self.nodes.as_array()}
+        return columns | self.vectors.as_file() | labels | seen_by | parts_as_file(self.parts) | nodes
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, np.ndarray], pairs: Sequence[EncodedPair]) -> "Listed":
@@ -186,8 +195,12 @@ class Listed:
         longest = np.array([max(len(one.clean), len(one.corrupted)) for one in pairs])[pair[row]]
         inside = (columns["position"] >= 0) & (columns["position"] < longest) & (columns["layer"] >= -1)
         inside &= columns["index"] >= 0
-        for name, known in (("place", PLACES), ("edit", SITE_EDITS)):
-            inside &= (columns[name] >= 0) & (columns[name] < len(known))
+        nodes = Nodes.of_array(arrays["nodes"]) if "nodes" in arrays else None
+        if nodes is not None:
+            inside &= is_edge(columns, nodes)
+        else:
+            for name, known in (("place", PLACES), ("edit", SITE_EDITS)):
+                inside &= (columns[name] >= 0) & (columns[name] < len(known))
         if not inside.all():
             raise ValueError("interventions")
         labels = {name[len("label/") :]: a for name, a in arrays.items() if name.startswith("label/")}
@@ -204,7 +217,7 @@ class Listed:
         if not fits or (seen_by < 0).any() or (seen_by[:, 0] >= len(row)).any():
             raise ValueError("interventions")
         parts = parts_of_file(arrays)
-        return cls(PatchTable(len(pair), **columns), vectors, labels, seen_by, parts)
+        return cls(PatchTable(len(pair), **columns), vectors, labels, seen_by, parts, nodes=nodes)
 
 
 def listed_interventions(

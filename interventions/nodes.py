@@ -21,6 +21,8 @@ from deltapatch.models.spec import ModelSpec
 Keys = Literal["query", "kv"]
 READS = ("<q>", "<k>", "<v>", "<mlp>", "<logits>")  # what receivers read, in the order in which rows meet it
 Q, K, V, MLP, LOGITS = range(len(READS))
+OF_SENDERS = frozenset(("z", "mlp_out"))  # the places at which it is seen what senders say
+_MOST = 1 << 10  # layers and heads of a model that a file tells of
 
 _NAME = re.compile(
     r"(?P<kind>[am])(?P<first>\d{1,6})?(?:-(?P<last>\d{1,6}))?(?:\.(?P<of>h|kv)(?P<head>\d{1,6}))?(?:<(?P<reads>[qkv])>)?"
@@ -61,6 +63,32 @@ class Nodes:
         """Those of a model."""
         return cls(spec.n_layers, spec.n_heads, spec.n_kv_heads, spec.parallel, keys)
 
+    def as_array(self) -> np.ndarray:
+        """As a file keeps them: [5], the numbers of layers and heads, parallel, and whether keys are "kv"."""
+        return np.array(
+            [self.n_layers, self.n_heads, self.n_kv_heads, self.parallel, self.keys == "kv"], np.int64
+        )
+
+    @classmethod
+    def of_array(cls, array: np.ndarray) -> "Nodes":
+        """What `as_array` gave. ValueError where it makes no sense."""
+        if array.shape != (5,) or array.dtype != np.int64:
+            raise ValueError("nodes")
+        n_layers, n_heads, n_kv_heads, parallel, kv = array.tolist()
+        nodes = cls(n_layers, n_heads, n_kv_heads, bool(parallel), "kv" if kv else "query")
+        nodes.check()
+        if not {parallel, kv} <= {0, 1}:
+            raise ValueError("nodes")
+        return nodes
+
+    def check(self) -> None:
+        """Check what a file says. ValueError where it makes no sense."""
+        sizes = (self.n_layers, self.n_heads, self.n_kv_heads)
+        if any(type(n) is not int or not 0 < n < _MOST for n in sizes) or self.n_heads % self.n_kv_heads:
+            raise ValueError("nodes")
+        if type(self.parallel) is not bool or self.keys not in ("query", "kv"):
+            raise ValueError("nodes")
+
     @property
     def n_senders(self) -> int:
         """How many nodes send."""
@@ -79,6 +107,10 @@ class Nodes:
         if reads >= MLP:
             return 1
         return self.n_kv_heads if self.keys == "kv" and reads != Q else self.n_heads
+
+    def heads_of(self, reads: np.ndarray) -> np.ndarray:
+        """The same for many."""
+        return np.array([self.heads(i) for i in range(len(READS))])[reads]
 
     def group(self, reads: int, head: int) -> slice:
         """The query heads that see a change of what a head reads."""

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from deltapatch import markup
-from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.results.effects import import_pandas, is_labelled, looking, position_column
@@ -76,12 +75,12 @@ class EdgeEffects(Result):
         Raises:
             DeltapatchError: an unknown metric, or one or an effect that was not measured.
         """
-        return self._by_edge(compute(metric, self._of(effect), self.reference, self.direction))
+        return self.by_edge(compute(metric, self._of(effect), self.reference, self.direction))
 
     def terms(self, metric: str | Own, effect: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """A metric as it is averaged, as of `Effects.terms`: as `flat`, and [pair] or None."""
         top, below = terms(metric, self._of(effect), self.reference, self.direction)
-        return self._by_edge(top), below
+        return self.by_edge(top), below
 
     def mean(self, metric: str, effect: str | None = None) -> np.ndarray:
         """The mean over pairs, [edge] or [edge, position]; of a ratio such as `recovered` that of means."""
@@ -131,7 +130,7 @@ class EdgeEffects(Result):
         names = asked_of(self.metrics, metrics)
         arrays = {name: self.flat(name, effect) for name in names}
         exists = ~np.isnan(next(iter(self._of(effect).values())))  # [pair, position, edge]
-        exists = self._by_edge(exists)
+        exists = self.by_edge(exists)
         where = np.nonzero(exists)
         sender, receiver = (np.array(side, dtype=object)[where[1]] for side in zip(*self.edges, strict=True))
         out = {"pair": where[0], "sender": sender, "receiver": receiver}
@@ -207,14 +206,9 @@ class EdgeEffects(Result):
 
     def _of(self, effect: str | None) -> dict[str, np.ndarray]:
         """What was measured of total or direct effects, [pair, position, edge]."""
-        effect = effect or self.grid.effects[0]
-        if effect not in self.grid.effects:
-            raise DeltapatchError(
-                f"effect {effect!r} was not measured: this run has {' and '.join(self.grid.effects)}"
-            )
-        at = list(self.grid.effects).index(effect)
+        at = self.grid.number_of(effect)
         return {name: array[:, at] for name, array in self.measured.items()}
 
-    def _by_edge(self, found: np.ndarray) -> np.ndarray:
-        """Of [pair, position, edge]: [pair, edge], or [pair, edge, position]."""
+    def by_edge(self, found: np.ndarray) -> np.ndarray:
+        """Of [pair, position, edge]: [pair, edge], or at single positions [pair, edge, position]."""
         return found[:, 0] if self.grid.together else np.moveaxis(found, 1, 2)

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from deltapatch.errors import DeltapatchError, path_of
+from deltapatch.interventions.edges import EdgeGrid, grid_of
 from deltapatch.interventions.grid import Grid
 from deltapatch.interventions.sites import find_site
 from deltapatch.models.header import open_safetensors
@@ -18,6 +19,7 @@ from deltapatch.results.estimated import ESTIMATES, FIRST_ORDER, NOTHING, Choice
 from deltapatch.results.metrics import Function, asked_of
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.reading import load_outcome
+from deltapatch.results.screened_edges import ScreenedEdges
 from deltapatch.results.screened_outcome import ScreenedOutcome, labels_of_file
 from deltapatch.results.strata import Strata
 
@@ -149,8 +151,8 @@ class Screened(Estimated):
         raise DeltapatchError(f"site {wanted.name!r} was not screened: this run has {', '.join(self.sites)}")
 
 
-def load_screened(path: str | os.PathLike[str]) -> Screened | ScreenedOutcome:
-    """The result of a screened sweep in a run folder, of a grid or of features.
+def load_screened(path: str | os.PathLike[str]) -> Screened | ScreenedOutcome | ScreenedEdges:
+    """The result of a screened sweep in a run folder, of sites, edges or features.
 
     Raises:
         DeltapatchError: it is none, is damaged, or has no estimates.
@@ -174,7 +176,7 @@ def load_screened(path: str | os.PathLike[str]) -> Screened | ScreenedOutcome:
 
 def _read(
     verified: Outcome, arrays: dict[str, np.ndarray], about: dict[str, str]
-) -> Screened | ScreenedOutcome:
+) -> Screened | ScreenedOutcome | ScreenedEdges:
     """What a file holds, checked. ValueError, KeyError or TypeError where it makes no sense."""
     estimates, choice = _choice(verified, arrays, int(about.get("looks", 0)))
     if about["by"] not in FIRST_ORDER:
@@ -185,9 +187,11 @@ def _read(
     axes = json.loads(about["grid"]) | {"source": verified.meta["source"], "direction": verified.direction}
     if not all(type(position) in (int, str) for position in axes["positions"]):
         raise ValueError("positions")
-    grid = Grid.of_settings(axes, len(verified.pairs))
+    grid = grid_of(axes, len(verified.pairs))
     if grid.n_effects != len(estimates):
         raise ValueError("arrays do not fit the grid")
+    if isinstance(grid, EdgeGrid):
+        return ScreenedEdges(verified, grid, estimates, choice, about["by"])
     return Screened(verified, grid, estimates, choice, about["by"])
 
 

@@ -202,6 +202,13 @@ def test_the_table_of_screens_is_that_of_its_result():
         assert f"{bound['missed']:.0f} were" in page
 
 
+def test_the_table_of_screens_of_edges_is_that_of_its_result():
+    code = runpy.run_path(str(ROOT / "scripts" / "screened_edges_page.py"))
+    file = ROOT / "bench" / "results" / "screened_edges_builtin.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert code["page_table"](rows) in (ROOT / "docs" / "edges.md").read_text(encoding="utf-8")
+
+
 def test_the_docs_define_every_metric_as_the_code_does():
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     header, *rows = definitions()

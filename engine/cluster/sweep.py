@@ -18,7 +18,7 @@ from typing import Any
 
 from deltapatch.engine.cluster.team import Team
 from deltapatch.engine.cluster.worker import Report, Request
-from deltapatch.engine.options import EdgeOptions, Options, SweepOptions
+from deltapatch.engine.options import EdgeOptions, Options, ScreenOptions, SweepOptions
 from deltapatch.engine.progress import progress_bar
 from deltapatch.errors import DeltapatchError
 from deltapatch.interventions.given import Intervention, checked
@@ -74,8 +74,7 @@ def ray_sweep(
             workers, or a pass fails again and again.
     """
     asked = SweepOptions(**options)
-    if asked.screen is not None:
-        raise DeltapatchError("a screened sweep is not spread over a cluster: leave out screen, or use sweep")
+    _check_unscreened(asked, "sweep")
     found = _spread(model, pairs, cluster or Cluster(), asked, None)
     assert isinstance(found, Effects)
     return found
@@ -85,9 +84,19 @@ def ray_sweep_edges(
     model: str | PathLike[str], pairs: Pairs, cluster: Cluster | None = None, **options: Any
 ) -> EdgeEffects:
     """`sweep_edges`, spread likewise. Raises what `ray_sweep` raises."""
-    found = _spread(model, pairs, cluster or Cluster(), EdgeOptions(**options), None)
+    asked = EdgeOptions(**options)
+    _check_unscreened(asked, "sweep_edges")
+    found = _spread(model, pairs, cluster or Cluster(), asked, None)
     assert isinstance(found, EdgeEffects)
     return found
+
+
+def _check_unscreened(asked: ScreenOptions, function: str) -> None:
+    """Raise DeltapatchError where a screen is asked for, which `function` can do."""
+    if asked.screen is not None:
+        raise DeltapatchError(
+            f"a screened sweep is not spread over a cluster: leave out screen, or use {function}"
+        )
 
 
 def ray_run(

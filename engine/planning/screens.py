@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from deltapatch.engine.options import SweepOptions
+from deltapatch.engine.options import ScreenOptions
 from deltapatch.engine.passes import at_work
 from deltapatch.engine.planning.costs import layer_parameters
 from deltapatch.engine.planning.forecast import BESIDE_OTHERS, Forecast, forecast, numbers_beside
@@ -15,13 +15,17 @@ from deltapatch.engine.screening.estimates import Estimates, reaching
 from deltapatch.engine.screening.lines import at_once
 from deltapatch.engine.screening.screen import estimates_of, first_sizes, listed_effects, verified_with
 from deltapatch.engine.wavefront.layout import PairShapes
+from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.grid import Grid
+from deltapatch.interventions.nodes import V
 from deltapatch.interventions.sites import DIRECTION
 from deltapatch.models import forward
 
 # Operations of a block in a layer, whatever its sizes: base run, source run, and a gradient, with the forward
 # that it takes. Then of the gradient in what the last layer leaves.
 BASE, SOURCE, GRADIENT, OF_LOGITS = 280, 580, 600, 190
+# Of a block whose receivers are heard for edges, and of each of them that is a head.
+HEARING, OF_HEAD = 550, 110
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ def forecast_screen(question: Question) -> Forecast:
         DeltapatchError: bad input; the memory budget has no room for one intervention.
     """
     options, grid, model = question.options, question.interventions, question.model
-    assert isinstance(options, SweepOptions)
-    assert isinstance(grid, Grid)
+    assert isinstance(options, ScreenOptions)
+    assert isinstance(grid, Grid | EdgeGrid)
     estimates, can = estimates_of(question), np.flatnonzero(reaching(question))
     drawn = np.random.default_rng(options.seed).permutation(can)[: max(1, sum(first_sizes(options)))]
     verified = replace(
@@ -108,7 +112,7 @@ def seconds(estimates: Estimates, work: Work, rates: Rates, threads: int) -> flo
 
 
 def work_of(estimates: Estimates) -> Work:
-    """What the estimates of a grid take."""
+    """What the estimates of a grid of sites or edges take."""
     question, n_layers, name = estimates.question, estimates.spec.n_layers, estimates.method.name
     most, chunks = question.backend.block_tokens, list(estimates.chunks())
     shapes = [PairShapes([question.runs[i]._replace(beside=0) for i in numbers]) for numbers in chunks]
@@ -125,8 +129,12 @@ def work_of(estimates: Estimates) -> Work:
         tokens, reads = (int(sum(sizes)) for sizes in zip(*map(_sizes, shapes), strict=True))
         calls += steps * (estimates.n_back * blocks * GRADIENT + len(chunks) * OF_LOGITS)
         calls += steps * n_layers * blocks * BASE if name == "ig-inputs" else 0
+        if isinstance(estimates.asked, EdgeGrid):
+            heads = sum(r.reads <= V for r in estimates.receivers)
+            each = len(estimates.hearing) * HEARING + heads * OF_HEAD
+            calls += steps * blocks * len(estimates.asked.effects) * each
         reads, products_read, together = steps * reads, steps * len(chunks), len(chunks)
-    numbers, products = _changes(estimates)
+    numbers, products = (_said if isinstance(estimates.asked, EdgeGrid) else _changes)(estimates)
     return Work(
         token_layers=estimates.token_layers,
         reads=2 * reads,
@@ -170,3 +178,18 @@ def _changes(estimates: Estimates) -> tuple[int, int]:
         if g.site.index is DIRECTION:
             products += len(g.layers) * spots * 4 * spec.d_model * g.n_indices
     return numbers, products
+
+
+def _said(estimates: Estimates) -> tuple[int, int]:
+    """How many numbers senders of edges say, and FLOPs of these, of what is read, and of both together."""
+    question, spec, grid = estimates.question, estimates.spec, estimates.asked
+    assert isinstance(grid, EdgeGrid)
+    tokens = sum(question.runs[number].length for number in question.order)
+    d, senders, kinds = spec.d_model, np.array(grid.senders), len(grid.effects)
+    steps = estimates.method.steps if estimates.method.name == "ig-inputs" else 1
+    width = spec.d_head * (spec.n_heads if spec.qk_norm == "width" else 1)
+    heads = sum(r.reads <= V for r in estimates.receivers)
+    products = 2 * tokens * len(senders) * spec.d_head * d + steps * kinds * 2 * tokens * heads * width * d
+    for receiver in estimates.receivers:
+        products += kinds * 2 * tokens * int((senders < grid.nodes.before(receiver)).sum()) * d
+    return tokens * len(senders) * d, products

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deltapatch.engine.question import Question
+from deltapatch.engine.wavefront.block import Layer
 from deltapatch.engine.wavefront.prompts import Prompts
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.sites import PLACES, SITES
@@ -48,7 +49,11 @@ class Added:
     def _at(self, l: int) -> np.ndarray:
         return self.here[self.table.layer[self.here] == l]
 
-    def keep(self, l: int, deltas: Mapping[str, Tensor]) -> None:
+    def sources(self, l: int) -> list[str]:
+        """What of a layer's source runs is looked at."""
+        return self.places(l)
+
+    def keep(self, l: int, deltas: Mapping[str, Tensor], layer: Layer | None) -> None:
         """Nothing: what is added is given."""
 
     def put(self, l: int, slopes: Mapping[str, Tensor]) -> None:

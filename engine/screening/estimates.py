@@ -1,12 +1,14 @@
 """First-order estimates of every effect of a sweep: what a patch changes, times the gradient in the base run.
 
-Attribution patching (Nanda 2023; Syed et al. 2023), for all sites at once: the unpatched runs go through the
-layers once, of which only what enters each layer is kept; then gradients go back, layer by layer.
+Attribution patching (Nanda 2023), and that of edges (Syed et al. 2023), for all of them at once. The
+unpatched runs go through the layers once, and only what enters each layer is kept; gradients then go back
+layer by layer.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,17 +17,22 @@ from torch import Tensor
 from deltapatch.engine.question import Question
 from deltapatch.engine.screening.added import Added
 from deltapatch.engine.screening.gradients import Backward
+from deltapatch.engine.screening.hearing import Hearing
 from deltapatch.engine.screening.lines import Lines
+from deltapatch.engine.screening.sent import Sent
 from deltapatch.engine.screening.swapped import Swapped
 from deltapatch.engine.wavefront.layers import Layers
 from deltapatch.engine.wavefront.pool import Pool, workers
 from deltapatch.engine.wavefront.prompts import EMBEDDING, Prompts, prompts_of
 from deltapatch.engine.wavefront.reads import Reads
+from deltapatch.engine.wavefront.rows import make_rows
 from deltapatch.engine.wavefront.setup import Setup
 from deltapatch.engine.wavefront.unpatched import Unpatched
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid, SiteGrid
+from deltapatch.interventions.nodes import LOGITS, Receiver, V
 from deltapatch.interventions.sources import DIFFERING
 from deltapatch.interventions.table import first_positions, place_of
 from deltapatch.kernels.device import upload
@@ -56,10 +63,10 @@ class Method:
 
 
 class Estimates:
-    """Estimates the effects of a grid of swaps, or of a list of vectors that are added.
+    """Estimates the effects of a grid of swaps or edges, or of a list of vectors that are added.
 
     Args:
-        question: of a sweep, or of features.
+        question: of a sweep, of edges too, or of features.
         method: how.
 
     Raises:
@@ -67,7 +74,7 @@ class Estimates:
     """
 
     def __init__(self, question: Question, method: Method) -> None:
-        assert isinstance(question.interventions, Grid | Listed)
+        assert isinstance(question.interventions, Grid | EdgeGrid | Listed)
         self.question, self.method, self.asked = question, method, question.interventions
         self.model, self.spec = question.model, question.model.spec
         wide = "fp64" in (question.options.precision, {torch.float64: "fp64"}.get(self.model.dtype))
@@ -78,14 +85,15 @@ class Estimates:
 
     def _check(self) -> None:
         name, source = self.method.name, self.question.options.source
-        swaps = isinstance(self.asked, Grid)
-        if name == "ig-activations" and not swaps:
+        if name == "ig-activations" and not isinstance(self.asked, Grid):
+            what = "edges" if isinstance(self.asked, EdgeGrid) else "features"
             raise DeltapatchError(
-                "screen 'ig-activations' has no lines for features: use attribution, relp or ig-inputs"
+                f"screen 'ig-activations' has no lines for {what}: use attribution, relp or ig-inputs"
             )
         for number, pair in enumerate(self.question.pairs):
             # Added vectors and gradients of the base run need no source run.
-            if (swaps or name == "ig-inputs") and not self.question.roles.in_step(pair):
+            added = isinstance(self.asked, Listed)
+            if not (added and name != "ig-inputs") and not self.question.roles.in_step(pair):
                 raise DeltapatchError(
                     "a screen needs prompts that line up position by position, and those of pair "
                     f"{number} (of {len(pair.clean)} and {len(pair.corrupted)} tokens) do not: leave it out"
@@ -100,6 +108,11 @@ class Estimates:
             raise DeltapatchError(
                 f"screen 'relp' holds attention probabilities constant, so it says nothing of {no[0]}: "
                 "leave that site out, or use attribution"
+            )
+        if name == "relp" and isinstance(self.asked, EdgeGrid) and (self.asked.reads < V).any():
+            raise DeltapatchError(
+                "screen 'relp' holds attention probabilities constant, so it says nothing of edges into <q> "
+                "and <k>: leave these receivers out (receivers a<v>,m,logits), or use attribution"
             )
         if name != "ig-activations":
             return
@@ -146,15 +159,29 @@ class Estimates:
         """The layers that gradients go back through: those down to the lowest that is patched."""
         if isinstance(self.asked, Listed):
             lowest = int(self.asked.table_of_all.layer.min())
+        elif isinstance(self.asked, EdgeGrid):
+            lowest = min(self.hearing, default=self.spec.n_layers)
         else:
             lowest = min(l for g in self.sites for l in _layers_of(g))
         return self.spec.n_layers - max(0, lowest)
+
+    @cached_property
+    def receivers(self) -> list[Receiver]:
+        """Those of edges; none where there are none."""
+        if not isinstance(self.asked, EdgeGrid):
+            return []
+        return [self.asked.nodes.receivers[name] for name in self.asked.receivers]
+
+    @property
+    def hearing(self) -> set[int]:
+        """The layers that have receivers."""
+        return {receiver.layer for receiver in self.receivers if receiver.reads != LOGITS}
 
     @property
     def token_layers(self) -> int:
         """How many tokens go through a layer, forward or back, in all."""
         steps, question, n_layers = self.method.steps, self.question, self.spec.n_layers
-        total = 0
+        total, runs = 0, steps if self.method.name == "ig-inputs" else 1
         for number in question.order:
             passed = (1 + question.n_sources) * n_layers
             # A gradient takes the forward of a layer again, and the way back, which takes as long.
@@ -166,6 +193,8 @@ class Estimates:
                 passed += steps * (n_layers + 2 * self.n_back)
             else:
                 passed += 2 * self.n_back
+            if isinstance(self.asked, EdgeGrid):  # attention and MLP again, for each effect
+                passed += 2 * runs * len(self.hearing) * len(self.asked.effects)
             total += question.runs[number].length * passed
         return total
 
@@ -181,6 +210,11 @@ class Estimates:
         )
         runs = self.method.steps if self.method.name == "ig-inputs" else 1
         token = _HELD * held + (spec.n_layers + 1) * spec.d_model * runs  # numbers that one takes
+        if isinstance(self.asked, EdgeGrid):
+            # What senders say, and the gradients of a layer's receivers.
+            most = max(np.bincount([receiver.layer for receiver in self.receivers]))
+            receivers = int(most) * len(self.asked.effects) * _HELD
+            token += (len(self.asked.senders) + receivers) * spec.d_model
         chunk: list[int] = []
         size = 0
         for number in question.order:
@@ -217,8 +251,14 @@ class _Chunk:
         self.layers = Layers(setup, self.prompts, Unpatched(setup, self.prompts))
         self.backward = Backward(setup, self.shapes, relp=self.method.name == "relp")
         question, found = whole.question, whole.found
-        self.part: Swapped | Added
-        if isinstance(question.interventions, Grid):
+        self.part: Swapped | Added | Sent
+        self.hearing: Hearing | None = None
+        self.ends: list[Tensor] = []  # of each run, the gradient in what the last layer leaves
+        if isinstance(question.interventions, EdgeGrid):
+            self.part = Sent(question, found, numbers, self.prompts, setup)
+            relp = self.method.name == "relp"
+            self.hearing = Hearing(setup, self.shapes, question.interventions, relp=relp)
+        elif isinstance(question.interventions, Grid):
             lines = self._lines if self.method.name == "ig-activations" else None
             self.part = Swapped(question, found, numbers, self.prompts, lines)
         else:
@@ -226,13 +266,16 @@ class _Chunk:
 
     def run(self, tick: Callable[[int], None]) -> None:
         """Forward, back, and the products."""
+        n_layers = self.spec.n_layers
         runs, slopes = self._forward(tick)
-        places = {l: self.part.places(l) for l in range(-1, self.spec.n_layers)}
-        lowest = min((l for l, here in places.items() if here), default=self.spec.n_layers)
-        for l in range(self.spec.n_layers - 1, lowest - 1, -1):
-            if l < 0:
-                self.part.put(l, {"resid_post": torch.stack(slopes).mean(0)} if slopes else {})
-                break
+        self.ends = list(slopes)
+        places = {l: self.part.places(l) for l in range(-1, n_layers + 1)}
+        lowest = min((l for l, here in places.items() if here), default=n_layers)
+        for l in range(n_layers, lowest - 1, -1):
+            if l in (-1, n_layers):  # between layers
+                if places[l]:
+                    self.part.put(l, {"resid_post": torch.stack(slopes).mean(0)} if slopes else {})
+                continue
             self.part.put(l, self._back(l, runs, slopes, places[l]) if runs else {})
             tick(1)
 
@@ -242,12 +285,17 @@ class _Chunk:
     def _back(
         self, l: int, runs: list[list[Tensor]], slopes: list[Tensor], places: list[str]
     ) -> dict[str, Tensor]:
-        """Take the gradient of each run back through a layer: the means of those inside it, by place."""
+        """Take the gradient of each run back through a layer: the means of those inside it, by place.
+
+        Of edges those in what is read there, by effect.
+        """
         exact = constant(self.convert(self.model.layer(l, None)))
         means: dict[str, Tensor] = {}
         for number, before in enumerate(runs):
             at = l, self.layers.rotaries[self.spec.rope_of(l)]
             slopes[number], found = self.backward.through(before[l], slopes[number], exact, at, places)
+            if self.hearing is not None and places:
+                found = self.hearing.of_effects(before[l], exact, at, found, self.ends[number])
             for place, value in found.items():
                 share = value / len(runs)
                 means[place] = share if place not in means else means[place] + share
@@ -269,7 +317,7 @@ class _Chunk:
         # Runs whose embeddings lie between those of both prompts, or the base run itself.
         others = [x + share * way for share in shares]
         before: list[list[Tensor]] = [[] for _ in others or [x]]
-        self.part.keep(-1, {"resid_post": self.prompts.delta(x, dx, EMBEDDING)})
+        self.part.keep(-1, {"resid_post": self.prompts.delta(x, dx, EMBEDDING)}, None)
         with self.model.reading() as read:
             for l in range(self.spec.n_layers):
                 exact = self.convert(read.layer(l))
@@ -277,8 +325,8 @@ class _Chunk:
                 for run, now in zip(before, others or [x], strict=True):
                     run.append(now)
                 others = [self.layers.unpatched.base(now, exact, l, rotary, ()).resid_post for now in others]
-                ready = self.layers.at(l, exact, x, dx, self.part.places(l))
-                self.part.keep(l, ready.deltas)
+                ready = self.layers.at(l, exact, x, dx, self.part.sources(l))
+                self.part.keep(l, ready.deltas, ready.here)
                 x, dx = ready.x, ready.dx
                 tick(1)
             ends = read.ends()
@@ -306,6 +354,8 @@ def reaching(question: Question) -> np.ndarray:
     if isinstance(question.interventions, Listed):  # which adds something, each
         table = question.interventions.table_of_all
         return first_positions(table) < np.array([run.prompt for run in question.runs])[table.pair]
+    if isinstance(question.interventions, EdgeGrid):
+        return _reaching_edges(question, question.interventions)
     assert isinstance(question.interventions, Grid)
     out = np.zeros(question.interventions.n_effects, dtype=bool)
     for g in question.interventions.sites:
@@ -316,4 +366,15 @@ def reaching(question: Question) -> np.ndarray:
             last = question.runs[number].prompt
             for column, joined in g.spots(pair):
                 own[number, :, column] = joined[-1] >= first and joined[0] < last
+    return out
+
+
+def _reaching_edges(question: Question, grid: EdgeGrid) -> np.ndarray:
+    """The same of edges, without those whose receiver says nothing any more where it is read."""
+    out = np.zeros(grid.n_effects, dtype=bool)
+    for number, pair in enumerate(question.pairs):
+        first = pair.first_difference if question.options.source in DIFFERING else 0
+        table, to = grid.table(number, pair)
+        rows = make_rows(table, np.array([question.runs[number].prompt]), question.model.spec)
+        out[to] = (rows.id_of >= 0) & (table.position >= first)
     return out

@@ -31,7 +31,7 @@ class Backward:
         setup: what the pass is carried out with.
         shapes: of the runs.
         relp: take back, in place of derivatives, the coefficients of relevance propagation (RelP, arXiv
-            2508.21258): see `_relp_block`.
+            2508.21258): see `relp_block`.
     """
 
     def __init__(self, setup: Setup, shapes: PairShapes, *, relp: bool = False) -> None:
@@ -111,14 +111,12 @@ class Backward:
         places: Collection[str],
     ) -> dict[str, Tensor]:
         """The gradients in a segment, [pair, T, ...], by place; `resid_pre` is that in x."""
-        spec, (number, rotary) = self.spec, at
-        tables = segment.run(rotary.cos)[0], segment.run(rotary.sin)[0]  # those of all its pairs
-        context = forward.LayerContext(spec, spec.scores(number), spec.rope_of(number), tables, segment.fork)
+        spec, context = self.spec, context_of(self.spec, segment, at)
         # resid_mid moves as attn_out does; attention probabilities act through z.
         asked = {p: {"resid_mid": "attn_out", "pattern": "z"}.get(p, p) for p in places if p not in _AFTER}
         with torch.enable_grad():
             before = segment.run(x).detach().requires_grad_()
-            block = (_relp_block if self.relp else forward.block)(before, layer, context)
+            block = (relp_block if self.relp else forward.block)(before, layer, context)
             names = sorted(set(asked.values()))
             inside = [getattr(block, name) for name in names]
             own, *rest = torch.autograd.grad(block.resid_post, [before, *inside], segment.run(slope))
@@ -134,7 +132,7 @@ class Backward:
         if not self.relp:
             return forward.readout(x, ends, self.spec)
         norm = map_tensors(ends.norm, lambda t: t.to(x.dtype))
-        return forward.unembed(_held_norm(x, norm, self.spec) * self.spec.logit_scale, ends, self.spec)
+        return forward.unembed(held_norm(x, norm, self.spec) * self.spec.logit_scale, ends, self.spec)
 
 
 def log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
@@ -152,7 +150,14 @@ def log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.where(goes_on, said, 0)
 
 
-def _relp_block(x: Tensor, layer: LayerWeights, context: forward.LayerContext) -> forward.Activations:
+def context_of(spec: ModelSpec, segment: Segment, at: tuple[int, Rotary]) -> forward.LayerContext:
+    """What the forward of a segment's runs through a layer needs; `at` as of `Backward.through`."""
+    number, rotary = at
+    tables = segment.run(rotary.cos)[0], segment.run(rotary.sin)[0]  # those of all its pairs
+    return forward.LayerContext(spec, spec.scores(number), spec.rope_of(number), tables, segment.fork)
+
+
+def relp_block(x: Tensor, layer: LayerWeights, context: forward.LayerContext) -> forward.Activations:
     """`forward.block`, of which parts are held constant, so that what it says is shared out linearly.
 
     Those are the scales of norms, attention probabilities, and of an activation function what it multiplies
@@ -161,25 +166,36 @@ def _relp_block(x: Tensor, layer: LayerWeights, context: forward.LayerContext) -
     spec = context.spec
     plain = forward.attention(x.detach(), layer, context, pattern=True)
     assert plain.pattern is not None
-    v = forward.project_qkv(_held_norm(x, layer.norm1, spec), layer, spec)[2]
-    z = torch.einsum(
-        "bths,bshc->bthc", plain.pattern, v.repeat_interleave(spec.n_heads // spec.n_kv_heads, 2)
-    )
-    raw = forward.linear(z.flatten(-2), layer.out)
-    attn_out = _held_norm(raw, layer.post1, spec) * spec.residual_scale
-    normed = _held_norm(
-        x if spec.parallel else x + attn_out, layer.norm1 if spec.shared_norm else layer.norm2, spec
-    )
+    v = forward.project_qkv(held_norm(x, layer.norm1, spec), layer, spec)[2]
+    z, attn_out = relp_attention(plain.pattern, v, layer, spec)
+    mlp_post, mlp_out = relp_mlp(x if spec.parallel else x + attn_out, layer, spec)
+    found = {"v": v, "z": z, "attn_out": attn_out, "mlp_post": mlp_post, "mlp_out": mlp_out}
+    none = dict.fromkeys(forward.Activations._fields)
+    return forward.Activations(**none | found | {"resid_post": x + attn_out + mlp_out})  # type: ignore[arg-type]
+
+
+def relp_attention(pattern: Tensor, v: Tensor, layer: LayerWeights, spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """z and attn_out of `relp_block`.
+
+    Args:
+        pattern: [B, T, n_heads, T], the attention probabilities.
+        v: [B, T, heads, d_head], of key-value heads or of query heads.
+    """
+    z = torch.einsum("bths,bshc->bthc", pattern, v.repeat_interleave(spec.n_heads // v.shape[2], 2))
+    return z, held_norm(forward.linear(z.flatten(-2), layer.out), layer.post1, spec) * spec.residual_scale
+
+
+def relp_mlp(x: Tensor, layer: LayerWeights, spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """mlp_post and mlp_out of `relp_block`, of what the MLP reads, before its norm."""
+    normed = held_norm(x, layer.norm1 if spec.shared_norm else layer.norm2, spec)
     up = forward.linear(normed, layer.up)
     if layer.gate is None:
         mlp_post = _held_activation(up, spec)
     else:
         gate = _held_activation(forward.linear(normed, layer.gate), spec)
         mlp_post = (gate * up.detach() + gate.detach() * up) / 2
-    mlp_out = _held_norm(forward.linear(mlp_post, layer.down), layer.post2, spec) * spec.residual_scale
-    found = {"v": v, "z": z, "attn_out": attn_out, "mlp_post": mlp_post, "mlp_out": mlp_out}
-    none = dict.fromkeys(forward.Activations._fields)
-    return forward.Activations(**none | found | {"resid_post": x + attn_out + mlp_out})  # type: ignore[arg-type]
+    out = held_norm(forward.linear(mlp_post, layer.down), layer.post2, spec)
+    return mlp_post, out * spec.residual_scale
 
 
 def _held_activation(u: Tensor, spec: ModelSpec) -> Tensor:
@@ -188,7 +204,7 @@ def _held_activation(u: Tensor, spec: ModelSpec) -> Tensor:
     return u * (forward.activation(spec.activation)(held) / held)
 
 
-def _held_norm(x: Tensor, norm: Norm | None, spec: ModelSpec) -> Tensor:
+def held_norm(x: Tensor, norm: Norm | None, spec: ModelSpec) -> Tensor:
     """`forward.normalise` as a linear map: its scale is that of x, and constant."""
     if norm is None:
         return x

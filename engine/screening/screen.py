@@ -15,8 +15,10 @@ from deltapatch.engine.progress import progress_bar
 from deltapatch.engine.question import Question, ask
 from deltapatch.engine.screening.estimates import Estimates, Method, reaching
 from deltapatch.errors import DeltapatchError
+from deltapatch.interventions.edges import EdgeGrid
 from deltapatch.interventions.given import Listed
 from deltapatch.interventions.grid import Grid
+from deltapatch.interventions.nodes import READS
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.pairs_file import Pairs
 from deltapatch.interventions.sites import PLACES, SITES
@@ -24,9 +26,10 @@ from deltapatch.interventions.table import COLUMNS, PatchTable, take
 from deltapatch.interventions.vectors import Vectors
 from deltapatch.models.model import Model
 from deltapatch.models.spec import ModelSpec
-from deltapatch.results.estimated import NOTHING, TOP, Choice
+from deltapatch.results.estimated import NOTHING, TOP, Choice, Estimated
 from deltapatch.results.outcome import Outcome
 from deltapatch.results.screened import Screened
+from deltapatch.results.screened_edges import ScreenedEdges
 from deltapatch.results.screened_outcome import ScreenedOutcome
 from deltapatch.results.strata import Strata, cut, draw
 
@@ -59,7 +62,7 @@ class Screen:
         make: Callable[[ModelSpec, list[EncodedPair]], Listed] | None = None,
     ) -> None:
         question = ask(model, pairs, options, make)
-        assert isinstance(question.interventions, Grid | Listed)
+        assert isinstance(question.interventions, Grid | EdgeGrid | Listed)
         self.asked, self.spec, self.pairs = question.interventions, model.spec, question.pairs
         self.options = verified_with(model, options)
         estimates = estimates_of(question)
@@ -111,20 +114,28 @@ class Screen:
 
     def listed(self, chosen: np.ndarray, spec: ModelSpec, pairs: list[EncodedPair]) -> Listed:
         """Some of what is screened as interventions, each labelled with its number, as `ask` takes it."""
-        if isinstance(self.asked, Grid):
+        if isinstance(self.asked, Grid | EdgeGrid):
             return listed_effects(self.asked, chosen, pairs)
         return some_added(self.asked, chosen, spec)
 
-    def result(self, verified: Outcome, choice: Choice) -> Screened | ScreenedOutcome:
+    def result(self, verified: Outcome, choice: Choice) -> Estimated:
         """What is known, now that these are."""
+        if isinstance(self.asked, EdgeGrid):
+            return ScreenedEdges(verified, self.asked, self.estimates, choice, self.by)
         if isinstance(self.asked, Grid):
             return Screened(verified, self.asked, self.estimates, choice, self.by)
         labels = {"pair": self.asked.table_of_all.pair, **self.asked.labels}
         return ScreenedOutcome(verified, labels, self.estimates, choice, self.by)
 
 
-def _where(asked: Grid | Listed, effects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[effect] twice, the site and the pair of some, as numbers; of a list its place stands for the site."""
+def _where(asked: Grid | EdgeGrid | Listed, effects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[effect] twice, the site and the pair of some, as numbers.
+
+    Of a list its place stands for the site; of edges what the receiver reads, total and direct effects apart.
+    """
+    if isinstance(asked, EdgeGrid):
+        found, kind, _, edge = np.unravel_index(effects, asked.shape)
+        return kind * len(READS) + asked.reads[edge], found
     if isinstance(asked, Listed):
         table = asked.table_of_all
         first = np.searchsorted(table.row, effects)  # each one's first patch
@@ -159,7 +170,7 @@ def estimates_of(question: Question) -> Estimates:
     return Estimates(question, Method(options.screen, by, options.screen_steps or _STEPS))
 
 
-def listed_effects(grid: Grid, chosen: np.ndarray, pairs: list[EncodedPair]) -> Listed:
+def listed_effects(grid: Grid | EdgeGrid, chosen: np.ndarray, pairs: list[EncodedPair]) -> Listed:
     """Some effects of a grid as interventions, each labelled with its number among all."""
     parts: list[PatchTable] = []
     effects = []
@@ -175,7 +186,10 @@ def listed_effects(grid: Grid, chosen: np.ndarray, pairs: list[EncodedPair]) -> 
         np.concatenate([part.row + a for part, a in zip(parts, first[:-1], strict=True)]),
         *(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS),
     )
-    return Listed(whole, grid.vectors, {"effect": np.concatenate(effects)})
+    labels = {"effect": np.concatenate(effects)}
+    if isinstance(grid, EdgeGrid):
+        return Listed(whole, labels=labels, nodes=grid.nodes)
+    return Listed(whole, grid.vectors, labels)
 
 
 def some_added(listed: Listed, chosen: np.ndarray, spec: ModelSpec) -> Listed:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deltapatch.engine.question import Question
 from deltapatch.engine.screening.lines import Lines
+from deltapatch.engine.wavefront.block import Layer
 from deltapatch.engine.wavefront.prompts import Prompts
 from deltapatch.interventions.grid import Grid, SiteGrid
 from deltapatch.interventions.table import TOGETHER, place_of
@@ -58,7 +59,11 @@ class Swapped:
         """Where a layer is patched; -1 is the embedding."""
         return sorted({g.site.place for g, at in self._sites() if l in at})
 
-    def keep(self, l: int, deltas: dict[str, Tensor]) -> None:
+    def sources(self, l: int) -> list[str]:
+        """What of a layer's source runs is looked at."""
+        return self.places(l)
+
+    def keep(self, l: int, deltas: dict[str, Tensor], layer: Layer | None) -> None:
         """Keep (source - base) of what is patched at a layer, where it is patched."""
         for g, row, spots in self._here(l):
             delta = deltas[g.site.place]

@@ -1,9 +1,9 @@
-"""Edges: what senders say in the source runs, kept until the last layer, and how the rows of edges enter.
+"""Edges: how their rows enter, of what senders say (messages.py), which is kept until the last layer.
 
-A message is the difference (source - base) that a sender alone adds to the residual stream. At each layer
-(1) the senders before it are normed and multiplied with the query-key-value weights, once for all receivers
-there; (2) queries, keys or values alone change with each, of all heads at once, since no head hears another:
-a row takes the part of its head. (3) A message to the MLP, or to the logits, is itself what its row brings.
+At each layer (1) the senders before it are normed and multiplied with the query-key-value weights, once for
+all receivers there; (2) queries, keys or values alone change with each, of all heads at once, since no head
+hears another: a row takes the part of its head. (3) A message to the MLP, or to the logits, is itself what
+its row brings.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from deltapatch.engine.wavefront.block import BlockStep, Layer
 from deltapatch.engine.wavefront.layout import Block, Layout, adjoining, how_many_blocks
+from deltapatch.engine.wavefront.messages import Messages
 from deltapatch.engine.wavefront.prompts import Prompts
 from deltapatch.engine.wavefront.rows import DIRECT, HEADS, LOGITS, MLP, Rows, is_together
 from deltapatch.engine.wavefront.setup import Setup
@@ -23,8 +23,6 @@ from deltapatch.interventions import nodes as of
 from deltapatch.interventions.edges import decode
 from deltapatch.interventions.nodes import Nodes
 from deltapatch.interventions.table import PLACE
-from deltapatch.kernels.device import upload
-from deltapatch.kernels.product import Scaled
 from deltapatch.kernels.segments import Segment
 
 # What the heads of a layer hear: (what they read, pair) -> [position, sender, n_heads * d_head].
@@ -74,58 +72,15 @@ class Edges:
         self.setup, self.spec, self.prompts, self.nodes = setup, setup.model.spec, prompts, nodes
         self.shapes, self.rows, self.of_row = prompts.shapes, rows, EdgeRows.of(rows, nodes)
         self.senders = np.unique(self.of_row.sender)  # [slot], those that rows are about
-        self._said: Tensor | None = None  # [base token, slot, d_model], filled layer by layer
-        self._source = prompts.source_token(np.arange(self.shapes.n_tokens))
-
-    # What senders say -------------------------------------------------------------------------------------
-
-    def places(self, layer: int) -> list[str]:
-        """What of a layer's source runs is needed."""
-        first, mlp = self.nodes.attention(layer), self.nodes.mlp(layer)
-        heads = ((self.senders >= first) & (self.senders < mlp)).any()
-        return [*(["z"] if heads else []), *(["mlp_out"] if (self.senders == mlp).any() else [])]
-
-    def hear_embedding(self, delta: Tensor) -> None:
-        """Keep what `input` says: delta is [source token, d_model]."""
-        self._said = delta.new_zeros(self.shapes.n_tokens, len(self.senders), self.spec.d_model)
-        if len(self.senders) and self.senders[0] == 0:
-            self._said[:, 0] = self._of_base(delta)
-
-    def hear(self, number: int, layer: Layer, deltas: dict[str, Tensor]) -> None:
-        """Keep what the senders of a layer say.
-
-        Args:
-            number: of the layer.
-            layer: in the precision of the base runs.
-            deltas: "z" and "mlp_out", (source - base), [source token, ...].
-        """
-        assert self._said is not None
-        first, mlp = self.nodes.attention(number), self.nodes.mlp(number)
-        slots = slice(*np.searchsorted(self.senders, [first, mlp]))
-        heads = self.senders[slots] - first
-        if len(heads):
-            z = self._of_base(deltas["z"])[:, heads]  # [base token, head, d_head]
-            out = layer.weights.out.values.unflatten(1, (-1, self.spec.d_head))[:, heads]
-            raw = torch.einsum("thc,dhc->thd", z, out).flatten(0, 1)
-            step = BlockStep(layer, self.shapes.segments(len(heads)), {})
-            said = step.spoken("attn_out", Scaled(raw, None))
-            assert said is not None
-            self._said[:, slots] = said.plain().view(len(z), len(heads), -1)
-        if slots.stop < len(self.senders) and self.senders[slots.stop] == mlp:
-            self._said[:, slots.stop] = self._of_base(deltas["mlp_out"])
-
-    def _of_base(self, delta: Tensor) -> Tensor:
-        """A source's difference at every base token, of [source token, ...]."""
-        return delta[upload(self._source, delta.device)]
+        self.messages = Messages(setup, prompts, nodes, self.senders)
 
     def message(self, pair: int, row: int, positions: int, slots: slice) -> Tensor:
         """What some senders say to a row, [position, sender, d_model], at the last positions of its run."""
-        assert self._said is not None
         run, base = self.shapes.runs[pair], int(self.shapes.base[pair])
         length, prompt = run.length, run.prompt
         start, first = int(self.rows.start[row]), length - positions
         end = prompt if self.of_row.together[row] else start + 1
-        said = self._said[base : base + length, slots]
+        said = self.messages.said[base : base + length, slots]
         out = said.new_zeros(positions, *said.shape[1:])
         if max(start, first) < end:
             out[max(start, first) - first : end - first] = said[max(start, first) : end]
@@ -146,7 +101,7 @@ class Edges:
         if not len(mine):
             return {}
         number = int(self.of_row.layer[mine[0]])
-        n = int(np.searchsorted(self.senders, self.nodes.attention(number)))
+        n = self.messages.before(number)
         by = np.unique(self.of_row.reads[mine]).tolist()
         pairs, first = np.unique(self.rows.pair[mine], return_index=True)
         z: Heard = {}
@@ -154,9 +109,8 @@ class Edges:
         for pair, row in zip(pairs.tolist(), mine[first].tolist(), strict=True):
             positions = int(self.shapes.length[pair] - self.rows.start[row])
             seen = int(self.shapes.reads[pair]) if layer.last else positions
-            assert self._said is not None
             for reads in by:
-                z[reads, pair] = self._said.new_empty(seen, n, self.spec.n_heads * self.spec.d_head)
+                z[reads, pair] = self.messages.said.new_empty(seen, n, self.spec.n_heads * self.spec.d_head)
             ops, tokens = self.setup.ops, n * positions
             count = min(n, how_many_blocks(tokens, ops.block_tokens, self.setup.pool.count))
             edges = np.linspace(0, n, count + 1).astype(int).tolist()
@@ -186,12 +140,11 @@ class Edges:
             heard: in their layer.
             reads_only: just at the positions that are read.
         """
-        assert self._said is not None
         ids, rows = layout.rows[block.rows], self.of_row
         heads = bool(rows.stage[ids[0]] == HEADS)
         width = self.spec.n_heads * self.spec.d_head if heads else self.spec.d_model
         segments = [s.read(0) if reads_only else s for s in block.segments]
-        out = self._said.new_zeros(sum(s.n_tokens for s in segments), width)
+        out = self.messages.said.new_zeros(sum(s.n_tokens for s in segments), width)
         token, done = 0, 0
         for segment, pair in zip(segments, block.first_pairs, strict=True):
             there = out[token : token + segment.n_tokens].view(

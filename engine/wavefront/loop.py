@@ -132,7 +132,7 @@ class Wavefront:
         layers = Layers(self.setup, prompts, self.unpatched)
         delta = layers.at_embedding(x, dx)
         if self.edges is not None:
-            self.edges.hear_embedding(delta)
+            self.edges.messages.hear_embedding(delta)
         rows, layout = self._enter_embedding(delta, flight[1])  # [row token, d_model], those in flight
         if self.setup.probes:
             self.probed = Probed(self.setup.probes, prompts, self.rows, x)
@@ -226,7 +226,7 @@ class Wavefront:
 
     def _places(self, l: int) -> list[str]:
         """What of a layer's source runs is needed."""
-        return self.patched.places(l) if self.edges is None else self.edges.places(l)
+        return self.patched.places(l) if self.edges is None else self.edges.messages.places(l)
 
     def _passing(self, l: int) -> int:
         """Row tokens that pass through a layer, or enter in it."""
@@ -234,7 +234,7 @@ class Wavefront:
 
     def _hear(self, l: int, layer: Layer, deltas: dict[str, Tensor]) -> None:
         if self.edges is not None:
-            self.edges.hear(l, layer, deltas)
+            self.edges.messages.hear(l, layer, deltas)
 
     # Rows and swaps --------------------------------------------------------------------------------------
 

@@ -67,6 +67,35 @@ def test_a_screen_of_directions(command, tiny, write_pairs, text_pair, ids_pair,
     assert {int(row["index"]) for row in listed} <= set(range(9))
 
 
+def test_a_screen_of_edges(command, tiny, write_pairs, text_pair, ids_pair, tmp_path):
+    pairs, run = write_pairs(text_pair, ids_pair), tmp_path / "run"
+    asked = ("edges", "--model", tiny, "--pairs", pairs, "--effect", "both", "--screen", "attribution")
+    asked = (*asked, "--top", "20", "--screen-sample", "30")
+    planned = command(*asked, "--dry-run")
+    assert planned.code == 0
+    assert "verified       50 on 2 pairs" in planned.out
+    assert "of it for the estimates" in planned.out
+    assert command(*asked, "--out", run).code == 0
+    said = json.loads(command(*asked, "--out", run, "--resume", "--json").out)
+    found = dp.load_screened(run)
+    assert isinstance(found, dp.ScreenedEdges)
+    assert said["missed"]["at_most"] == found.missed().at_most
+    assert (said["edges"], said["verified"]) == (len(found.edges), len(found.verified))
+    assert "total q" in said["calibration"]["reads"]
+    rows = list(csv.DictReader(io.StringIO(command("effects", run, "--format", "csv").out)))
+    own = found.columns("recovered")
+    assert [row["receiver"] for row in rows] == own["receiver"].tolist()
+    assert np.allclose([float(row["estimate"]) for row in rows], own["estimate"], rtol=1e-3)
+    for more, wrong in (
+        (("--screen", "relp", "--out", tmp_path / "no"), "leave these receivers out"),
+        (("--screen", "ig-activations", "--out", tmp_path / "no"), "no lines for edges"),
+        (("--ray", "", "--out", tmp_path / "no"), "--screen and --ray"),
+    ):
+        result = command(*asked, *more)
+        assert (result.code, wrong in result.err) == (2, True)
+        assert not (tmp_path / "no").exists()
+
+
 def test_until_enough_was_found(command, tiny, write_pairs, text_pair, ids_pair, tmp_path):
     pairs, run = write_pairs(text_pair, ids_pair), tmp_path / "run"
     asked = ("--screen", "relp", "--threshold", "0.3", "--until", "recall:0.8:0.9", "--out", run)

@@ -9,7 +9,7 @@ from engine_tiny import build, hf_model, pairs, true_model
 from torch.profiler import ProfilerActivity, profile
 
 import deltapatch
-from deltapatch.engine.options import SCREENS, SweepOptions
+from deltapatch.engine.options import SCREENS, EdgeOptions, SweepOptions
 from deltapatch.engine.planning import screens
 from deltapatch.engine.planning.costs import layer_parameters
 from deltapatch.engine.planning.forecast import BESIDE_OTHERS, numbers_beside
@@ -17,9 +17,11 @@ from deltapatch.engine.planning.rates import Rates
 from deltapatch.engine.planning.screens import forecast_screen, seconds, work_of
 from deltapatch.engine.question import ask
 from deltapatch.engine.screening.gradients import Backward
+from deltapatch.engine.screening.hearing import Hearing
 from deltapatch.engine.screening.lines import Lines
 from deltapatch.engine.screening.screen import estimates_of
 from deltapatch.engine.screening.swapped import Swapped
+from deltapatch.engine.wavefront.messages import Messages
 from deltapatch.engine.wavefront.unpatched import Unpatched
 
 VARIANT = "llama-grouped"
@@ -66,7 +68,6 @@ def test_the_work_is_what_is_done(screen, budget, layers, model, monkeypatch):
     n_chunks = len(list(estimates.chunks()))
     assert (n_chunks > 1) == (budget is not None)
     bases, sources = (counted.count(Unpatched, name) for name in ("_base_steps", "_source_steps"))
-    visits = [counted.count(Unpatched, name) for name in ("base", "both")]
     back = counted.count(Backward, "_piece", lambda it, segment, *rest: segment.pairs * segment.length)
     reads = counted.count(Backward, "_logits", lambda it, x, ends: len(x))
     changed = counted.count(Swapped, "_product", lambda it, g, row, slope, change: change.numel())
@@ -77,7 +78,8 @@ def test_the_work_is_what_is_done(screen, budget, layers, model, monkeypatch):
     assert work.read_at_once == -(-sum(reads) // len(reads))
     assert work.in_a_block == -(-sum(back) // len(back))
     assert work.numbers == sum(changed)
-    assert work.side_by_side == -(-len(bases) // sum(map(len, visits)))
+    runs = 5 if screen == "ig-inputs" else 1
+    assert work.side_by_side == -(-len(back) // (runs * estimates.n_back * n_chunks))
 
 
 @pytest.mark.parametrize("positions", ["all", "together"])
@@ -129,6 +131,44 @@ def test_blocks_are_of_about_as_many_operations_as_is_counted(variant, screen):
     model = deltapatch.from_transformers(hf_model(variant))
     given = [deltapatch.PromptPair(*pair) for pair in pairs(true_model(variant), (5, 5))]
     options = SweepOptions(sites="mlp_post", screen=screen, progress=False)
+    question = ask(model, given, options)
+    estimates_of(question).run()  # what is made once
+    estimates = estimates_of(question)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        estimates.run()
+    calls = sum(event.count for event in found.key_averages() if event.key.startswith("aten::"))
+    assert calls / 1.7 < work_of(estimates).calls < 1.7 * calls
+
+
+@pytest.mark.parametrize("effect", ["total", "both"])
+@pytest.mark.parametrize("screen", ["attribution", "ig-inputs"])
+def test_the_work_of_edges_is_what_is_done(screen, effect, model, monkeypatch):
+    given = [deltapatch.PromptPair(*pair) for pair in pairs(true_model(VARIANT), (5, 3, 5, 4, 5))]
+    asked = EdgeOptions(screen=screen, effect=effect, receivers="a1-2,m1,logits", progress=False)
+    estimates = estimates_of(ask(model, given, asked))
+    work, counted = work_of(estimates), Counted(monkeypatch)
+    bases, sources = (counted.count(Unpatched, name) for name in ("_base_steps", "_source_steps"))
+    back = counted.count(Backward, "_piece", lambda it, segment, *rest: segment.pairs * segment.length)
+    reads = counted.count(Backward, "_logits", lambda it, x, ends: len(x))
+    pieces = counted.count(Hearing, "_piece", lambda it, x, *rest: x[..., 0].numel())
+    heads = counted.count(Hearing, "_heads", lambda *rest: 12)
+    said = counted.count(Messages, "hear_embedding", lambda it, *rest: it.shapes.n_tokens * len(it.senders))
+    estimates.run()
+    calls = len(bases) * screens.BASE + len(sources) * screens.SOURCE + len(back) * screens.GRADIENT
+    calls += len(pieces) * screens.HEARING + sum(heads) * screens.OF_HEAD
+    assert work.calls == calls + len(reads) * screens.OF_LOGITS
+    assert work.numbers == sum(said) * model.spec.d_model
+    assert work.reads == 2 * sum(reads)
+    forwards = 22 * (2 + (5 if screen == "ig-inputs" else 0)) * 3
+    assert work.token_layers == forwards + 2 * sum(back) + 2 * sum(pieces)
+
+
+@pytest.mark.parametrize("screen", ["attribution", "relp"])
+@pytest.mark.parametrize("variant", ["llama-grouped", "gptj", "gpt2", "gemma2", "olmo2"])
+def test_edges_are_of_about_as_many_operations_as_is_counted(variant, screen):
+    model = deltapatch.from_transformers(hf_model(variant))
+    given = [deltapatch.PromptPair(*pair) for pair in pairs(true_model(variant), (5, 5))]
+    options = EdgeOptions(receivers="a<v>,m,logits", screen=screen, progress=False)
     question = ask(model, given, options)
     estimates_of(question).run()  # what is made once
     estimates = estimates_of(question)

@@ -30,7 +30,7 @@ WIDTH = 16  # of the model below
 BESIDE["directions"] = {"sites": "resid_post.along", "directions": {"resid_post": [[2.0] * WIDTH]}}
 OTHER = {"directions": {"resid_post": [[1.0] + [0.0] * (WIDTH - 1)]}}  # what fits the model
 for name in ("until", "screen_limit"):
-    BESIDE[name] = {"screen": "relp", "top": 5, "threshold": 0.1, "until": "recall:0.6"}
+    BESIDE[name] = {"screen": "attribution", "top": 5, "threshold": 0.1, "until": "recall:0.6"}
 
 
 @pytest.fixture(scope="module")
