@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 from engine_oracle import METRICS, Patch, hf_hooks_logits
-from engine_tiny import FAMILIES, hf_model, model_of, pairs, true_model, with_long_answers, without_overlaps
+from engine_tiny import (
+    FAMILIES,
+    build,
+    hf_model,
+    model_of,
+    pairs,
+    true_model,
+    with_long_answers,
+    without_overlaps,
+)
 
 import deltapatch
 
@@ -139,8 +148,7 @@ def test_joint_patches_and_long_answers(family, precision, direction):
 
 @FAMILY
 def test_a_saved_model_in_bfloat16_loads_streams_and_is_the_same(family, tmp_path):
-    hf_model(family).to(torch.bfloat16).save_pretrained(tmp_path)
-    hf_model(family).to(torch.float32)
+    build(family).to(torch.bfloat16).save_pretrained(tmp_path)  # not the one that other tests have
     kept, streamed = (deltapatch.load_model(tmp_path, stream=stream) for stream in (False, True))
     tokens = pairs(true_model(family), [9])[0].clean
     assert torch.equal(kept.logits(tokens), streamed.logits(tokens))
