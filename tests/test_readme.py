@@ -156,6 +156,7 @@ def test_every_command_that_is_named_can_be_parsed():
         ("edge_peers_cpu.json", "docs/edges.md"),
         ("screen_attribution_cpu.json", "docs/screening.md"),
         ("stream_gptj_cpu.json", "docs/large.md"),
+        ("stream_screen_cpu.json", "docs/large.md"),
         ("stream_pairs_cpu.json", "docs/large.md"),
         ("stream_length_cpu.json", "docs/large.md"),
     ],
