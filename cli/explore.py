@@ -38,11 +38,11 @@ def explore(run: str, out: str | None, metric: str | None, as_json: bool) -> Non
     """
     from deltapatch.explore.page import write_page
     from deltapatch.results.outcome import Outcome
-    from deltapatch.results.reading import read_run
+    from deltapatch.results.reading import called, read_run
 
     effects = read_run(run)
     if isinstance(effects, Outcome):
-        raise DeltapatchError(f"{run} is a run of given interventions: explore shows sweeps")
+        raise DeltapatchError(f"{run} is {called(effects)[0]}: explore shows sweeps")
     if caveat := effects.caveat():
         warnings.warn(caveat, stacklevel=1)
     path = Path(out) if out else Path(run) / "explore.html"

@@ -95,9 +95,16 @@ Kind = TypeVar("Kind", bound=Found)
 def _of_kind(kind: type[Kind], found: Found, path: object) -> Kind:
     """What was read, if it is of a kind. DeltapatchError where it is of another."""
     if not isinstance(found, kind):
-        what, reader = _KINDS[type(found)]
+        what, reader = called(found)
         raise DeltapatchError(f"{path} is {what}, not {_KINDS[kind][0]}: {reader} reads it")
     return found
+
+
+def called(found: Found) -> tuple[str, str]:
+    """What a run is, in words, and what reads it."""
+    if isinstance(found, Outcome) and found.meta.get("screen"):
+        return "a screen, which `deltapatch effects` lists", "load_screened"
+    return _KINDS[type(found)]
 
 
 def read_run(path: str | os.PathLike[str]) -> Found:

@@ -37,6 +37,10 @@ def test_a_screened_sweep(command, tiny, write_pairs, text_pair, ids_pair, tmp_p
     assert [row["site"] for row in rows] == own["site"].tolist()
     table = command("effects", run, "--metric", "logit_diff", "--top", "3")
     assert table.out.split()[:5] == ["pair", "site", "layer", "position", "index"]
+    for other in ("plot", "explore"):
+        refused = command(other, run)
+        assert refused.code == 2
+        assert "is a screen, which `deltapatch effects` lists" in refused.err
 
 
 def test_a_screen_of_directions(command, tiny, write_pairs, text_pair, ids_pair, tmp_path):
