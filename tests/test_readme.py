@@ -147,6 +147,7 @@ def test_every_command_that_is_named_can_be_parsed():
     [
         ("compare_cpu.json", "docs/benchmarks.md"),
         ("compare_slow_cpu.json", "docs/benchmarks.md"),
+        ("compare_threads_cpu.json", "docs/benchmarks.md"),
         ("compare_real_cpu.json", "docs/real.md"),
         ("edits_cpu.json", "docs/features.md"),
         ("growth_cpu.json", "docs/benchmarks.md"),
