@@ -313,18 +313,27 @@ class Hidden(NamedTuple):
 
 
 Asked = TypeVar("Asked")
+Input = TypeVar("Input")
+Matrix = TypeVar("Matrix")
 Product = TypeVar("Product")
+Found = TypeVar("Found")
 # A part of a block that asks for its products: it yields x [..., in] and the weights, and is sent what
 # `linear` makes of them. Others may carry out theirs together with these.
 Steps = Generator[tuple[Tensor, Linear], Tensor, None]
 Keep = Callable[..., None]  # is given activations by name, each as soon as it is there
 
 
-def carry_out(steps: Steps) -> None:
-    """Do what is asked for, one product after the other."""
-    asked = next(steps, None)
-    while asked is not None:
-        asked = sent(steps, linear(*asked))
+def carry_out(
+    steps: Generator[tuple[Input, Matrix], Product, Found], multiply: Callable[[Input, Matrix], Product]
+) -> Found:
+    """Do what is asked for, one product after the other; what comes of it."""
+    try:
+        asked = next(steps)
+        while True:
+            asked = steps.send(multiply(*asked))
+    except StopIteration as end:
+        found: Found = end.value
+        return found
 
 
 def sent(steps: Generator[Asked, Product, Any], done: Product) -> Asked | None:
@@ -341,7 +350,7 @@ def attention(x: Tensor, layer: LayerWeights, context: LayerContext, *, pattern:
     With `pattern` the attention probabilities are kept, [B, T, H, T].
     """
     seen: dict[str, Any] = {}
-    carry_out(attention_steps(x, layer, context, seen.update, pattern=pattern))
+    carry_out(attention_steps(x, layer, context, seen.update, pattern=pattern), linear)
     return Attended(**seen)
 
 
@@ -368,7 +377,7 @@ def attention_steps(
 def mlp(x: Tensor, attn_out: Tensor, layer: LayerWeights, spec: ModelSpec) -> Hidden:
     """The MLP of one block, of any tokens: x [..., d_model] before the block, attn_out likewise."""
     seen: dict[str, Any] = {}
-    carry_out(mlp_steps(x, attn_out, layer, spec, seen.update))
+    carry_out(mlp_steps(x, attn_out, layer, spec, seen.update), linear)
     return Hidden(**seen)
 
 

@@ -75,18 +75,6 @@ T = TypeVar("T")
 Steps = Generator[tuple[Scaled, Operand], Scaled, T]
 
 
-def carry_out(steps: Steps[T]) -> T:
-    """Do what is asked for, one product after the other; what comes of it."""
-    done: Scaled | None = None
-    while True:
-        try:
-            asked = next(steps) if done is None else steps.send(done)
-        except StopIteration as end:
-            found: T = end.value
-            return found
-        done = product(*asked)
-
-
 class BlockStep:
     """One block of rows on its way through one layer.
 
@@ -110,7 +98,7 @@ class BlockStep:
 
     def run(self, dx: Tensor | None, stage: int, out: Tensor, to: Tensor | None) -> None:
         """`steps`, each product by itself."""
-        carry_out(self.steps(dx, stage, out, to))
+        forward.carry_out(self.steps(dx, stage, out, to), product)
 
     def steps(self, dx: Tensor | None, stage: int, out: Tensor, to: Tensor | None) -> Steps[None]:
         """Write the rows' difference after the layer, [token, d_model]; after the last one where it is read.
@@ -176,7 +164,7 @@ class BlockStep:
                 hears what another does. In the last layer where it is read.
         """
         normed = self._read_by_attention([Part(Scaled(message, None), [])], message, None)[0]
-        changes, _ = carry_out(self._changes(normed))
+        changes, _ = forward.carry_out(self._changes(normed), product)
         out = []
         for which in by:
             q, k, v = (d if i == which else self._zeros(d) for i, d in enumerate(changes[:3]))
@@ -193,13 +181,13 @@ class BlockStep:
         self.segments = read_segments(self.segments)
         if stage != HEADS:
             return self.said_by_mlp(dx)
-        found = carry_out(self._said_by_attention(narrow(dx, self.layer.precision)))
+        found = forward.carry_out(self._said_by_attention(narrow(dx, self.layer.precision)), product)
         assert found is not None
         return found.plain()
 
     def said_by_mlp(self, dx: Tensor) -> Tensor:
         """What the MLP adds to the residual stream, [token, d_model], where it alone reads dx, likewise."""
-        found = self.spoken("mlp_out", carry_out(self._mlp(self._read_by_mlp(dx))))
+        found = self.spoken("mlp_out", forward.carry_out(self._mlp(self._read_by_mlp(dx)), product))
         assert found is not None
         return found.plain()
 

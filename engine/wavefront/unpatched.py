@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from deltapatch.engine.wavefront.block import BlockStep, Layer, Steps, carry_out
+from deltapatch.engine.wavefront.block import BlockStep, Layer, Steps
 from deltapatch.engine.wavefront.prompts import Prompts
 from deltapatch.engine.wavefront.rows import WHOLE
 from deltapatch.engine.wavefront.setup import Setup
 from deltapatch.kernels.attention import Rotary
-from deltapatch.kernels.product import Scaled, by_matrix
+from deltapatch.kernels.product import Scaled, by_matrix, product
 from deltapatch.kernels.segments import Segment
 from deltapatch.models import forward
 from deltapatch.models.spec import ModelSpec
@@ -112,7 +112,7 @@ class Unpatched:
             base = self._base_steps(segment, here.base, layer, context)
             source = self._source_steps(segment, dx, here, (after, found))
             if source is None:
-                forward.carry_out(base)
+                forward.carry_out(base, forward.linear)
             else:
                 side_by_side(base, source)
 
@@ -123,7 +123,8 @@ class Unpatched:
         self, found: forward.Activations, layer: LayerWeights, number: int, rotary: Rotary
     ) -> None:
         def advance(segment: Segment) -> None:
-            forward.carry_out(self._base_steps(segment, found, layer, self._context(segment, number, rotary)))
+            context = self._context(segment, number, rotary)
+            forward.carry_out(self._base_steps(segment, found, layer, context), forward.linear)
 
         self.pool(advance, self.shapes.segments(1, self.block_tokens))
 
@@ -185,7 +186,7 @@ class Unpatched:
         def advance(segment: Segment) -> None:
             steps = self._source_steps(segment, dx, here, room)
             if steps is not None:
-                carry_out(steps)
+                forward.carry_out(steps, product)
 
         self.pool(advance, self.shapes.segments(self.prompts.n_sources, self.block_tokens))
         after, found = room
