@@ -18,7 +18,16 @@ from deltapatch.interventions.nodes import LOGITS, MLP, OF_SENDERS, READS, Nodes
 from deltapatch.interventions.pairs import EncodedPair
 from deltapatch.interventions.roles import Roles
 from deltapatch.interventions.runs import RunShape
-from deltapatch.interventions.table import EDGE_EDITS, EDIT, PLACE, TOGETHER, PatchTable, row_tokens
+from deltapatch.interventions.table import (
+    EDGE_EDITS,
+    EDIT,
+    PLACE,
+    TOGETHER,
+    PatchTable,
+    is_direct,
+    is_together,
+    row_tokens,
+)
 from deltapatch.models.spec import ModelSpec
 
 Effect = Literal["total", "direct"]
@@ -202,9 +211,8 @@ def own_flops(table: PatchTable, nodes: Nodes, spec: ModelSpec, run: RunShape) -
     """FLOPs that some edges of a pair need in the layers of their receivers, messages included."""
     sender, layer, _ = decode(nodes, table.index)
     reads, tokens = table.place - PLACE[READS[0]], row_tokens(table, run)
-    direct = np.isin(table.edit, [EDIT["direct one"], EDIT["direct together"]])
-    together = np.isin(table.edit, [EDIT["total together"], EDIT["direct together"]])
-    patched = np.where(together, tokens, tokens > 0)  # tokens at which the sender speaks
+    direct = is_direct(table.edit)
+    patched = np.where(is_together(table.edit), tokens, tokens > 0)  # tokens at which the sender speaks
     at_end, ends = (tokens > 0) * run.reads, direct | (layer == nodes.n_layers - 1)
     mlp = 2 * (3 if spec.gated else 2) * spec.d_model * spec.d_mlp
     qkv = 2 * spec.d_model * spec.d_head * (spec.n_heads + 2 * spec.n_kv_heads)

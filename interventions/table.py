@@ -60,6 +60,16 @@ def place_of(site: str, layer: np.ndarray | int) -> tuple[int, np.ndarray | int]
     return PLACE[SITES[site].place], layer - shift
 
 
+def is_direct(edit: np.ndarray) -> np.ndarray:
+    """Which edits are of edges whose effect is direct."""
+    return np.isin(edit, [EDIT["direct one"], EDIT["direct together"]])
+
+
+def is_together(edit: np.ndarray) -> np.ndarray:
+    """Which edits are of edges that are patched at all positions from the first one on."""
+    return np.isin(edit, [EDIT["total together"], EDIT["direct together"]])
+
+
 def first_positions(table: PatchTable) -> np.ndarray:
     """[row], each intervention's first patched position."""
     first = np.full(table.n_rows, np.iinfo(np.int64).max)

@@ -17,12 +17,12 @@ from deltapatch.engine.wavefront.block import BlockStep, Layer
 from deltapatch.engine.wavefront.layout import Block, Layout, adjoining, how_many_blocks
 from deltapatch.engine.wavefront.messages import Messages
 from deltapatch.engine.wavefront.prompts import Prompts
-from deltapatch.engine.wavefront.rows import DIRECT, HEADS, LOGITS, MLP, Rows, is_together
+from deltapatch.engine.wavefront.rows import DIRECT, HEADS, LOGITS, MLP, Rows
 from deltapatch.engine.wavefront.setup import Setup
 from deltapatch.interventions import nodes as of
 from deltapatch.interventions.edges import decode
 from deltapatch.interventions.nodes import Nodes
-from deltapatch.interventions.table import PLACE
+from deltapatch.interventions.table import PLACE, is_together
 from deltapatch.kernels.segments import Segment
 
 # What the heads of a layer hear: (what they read, pair) -> [position, sender, n_heads * d_head].

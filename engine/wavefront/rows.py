@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 from deltapatch.interventions.sites import PLACES
-from deltapatch.interventions.table import EDIT, PLACE, SITE_EDITS, PatchTable
+from deltapatch.interventions.table import PLACE, SITE_EDITS, PatchTable, is_direct, is_together
 from deltapatch.models.spec import ModelSpec
 
 # Stages: where in a block a row's difference first appears, and so which products it needs there. Rows of
@@ -26,16 +26,6 @@ def entry_stage(place: np.ndarray, edit: np.ndarray, parallel: bool) -> np.ndarr
         stages[PLACE[name]] = HEADS
     stages[PLACE["<mlp>"]], stages[PLACE["<logits>"]] = MLP, LOGITS
     return np.where(is_direct(edit) & (place != PLACE["<logits>"]), DIRECT, stages[place])
-
-
-def is_direct(edit: np.ndarray) -> np.ndarray:
-    """Which edits are of edges whose effect is direct."""
-    return np.isin(edit, [EDIT["direct one"], EDIT["direct together"]])
-
-
-def is_together(edit: np.ndarray) -> np.ndarray:
-    """Which edits are of edges that are patched at all positions from the first one on."""
-    return np.isin(edit, [EDIT["total together"], EDIT["direct together"]])
 
 
 @dataclass(frozen=True)
