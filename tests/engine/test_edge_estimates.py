@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from engine_edge_oracle import OWN, SOURCE, _together, direct, edges, forward, total, unpatched
-from engine_tiny import FAMILIES, VARIANTS, build, hf_model, pairs, true_model
+from engine_tiny import FAMILIES, VARIANTS, hf_model, nearly_the_same, pairs, true_model
 
 import deltapatch
-from deltapatch import AnyOf, PromptPair
+from deltapatch import PromptPair
 from deltapatch.analysis.attribution import attribute_edges
 from deltapatch.engine.options import EdgeOptions
 from deltapatch.engine.question import ask
@@ -91,22 +91,6 @@ def test_each_position_by_itself(variant):
             assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max()
     whole, _ = estimated(double(variant), as_pairs(drawn), senders="input,a0,m0")
     assert np.allclose(np.nansum(found, 2), whole[:, :, 0])
-
-
-def nearly_the_same(variant):
-    """A model with two tokens of embeddings that differ by a millionth, and pairs that differ in them."""
-    model = build(variant, seed=1).double()
-    noise = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with torch.no_grad():
-        embedding = model.get_input_embeddings().weight
-        embedding[1] = embedding[0] * (1 + 1e-6 * noise)
-    clean, corrupted = [7, 0, 9, 3, 5], [7, 1, 9, 3, 5]
-    return deltapatch.from_transformers(model), [
-        PromptPair(clean, corrupted, 20, 30),
-        PromptPair(clean[1:], corrupted[1:], [21, 8], [21, 9, 4]),
-        PromptPair(clean, corrupted, AnyOf([22, 23]), 33),
-        PromptPair(clean[:3], corrupted[:3], [11, 12], 13),
-    ]
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *FAMILIES])

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from engine_oracle import Patch
-from engine_tiny import build, hf_model, pairs, random_pair, true_model, with_long_answers
+from engine_tiny import hf_model, nearly_the_same, pairs, random_pair, true_model, with_long_answers
 
 import deltapatch
-from deltapatch import AnyOf, DeltapatchError, PromptPair
+from deltapatch import DeltapatchError, PromptPair
 from deltapatch.engine.options import SCREENS, SweepOptions
 from deltapatch.engine.question import ask
 from deltapatch.engine.screening.estimates import Estimates, Method, reaching
@@ -104,22 +104,6 @@ def test_estimates_of_directions_are_slopes_of_the_oracle(variant):
         want = ((ends[0] - ends[1]) / (2 * STEP)).reshape(true.n_layers, len(pair.clean), 3)
         got = found[number][:, : len(pair.clean)]
         assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)
-
-
-def nearly_the_same(variant):
-    """A model with two tokens of embeddings that differ by a millionth, and pairs that differ in them."""
-    model = build(variant, seed=1).double()
-    noise = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with torch.no_grad():
-        embedding = model.get_input_embeddings().weight
-        embedding[1] = embedding[0] * (1 + 1e-6 * noise)
-    clean, corrupted = [7, 0, 9, 3, 5], [7, 1, 9, 3, 5]
-    return deltapatch.from_transformers(model), [
-        PromptPair(clean, corrupted, 20, 30),
-        PromptPair(clean[1:], corrupted[1:], [21, 8], [21, 9, 4]),
-        PromptPair(clean, corrupted, AnyOf([22, 23]), 33),
-        PromptPair(clean[:3], corrupted[:3], [11, 12], 13),
-    ]
 
 
 def directions_of(spec, seed):

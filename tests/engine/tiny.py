@@ -334,3 +334,19 @@ def huge(variant: str) -> Any:
                 weight.mul_(8)
         model.get_output_embeddings().weight.mul_(8 if model.config.tie_word_embeddings else 60)
     return model
+
+
+def nearly_the_same(variant):
+    """A model with two tokens of embeddings that differ by a millionth, and pairs that differ in them."""
+    model = build(variant, seed=1).double()
+    noise = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding[1] = embedding[0] * (1 + 1e-6 * noise)
+    clean, corrupted = [7, 0, 9, 3, 5], [7, 1, 9, 3, 5]
+    return deltapatch.from_transformers(model), [
+        deltapatch.PromptPair(clean, corrupted, 20, 30),
+        deltapatch.PromptPair(clean[1:], corrupted[1:], [21, 8], [21, 9, 4]),
+        deltapatch.PromptPair(clean, corrupted, deltapatch.AnyOf([22, 23]), 33),
+        deltapatch.PromptPair(clean[:3], corrupted[:3], [11, 12], 13),
+    ]
