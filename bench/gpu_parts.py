@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import click
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import deltapatch
 from deltapatch.bench.cases import OPERATIONS, Cases
@@ -48,6 +49,7 @@ NEURONS = (("mlp_post",), "last", 1)
 COMPONENTS = (("mlp_out", "attn_out"), "all", 64)
 _BATCHES = (64, 200, 512)  # of the hooks
 _NOISE_SAMPLE = 32
+_LONGEST, _NAME = 30, 120  # kernels that are told, and letters of their names
 
 
 class Bench:
@@ -95,6 +97,7 @@ class Bench:
         name = "gptj-6b"
         yield "product rate fp16", partial(self.product_rate, name, "fp16")
         yield "neurons fp16", partial(self.sweep, name, NEURONS, "fp16")
+        yield "where the time goes", partial(self.where_the_time_goes, name, "fp16")
         yield "hooks", partial(self.hooks, name)
         for mode in ("bf16", "tf32", "fp32"):
             yield f"product rate {mode}", partial(self.product_rate, name, mode)
@@ -188,13 +191,8 @@ class Bench:
     def sweep(self, name: str, what: tuple[tuple[str, ...], str, int], mode: str) -> Report:
         """A whole sweep, with and without the noise floor, against its FLOPs at the product rate."""
         sites, positions, n_pairs = what
-        n_pairs = 1 if self.tiny else n_pairs
-        model = self.model(name)
-        spec = model.spec
-        prompts = np.random.default_rng(0).integers(0, spec.d_vocab, (n_pairs, 2, self.length)).tolist()
-        pairs = [deltapatch.PromptPair(clean, corrupted, 3, 4) for clean, corrupted in prompts]
-        options: Any = {"positions": positions, "precision": mode, "backend": self.backend, "progress": False}
-        whole = partial(deltapatch.sweep, model, pairs, sites=list(sites), **options)
+        spec, n_pairs = self.spec(name), 1 if self.tiny else n_pairs
+        whole = self._whole_sweep(name, sites, positions, n_pairs, mode)
         with count_compilations() as warm:
             for noise_sample in (0, _NOISE_SAMPLE):
                 whole(layers=warm_layers(spec), noise_sample=noise_sample)
@@ -222,6 +220,25 @@ class Bench:
             "of_product_rate": flops / seconds / self.rates[mode] if mode in self.rates else None,
             "peak_bytes": max(peak for _, _, peak in timed),
             "noise_floor": meta["noise_floor"],
+        }
+
+    def where_the_time_goes(self, name: str, mode: str) -> Report:
+        """Of a sweep of all hidden neurons that was carried out before: what the device did, longest first.
+
+        `busy` is the share of the time on the wall in which the device computed. One stream computes, so that
+        times add up; what the profiler itself costs is in `seconds`.
+        """
+        whole = self._whole_sweep(name, *NEURONS, mode)
+        activities = [ProfilerActivity.CUDA if self.clock.on_gpu else ProfilerActivity.CPU]
+        with profile(activities=activities) as seen:
+            _, seconds, _ = self.clock.whole(partial(whole, noise_sample=0))
+        of_device = "self_device_time_total" if self.clock.on_gpu else "self_cpu_time_total"
+        took = {told.key: (getattr(told, of_device) / 1e6, told.count) for told in seen.key_averages()}
+        longest = sorted(took.items(), key=lambda item: -item[1][0])[:_LONGEST]
+        return {
+            "seconds": seconds,
+            "busy": sum(t for t, _ in took.values()) / seconds,
+            "kernels": {key[:_NAME]: {"seconds": t, "calls": n} for key, (t, n) in longest},
         }
 
     def hooks(self, name: str) -> Report:
@@ -265,6 +282,16 @@ class Bench:
         return {method: {key: told[key] for key in keep if key in told} for method, told in found.items()}
 
     # What they are made of ---------------------------------------------------------------------------------
+
+    def _whole_sweep(
+        self, name: str, sites: Sequence[str], positions: str, n_pairs: int, mode: str
+    ) -> Callable[..., Any]:
+        """A sweep of random prompts, but for layers and the noise floor."""
+        model = self.model(name)
+        prompts = np.random.default_rng(0).integers(0, model.spec.d_vocab, (n_pairs, 2, self.length)).tolist()
+        pairs = [deltapatch.PromptPair(clean, corrupted, 3, 4) for clean, corrupted in prompts]
+        options: Any = {"positions": positions, "precision": mode, "backend": self.backend, "progress": False}
+        return partial(deltapatch.sweep, model, pairs, sites=list(sites), **options)
 
     def spec(self, name: str) -> ModelSpec:
         """Of a model's shape."""
