@@ -55,7 +55,16 @@ class Part:
 
 
 # In the order in which they are done.
-LIMITS = {"smoke": 90, "gptj": 200, "fp8": 90, "llama": 120, "pythia": 120, "kernels": 150, "precision": 120}
+LIMITS = {
+    "smoke": 90,
+    "gptj": 200,
+    "fp8": 90,
+    "llama": 120,
+    "pythia": 120,
+    "edges": 60,
+    "kernels": 150,
+    "precision": 120,
+}
 
 
 def measure(
@@ -162,7 +171,7 @@ def table(report: Report) -> list[str]:
     out = []
     for name, part in report["parts"].items():
         for step, found in part["steps"].items():
-            if "seconds" in found:
+            if "rows_s" in found:
                 share = found["of_product_rate"]
                 of_rate = "" if share is None else f", {share:.0%} of the product rate"
                 text = (

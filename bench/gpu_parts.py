@@ -21,15 +21,17 @@ import click
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache
 
 import deltapatch
 from deltapatch.bench.cases import OPERATIONS, Cases
 from deltapatch.bench.clock import Clock
 from deltapatch.bench.peers import wiring
+from deltapatch.bench.peers.hooks_prefix import Prefix
 from deltapatch.bench.precision import precision
 from deltapatch.bench.random_models import make_pairs
 from deltapatch.bench.setup import make_workload
-from deltapatch.bench.true_shapes import CONFIGS, random_model, spec_of
+from deltapatch.bench.true_shapes import COMPILED, random_model, spec_of
 from deltapatch.engine.planning.costs import necessary_flops
 from deltapatch.kernels.backend import choose_backend
 from deltapatch.kernels.compilations import count_compilations
@@ -47,7 +49,9 @@ ROUNDING = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 1e-2, "fp16": 2e-3, "fp8": 1e-1}
 EFFECTS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2, "fp8": 0.3}
 NEURONS = (("mlp_post",), "last", 1)
 COMPONENTS = (("mlp_out", "attn_out"), "all", 64)
+ONE_PAIR = (("mlp_out", "attn_out"), "all", 1)
 _BATCHES = (64, 200, 512)  # of the hooks
+_BATCHES_OF_LAST = (512, 2048, 8192)  # of those that compute the last position alone
 _NOISE_SAMPLE = 32
 _LONGEST, _NAME = 30, 120  # kernels that are told, and letters of their names
 
@@ -64,10 +68,11 @@ class Bench:
         self.device, self.tiny = torch.device(device), tiny
         self.clock = Clock(self.device)
         self.backend = "triton" if HAS_TRITON else "reference"
-        self.configs = {name: _shrunk(config) if tiny else config for name, config in CONFIGS.items()}
+        self.configs = {name: _shrunk(config) if tiny else config for name, config in COMPILED.items()}
         self.rows, self.length = (4, 4) if tiny else (16384, 16)  # row tokens; tokens of a prompt
         self.rates: dict[str, float] = {}  # precision -> FLOP/s, the best over all shapes
         self.neurons_a_second: dict[str, float] = {}  # model -> in its first sweep
+        self.edges_a_second = 0.0
         self._model: tuple[str, Model] | None = None
 
     def part(self, name: str) -> Iterator[Step]:
@@ -79,6 +84,7 @@ class Bench:
             "llama": partial(self.shape, "llama-7b"),
             "pythia": partial(self.shape, "pythia-2.8b"),
             "kernels": self.kernels,
+            "edges": self.edges,
             "precision": self.precision,
         }
         return parts[name]()
@@ -104,6 +110,7 @@ class Bench:
         yield "copy", self.copy_rate
         yield "neurons bf16", partial(self.sweep, name, NEURONS, "bf16")
         yield "components fp16", partial(self.sweep, name, COMPONENTS, "fp16")
+        yield "components of one pair fp16", partial(self.sweep, name, ONE_PAIR, "fp16")
 
     def fp8(self) -> Iterator[Step]:
         """Products and the screen in fp8."""
@@ -125,6 +132,12 @@ class Bench:
             for name in ("gptj-6b", "llama-7b", "pythia-2.8b"):
                 for operation in OPERATIONS:
                     yield f"{name} {mode} {operation}", partial(self.operation, name, mode, operation)
+
+    def edges(self) -> Iterator[Step]:
+        """All edges of GPT-2 small, and a whole forward for each of them."""
+        for mode in ("fp32", "fp16"):
+            yield f"edges {mode}", partial(self.all_edges, "gpt2", mode)
+        yield "forwards", partial(self.forwards, "gpt2")
 
     def precision(self) -> Iterator[Step]:
         """Effects of the built-in models in every precision, and by hooks, against float64."""
@@ -241,20 +254,57 @@ class Bench:
             "kernels": {key[:_NAME]: {"seconds": t, "calls": n} for key, (t, n) in longest},
         }
 
+    def all_edges(self, name: str, mode: str) -> Report:
+        """Total effects of all edges of a model on one pair, whose prompts differ in the last six tokens."""
+        spec, model = self.spec(name), self.model(name)
+        clean, other = np.random.default_rng(0).integers(0, spec.d_vocab, (2, self.length)).tolist()
+        pair = deltapatch.PromptPair(clean, [*clean[:-6], *other[-6:]], 3, 4)
+        options: Any = {"precision": mode, "backend": self.backend, "noise_sample": 0, "progress": False}
+        whole = partial(deltapatch.sweep_edges, model, [pair], direction="noise", **options)
+        whole()  # compiles
+        timed = [self.clock.whole(whole) for _ in range(1 if self.tiny else 3)]
+        found, seconds = timed[0][0], min(taken for _, taken, _ in timed)
+        self.edges_a_second = max(self.edges_a_second, len(found.edges) / seconds)
+        return {
+            "seconds": seconds,
+            "seconds_of_each": [taken for _, taken, _ in timed],
+            "edges": len(found.edges),
+            "edges_s": len(found.edges) / seconds,
+            "peak_bytes": max(peak for _, _, peak in timed),
+        }
+
+    def forwards(self, name: str) -> Report:
+        """Prompts a second through transformers' model in bfloat16: hooks need one for each edge."""
+        model, spec = self._transformers_model(name), self.spec(name)
+        found = {}
+        for batch in (4,) if self.tiny else (64, 512, 2048):
+            found[batch] = batch / self._hooked(model, spec, batch, spec.n_layers, None)
+        batch = max(found, key=lambda b: found[b])
+        return {
+            "forwards_s": found[batch],
+            "batch": batch,
+            "deltapatch_over_it": self.edges_a_second / found[batch],
+        }
+
     def hooks(self, name: str) -> Report:
         """Batched hooks on transformers' model in bfloat16, hidden neurons at the last position: rows/s.
 
-        The whole model for each batch, and from the patched layer on: a batch then takes the layers that
-        remain, a mean over all layers. Each at the best of a few batch sizes.
+        The whole model for each batch; from the patched layer on: a batch then takes the layers that remain,
+        a mean over all layers; and of these the last position alone, over keys and values of the others that
+        are kept. Each at the best of a few batch sizes.
         """
         model, spec = self._transformers_model(name), self.spec(name)
+        kept = self._keys_and_values(model, spec)
         best: dict[str, tuple[float, int]] = {}
-        for batch in (4, 8) if self.tiny else _BATCHES:
-            hidden = self.draw(batch, self.length, spec.d_model).to(torch.bfloat16)
-            by_depth = [self._hooked(model, spec, hidden, depth) for depth in (spec.n_layers, 1)]
-            mean = sum(by_depth) / 2  # over all layers, since they are alike
-            for kind, seconds in (("whole model", by_depth[0]), ("from the patched layer on", mean)):
-                best[kind] = max(best.get(kind, (0.0, 0)), (batch / seconds, batch))
+        for cache, batches in ((None, _BATCHES), (kept, _BATCHES_OF_LAST)):
+            for batch in (4, 8) if self.tiny else batches:
+                by_depth = [self._hooked(model, spec, batch, depth, cache) for depth in (spec.n_layers, 1)]
+                mean = sum(by_depth) / 2  # over all layers, since they are alike
+                kinds = {"whole model": by_depth[0], "from the patched layer on": mean}
+                if cache is not None:
+                    kinds = {"from the patched layer and position on": mean}
+                for kind, seconds in kinds.items():
+                    best[kind] = max(best.get(kind, (0.0, 0)), (batch / seconds, batch))
         out: Report = {kind: {"rows_s": rate, "batch": batch} for kind, (rate, batch) in best.items()}
         ours = self.neurons_a_second.get(name)
         for found in out.values():
@@ -329,17 +379,42 @@ class Bench:
         finally:
             torch.set_default_dtype(before)
 
-    def _hooked(self, model: Any, spec: ModelSpec, hidden: torch.Tensor, depth: int) -> float:
-        """Seconds of a batch through the last layers, with a neuron patched in the first of them."""
+    def _keys_and_values(self, model: Any, spec: ModelSpec) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """[layer], of a prompt's positions but the last, [1, head, T - 1, d_head]."""
+        cache = DynamicCache()
+        before = self.draw(1, self.length - 1, spec.d_model).to(torch.bfloat16)
+        with torch.no_grad():
+            wiring.backbone(model, spec)(inputs_embeds=before, past_key_values=cache, use_cache=True)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _hooked(
+        self,
+        model: Any,
+        spec: ModelSpec,
+        batch: int,
+        depth: int,
+        kept: list[tuple[torch.Tensor, torch.Tensor]] | None,
+    ) -> float:
+        """Seconds of a batch through the last layers, with a neuron patched in the first of them.
+
+        Of all positions, or over what is kept of those before the last.
+        """
         body, head = wiring.backbone(model, spec), model.get_output_embeddings()
-        first = spec.n_layers - depth
-        rows = torch.arange(len(hidden), device=self.device)
+        first, width = spec.n_layers - depth, self.length if kept is None else 1
+        rows = torch.arange(batch, device=self.device)
+        options: dict[str, Any] = {"use_cache": False}
+        if kept is not None:
+            each = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in kept]
+            options = {"use_cache": True, "past_key_values": Prefix(each, self.length - 1)}
+            options["position_ids"] = torch.full((1, 1), self.length - 1, device=self.device)
+            options["attention_mask"] = self.draw(1, 1, 1, self.length).to(torch.bfloat16).zero_()
+        options["inputs_embeds"] = self.draw(batch, width, spec.d_model).to(torch.bfloat16)
 
         def swap(module: Any, args: Any) -> None:
             args[0][rows, -1, rows % args[0].shape[-1]] = 1.0
 
         def forward() -> None:
-            last = body(inputs_embeds=hidden, use_cache=False).last_hidden_state[:, -1]
+            last = body(**options).last_hidden_state[:, -1]
             head(last).float().log_softmax(-1)[:, :2]
 
         down, _ = wiring.module(wiring.layers(model, spec)[first], spec, "mlp_post")

@@ -38,9 +38,7 @@ def activation_difference_triton(
     first, source, at, (delta,) = patches or (None, None, None, (None,))
     block = min(_BLOCK, next_power_of_two(width))
     held = precision.scaled and patches is None  # until the row's scale is known
-    if held and width > block:
-        block *= 2  # and as many threads as a block may have, so that each holds few
-    warps = min(32, max(4, block // (128 if held else 256)))
+    warps = max(4, block // (128 if held else 256))
     with on_device(du):
         _activation_kernel[(n_tokens,)](
             p_out=out,
@@ -70,6 +68,8 @@ def activation_difference_triton(
             BLOCK_P=min(1024, block),
             BLOCK_N=block,
             num_warps=warps,
+            # Of rows that are held, two are worked on side by side: one computes while the other is read.
+            maxnreg=64 if held and width > block else None,
         )
     return Scaled(out, scale)
 

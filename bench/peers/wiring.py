@@ -23,6 +23,7 @@ class Names(NamedTuple):
 
 
 NAMES = {
+    "gpt2": Names("transformer", "h", "attn", "attn.c_proj", "mlp", "mlp.c_proj"),
     "gpt_neox": Names("gpt_neox", "layers", "attention", "attention.dense", "mlp", "mlp.dense_4h_to_h"),
     "gptj": Names("transformer", "h", "attn", "attn.out_proj", "mlp", "mlp.fc_out"),
     "llama": Names("model", "layers", "self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj"),
