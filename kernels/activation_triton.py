@@ -14,6 +14,7 @@ from deltapatch.kernels.segments import Segment
 from deltapatch.kernels.tiles import base_of_tokens
 
 _BLOCK = 2048  # neurons of a row worked on at a time
+_BESIDE = {False: 16384, True: 12288}  # by whether there is a gate: the longest of two rows held side by side
 
 
 def activation_difference_triton(
@@ -38,7 +39,11 @@ def activation_difference_triton(
     first, source, at, (delta,) = patches or (None, None, None, (None,))
     block = min(_BLOCK, next_power_of_two(width))
     held = precision.scaled and patches is None  # until the row's scale is known
-    warps = max(4, block // (128 if held else 256))
+    # Of held rows two share a multiprocessor, if registers allow: while one is read, the other is worked on.
+    beside = held and block < width <= _BESIDE[gate is not None]
+    if held and width > block:
+        block *= 2  # else with as many threads as a block may have, so that each holds few
+    warps = max(4, block // (128 if held and not beside else 256))
     with on_device(du):
         _activation_kernel[(n_tokens,)](
             p_out=out,
@@ -68,8 +73,7 @@ def activation_difference_triton(
             BLOCK_P=min(1024, block),
             BLOCK_N=block,
             num_warps=warps,
-            # Of rows that are held, two are worked on side by side: one computes while the other is read.
-            maxnreg=64 if held and width > block else None,
+            maxnreg=64 if beside else None,
         )
     return Scaled(out, scale)
 

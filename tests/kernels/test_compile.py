@@ -65,7 +65,7 @@ def test_kernels_fit_every_gpu():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"spilled": 4}, "spills 4 bytes"),
+        ({"spilled": 12}, "spills 12 bytes"),
         ({"shared": 227 * 1024 + 1}, "of 232448"),
         ({"serialised": True}, "waits after each wgmma"),
         ({"tensor": 0}, "without tensor cores"),
