@@ -1,7 +1,7 @@
 """All that is to be measured on a GPU, in one command that ends within its time.
 
-    python -m deltapatch.bench.gpu --out bench/results/gpu.json
-    python -m deltapatch.bench.gpu --tests
+    python -m deltapatch.bench.gpu --out gpu.json
+    python -m deltapatch.bench.gpu --tests --out gpu_tests.json
 
 The first measures, the most valuable first: half a minute of smoke, all neurons of GPT-J-6B, hooks on the
 same, the limits of the machine; then fp8, other shapes, each kernel, and the built-in models' effects in
@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import click
 
@@ -192,13 +193,61 @@ def _in_short(found: Report) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def test_command(workers: int | None) -> list[str]:
-    """What runs the tests that need a GPU: on all cores, warnings shown and not raised."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    command += ["-o", "filterwarnings=default"]
+def test_commands(workers: int | None) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """What runs the tests that need a GPU, and its environment: on all cores, warnings shown and not raised.
+
+    Those of the kernels are elsewhere run in Triton's interpreter, and do not say that they need a GPU.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     if find_spec("xdist") is not None:
         command += ["--numprocesses", str(workers or os.cpu_count() or 1), "--dist", "worksteal"]
-    return command
+    kernels = [f"tests/kernels/interpreted{which}.py" for which in ("", "_attention")]
+    return {
+        "kernels": (
+            [*command, "-m", "slow or not slow", *kernels],
+            {"TRITON_INTERPRET": "0", "DELTAPATCH_TEST_DEVICE": "cuda"},
+        ),
+        "sweeps": ([*command, "-m", "gpu"], {}),
+    }
+
+
+def run_tests(commands: Mapping[str, tuple[list[str], dict[str, str]]], out: Path | None) -> bool:
+    """Run tests, and write how many passed and which did not; whether all did."""
+    report: Report = {"machine": None, "tests": {}}
+    for name, (command, env) in commands.items():
+        with tempfile.TemporaryDirectory() as folder:
+            told = Path(folder, "tests.xml")
+            subprocess.run(
+                [*command, f"--junitxml={told}"], cwd=Path(__file__).parents[1], env=os.environ | env
+            )
+            report["tests"][name] = counted(told.read_bytes()) if told.exists() else {"failed": ["all"]}
+        if out is not None:
+            import torch
+
+            from deltapatch.bench.gpu_parts import machine
+
+            on = "cuda" if torch.cuda.is_available() else "cpu"
+            report["machine"] = report["machine"] or machine(on)
+            _write(out, report)
+    return not any(found["failed"] for found in report["tests"].values())
+
+
+def counted(xml: bytes) -> Report:
+    """Of pytest's report: tests that passed and were skipped, names of those that failed, and seconds."""
+    suite = next(ElementTree.fromstring(xml).iter("testsuite"))
+    n, errors, failures, skipped = (
+        int(suite.get(key, 0)) for key in ("tests", "errors", "failures", "skipped")
+    )
+    return {
+        "passed": n - errors - failures - skipped,
+        "skipped": skipped,
+        "failed": [
+            f"{case.get('classname')}::{case.get('name')}"
+            for case in suite.iter("testcase")
+            if {part.tag for part in case} & {"failure", "error"}
+        ],
+        "seconds": float(suite.get("time", 0)),
+    }
 
 
 def _environment(tiny: bool) -> dict[str, str]:
@@ -221,15 +270,14 @@ def _environment(tiny: bool) -> dict[str, str]:
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("gpu.json"),
-    show_default=True,
-    help="Receives every number as it is found.",
+    help="Receives every number as it is found.  [default: gpu.json; of --tests no file]",
 )
 @click.option("--tests", is_flag=True, help="Run the tests that need a GPU instead, on all cores.")
-def main(device: str, tiny: bool, only: str | None, seconds: float, out: Path, tests: bool) -> None:
+def main(device: str, tiny: bool, only: str | None, seconds: float, out: Path | None, tests: bool) -> None:
     """Measure on a GPU, the most valuable first, or run the tests that need one."""
     if tests:
-        sys.exit(subprocess.run(test_command(None), cwd=Path(__file__).parents[1]).returncode)
+        sys.exit(0 if run_tests(test_commands(None), out) else 1)
+    out = out or Path("gpu.json")
     wanted = only.split(",") if only else list(LIMITS)
     for name in wanted:
         if name not in LIMITS:

@@ -452,9 +452,9 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
     return {key: small.get(key, value) for key, value in config.items()}
 
 
-def machine(device: torch.device) -> Report:
+def machine(device: str | torch.device) -> Report:
     """What it is measured on."""
-    on_gpu = device.type == "cuda"
+    on_gpu = torch.device(device).type == "cuda"
     about: Report = {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
         "cuda": torch.version.cuda,

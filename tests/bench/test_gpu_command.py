@@ -120,20 +120,49 @@ def test_what_was_compiled_while_it_was_timed_is_told():
 
 
 def test_the_tests_show_warnings_and_use_all_cores():
-    command = gpu.test_command(7)
-    assert command[command.index("-m", 3) + 1] == "gpu"
-    assert command[command.index("-o") + 1] == "filterwarnings=default"
-    assert command[command.index("--numprocesses") + 1] == "7"
+    for command, _ in gpu.test_commands(7).values():
+        assert command[command.index("-o") + 1] == "filterwarnings=default"
+        assert command[command.index("--numprocesses") + 1] == "7"
 
 
-@pytest.mark.slow
-def test_the_interpreters_tests_are_none_of_the_gpus():
+def test_the_tests_of_kernels_run_on_the_gpu():
     """Triton 3.6's interpreter breaks with newer versions of numpy."""
-    command = [*gpu.test_command(1)[:5], "--collect-only", "tests/kernels", "tests/engine/test_gpu.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.Path(gpu.__file__).parents[1])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_every_kernel_on_the_gpu" in done.stdout
-    assert "interpreter" not in done.stdout
+    command, env = gpu.test_commands(1)["kernels"]
+    assert env == {"TRITON_INTERPRET": "0", "DELTAPATCH_TEST_DEVICE": "cuda"}
+    home = gpu.Path(gpu.__file__).parents[1]
+    assert all((home / name).exists() for name in command if name.endswith(".py"))
+
+
+FILE = """
+import pytest
+def test_right(): pass
+def test_wrong(): assert 0
+def test_left(): pytest.skip()
+"""
+
+
+def test_what_the_tests_gave_is_counted_and_kept(tmp_path):
+    file, out = tmp_path / "test_some.py", tmp_path / "tests.json"
+    file.write_text(FILE)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        str(tmp_path / "none.ini"),
+    ]
+    (tmp_path / "none.ini").write_text("[pytest]")
+    few = {"some": ([*command, str(file)], {}), "right": ([*command, str(file), "-k", "right"], {})}
+    assert not gpu.run_tests(few, out)
+    report = json.loads(out.read_text())
+    some = report["tests"]["some"]
+    assert (some["passed"], some["skipped"], some["failed"]) == (1, 1, ["test_some::test_wrong"])
+    assert report["tests"]["right"]["failed"] == []
+    assert report["machine"]["versions"]["torch"]
+    assert gpu.run_tests({"right": few["right"]}, None)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +201,8 @@ def test_every_part_runs(tmp_path):
     assert sweep["compiled_meanwhile"] == []  # nothing is compiled in the interpreter
     assert sweep["noise_floor"]["recomputed"] == sweep["rows"]
     for part in ("gptj", "llama", "pythia"):
-        assert list(steps[part]["hooks"]) == ["whole model", "from the patched layer on"]
+        kinds = ["whole model", "from the patched layer on", "from the patched layer and position on"]
+        assert list(steps[part]["hooks"]) == kinds
         assert all(hooks["rows_s"] > 0 for hooks in steps[part]["hooks"].values())
     kernels = {case for name, found in steps["kernels"].items() if " " in name for case in found}
     assert {"norm", "add, swaps", "activation, swaps", "attention, swaps", "columns", "read-out"} <= kernels

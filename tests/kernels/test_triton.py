@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,12 @@ from deltapatch.kernels.lang import HAS_TRITON
 FILES = ("interpreted.py", "interpreted_attention.py")
 
 
-def begin(file, which="not slow", options=(), **environment):
+def begin(file, which="not slow", **environment):
     """Test a file in a process of its own: the interpreter and the compiler cannot share one."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which),
             *("-W", "ignore:overflow encountered in exp:RuntimeWarning"),  # numpy's: 1 / inf is meant to be 0
-            *options,
             str(Path(__file__).with_name(file)),
         ],
         env=os.environ | environment,
@@ -58,17 +56,6 @@ def test_every_kernel_in_the_interpreter(file, interpreting):
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
 def test_larger_sweeps_in_the_interpreter():
     finish(begin("interpreted.py", "slow", TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("file", FILES)
-def test_every_kernel_on_the_gpu(file):
-    # Versions of packages differ there, and so does what they warn of.
-    options = ["-o", "filterwarnings=default"]
-    if find_spec("xdist") is not None:  # each process compiles its part of the kernels
-        options += ["--numprocesses", "4", "--dist", "worksteal"]
-    environment = {"TRITON_INTERPRET": "0", "DELTAPATCH_TEST_DEVICE": "cuda"}
-    finish(begin(file, "slow or not slow", options, **environment))
 
 
 def test_auto_is_triton_on_a_gpu_alone(monkeypatch):
