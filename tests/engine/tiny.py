@@ -125,7 +125,11 @@ _LONG = {  # prompts are on both sides of the original context
 }
 
 
-_PARTLY = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+# Said twice: some versions of transformers have a default beside the rotary settings.
+_HALF = {
+    "partial_rotary_factor": 0.5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+}
 
 
 def _modern(config: type, **options: Any) -> Any:
@@ -190,13 +194,11 @@ _FAMILIES = {
         attention_bias=True,
     ),
     "smollm3": lambda: _modern(transformers.SmolLM3Config, no_rope_layers=[1, 0, 1]),
-    "stablelm": lambda: _modern(transformers.StableLmConfig, use_qkv_bias=True, rope_parameters=_PARTLY),
-    "stablelm-parallel": lambda: _modern(
-        transformers.StableLmConfig, use_parallel_residual=True, rope_parameters=_PARTLY
-    ),
+    "stablelm": lambda: _modern(transformers.StableLmConfig, use_qkv_bias=True, **_HALF),
+    "stablelm-parallel": lambda: _modern(transformers.StableLmConfig, use_parallel_residual=True, **_HALF),
     # As of StableLM 2 12B.
     "stablelm-head-norms": lambda: _modern(
-        transformers.StableLmConfig, use_parallel_residual=True, qk_layernorm=True, rope_parameters=_PARTLY
+        transformers.StableLmConfig, use_parallel_residual=True, qk_layernorm=True, **_HALF
     ),
 }
 FAMILIES = tuple(_FAMILIES)
