@@ -11,6 +11,7 @@ from deltapatch.engine.planning.plan import Plan, plan
 from deltapatch.engine.planning.rates import Rates, measure
 from deltapatch.engine.question import Question
 from deltapatch.engine.wavefront.layout import how_many_blocks
+from deltapatch.engine.wavefront.pool import shared
 from deltapatch.kernels.product import PRECISIONS, Precision
 from deltapatch.kernels.readout_tail import worth_a_tail
 from deltapatch.models.spec import ModelSpec
@@ -106,7 +107,8 @@ def seconds(
     flying = float(plan.in_flight.sum())
     # A pass has as many blocks in each layer as its share of the rows makes, and one for its prompts.
     tokens = int(flying / max(1, n_layers) / n_passes)
-    blocks = how_many_blocks(tokens, question.backend.block_tokens, threads) + 1
+    together = shared(how_many_blocks(tokens, question.backend.block_tokens), threads)
+    blocks = how_many_blocks(tokens, question.backend.block_tokens, threads if together else 1) + 1
     calls = n_passes * n_layers * (blocks * _CALLS + _CALLS_OF_PASS)
 
     runs = (1 + question.n_sources) * base * n_layers
@@ -123,7 +125,8 @@ def seconds(
         "rows": rows,
         "read-out": read_out,
         "weights": weights,
-        "calls": calls / rates.calls * max(1.0, threads / blocks),  # which blocks share, one each
+        # Blocks that go side by side share them; else one thread makes them all.
+        "calls": calls / rates.calls * (max(1.0, threads / blocks) if together else threads),
         "tables": plan.rows / _ROWS_MADE,
     }
     for name in audit.expects() if audit.sample else []:

@@ -119,12 +119,12 @@ def first_tokens(segments: list[Segment]) -> np.ndarray:
     )
 
 
-def how_many_blocks(tokens: int, block_tokens: int, workers: int) -> int:
+def how_many_blocks(tokens: int, block_tokens: int, workers: int = 1) -> int:
     """Into how many blocks so many row tokens go.
 
     Args:
         block_tokens: that a block should have.
-        workers: who share the blocks; where tokens are few too, each has one.
+        workers: who share the blocks; in a layer that has few tokens too, each has one.
     """
     return max(round(tokens / block_tokens), min(workers, tokens // _LEAST), 1)
 

@@ -5,6 +5,7 @@ At each layer it (1) advances the base run and, as a difference of its own, the 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -75,12 +76,16 @@ class Wavefront:
         vectors: Vectors | None = None,
         tick: Callable[[int], None] = lambda n: None,
     ) -> None:
-        self.setup, self.model, self.spec = setup, setup.model, setup.model.spec
-        self.prompts, self.measured = prompts, measured
-        self.ops, self.pool, self.tick = setup.ops, setup.pool, tick
+        self.model, self.spec = setup.model, setup.model.spec
+        self.prompts, self.measured, self.tick = prompts, measured, tick
         self.table, self.n_interventions = table, table.n_rows
         self.shapes = prompts.shapes
         self.rows: Rows = make_rows(table, self.shapes.prompt, self.spec)
+        most = how_many_blocks(
+            self._n_tokens(self.rows.before(self.spec.n_layers - 1)), setup.ops.block_tokens
+        )
+        self.setup = setup = replace(setup, pool=setup.pool.of_blocks(most))
+        self.ops, self.pool = setup.ops, setup.pool
         self.edges = None if nodes is None else Edges(setup, prompts, self.rows, nodes)
         self.patched = PatchedPlaces(self.rows.patches)
         at_end = tuple(name for name in measured if name not in setup.probes)
