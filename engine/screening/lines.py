@@ -55,7 +55,8 @@ class Lines:
         def take(piece: slice) -> None:
             out[piece] = self._piece(place, token[piece], line[piece] - line[piece.start], change[piece])
 
-        self.pool(take, [slice(a, a + most) for a in range(0, len(token), most)])
+        pieces = [slice(a, a + most) for a in range(0, len(token), most)]
+        self.pool.of_blocks(len(pieces))(take, pieces)
         return out
 
     def _piece(self, place: tuple[str, int], token: np.ndarray, line: np.ndarray, change: Tensor) -> Tensor:

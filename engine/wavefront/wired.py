@@ -77,7 +77,8 @@ class WiredPass:
         measured: tuple[str, ...],
         tick: Callable[[int], None] = lambda n: None,
     ) -> None:
-        self.setup = replace(setup, precision=setup.precision.exact)
+        pool = setup.pool.of_blocks(len(np.unique(table.pair)))  # which takes the rows of a pair together
+        self.setup = replace(setup, precision=setup.precision.exact, pool=pool)
         self.model, self.spec = setup.model, setup.model.spec
         self.prompts, self.table, self.measured, self.tick = prompts, table, measured, tick
         self.shapes, self.wirings, self.nodes = prompts.shapes, wirings.wirings, wirings.nodes

@@ -8,6 +8,7 @@ from engine_tiny import model_of, pairs, prompt_pairs, true_model
 import deltapatch
 from deltapatch.engine.wavefront import pool as pools
 from deltapatch.engine.wavefront.pool import Pool, shared, threads, workers
+from deltapatch.interventions.nodes import Nodes
 
 VARIANTS = ("neox-parallel", "llama-grouped", "gemma2")
 OPTIONS = {"precision": "fp64", "progress": False, "noise_sample": 0}
@@ -23,7 +24,17 @@ def answers(variant):
     model, drawn = model_of(variant, "fp64"), prompt_pairs(pairs(true_model(variant), (6, 4, 6)))
     swept = deltapatch.sweep(model, drawn, sites=["mlp_out", "z", "mlp_post"], **OPTIONS)
     edges = deltapatch.sweep_edges(model, drawn[:1], effect="both", **OPTIONS)
-    return [swept.values("logit_diff", site) for site in swept.sites] + [edges.values("kl", "direct")]
+    lines = {"screen": "ig-activations", "screen_steps": 3, "top": 5, "screen_sample": 0}
+    screened = deltapatch.sweep(model, drawn, sites="mlp_out", **lines, **OPTIONS)
+    nodes = Nodes.of(model.spec)
+    scores = np.random.default_rng(0).normal(size=(len(nodes.senders), len(nodes.receivers)))
+    circuits = [deltapatch.Circuit.of_scores(nodes, scores, 16, n) for n in (10, 40)]
+    return [
+        *(swept.values("logit_diff", site) for site in swept.sites),
+        edges.values("kl", "direct"),
+        screened.estimate(),
+        deltapatch.faithfulness(model, drawn, circuits, progress=False).raw,
+    ]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
