@@ -11,6 +11,7 @@ import torch
 
 import deltapatch
 from deltapatch.bench.true_shapes import CONFIGS, random_model, write_random_model
+from deltapatch.engine.wavefront.pool import threads
 from deltapatch.models.tensors import MadeTensors
 from deltapatch.results.metrics import MEASURED
 
@@ -26,13 +27,18 @@ def checkpoint(folder, dtype=torch.float16, **sizes):
     return folder
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.fixture(params=[1, 2])
+def _so_many_threads(request):
+    with threads(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("_so_many_threads")
 @pytest.mark.parametrize(
     ("dtype", "precision"),
     [(torch.float16, "fp32"), (torch.float16, "fp64"), (torch.bfloat16, "bf16"), (torch.float32, "fp32")],
 )
-def test_streamed_effects_are_those_of_a_model_in_memory(dtype, precision, threads, tmp_path):
-    torch.set_num_threads(threads)
+def test_streamed_effects_are_those_of_a_model_in_memory(dtype, precision, tmp_path):
     folder = checkpoint(tmp_path / "model", dtype, **SMALL)
     draw = torch.Generator().manual_seed(0)
     pairs = [
