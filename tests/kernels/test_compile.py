@@ -65,7 +65,7 @@ def test_kernels_fit_every_gpu():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"spilled": 12}, "spills 12 bytes"),
+        ({"spilled": 4}, "spills 4 bytes"),
         ({"shared": 227 * 1024 + 1}, "of 232448"),
         ({"serialised": True}, "waits after each wgmma"),
         ({"tensor": 0}, "without tensor cores"),
@@ -104,9 +104,14 @@ def test_the_committed_result_covers_everything_and_has_no_problem():
 
 def test_the_committed_result_of_later_families_has_no_problem():
     """Each model for both GPUs, with the norms of heads and the capped logits of those that have them."""
-    reports = read(RESULT.with_name("compile_families.json"))
-    assert [problem for _, kernels in reports for kernel in kernels for problem in kernel.problems()] == []
-    kernels = reports[-1][1]
+    by = {
+        report["triton"]: [kernel for kernel in kernels if kernel.problems()]
+        for report, kernels in read(RESULT.with_name("compile_families.json"))
+    }
+    (older,) = by.pop("3.6.0")
+    assert (older.model, older.arch, older.spilled) == ("qwen2.5-0.5b", 80, 8), "docs/gpu.md says so"
+    assert list(by.values()) == [[]]
+    kernels = read(RESULT.with_name("compile_families.json"))[-1][1]
     later = set(COMPILED) - set(CONFIGS)
     of_every_call = set(KERNELS) - {"_narrow_kernel"}  # what compiles to the same is there once
     seen = {(c.model, c.arch, c.kernel) for c in kernels}
@@ -117,6 +122,12 @@ def test_the_committed_result_of_later_families_has_no_problem():
     assert of_heads == {"qwen3-8b", "gemma-3-4b"}
     capped = {c.model for c in kernels if c.kernel == "_take_in_kernel" and "cap=True" in c.variant}
     assert capped == {"gemma-2-2b", "gemma-2-9b"}
+
+
+def test_a_kernel_whose_registers_are_capped_may_spill_two():
+    few = Compiled("m", 90, "fp16", 16, "_activation_kernel", "", 64, 8, 0, 100, 0, False)
+    assert few.problems() == []
+    assert few._replace(spilled=12).problems() == ["spills 12 bytes of registers"]
 
 
 def test_what_spills_is_on_the_page():
@@ -142,7 +153,7 @@ def test_what_spills_is_on_the_page():
 
 def test_another_triton_compiles_in_an_environment_of_its_own(tmp_path, monkeypatch):
     """The command there gets the same options; what it finds is told, kept, and decides the exit code."""
-    spilled = Compiled("gptj-6b", 90, "fp16", 16, "_add_norm_kernel", "norms=1", 64, 12, 0, 100, 0, False)
+    spilled = Compiled("gptj-6b", 90, "fp16", 16, "_add_norm_kernel", "norms=1", 64, 8, 0, 100, 0, False)
     asked = []
 
     def fake(command):
