@@ -120,17 +120,29 @@ def test_what_was_compiled_while_it_was_timed_is_told():
 
 
 def test_the_tests_show_warnings_and_use_all_cores():
+    sweeps, _ = gpu.test_commands(7)["sweeps"]
+    assert sweeps[sweeps.index("-m", 3) + 1] == "gpu"
     for command, _ in gpu.test_commands(7).values():
         assert command[command.index("-o") + 1] == "filterwarnings=default"
         assert command[command.index("--numprocesses") + 1] == "7"
 
 
 def test_the_tests_of_kernels_run_on_the_gpu():
-    """Triton 3.6's interpreter breaks with newer versions of numpy."""
     command, env = gpu.test_commands(1)["kernels"]
     assert env == {"TRITON_INTERPRET": "0", "DELTAPATCH_TEST_DEVICE": "cuda"}
     home = gpu.Path(gpu.__file__).parents[1]
     assert all((home / name).exists() for name in command if name.endswith(".py"))
+
+
+@pytest.mark.slow
+def test_the_interpreters_tests_are_none_of_the_gpus():
+    """Triton 3.6's interpreter breaks with newer versions of numpy."""
+    command, _ = gpu.test_commands(1)["sweeps"]
+    asked = [*command, "--numprocesses", "0", "--collect-only", "tests/kernels", "tests/engine/test_gpu.py"]
+    done = subprocess.run(asked, capture_output=True, text=True, cwd=gpu.Path(gpu.__file__).parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_a_gpu_finds_what_float64_finds" in done.stdout
+    assert "interpreter" not in done.stdout
 
 
 FILE = """

@@ -44,7 +44,10 @@ def test_a_gpu_finds_what_float64_finds(variant, precision):
 def test_a_second_sweep_and_a_second_model_have_the_memory_of_the_first(monkeypatch):
     # Tests beside this one take and give memory of the same device, so what is free is counted here.
     total = torch.cuda.get_device_properties(0).total_memory
-    free = lambda device=None: (total - torch.cuda.memory_reserved(), total)  # noqa: E731
+
+    def free(device=None):
+        return total - torch.cuda.memory_reserved(), total
+
     monkeypatch.setattr(torch.cuda, "mem_get_info", free)
     model = on_gpu("llama-grouped")
     before = default_budget(model.device)
