@@ -107,8 +107,8 @@ def seconds(
     flying = float(plan.in_flight.sum())
     # A pass has as many blocks in each layer as its share of the rows makes, and one for its prompts.
     tokens = int(flying / max(1, n_layers) / n_passes)
-    together = shared(how_many_blocks(tokens, question.backend.block_tokens), threads)
-    blocks = how_many_blocks(tokens, question.backend.block_tokens, threads if together else 1) + 1
+    in_blocks = shared(how_many_blocks(tokens, question.backend.block_tokens), threads)
+    blocks = how_many_blocks(tokens, question.backend.block_tokens, threads if in_blocks else 1) + 1
     calls = n_passes * n_layers * (blocks * _CALLS + _CALLS_OF_PASS)
 
     runs = (1 + question.n_sources) * base * n_layers
@@ -126,7 +126,7 @@ def seconds(
         "read-out": read_out,
         "weights": weights,
         # Blocks that go side by side share them; else one thread makes them all.
-        "calls": calls / rates.calls * (max(1.0, threads / blocks) if together else threads),
+        "calls": calls / rates.calls * (max(1.0, threads / blocks) if in_blocks else threads),
         "tables": plan.rows / _ROWS_MADE,
     }
     for name in audit.expects() if audit.sample else []:

@@ -81,10 +81,9 @@ class Wavefront:
         self.table, self.n_interventions = table, table.n_rows
         self.shapes = prompts.shapes
         self.rows: Rows = make_rows(table, self.shapes.prompt, self.spec)
-        most = how_many_blocks(
-            self._n_tokens(self.rows.before(self.spec.n_layers - 1)), setup.ops.block_tokens
-        )
-        self.setup = setup = replace(setup, pool=setup.pool.of_blocks(most))
+        self.n_most = self._n_tokens(self.rows.before(self.spec.n_layers - 1))  # row tokens of a layer
+        blocks = how_many_blocks(self.n_most, setup.ops.block_tokens)
+        self.setup = setup = replace(setup, pool=setup.pool.of_blocks(blocks))
         self.ops, self.pool = setup.ops, setup.pool
         self.edges = None if nodes is None else Edges(setup, prompts, self.rows, nodes)
         self.patched = PatchedPlaces(self.rows.patches)
@@ -130,7 +129,7 @@ class Wavefront:
         dx = prompts.embed_source_difference(embed)  # [source token, d_model]
         # What the rows of one layer leave is what the next one meets. Both are made once, as large as ever:
         # memory that grows from layer to layer is reused by no allocator.
-        n_most = max(self._n_tokens(self.rows.before(spec.n_layers - 1)), self.row_reads.n_tokens)
+        n_most = max(self.n_most, self.row_reads.n_tokens)
         flight = [x.new_empty(n_most, spec.d_model) for _ in range(2)]
         # Rows of direct effects are where they are read before the last layer is reached.
         ends = x.new_empty(self.row_reads.n_tokens, spec.d_model) if self.edges is not None else None

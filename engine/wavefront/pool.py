@@ -76,10 +76,10 @@ def workers(device: torch.device) -> Iterator[Pool]:
         yield Pool()
         return
 
-    def workers(n: int) -> ThreadPoolExecutor:
+    def alone(n: int) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
 
-    with workers(threads) as pool, workers(1) as helper:
+    with alone(threads) as pool, alone(1) as helper:
         try:
             yield Pool(pool, threads, helper)
         finally:

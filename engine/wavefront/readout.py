@@ -195,7 +195,7 @@ class ReadOut:
             of = row_reads.read[part.rows]
             mine = slice(*np.searchsorted(of, [some.start, some.stop]).tolist())
             number = of[mine] - some.start
-            n_blocks = how_many_blocks(len(number), self.ops.block_tokens, 1)
+            n_blocks = how_many_blocks(len(number), self.ops.block_tokens)
             layout = lay_out(np.arange(len(number)), number, np.zeros_like(number), shapes, n_blocks)
             d = rows[part.lines][mine]
             blocks += [(d[b.tokens], values[:, mine][:, b.rows], part.asked.names, b) for b in layout.blocks]

@@ -14,12 +14,6 @@ VARIANTS = ("neox-parallel", "llama-grouped", "gemma2")
 OPTIONS = {"precision": "fp64", "progress": False, "noise_sample": 0}
 
 
-@pytest.fixture
-def in_blocks(monkeypatch):
-    """As if there were always enough blocks."""
-    monkeypatch.setattr(pools, "shared", lambda blocks, threads: True)
-
-
 def answers(variant):
     model, drawn = model_of(variant, "fp64"), prompt_pairs(pairs(true_model(variant), (6, 4, 6)))
     swept = deltapatch.sweep(model, drawn, sites=["mlp_out", "z", "mlp_post"], **OPTIONS)
@@ -39,10 +33,9 @@ def answers(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("blocks", [False, True], ids=["operations", "blocks"])
-def test_two_threads_find_what_one_finds(variant, blocks, request):
+def test_two_threads_find_what_one_finds(variant, blocks, monkeypatch):
     want = answers(variant)
-    if blocks:
-        request.getfixturevalue("in_blocks")
+    monkeypatch.setattr(pools, "shared", lambda n, threads: blocks)
     with threads(2):
         got = answers(variant)
         assert torch.get_num_threads() == 2
