@@ -11,15 +11,25 @@ Changes of q and k come as the products give them, before rotary; it is linear, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.device import upload
 from deltapatch.kernels.edits import Edit, Swap, apply_edits, swaps_of
 from deltapatch.kernels.product import Precision, Scaled, narrow
-from deltapatch.kernels.segments import Segment, read_segments, unseen
+from deltapatch.kernels.segments import (
+    Segment,
+    base_tokens,
+    from_first,
+    gather,
+    keep_reads,
+    read_segments,
+    span,
+    unseen,
+)
 from deltapatch.kernels.softcap import cap_difference, softcap
 
 HUGE = 60.0  # exp(60) is safe in float32, and p_i that float32 rounds to 0 cannot matter below it
@@ -42,9 +52,16 @@ class Rotary:
 
     def turn(self, d: Tensor, segment: Segment) -> Tensor:
         """Changes of queries or keys, [pair, position, row, head, d_head], at a segment's last positions."""
-        cos, sin = (
-            segment.own(t)[:, -d.shape[1] :].unsqueeze(3) for t in (self.cos, self.sin)
-        )  # [pair, position, 1, 1, pair of coordinates]
+        cos, sin = (segment.own(t)[:, -d.shape[1] :].unsqueeze(3) for t in (self.cos, self.sin))
+        return self._turned(d, cos, sin)
+
+    def turn_tokens(self, d: Tensor, at: Tensor) -> Tensor:
+        """The same, [token, head, d_head], of tokens whose base tokens are `at`, [token] int64."""
+        cos, sin = (t.index_select(0, at).unsqueeze(1) for t in (self.cos, self.sin))
+        return self._turned(d, cos, sin)
+
+    def _turned(self, d: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[..., head, d_head] by [..., 1, pair of coordinates]."""
         n = cos.shape[-1]
         if self.interleaved:
             first, second = slice(0, 2 * n, 2), slice(1, 2 * n, 2)
@@ -120,47 +137,21 @@ def attention_difference(
     Returns:
         [token, head * d_head]; with reads_only packed as `read_segments` says.
     """
-    q, k, v, rotary = base[:4]
     n_heads, d_head = changes.q.shape[1:]
-    dq, dk, dv = (
+    d = [
         edited_heads(d, changes.scale, swaps.get(place, []))
         for d, place in zip(changes[:3], "qkv", strict=True)
-    )
-    group = n_heads // k.shape[1]  # query heads that share keys and values
+    ]
     wanted = read_segments(segments) if reads_only else segments
-    out = dq.new_empty(sum(s.n_tokens for s in wanted), n_heads, d_head)
-    for segment, queries in zip(segments, wanted, strict=True):
-        heads = max(1, CELLS // (queries.n_tokens * segment.length))
-        step = max(1, CELLS // (segment.pairs * segment.rows * segment.length))  # positions of queries
-        rows_q, rows_k, rows_v = (segment.tokens(d) for d in (dq, dk, dv))
-        rows_q = rows_q[:, segment.positions - queries.positions :]
-        rows_q, rows_k = (rotary.turn(d, segment) for d in (rows_q, rows_k))
-        n_queries, n_own = queries.positions, segment.positions
-        for first in range(0, n_queries, step):
-            some = slice(first, min(first + step, n_queries))
-            hidden = unseen(queries, some, dq.device, base.window)
-            # Queries see no key after the last of them.
-            keys, own = (slice(n - n_queries + some.stop) for n in (segment.length, n_own))
-            for h in range(0, n_heads, heads):
-                head = slice(h, h + heads)
-                shared = head if group == 1 else [i // group for i in range(h, min(h + heads, n_heads))]
-                p, w = _probabilities(
-                    rows_q[:, some, :, head],
-                    rows_k[:, own, :, shared],
-                    segment.run(q)[:, keys, head],
-                    segment.run(k)[:, keys, shared],
-                    hidden,
-                    base,
-                )
-                # [pair, query, row, head, key]
-                here = w.permute(0, 2, 3, 1, 4)
-                for swap in swaps_of(swaps.get("pattern", [])):
-                    _swap_pattern(here, swap, queries, some, head)
-                if pattern is not None:
-                    queries.tokens(pattern)[:, some, :, head, : w.shape[-1]] = here
-                queries.tokens(out)[:, some, :, head] = _mixed(
-                    p, w, segment.run(v)[:, keys, shared], rows_v[:, own, :, shared]
-                )
+    out = d[0].new_empty(sum(s.n_tokens for s in wanted), n_heads, d_head)
+    of_pattern = swaps_of(swaps.get("pattern", []))
+    # No segment is small where there is a pattern: these take what is seen of it.
+    cells = CELLS if of_pattern or pattern is not None else n_heads
+    for group in gather(wanted, lambda s: s.n_tokens * s.length * cells, CELLS, _of_one_run):
+        if group.stop - group.start > 1:
+            _together(d, base, segments[group], wanted[group], out)
+        else:
+            _by_itself(d, base, segments[group.start], wanted[group.start], _Into(out, pattern, of_pattern))
     apply_edits(out, swaps.get("z", []))
     return narrow(out.flatten(1), precision)
 
@@ -173,6 +164,128 @@ def edited_heads(d: Tensor, scale: Tensor | None, edits: Sequence[Edit]) -> Tens
         d = d.clone(memory_format=torch.contiguous_format)
     apply_edits(d, edits)
     return d
+
+
+def _of_one_run(a: Segment, b: Segment) -> bool:
+    return a.pairs == b.pairs == 1 and a.base == b.base
+
+
+class _Into(NamedTuple):
+    """What receives results of `attention_difference`, and what is swapped in them on the way."""
+
+    out: Tensor  # [line, head, d_head]
+    pattern: Tensor | None  # [line, head, key of the run]
+    swaps: list[Swap]
+
+
+class _Scores(NamedTuple):
+    """The base runs' attention of some queries, [..., key]."""
+
+    before: Tensor  # logits before a soft cap
+    logp: Tensor
+    p: Tensor
+    hidden: Tensor | None  # bool, what queries do not see; None: they see all
+
+
+def _by_itself(d: list[Tensor], base: AttentionBase, segment: Segment, queries: Segment, into: _Into) -> None:
+    """The attention of one segment's rows, some queries and heads at a time.
+
+    Args:
+        d: changes of q, k and v, [token, head, d_head], before rotary.
+        queries: those that are wanted, as lines of
+        into: says.
+    """
+    (q, k, v), n_heads = base[:3], into.out.shape[1]
+    group = n_heads // k.shape[1]  # query heads that share keys and values
+    heads = max(1, CELLS // (queries.n_tokens * segment.length))
+    step = max(1, CELLS // (segment.pairs * segment.rows * segment.length))  # positions of queries
+    rows_q, rows_k, rows_v = (segment.tokens(each) for each in d)
+    rows_q = rows_q[:, segment.positions - queries.positions :]
+    rows_q, rows_k = (base.rotary.turn(each, segment) for each in (rows_q, rows_k))
+    n_queries, n_own = queries.positions, segment.positions
+    for first in range(0, n_queries, step):
+        some = slice(first, min(first + step, n_queries))
+        hidden = unseen(queries, some, rows_q.device, base.window)
+        # Queries see no key after the last of them.
+        keys, own = (slice(n - n_queries + some.stop) for n in (segment.length, n_own))
+        for h in range(0, n_heads, heads):
+            head = slice(h, h + heads)
+            shared = head if group == 1 else [i // group for i in range(h, min(h + heads, n_heads))]
+            p, w = _probabilities(
+                rows_q[:, some, :, head],
+                rows_k[:, own, :, shared],
+                segment.run(q)[:, keys, head],
+                segment.run(k)[:, keys, shared],
+                hidden,
+                base,
+            )
+            # [pair, query, row, head, key]
+            here = w.permute(0, 2, 3, 1, 4)
+            for swap in into.swaps:
+                _swap_pattern(here, swap, queries, some, head)
+            if into.pattern is not None:
+                queries.tokens(into.pattern)[:, some, :, head, : w.shape[-1]] = here
+            queries.tokens(into.out)[:, some, :, head] = _mixed(
+                p, w, segment.run(v)[:, keys, shared], rows_v[:, own, :, shared]
+            )
+
+
+def _together(
+    d: list[Tensor], base: AttentionBase, segments: list[Segment], queries: list[Segment], out: Tensor
+) -> None:
+    """The attention of segments of one run, all but the rows' own keys and values as one.
+
+    Rows that start at many positions are many small segments: their operations would take longer to start
+    than to do.
+
+    Args:
+        d, queries, out: as of `_by_itself`, here of all segments.
+    """
+    dq, dk, dv = (each[span(segments)] for each in d)
+    out = out[span(queries)]
+    segments, queries = (from_first(some) for some in (segments, queries))
+    first = segments[0]
+    at = upload(base_tokens(queries), out.device)  # [line], base tokens
+    dq = keep_reads(dq, segments) if queries != segments else dq  # [line, head, d_head]
+    dq = base.rotary.turn_tokens(dq, at)
+    dk = base.rotary.turn_tokens(dk, upload(base_tokens(segments), out.device))
+    group = dq.shape[1] // dk.shape[1]
+    if group > 1:
+        dk, dv = (each.repeat_interleave(group, 1) for each in (dk, dv))
+    q, k, v = (first.run(each)[0].transpose(0, 1) for each in base[:3])  # [head, position, d_head]
+    k, v = (each.repeat_interleave(group, 0) if group > 1 else each for each in (k, v))
+    whole = replace(queries[0], positions=first.length, rows=1)
+    scores = _scores(q, k, unseen(whole, slice(0, first.length), out.device, base.window), base)
+    at = at - first.base
+    hidden = None if scores.hidden is None else scores.hidden.index_select(0, at).unsqueeze(1)
+    before, logp, p = (each.transpose(0, 1).contiguous().index_select(0, at) for each in scores[:3])
+    scores = _Scores(before, logp, p, hidden)  # [line, head, key]
+
+    change = torch.bmm(dq.transpose(0, 1), k.transpose(1, 2)).transpose(0, 1).contiguous()
+    with_base = dq.add_(first.run(base.q)[0].index_select(0, at))
+    for of, to in zip(segments, queries, strict=True):
+        own = _by_row(change, to)[..., first.length - of.positions :]
+        own += _by_row(with_base, to) @ _by_row(dk, of).transpose(2, 3)
+    w = _changed(change.mul_(base.logit_scale), scores, base)
+    out.copy_(torch.bmm(w.transpose(0, 1), v).transpose(0, 1))
+    w += scores.p
+    for of, to in zip(segments, queries, strict=True):
+        _by_row(out, to).add_(_by_row(w, to)[..., first.length - of.positions :] @ _by_row(dv, of))
+
+
+def _by_row(packed: Tensor, segment: Segment) -> Tensor:
+    """A segment of one pair, of [token, head, ...], as [row, head, position, ...]."""
+    return segment.tokens(packed)[0].permute(1, 2, 0, 3)
+
+
+def _scores(q: Tensor, k: Tensor, hidden: Tensor | None, base: AttentionBase) -> _Scores:
+    """The base's attention, [..., query, key], of queries and keys [..., position, d_head]."""
+    before = torch.matmul(q, k.transpose(-1, -2)).mul_(base.logit_scale)
+    logp = softcap(before, base.softcap)
+    if hidden is not None:
+        logp.masked_fill_(hidden, -torch.inf)
+    logp = logp.log_softmax(-1)
+    return _Scores(before, logp, logp.exp(), hidden)
 
 
 def _probabilities(
@@ -193,31 +306,33 @@ def _probabilities(
     own = slice(length - n, length)
     q = q[:, length - m :]  # [pair, query, head, d_head]
     k = k.transpose(1, 2)  # [pair, head, key, d_head]
-    before = torch.matmul(q.transpose(1, 2), k.transpose(2, 3)).mul_(base.logit_scale)
-    logp = softcap(before, base.softcap)  # [pair, head, query, key]
-    if hidden is not None:
-        logp.masked_fill_(hidden, -torch.inf)
-    logp = logp.log_softmax(-1).unsqueeze(3)  # [pair, head, query, 1, key]
-    p = logp.exp()
+    scores = _scores(q.transpose(1, 2), k, hidden, base)  # [pair, head, query, key]
+    hidden = None if hidden is None else hidden.unsqueeze(1)
+    before, logp, p = (each.unsqueeze(3) for each in scores[:3])
+    scores = _Scores(before, logp, p, hidden)
 
     flat = dq.permute(0, 3, 1, 2, 4)  # [pair, head, query, row, d_head]
     shape = flat.shape
     change = torch.matmul(flat.flatten(2, 3), k.transpose(2, 3)).unflatten(2, shape[2:4])  # [..., row, key]
     change[..., own] += _own_logits(q.unsqueeze(2) + dq, dk)
-    change.mul_(base.logit_scale)
-    if base.softcap is not None:
-        change = cap_difference(before.unsqueeze(3), change, base.softcap)
-    if hidden is not None:
-        change.masked_fill_(hidden.unsqueeze(1), 0)
+    return scores.p, _changed(change.mul_(base.logit_scale), scores, base)
 
+
+def _changed(change: Tensor, scores: _Scores, base: AttentionBase) -> Tensor:
+    """How attention probabilities change with their logits, [..., key]; the change itself is overwritten."""
+    if base.softcap is not None:
+        change = cap_difference(scores.before, change, base.softcap)
+    if scores.hidden is not None:
+        change.masked_fill_(scores.hidden, 0)
+    p = scores.p
     change -= (p * change).sum(-1, keepdim=True)
-    direct = change.amax(-1, keepdim=True) > HUGE  # [pair, head, query, row, 1]
+    direct = change.amax(-1, keepdim=True) > HUGE  # [..., 1]
     w = torch.expm1(change)
     a = (p * w).sum(-1, keepdim=True)
     w.sub_(a).mul_(p).div_(1 + a)
     if direct.device.type != "cpu" or bool(direct.any()):  # for a GPU the host does not wait to find out
-        w = torch.where(direct, (logp + change).softmax(-1) - p, w)
-    return p, w
+        w = torch.where(direct, (scores.logp + change).softmax(-1) - p, w)
+    return w
 
 
 def _swap_pattern(w: Tensor, swap: Swap, queries: Segment, some: slice, head: slice) -> None:

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltapatch.kernels.device import upload
 from deltapatch.kernels.edits import Edit, apply_edits
 from deltapatch.kernels.product import Precision, Scaled, narrow
-from deltapatch.kernels.segments import Segment
+from deltapatch.kernels.segments import Segment, base_tokens, gather, span
 
 # Where the patched norm is this much smaller than the base's, the form above would itself cancel.
 COLLAPSE = 1 / 16
+_NUMBERS = 1 << 18  # of small segments that are taken together: they stay in the cache
 
 
 class Part(NamedTuple):
@@ -127,32 +129,53 @@ def norm_difference(dx: Tensor, norms: Norms, segments: list[Segment]) -> list[T
         norms: of the same vector, at least one.
         segments: where the rows lie and what their base is.
     """
-    x, weights, eps, centred = norms
-    outs = [torch.empty_like(dx) for _ in weights]
-    width = dx.shape[-1]
-    for segment in segments:
-        d, o = segment.tokens(dx), segment.tokens(outs[0])  # [pair, position, row, ..., width]
-        b = segment.own(x)  # [pair, position, 1, ..., width]
-        if centred:
-            b = b - b.mean(-1, keepdim=True)
-            dc = torch.sub(d, d.mean(-1, keepdim=True), out=o)
-        else:
-            dc = o.copy_(d)
-        v = b.square().mean(-1, keepdim=True)  # [pair, position, 1, ..., 1]
-        square = torch.linalg.vector_norm(dc, dim=-1, keepdim=True).square_()
-        along = torch.matmul(dc, b.transpose(-1, -2)) if d.ndim == 4 else (dc * b).sum(-1, keepdim=True)
-        dv = along.mul_(2).add_(square).div_(width)  # [pair, position, row, ..., 1]
-        s = (v + eps).sqrt_()
-        s2 = (v + dv).clamp_(min=0).add_(eps).sqrt_()
-        collapsed = v + dv < COLLAPSE * v
-        direct = None
-        if bool(collapsed.any()):
-            whole = b + dc
-            direct = whole / (whole.square().mean(-1, keepdim=True) + eps).sqrt_() - b / s
-        o.div_(s2).addcmul_(b, dv.neg_().div_((s + s2) * s * s2))
-        if direct is not None:
-            o.copy_(torch.where(collapsed, direct, o))
-        for out, weight in zip(outs[1:], weights[1:], strict=True):
-            torch.mul(o, weight, out=segment.tokens(out))
-        o.mul_(weights[0])
+    outs = [torch.empty_like(dx) for _ in norms.weights]
+    for group in gather(segments, lambda s: s.n_tokens * norms.x[0].numel(), _NUMBERS):
+        together = segments[group]
+        if len(together) == 1:
+            (segment,) = together
+            base = _statistics(segment.own(norms.x), norms)
+            _difference(segment.tokens(dx), base, norms, [segment.tokens(out) for out in outs])
+            continue
+        at, tokens = base_tokens(together), span(together)
+        first = int(at.min())
+        line = upload(at - first, dx.device)
+        base = _statistics(norms.x[first : int(at.max()) + 1], norms)
+        base = _Base(*(each.index_select(0, line) for each in base))
+        _difference(dx[tokens], base, norms, [out[tokens] for out in outs])
     return outs
+
+
+class _Base(NamedTuple):
+    """What a norm takes of the base runs."""
+
+    x: Tensor  # [..., width], centred where the norm centres
+    square: Tensor  # [..., 1], the mean of x²
+
+
+def _statistics(x: Tensor, norms: Norms) -> _Base:
+    x = x - x.mean(-1, keepdim=True) if norms.centred else x
+    return _Base(x, x.square().mean(-1, keepdim=True))
+
+
+def _difference(d: Tensor, base: _Base, norms: Norms, outs: list[Tensor]) -> None:
+    """The norms' differences of d, [..., width]; the base has one line for all rows, or one for each."""
+    (b, v), o, width = base, outs[0], d.shape[-1]
+    dc = torch.sub(d, d.mean(-1, keepdim=True), out=o) if norms.centred else o.copy_(d)
+    square = torch.linalg.vector_norm(dc, dim=-1, keepdim=True).square_()
+    shared = d.ndim == 4 and b.shape[2] == 1
+    along = torch.matmul(dc, b.transpose(-1, -2)) if shared else (dc * b).sum(-1, keepdim=True)
+    dv = along.mul_(2).add_(square).div_(width)
+    s = (v + norms.eps).sqrt_()
+    s2 = (v + dv).clamp_(min=0).add_(norms.eps).sqrt_()
+    collapsed = v + dv < COLLAPSE * v
+    direct = None
+    if bool(collapsed.any()):
+        whole = b + dc
+        direct = whole / (whole.square().mean(-1, keepdim=True) + norms.eps).sqrt_() - b / s
+    o.div_(s2).addcmul_(b, dv.neg_().div_((s + s2) * s * s2))
+    if direct is not None:
+        o.copy_(torch.where(collapsed, direct, o))
+    for out, weight in zip(outs[1:], norms.weights[1:], strict=True):
+        torch.mul(o, weight, out=out)
+    o.mul_(norms.weights[0])

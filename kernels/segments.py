@@ -5,8 +5,10 @@ ordered [pair, position, row], so that tokens with one base token are neighbours
 rows.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +68,51 @@ def read_segments(segments: list[Segment]) -> list[Segment]:
         out.append(segment.read(token))
         token += out[-1].n_tokens
     return out
+
+
+def base_tokens(segments: Sequence[Segment]) -> np.ndarray:
+    """[token], the base token of each token of segments, in order."""
+    parts = []
+    for s in segments:
+        run = s.base + s.length * np.arange(1, s.pairs + 1)[:, None]  # where the pairs' runs end
+        parts.append(np.repeat(run - np.arange(s.positions, 0, -1), s.rows))
+    return np.concatenate(parts)
+
+
+def span(segments: Sequence[Segment]) -> slice:
+    """The tokens of segments that lie one after the other."""
+    return slice(segments[0].token, segments[-1].token + segments[-1].n_tokens)
+
+
+def from_first(segments: Sequence[Segment]) -> list[Segment]:
+    """Segments whose tokens count from the first of them."""
+    return [replace(s, token=s.token - segments[0].token) for s in segments]
+
+
+def gather(
+    segments: Sequence[Segment],
+    size: Callable[[Segment], int],
+    most: int,
+    alike: Callable[[Segment, Segment], bool] = lambda a, b: True,
+) -> list[slice]:
+    """Segments one after the other that are taken together: small ones, an eighth of `most` in size or less.
+
+    Rows that start at many positions are many small segments: what is done to each by itself takes longer to
+    start than to do.
+
+    Args:
+        size: of a segment, in any unit.
+        most: that those together have.
+        alike: whether one may be with the one before.
+    """
+    edges, together = [0], 0
+    for i, s in enumerate(segments):
+        mine = size(s) if 8 * size(s) <= most else most
+        if i and (together + mine > most or not alike(segments[i - 1], s)):
+            edges.append(i)
+            together = 0
+        together += mine
+    return [slice(a, b) for a, b in zip(edges, [*edges[1:], len(segments)], strict=True)]
 
 
 def cut_segments(segments: list[Segment], most: int) -> list[tuple[slice, list[Segment]]]:
