@@ -242,15 +242,18 @@ def _distribution(
             change[rows] = base.capped(read, pieces[i], change[rows])
         change.sub_(mean)
         highest[i] = change.amax(-1)
+        for rows, read in spans:
+            likeliest.take(i, change[rows], rows, read)
+        linear = second_order or base.cap is not None
         change_wide = change.to(wide)
-        grown = torch.expm1(change_wide)
+        # In place where nobody needs the changes any more: what is written anew pushes others from the cache.
+        grown = torch.expm1(change_wide) if linear else change_wide.expm1_()
         for rows, read in spans:
             p = base.p[read, pieces[i]].to(wide)
             mass[i, rows] = grown[rows] @ p
-            if second_order or base.cap is not None:
+            if linear:
                 rest[i, rows] = change_wide[rows] @ p
-            likeliest.take(i, change[rows], rows, read)
-            if read in logit:  # the last that is asked of these changes: nobody needs them any more
+            if read in logit:
                 own = base.logits[read, pieces[i]].double() - logit[read]
                 turned[i, rows] = grown[rows].mul_(change_wide[rows].add_(own)) @ p
 
