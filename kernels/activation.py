@@ -15,7 +15,6 @@ from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import Segment
 
 _TWICE, _CUBE = 2 * (2 / pi) ** 0.5, 0.044715  # tanh's gelu is x σ(_TWICE (x + _CUBE x³))
-_FAR = 30.0
 CELLS = 1 << 16  # neurons worked on at a time: several arrays of 512 KiB in float64, which stay in the cache
 
 
@@ -68,7 +67,7 @@ def activation_difference(
                     # act(g + dg)(u + du) - act(g) u = act(g + dg) du + change u: no huge du is left where
                     # the gate is closed.
                     mine, change = d_up[(*own, some)], at.change(d)
-                    mine.copy_(at.after(d, change).mul_(mine).add_(change.mul_(base_up[own])))
+                    mine.mul_(at.after(d, change)).addcmul_(change, base_up[own])
     apply_edits(du, swaps)
     return narrow(du, precision)
 
@@ -104,32 +103,36 @@ class _Subtracted:
 
 
 class _Sigmoidal:
-    """silu and tanh's gelu, x σ(u(x)), args as of `_Subtracted`: as the Triton kernel has them.
+    """silu and tanh's gelu, x σ(u(x)), args as of `_Subtracted`.
 
-    The change is d σ(u') + x (σ(u') - σ(u)), and σ(u') - σ(u) = -σ(u') σ(-u) expm1(u - u').
+    The change is d σ(u') + x (σ(u') - σ(u)), and with s the sign of u
+        σ(u') - σ(u) = tanh((u' - u) / 2) (σ(-|u|) + tanh(|u| / 2) σ(-s u')),
+    where nothing cancels and nothing overflows.
     """
 
     def __init__(self, act: Callable[[Tensor], Tensor], base: Tensor) -> None:
-        self.act, self.x, self.is_silu = act, base, act is F.silu
-        self.closed = torch.sigmoid(-self._u(base)).mul_(base)  # x σ(-u)
+        self.is_silu = act is F.silu
+        self.x, self.u = base, base if self.is_silu else _TWICE * base * (1 + _CUBE * base * base)
+        self.least, self.rest = torch.sigmoid(-self.u.abs()), torch.tanh(self.u.abs() / 2)
+        self.away = -self.u.sign()
 
     def change(self, d: Tensor) -> Tensor:
         """act(x + d) - act(x), [..., row, d_mlp]."""
         self.y = self.x + d
-        self.share = torch.sigmoid(self._u(self.y))
-        less = -(d if self.is_silu else _TWICE * d * (1 + _CUBE * (3 * self.x * self.y + d * d)))  # u - u'
-        change = torch.sub(d, torch.expm1(less).mul_(self.closed)).mul_(self.share)
-        far = less > _FAR
-        if far.is_cuda or far.any():  # expm1 overflows there, and the plain difference does not cancel
-            change = torch.where(far, self.y * self.share - self.act(self.x), change)
-        return change
+        half = d / 2 if self.is_silu else self._half_step(d)  # (u' - u) / 2
+        u = self.y if self.is_silu else torch.add(self.u, half, alpha=2)
+        step = torch.addcmul(self.least, self.rest, (u * self.away).sigmoid_()).mul_(half.tanh_())
+        self.share = torch.sigmoid(u)
+        return step.mul_(self.x).addcmul_(d, self.share)
 
     def after(self, d: Tensor, change: Tensor) -> Tensor:
         """act(x + d), for the change that was just asked for."""
         return self.y.mul_(self.share)
 
-    def _u(self, x: Tensor) -> Tensor:
-        return x if self.is_silu else _TWICE * x * (1 + _CUBE * x * x)
+    def _half_step(self, d: Tensor) -> Tensor:
+        """Of tanh's gelu."""
+        square = (d * d).addcmul_(self.y, 3 * self.x)
+        return square.mul_(_TWICE * _CUBE / 2).add_(_TWICE / 2).mul_(d)
 
 
 def _steps(segment: Segment, d_mlp: int, cells: int) -> tuple[int, int, int]:
