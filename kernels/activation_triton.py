@@ -10,8 +10,7 @@ from deltapatch.kernels.edits import Edit
 from deltapatch.kernels.edits_triton import order_patches
 from deltapatch.kernels.lang import expm1_below_zero, jit, next_power_of_two, on_device, power_scale, tl
 from deltapatch.kernels.product import Precision, Scaled
-from deltapatch.kernels.segments import Segment
-from deltapatch.kernels.tiles import base_of_tokens
+from deltapatch.kernels.segments import Segment, base_of_tokens
 
 _BLOCK = 2048  # neurons of a row worked on at a time
 _BESIDE = {False: 16384, True: 12288}  # by whether there is a gate: the longest of two rows held side by side

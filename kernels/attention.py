@@ -17,12 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.device import upload
 from deltapatch.kernels.edits import Edit, Swap, apply_edits, swaps_of
 from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import (
     Segment,
-    base_tokens,
+    base_of_tokens,
     from_first,
     gather,
     keep_reads,
@@ -56,7 +55,7 @@ class Rotary:
         return self._turned(d, cos, sin)
 
     def turn_tokens(self, d: Tensor, at: Tensor) -> Tensor:
-        """The same, [token, head, d_head], of tokens whose base tokens are `at`, [token] int64."""
+        """The same, [token, head, d_head], of tokens whose base tokens are `at`, [token]."""
         cos, sin = (t.index_select(0, at).unsqueeze(1) for t in (self.cos, self.sin))
         return self._turned(d, cos, sin)
 
@@ -245,10 +244,10 @@ def _together(
     out = out[span(queries)]
     segments, queries = (from_first(some) for some in (segments, queries))
     first = segments[0]
-    at = upload(base_tokens(queries), out.device)  # [line], base tokens
+    at = base_of_tokens(queries, out.device)  # [line]
     dq = keep_reads(dq, segments) if queries != segments else dq  # [line, head, d_head]
     dq = base.rotary.turn_tokens(dq, at)
-    dk = base.rotary.turn_tokens(dk, upload(base_tokens(segments), out.device))
+    dk = base.rotary.turn_tokens(dk, base_of_tokens(segments, out.device))
     group = dq.shape[1] // dk.shape[1]
     if group > 1:
         dk, dv = (each.repeat_interleave(group, 1) for each in (dk, dv))

@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltapatch.kernels.device import upload
 from deltapatch.kernels.edits import Edit, apply_edits
 from deltapatch.kernels.product import Precision, Scaled, narrow
-from deltapatch.kernels.segments import Segment, base_tokens, gather, span
+from deltapatch.kernels.segments import Segment, base_of_tokens, gather, span
 
 # Where the patched norm is this much smaller than the base's, the form above would itself cancel.
 COLLAPSE = 1 / 16
@@ -137,11 +136,10 @@ def norm_difference(dx: Tensor, norms: Norms, segments: list[Segment]) -> list[T
             base = _statistics(segment.own(norms.x), norms)
             _difference(segment.tokens(dx), base, norms, [segment.tokens(out) for out in outs])
             continue
-        at, tokens = base_tokens(together), span(together)
-        first = int(at.min())
-        line = upload(at - first, dx.device)
-        base = _statistics(norms.x[first : int(at.max()) + 1], norms)
-        base = _Base(*(each.index_select(0, line) for each in base))
+        first = min(s.base for s in together)
+        runs = norms.x[first : max(s.base + s.pairs * s.length for s in together)]
+        line, tokens = base_of_tokens(together, dx.device) - first, span(together)
+        base = _Base(*(each.index_select(0, line) for each in _statistics(runs, norms)))
         _difference(dx[tokens], base, norms, [out[tokens] for out in outs])
     return outs
 

@@ -7,10 +7,15 @@ rows.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from deltapatch.kernels.device import upload
+
+_KEPT = 128  # arrays of the base tokens of segments
 
 Fork = tuple[int, int]  # where two branches of a run begin: positions of the second see none of the first
 
@@ -70,13 +75,18 @@ def read_segments(segments: list[Segment]) -> list[Segment]:
     return out
 
 
-def base_tokens(segments: Sequence[Segment]) -> np.ndarray:
-    """[token], the base token of each token of segments, in order."""
+def base_of_tokens(segments: Sequence[Segment], device: torch.device) -> Tensor:
+    """The base token of every token, [token] int32, of segments in order."""
+    return _base_of_tokens(tuple(segments), device)
+
+
+@lru_cache(_KEPT)
+def _base_of_tokens(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
     parts = []
     for s in segments:
-        run = s.base + s.length * np.arange(1, s.pairs + 1)[:, None]  # where the pairs' runs end
-        parts.append(np.repeat(run - np.arange(s.positions, 0, -1), s.rows))
-    return np.concatenate(parts)
+        end = s.base + s.length * np.arange(1, s.pairs + 1)[:, None]  # of each pair's run
+        parts.append(np.repeat(end - np.arange(s.positions, 0, -1), s.rows))
+    return upload(np.concatenate(parts).astype(np.int32), device)
 
 
 def span(segments: Sequence[Segment]) -> slice:

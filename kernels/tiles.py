@@ -54,21 +54,6 @@ def query_tiles(
     return _query_tiles(tuple(segments), reads_only, rows, queries, device)
 
 
-def base_of_tokens(segments: list[Segment], device: torch.device) -> Tensor:
-    """[token] int32, the base token of each; the segments cover all tokens in order."""
-    return _base_of_tokens(tuple(segments), device)
-
-
-@lru_cache(_KEPT)
-def _base_of_tokens(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
-    parts = []
-    for s in segments:
-        pair, position = _axes(s.pairs, s.positions)
-        base = s.base + pair * s.length + s.length - s.positions + position
-        parts.append(np.repeat(base.ravel(), s.rows))
-    return _to_device(parts, 1, device).squeeze(1)
-
-
 @lru_cache(_KEPT)
 def _base_tiles(segments: tuple[Segment, ...], rows: int, device: torch.device) -> Tensor:
     parts = []

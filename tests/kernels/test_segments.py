@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_packing import drawer, packings, random_swaps, seeds
+from kernels_packing import drawer, pack, packings, random_swaps, seeds
 
 from deltapatch.kernels.edits import Swap, apply_edits, within
-from deltapatch.kernels.segments import cut_segments
-from deltapatch.kernels.tiles import base_of_tokens
+from deltapatch.kernels.segments import base_of_tokens, cut_segments, gather
 
 
 @settings(max_examples=100, deadline=None)
@@ -26,6 +25,26 @@ def test_groups_cover_all_tokens_with_their_base(packing, most):
         assert tokens.stop - tokens.start <= max(most, widest)
         assert segments[0].token == 0
         assert all(s.positions <= s.length for s in segments)
+
+
+@settings(max_examples=100, deadline=None)
+@given(packings(), st.integers(1, 300))
+def test_segments_are_gathered_while_they_are_small(packing, most):
+    segments = packing.segments
+    groups = gather(segments, lambda s: s.n_tokens, most, lambda a, b: a.base == b.base)
+    assert [i for group in groups for i in range(group.start, group.stop)] == list(range(len(segments)))
+    for group in groups:
+        some = segments[group]
+        assert len({s.base for s in some}) == 1
+        if len(some) > 1:
+            assert sum(s.n_tokens for s in some) <= most
+            assert all(8 * s.n_tokens <= most for s in some)
+
+
+def test_base_tokens_are_those_that_the_packing_says():
+    packing = pack([(5, 2), (3, 2)], [(0, 0, 2, 4, 2), (0, 1, 1, 2, 3), (1, 0, 2, 1, 1)])
+    told = base_of_tokens(packing.segments, torch.device("cpu")).tolist()
+    assert told == [t.base for t in packing.tokens]
 
 
 @settings(max_examples=50, deadline=None)
