@@ -1,6 +1,7 @@
 """Run by test_memory.py in a process of its own: sweeps under a budget, each in a fresh fork, measured.
 
-Prints one JSON object a sweep: the budget, how far resident memory rose, the size of the results, the passes.
+Its argument is "first" or "later": sweeps of the first family, or of those that came later. Prints one JSON
+object a sweep: the budget, how far resident memory rose, the size of the results, the passes.
 """
 
 import ctypes
@@ -168,10 +169,11 @@ def random_model(family, vocab):
     return deltapatch.from_transformers(transformers.AutoModelForCausalLM.from_config(config))
 
 
-def main():
+def main(which):
+    cases = [case for case in CASES if (case.family == "gpt_neox") == (which == "first")]
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    models = {kind: random_model(*kind) for kind in {(case.family, case.vocab) for case in CASES}}
+    models = {kind: random_model(*kind) for kind in {(case.family, case.vocab) for case in cases}}
     draw = torch.Generator().manual_seed(0)
     prompts = {
         name: [torch.randint(500, (2, n), generator=draw).tolist() for n in lengths]
@@ -183,7 +185,7 @@ def main():
         options = {"positions": [-1], "layers": [1], "progress": False, "noise_sample": 0}
         pair = deltapatch.PromptPair(*prompts["short"][0], 5, 6)
         deltapatch.sweep(model, [pair], sites="attn_out", **options)
-    for case in CASES:
+    for case in cases:
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
@@ -196,4 +198,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
