@@ -55,9 +55,7 @@ def activation_difference(
     cells = CELLS if du.device.type == "cpu" else 1 << 25
     form = _FORMS.get(name_of(act), _Subtracted)
     if form is _Gelu and u.dtype == torch.float64:
-        form = (
-            _Subtracted  # rounds the sum with the base, which loses less than to round the base times _ROOT
-        )
+        form = _Subtracted  # it rounds base + d alone, which loses less than to round the base times _ROOT
     for segment in segments:
         d_up, base_up = segment.tokens(du), segment.own(u)  # [pair, position, row or 1, d_mlp]
         d_act, base_act = (d_up, base_up) if dg is None or g is None else (segment.tokens(dg), segment.own(g))

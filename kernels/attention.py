@@ -243,7 +243,7 @@ def _together(
     dq, dk, dv = (each[span(segments)] for each in d)
     out = out[span(queries)]
     segments, queries = (from_first(some) for some in (segments, queries))
-    first = segments[0]
+    first, longest = segments[0], max(segment.positions for segment in queries)
     at = base_of_tokens(queries, out.device)  # [line]
     dq = keep_reads(dq, segments) if queries != segments else dq  # [line, head, d_head]
     dq = base.rotary.turn_tokens(dq, at)
@@ -253,15 +253,16 @@ def _together(
         dk, dv = (each.repeat_interleave(group, 1) for each in (dk, dv))
     q, k, v = (first.run(each)[0].transpose(0, 1) for each in base[:3])  # [head, position, d_head]
     k, v = (each.repeat_interleave(group, 0) if group > 1 else each for each in (k, v))
-    whole = replace(queries[0], positions=first.length, rows=1)
-    scores = _scores(q, k, unseen(whole, slice(0, first.length), out.device, base.window), base)
-    at = at - first.base
-    hidden = None if scores.hidden is None else scores.hidden.index_select(0, at).unsqueeze(1)
+    asked = replace(queries[0], positions=longest, rows=1)
+    hidden = unseen(asked, slice(0, longest), out.device, base.window)
+    scores = _scores(q[:, first.length - longest :], k, hidden, base)  # [head, query, key]
+    with_base = dq + base.q.index_select(0, at)
+    at = at - (first.base + first.length - longest)
     before, logp, p = (each.transpose(0, 1).contiguous().index_select(0, at) for each in scores[:3])
+    hidden = None if hidden is None else hidden.index_select(0, at).unsqueeze(1)
     scores = _Scores(before, logp, p, hidden)  # [line, head, key]
 
     change = torch.bmm(dq.transpose(0, 1), k.transpose(1, 2)).transpose(0, 1).contiguous()
-    with_base = dq.add_(first.run(base.q)[0].index_select(0, at))
     for of, to in zip(segments, queries, strict=True):
         own = _by_row(change, to)[..., first.length - of.positions :]
         own += _by_row(with_base, to) @ _by_row(dk, of).transpose(2, 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltapatch.kernels.edits import Edit, apply_edits
 from deltapatch.kernels.product import Precision, Scaled, narrow
-from deltapatch.kernels.segments import Segment, base_of_tokens, gather, span
+from deltapatch.kernels.segments import Segment, base_lines, gather, span
 
 # Where the patched norm is this much smaller than the base's, the form above would itself cancel.
 COLLAPSE = 1 / 16
@@ -136,10 +136,9 @@ def norm_difference(dx: Tensor, norms: Norms, segments: list[Segment]) -> list[T
             base = _statistics(segment.own(norms.x), norms)
             _difference(segment.tokens(dx), base, norms, [segment.tokens(out) for out in outs])
             continue
-        first = min(s.base for s in together)
-        runs = norms.x[first : max(s.base + s.pairs * s.length for s in together)]
-        line, tokens = base_of_tokens(together, dx.device) - first, span(together)
-        base = _Base(*(each.index_select(0, line) for each in _statistics(runs, norms)))
+        met, line = base_lines(together, dx.device)
+        base = _statistics(norms.x.index_select(0, met), norms)
+        base, tokens = _Base(*(each.index_select(0, line) for each in base)), span(together)
         _difference(dx[tokens], base, norms, [out[tokens] for out in outs])
     return outs
 

@@ -89,6 +89,17 @@ def _base_of_tokens(segments: tuple[Segment, ...], device: torch.device) -> Tens
     return upload(np.concatenate(parts).astype(np.int32), device)
 
 
+def base_lines(segments: Sequence[Segment], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The base tokens that segments meet, [base token met] int32, and which each token has, [token] int32."""
+    return _base_lines(tuple(segments), device)
+
+
+@lru_cache(_KEPT)
+def _base_lines(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    met, line = np.unique(_base_of_tokens(segments, torch.device("cpu")).numpy(), return_inverse=True)
+    return upload(met, device), upload(line.astype(np.int32), device)
+
+
 def span(segments: Sequence[Segment]) -> slice:
     """The tokens of segments that lie one after the other."""
     return slice(segments[0].token, segments[-1].token + segments[-1].n_tokens)

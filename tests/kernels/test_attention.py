@@ -253,6 +253,17 @@ def test_segments_together_give_what_each_gives(scores, reads, fork, heads, read
     assert joined == [6, 6]
 
 
+def test_segments_together_take_no_more_of_their_run_than_they_reach(monkeypatch):
+    packing = pack([(30, 1)], [(0, 0, 1, 3, 2), (0, 0, 1, 2, 1)])
+    queries, scores = [], attention._scores
+    monkeypatch.setattr(
+        attention, "_scores", lambda q, *rest: queries.append(q.shape[-2]) or scores(q, *rest)
+    )
+    inputs = draw_attention(packing, 3, torch.float64)
+    assert distance(difference(inputs, "fp64"), by_definition(packing, inputs)) < 1e-11
+    assert queries == [3]
+
+
 @READS_ONLY
 def test_no_change_gives_exactly_zero(reads_only):
     packing = pack([(5, 1)], [(0, 0, 1, 3, 3)])

@@ -19,6 +19,7 @@ from kernels_packing import (
     swap_one_by_one,
 )
 
+from deltapatch.kernels import norm as norm_module
 from deltapatch.kernels.edits import Swap
 from deltapatch.kernels.norm import Norms, Part, add_norm
 from deltapatch.kernels.product import PRECISIONS, Scaled
@@ -49,6 +50,19 @@ def difference(dx, x, weight, centred, packing):
     )
     assert got.scale is None
     return got.values
+
+
+def test_segments_together_take_no_more_of_their_runs_than_they_meet(monkeypatch):
+    packing = pack([(30, 2)], [(0, 0, 1, 3, 2), (0, 0, 1, 2, 1), (0, 1, 1, 1, 4)])
+    met, statistics = [], norm_module._statistics
+    monkeypatch.setattr(
+        norm_module, "_statistics", lambda x, norms: met.append(len(x)) or statistics(x, norms)
+    )
+    draw = drawer(4, torch.float64)
+    dx, x, weight = draw(len(packing.tokens), 6), draw(packing.n_base, 6), draw(6)
+    got = difference(dx, x, weight, True, packing)
+    assert distance(got, by_definition(packing, dx, x, weight, True)) < TOLERANCE["fp64"]
+    assert met == [4]
 
 
 @pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])

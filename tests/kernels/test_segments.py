@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernels_packing import drawer, pack, packings, random_swaps, seeds
 
 from deltapatch.kernels.edits import Swap, apply_edits, within
-from deltapatch.kernels.segments import base_of_tokens, cut_segments, gather
+from deltapatch.kernels.segments import base_lines, base_of_tokens, cut_segments, gather
 
 
 @settings(max_examples=100, deadline=None)
@@ -43,8 +43,11 @@ def test_segments_are_gathered_while_they_are_small(packing, most):
 
 def test_base_tokens_are_those_that_the_packing_says():
     packing = pack([(5, 2), (3, 2)], [(0, 0, 2, 4, 2), (0, 1, 1, 2, 3), (1, 0, 2, 1, 1)])
-    told = base_of_tokens(packing.segments, torch.device("cpu")).tolist()
-    assert told == [t.base for t in packing.tokens]
+    device = torch.device("cpu")
+    assert base_of_tokens(packing.segments, device).tolist() == [t.base for t in packing.tokens]
+    met, line = base_lines(packing.segments, device)
+    assert met[line].tolist() == [t.base for t in packing.tokens]
+    assert met.tolist() == sorted({t.base for t in packing.tokens})
 
 
 @settings(max_examples=50, deadline=None)
