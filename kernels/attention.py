@@ -10,7 +10,7 @@ cancels. Where D is huge expm1 would overflow: there the patched softmax is take
 Changes of q and k come as the products give them, before rotary; it is linear, so it turns them like vectors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,9 +22,7 @@ from deltapatch.kernels.product import Precision, Scaled, narrow
 from deltapatch.kernels.segments import (
     Segment,
     base_of_tokens,
-    from_first,
     gather,
-    keep_reads,
     read_segments,
     span,
     unseen,
@@ -54,9 +52,9 @@ class Rotary:
         cos, sin = (segment.own(t)[:, -d.shape[1] :].unsqueeze(3) for t in (self.cos, self.sin))
         return self._turned(d, cos, sin)
 
-    def turn_tokens(self, d: Tensor, at: Tensor) -> Tensor:
-        """The same, [token, head, d_head], of tokens whose base tokens are `at`, [token]."""
-        cos, sin = (t.index_select(0, at).unsqueeze(1) for t in (self.cos, self.sin))
+    def turn_lines(self, d: Tensor, segment: Segment, at: Tensor) -> Tensor:
+        """The same, [pair, line, head, d_head], of lines at positions `at`, [line], of a segment's runs."""
+        cos, sin = (segment.run(t).index_select(1, at).unsqueeze(2) for t in (self.cos, self.sin))
         return self._turned(d, cos, sin)
 
     def _turned(self, d: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -146,7 +144,7 @@ def attention_difference(
     of_pattern = swaps_of(swaps.get("pattern", []))
     # No segment is small where there is a pattern: these take what is seen of it.
     cells = CELLS if of_pattern or pattern is not None else n_heads
-    for group in gather(wanted, lambda s: s.n_tokens * s.length * cells, CELLS, _of_one_run):
+    for group in gather(wanted, lambda s: s.n_tokens * s.length * cells, CELLS, _of_the_same_runs):
         if group.stop - group.start > 1:
             _together(d, base, segments[group], wanted[group], out)
         else:
@@ -165,8 +163,8 @@ def edited_heads(d: Tensor, scale: Tensor | None, edits: Sequence[Edit]) -> Tens
     return d
 
 
-def _of_one_run(a: Segment, b: Segment) -> bool:
-    return a.pairs == b.pairs == 1 and a.base == b.base
+def _of_the_same_runs(a: Segment, b: Segment) -> bool:
+    return (a.base, a.pairs) == (b.base, b.pairs)
 
 
 class _Into(NamedTuple):
@@ -232,7 +230,7 @@ def _by_itself(d: list[Tensor], base: AttentionBase, segment: Segment, queries: 
 def _together(
     d: list[Tensor], base: AttentionBase, segments: list[Segment], queries: list[Segment], out: Tensor
 ) -> None:
-    """The attention of segments of one run, all but the rows' own keys and values as one.
+    """The attention of segments of the same runs, all but the rows' own keys and values as one.
 
     Rows that start at many positions are many small segments: their operations would take longer to start
     than to do.
@@ -240,42 +238,64 @@ def _together(
     Args:
         d, queries, out: as of `_by_itself`, here of all segments.
     """
-    dq, dk, dv = (each[span(segments)] for each in d)
-    out = out[span(queries)]
-    segments, queries = (from_first(some) for some in (segments, queries))
     first, longest = segments[0], max(segment.positions for segment in queries)
-    at = base_of_tokens(queries, out.device)  # [line]
-    dq = keep_reads(dq, segments) if queries != segments else dq  # [line, head, d_head]
-    dq = base.rotary.turn_tokens(dq, at)
-    dk = base.rotary.turn_tokens(dk, base_of_tokens(segments, out.device))
-    group = dq.shape[1] // dk.shape[1]
+    dq = _lines(d[0], segments, queries)  # [pair, line, head, d_head]
+    dk, dv = (_lines(each, segments, segments) for each in d[1:])
+    at, own_at = (_positions(some, out.device) for some in (queries, segments))
+    dq, dk = (base.rotary.turn_lines(dq, first, at), base.rotary.turn_lines(dk, first, own_at))
+    group = dq.shape[2] // dk.shape[2]
     if group > 1:
-        dk, dv = (each.repeat_interleave(group, 1) for each in (dk, dv))
-    q, k, v = (first.run(each)[0].transpose(0, 1) for each in base[:3])  # [head, position, d_head]
-    k, v = (each.repeat_interleave(group, 0) if group > 1 else each for each in (k, v))
+        dk, dv = (each.repeat_interleave(group, 2) for each in (dk, dv))
+    q, k, v = (first.run(each).transpose(1, 2) for each in base[:3])  # [pair, head, position, d_head]
+    k, v = (each.repeat_interleave(group, 1) if group > 1 else each for each in (k, v))
     asked = replace(queries[0], positions=longest, rows=1)
     hidden = unseen(asked, slice(0, longest), out.device, base.window)
-    scores = _scores(q[:, first.length - longest :], k, hidden, base)  # [head, query, key]
-    with_base = dq + base.q.index_select(0, at)
-    at = at - (first.base + first.length - longest)
-    before, logp, p = (each.transpose(0, 1).contiguous().index_select(0, at) for each in scores[:3])
+    scores = _scores(q[:, :, first.length - longest :], k, hidden, base)  # [pair, head, query, key]
+    with_base = dq + first.run(base.q).index_select(1, at)
+    at = at - (first.length - longest)
+    before, logp, p = (each.transpose(1, 2).contiguous().index_select(1, at) for each in scores[:3])
     hidden = None if hidden is None else hidden.index_select(0, at).unsqueeze(1)
-    scores = _Scores(before, logp, p, hidden)  # [line, head, key]
+    scores = _Scores(before, logp, p, hidden)  # [pair, line, head, key]
 
-    change = torch.bmm(dq.transpose(0, 1), k.transpose(1, 2)).transpose(0, 1).contiguous()
-    for of, to in zip(segments, queries, strict=True):
-        own = _by_row(change, to)[..., first.length - of.positions :]
-        own += _by_row(with_base, to) @ _by_row(dk, of).transpose(2, 3)
+    change = torch.matmul(dq.transpose(1, 2), k.transpose(2, 3)).transpose(1, 2).contiguous()
+    pieces = [
+        (_part(of, segments), _part(to, queries), to.tokens(out).permute(_BY_ROW), slice(-of.positions, None))
+        for of, to in zip(segments, queries, strict=True)
+    ]
+    for of, to, _, own in pieces:
+        mine = to(change)[..., own]
+        mine += to(with_base) @ of(dk).transpose(3, 4)
     w = _changed(change.mul_(base.logit_scale), scores, base)
-    out.copy_(torch.bmm(w.transpose(0, 1), v).transpose(0, 1))
+    of_base = torch.matmul(w.transpose(1, 2), v).transpose(1, 2)
     w += scores.p
-    for of, to in zip(segments, queries, strict=True):
-        _by_row(out, to).add_(_by_row(w, to)[..., first.length - of.positions :] @ _by_row(dv, of))
+    for of, to, place, own in pieces:
+        torch.add(to(of_base), to(w)[..., own] @ of(dv), out=place)
 
 
-def _by_row(packed: Tensor, segment: Segment) -> Tensor:
-    """A segment of one pair, of [token, head, ...], as [row, head, position, ...]."""
-    return segment.tokens(packed)[0].permute(1, 2, 0, 3)
+_BY_ROW = (0, 2, 3, 1, 4)  # [pair, position, row, head, ...] as [pair, row, head, position, ...]
+
+
+def _lines(packed: Tensor, segments: list[Segment], queries: list[Segment]) -> Tensor:
+    """Tokens of segments at the positions of queries, of [token, ...]: [pair, line, ...]."""
+    if segments[0].pairs == 1 and segments == queries:
+        return packed[span(segments)].unsqueeze(0)
+    parts = [
+        of.tokens(packed)[:, of.positions - to.positions :].flatten(1, 2)
+        for of, to in zip(segments, queries, strict=True)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _positions(segments: list[Segment], device: torch.device) -> Tensor:
+    """[line], where in their runs the lines of `_lines` are."""
+    return base_of_tokens([replace(segment, pairs=1, base=0) for segment in segments], device)
+
+
+def _part(segment: Segment, segments: list[Segment]) -> Callable[[Tensor], Tensor]:
+    """What takes a segment's part of [pair, line, head, ...], as [pair, row, head, position, ...]."""
+    first = (segment.token - segments[0].token) // segment.pairs
+    lines, shape = slice(first, first + segment.n_tokens // segment.pairs), (segment.positions, segment.rows)
+    return lambda whole: whole[:, lines].unflatten(1, shape).permute(_BY_ROW)
 
 
 def _scores(q: Tensor, k: Tensor, hidden: Tensor | None, base: AttentionBase) -> _Scores:

@@ -105,11 +105,6 @@ def span(segments: Sequence[Segment]) -> slice:
     return slice(segments[0].token, segments[-1].token + segments[-1].n_tokens)
 
 
-def from_first(segments: Sequence[Segment]) -> list[Segment]:
-    """Segments whose tokens count from the first of them."""
-    return [replace(s, token=s.token - segments[0].token) for s in segments]
-
-
 def gather(
     segments: Sequence[Segment],
     size: Callable[[Segment], int],

@@ -238,19 +238,23 @@ def test_queries_in_pieces_give_what_all_at_once_give(cells, reads_only, monkeyp
 @pytest.mark.parametrize(("reads", "fork"), [(1, None), (3, (2, 5))], ids=["plain", "forked"])
 @pytest.mark.parametrize("scores", [{}, {"softcap": 2.0}, {"window": 3}], ids=["plain", "capped", "windowed"])
 def test_segments_together_give_what_each_gives(scores, reads, fork, heads, reads_only, monkeypatch):
-    """Rows that start at many positions of two runs, here all together and there one segment at a time."""
-    cuts = [(0, pair, 1, positions, 1 + positions % 3) for pair in (0, 1) for positions in range(8, 2, -1)]
+    """Rows that start at many positions of runs, here all together and there one segment at a time."""
+    cuts = [
+        (0, first, pairs, positions, 1 + positions % 3)
+        for first, pairs in ((0, 1), (1, 1), (0, 2))
+        for positions in range(8, 2, -1)
+    ]
     packing = pack([(9, 2, reads, fork)], cuts)
     inputs = draw_attention(packing, 7, torch.float64, heads=heads, reads_only=reads_only, **scores)
     joined = []
     together = attention._together
     monkeypatch.setattr(attention, "_together", lambda *a: joined.append(len(a[2])) or together(*a))
     found = difference(inputs, "fp64")
-    assert joined == [6, 6]
+    assert joined == [6, 6, 6]
     assert distance(found, by_definition(packing, inputs)) < 1e-11
     monkeypatch.setattr(attention, "CELLS", 1)
     assert torch.allclose(found, difference(inputs, "fp64"), rtol=1e-12, atol=1e-14)
-    assert joined == [6, 6]
+    assert joined == [6, 6, 6]
 
 
 def test_segments_together_take_no_more_of_their_run_than_they_reach(monkeypatch):
