@@ -251,13 +251,13 @@ def _together(
     asked = replace(queries[0], positions=longest, rows=1)
     hidden = unseen(asked, slice(0, longest), out.device, base.window)
     scores = _scores(q[:, :, first.length - longest :], k, hidden, base)  # [pair, head, query, key]
-    with_base = dq + first.run(base.q).index_select(1, at)
-    at = at - (first.length - longest)
-    before, logp, p = (each.transpose(1, 2).contiguous().index_select(1, at) for each in scores[:3])
-    hidden = None if hidden is None else hidden.index_select(0, at).unsqueeze(1)
+    asked_at = at - (first.length - longest)
+    before, logp, p = (each.transpose(1, 2).contiguous().index_select(1, asked_at) for each in scores[:3])
+    hidden = None if hidden is None else hidden.index_select(0, asked_at).unsqueeze(1)
     scores = _Scores(before, logp, p, hidden)  # [pair, line, head, key]
 
     change = torch.matmul(dq.transpose(1, 2), k.transpose(2, 3)).transpose(1, 2).contiguous()
+    with_base = dq.add_(first.run(base.q).index_select(1, at))
     pieces = [
         (_part(of, segments), _part(to, queries), to.tokens(out).permute(_BY_ROW), slice(-of.positions, None))
         for of, to in zip(segments, queries, strict=True)
