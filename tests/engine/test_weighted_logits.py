@@ -70,6 +70,7 @@ def test_sweeps_and_joint_patches(variant, precision):
             rows = [[Patch("mlp_out", l, t)] for l in range(true.n_layers) for t in range(n)]
             one_by_one.append(got[i, :, :n].ravel())
             right.append(want(true, pair, rows, direction))
+            agrees(one_by_one[-1], right[-1], 5 * TOLERANCE[precision], (variant, direction, pair))
             assert np.isnan(got[i, :, n:]).all()
             assert (got[i, -1, : n - 1] == 0).all()  # behind which nothing is read
         # Of all pairs together: the weights of one may all but cancel.
