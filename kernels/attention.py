@@ -31,6 +31,7 @@ from deltapatch.kernels.softcap import cap_difference, softcap
 
 HUGE = 60.0  # exp(60) is safe in float32, and p_i that float32 rounds to 0 cannot matter below it
 CELLS = 1 << 19  # logit changes held at a time, where one query has no more: few enough for the cache
+_BY_ROW = (0, 2, 3, 1, 4)  # [pair, position, row, head, ...] as [pair, row, head, position, ...]
 
 
 @dataclass(frozen=True)
@@ -178,10 +179,15 @@ class _Into(NamedTuple):
 class _Scores(NamedTuple):
     """The base runs' attention of some queries, [..., key]."""
 
-    before: Tensor  # logits before a soft cap
+    before: Tensor | None  # logits before a soft cap, where there is one
     logp: Tensor
     p: Tensor
     hidden: Tensor | None  # bool, what queries do not see; None: they see all
+
+    def laid_out(self, lay: Callable[[Tensor], Tensor], hidden: Tensor | None) -> "_Scores":
+        """The same in another layout, with what is hidden there."""
+        before = None if self.before is None else lay(self.before)
+        return _Scores(before, lay(self.logp), lay(self.p), hidden)
 
 
 def _by_itself(d: list[Tensor], base: AttentionBase, segment: Segment, queries: Segment, into: _Into) -> None:
@@ -252,9 +258,10 @@ def _together(
     hidden = unseen(asked, slice(0, longest), out.device, base.window)
     scores = _scores(q[:, :, first.length - longest :], k, hidden, base)  # [pair, head, query, key]
     asked_at = at - (first.length - longest)
-    before, logp, p = (each.transpose(1, 2).contiguous().index_select(1, asked_at) for each in scores[:3])
     hidden = None if hidden is None else hidden.index_select(0, asked_at).unsqueeze(1)
-    scores = _Scores(before, logp, p, hidden)  # [pair, line, head, key]
+    scores = scores.laid_out(
+        lambda each: each.transpose(1, 2).contiguous().index_select(1, asked_at), hidden
+    )  # [pair, line, head, key]
 
     change = torch.matmul(dq.transpose(1, 2), k.transpose(2, 3)).transpose(1, 2).contiguous()
     with_base = dq.add_(first.run(base.q).index_select(1, at))
@@ -270,9 +277,6 @@ def _together(
     w += scores.p
     for of, to, place, own in pieces:
         torch.add(to(of_base), to(w)[..., own] @ of(dv), out=place)
-
-
-_BY_ROW = (0, 2, 3, 1, 4)  # [pair, position, row, head, ...] as [pair, row, head, position, ...]
 
 
 def _lines(packed: Tensor, segments: list[Segment], queries: list[Segment]) -> Tensor:
@@ -300,12 +304,12 @@ def _part(segment: Segment, segments: list[Segment]) -> Callable[[Tensor], Tenso
 
 def _scores(q: Tensor, k: Tensor, hidden: Tensor | None, base: AttentionBase) -> _Scores:
     """The base's attention, [..., query, key], of queries and keys [..., position, d_head]."""
-    before = torch.matmul(q, k.transpose(-1, -2)).mul_(base.logit_scale)
-    logp = softcap(before, base.softcap)
+    logits = torch.matmul(q, k.transpose(-1, -2)).mul_(base.logit_scale)
+    logp = softcap(logits, base.softcap)
     if hidden is not None:
         logp.masked_fill_(hidden, -torch.inf)
     logp = logp.log_softmax(-1)
-    return _Scores(before, logp, logp.exp(), hidden)
+    return _Scores(None if base.softcap is None else logits, logp, logp.exp(), hidden)
 
 
 def _probabilities(
@@ -328,8 +332,7 @@ def _probabilities(
     k = k.transpose(1, 2)  # [pair, head, key, d_head]
     scores = _scores(q.transpose(1, 2), k, hidden, base)  # [pair, head, query, key]
     hidden = None if hidden is None else hidden.unsqueeze(1)
-    before, logp, p = (each.unsqueeze(3) for each in scores[:3])
-    scores = _Scores(before, logp, p, hidden)
+    scores = scores.laid_out(lambda each: each.unsqueeze(3), hidden)
 
     flat = dq.permute(0, 3, 1, 2, 4)  # [pair, head, query, row, d_head]
     shape = flat.shape
@@ -340,7 +343,7 @@ def _probabilities(
 
 def _changed(change: Tensor, scores: _Scores, base: AttentionBase) -> Tensor:
     """How attention probabilities change with their logits, [..., key]; the change itself is overwritten."""
-    if base.softcap is not None:
+    if base.softcap is not None and scores.before is not None:
         change = cap_difference(scores.before, change, base.softcap)
     if scores.hidden is not None:
         change.masked_fill_(scores.hidden, 0)
